@@ -1,0 +1,153 @@
+"""Every field of a run, with the paper's values where it has one. Other configs change a few.
+
+The paper: Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    # Seed of the initial weights, the order of the data, augmentation and sampling.
+    config.seed = 0
+    # Passes over all (image, caption) pairs; may be fractional.
+    config.num_epochs = 25.0
+    # Pairs in a batch over all devices and processes.
+    config.global_batch_size = 32
+    # Workdir of another run whose best weights this run begins with ("" for none).
+    config.init_from = ""
+
+    config.data = data = ConfigDict()
+    # karpathy (dataset_*.json and images/ in `dir`), shapes (drawn), npz (`dir`/<split>.npz
+    # arrays), or synthetic (made up in memory).
+    data.source = "karpathy"
+    data.dir = ""
+    # Where prepared datasets are kept.
+    data.cache_dir = "~/.cache/fne_jax"
+    # Training augmentation: none, or crop_flip (random resized crop and mirroring).
+    data.augmentation = "crop_flip"
+    # Name of a Hugging Face tokenizer, a local folder, or "train" to fit one to the captions.
+    data.tokenizer = "bert-base-uncased"
+    # Most token ids of a fitted tokenizer.
+    data.vocab_size = 8000
+    # Words kept of a caption, and the fixed number of tokens it is padded or truncated to.
+    data.max_words = 30
+    data.text_length = 30
+    # Batches prepared ahead of the step.
+    data.prefetch = 4
+
+    # The drawn dataset. The density of false negatives falls as the vocabulary grows.
+    data.shapes = shapes = ConfigDict()
+    shapes.seed = 0
+    shapes.train_images = 16000
+    shapes.val_images = 500
+    shapes.test_images = 1000
+    shapes.shapes = 6  # 1 to 8 kinds of shape
+    shapes.colours = 8  # 1 to 10 colours
+    shapes.max_objects = 3  # objects in a scene, 1 to this many, at most 3
+
+    data.synthetic = synthetic = ConfigDict()
+    synthetic.seed = 0
+    synthetic.images = 256
+
+    # Pixels in [0, 1] are normalised with these; CLIP's values, which the authors use.
+    config.image_mean = (0.48145466, 0.4578275, 0.40821073)
+    config.image_std = (0.26862954, 0.26130258, 0.27577711)
+
+    config.encoder = encoder = ConfigDict()
+    encoder.image = image = ConfigDict()
+    image.image_size = 384
+    image.patch_size = 16
+    image.width = 768
+    image.layers = 12
+    image.heads = 12
+    image.mlp_width = 3072
+    image.dropout = 0.0
+    # mean over all tokens, class token included; or first (the class token).
+    image.pooling = "mean"
+    encoder.text = text = ConfigDict()
+    text.max_length = 512
+    text.width = 768
+    text.layers = 12
+    text.heads = 12
+    text.mlp_width = 3072
+    text.dropout = 0.0
+    # mean over real tokens; mean_with_padding over all, as the authors; or first.
+    text.pooling = "mean"
+    # Dimension of a learned projection after pooling, 0 for none.
+    encoder.projection_dim = 0
+    # float32 or bfloat16; parameters, losses and similarities are float32 in any case.
+    encoder.compute_dtype = "bfloat16"
+    # Compile one layer and loop over it; recompute activations in the backward pass.
+    encoder.scan_layers = False
+    encoder.remat = False
+
+    # Momentum m of the momentum encoders' update m <- m * momentum + (1 - m) * online.
+    config.momentum = 0.995
+    # Slots of the memory of momentum embeddings.
+    config.queue_size = 8224
+
+    # False negative elimination, section 3 of the paper.
+    config.fne = fne = ConfigDict()
+    # Epochs of warm-up before it; may be fractional.
+    fne.start_epoch = 1.0
+    fne.margin = 0.2
+    # tau of the sampling weights.
+    fne.decay = 0.5
+    # Prior probability of a candidate being a false negative; it should follow the dataset.
+    fne.prior = 1e-4
+    # Posterior above which a candidate is suspected.
+    fne.posterior_threshold = 1e-3
+    # Positive similarities seen before anything is suspected.
+    fne.min_count = 200
+    # Leave out other captions of the same image from the warm-up loss and the statistics. The
+    # authors leave out the diagonal only.
+    fne.mask_same_image = True
+
+    config.warmup = warmup = ConfigDict()
+    # hardest (the paper's, for pretrained encoders) or infonce (for encoders from random weights,
+    # where the hardest negative collapses).
+    warmup.objective = "hardest"
+    warmup.temperature = 0.07
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 2e-5
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.999
+    optimizer.eps = 1e-8
+    # Decoupled weight decay of matrices (biases, norms and embeddings of rank 1 are left alone).
+    optimizer.weight_decay = 0.0
+    # Global norm that gradients are clipped to.
+    optimizer.clip_norm = 2.0
+    # step (times `step_factor` at each of `step_epochs`) or cosine (to 0 at the end).
+    optimizer.schedule = "step"
+    optimizer.step_epochs = (5.0, 15.0)
+    optimizer.step_factor = 0.1
+    # Epochs over which the learning rate rises linearly from 0.
+    optimizer.warmup_epochs = 0.0
+    # Factors on the learning rate of either tower; 0 freezes it.
+    optimizer.image_factor = 1.0
+    optimizer.text_factor = 1.0
+
+    config.evaluation = evaluation = ConfigDict()
+    # Validations in an epoch.
+    evaluation.per_epoch = 3
+    # Images or captions embedded at once over all devices.
+    evaluation.batch_size = 256
+
+    config.checkpoint = checkpoint = ConfigDict()
+    # Newest checkpoints kept, beside the one of best validation rSum.
+    checkpoint.keep_latest = 2
+    # Steps between checkpoints, beside those at validations; 0 for none.
+    checkpoint.every_steps = 0
+
+    config.logging = logging = ConfigDict()
+    # Steps over which scalars are averaged before they are written.
+    logging.every_steps = 50
+    # Seconds between progress lines where there is no terminal.
+    logging.progress_seconds = 20
+    # Step whose surroundings are profiled for TensorBoard, 0 for none.
+    logging.profile_step = 0
+
+    return config.lock()

@@ -1,0 +1,37 @@
+"""Small encoders from random weights on Flickr8K, for a machine without an accelerator.
+
+python -m fne_jax.train --config=configs/flickr8k.py --workdir=runs/flickr8k --config.data.dir=DIR
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.num_epochs = 12.0
+    config.global_batch_size = 128
+    config.momentum = 0.99
+    config.queue_size = 4096
+
+    config.data.tokenizer = "train"
+    config.data.vocab_size = 4000
+    config.data.text_length = 24
+
+    image, text = config.encoder.image, config.encoder.text
+    image.image_size = 128
+    image.patch_size = 16
+    image.layers, image.width, image.heads, image.mlp_width = 4, 192, 4, 768
+    text.layers, text.width, text.heads, text.mlp_width = 2, 192, 4, 768
+    text.max_length = 24
+    image.dropout = text.dropout = 0.1
+    config.encoder.compute_dtype = "float32"
+
+    config.warmup.objective = "infonce"
+    config.fne.start_epoch = 9.0
+    config.evaluation.per_epoch = 1
+
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_epochs = 0.5
+    config.optimizer.weight_decay = 0.05
+    return config

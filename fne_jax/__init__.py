@@ -1,0 +1,39 @@
+"""False Negative Elimination for image-text retrieval, in JAX.
+
+The strategy is importable by itself and needs neither TensorFlow nor a config: see
+`fne_triplet_loss`.
+"""
+
+from fne_jax.objectives.contrastive import infonce_loss
+from fne_jax.objectives.memory_queue import MemoryQueue
+from fne_jax.objectives.negative_sampling import (
+    sample_negatives,
+    sample_negatives_from_uniform,
+    sampling_weights,
+)
+from fne_jax.objectives.similarity_statistics import (
+    SimilarityStatistics,
+    false_negative_posterior,
+    update_similarity_statistics,
+)
+from fne_jax.objectives.triplet_loss import (
+    fne_triplet_loss,
+    fne_triplet_loss_from_uniform,
+    hardest_negative_triplet_loss,
+)
+from fne_jax.retrieval.metrics import retrieval_metrics
+
+__all__ = [
+    "MemoryQueue",
+    "SimilarityStatistics",
+    "false_negative_posterior",
+    "fne_triplet_loss",
+    "fne_triplet_loss_from_uniform",
+    "hardest_negative_triplet_loss",
+    "infonce_loss",
+    "retrieval_metrics",
+    "sample_negatives",
+    "sample_negatives_from_uniform",
+    "sampling_weights",
+    "update_similarity_statistics",
+]

@@ -1,0 +1,53 @@
+"""What the commands share: set-up of the machine, and errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from fne_jax.errors import UserError
+
+EXIT_USER_ERROR = 2
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it did so in good order.
+
+    Attributes:
+      exit_code: 128 and the signal's number, as shells report it (130 Ctrl-C, 143 SIGTERM).
+    """
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def parser(description: str, command: str) -> argparse.ArgumentParser:
+    """Returns a parser that reports bad arguments as a UserError."""
+    return _Parser(prog=f"python -m fne_jax.{command}", description=description, allow_abbrev=False)
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Calls a command's main function and exits: 0, 2 for a user's error, 128 + signal."""
+    # TensorFlow greets on import otherwise; a user's own settings stand.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("fne_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)

@@ -1,0 +1,179 @@
+"""Configs: loaded with overrides, checked, stored beside a run, compared when it resumes."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from fne_jax.errors import UserError
+
+FILE_NAME = "config.json"
+
+# Fields that may change when a run resumes: none alters what the run computes.
+MAY_CHANGE = (
+    "checkpoint.",
+    "data.cache_dir",
+    "data.dir",
+    "data.prefetch",
+    "evaluation.batch_size",
+    "logging.",
+)
+
+
+def load_config(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+    """Returns the config of a file with `--config.x=y` overrides, locked and checked.
+
+    Args:
+      path: a Python file with a `get_config` function.
+      overrides: command-line arguments, all of the form `--config.x=y`.
+
+    Raises:
+      UserError: if the file cannot be loaded, a field is unknown (with the nearest names), or a
+        value does not fit.
+    """
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"--config={path}: there is no such file; try configs/shapes.py")
+    fields = flatten(_parse(path, []))
+    for override in overrides:
+        name, _, _ = override.removeprefix("--").removeprefix("no").partition("=")
+        if not override.startswith("--") or not name.startswith("config."):
+            raise UserError(f"unknown argument {override!r}; overrides look like --config.x=y")
+        _check_field(name.removeprefix("config."), fields)
+    config = _parse(path, overrides)
+    validate(config)
+    return config
+
+
+def _parse(path, overrides):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    try:
+        values(["fne_jax", f"--config={path}", *overrides])
+        return values.config
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _check_field(name, fields):
+    if name in fields:
+        return
+    if any(field.startswith(name + ".") for field in fields):
+        raise UserError(f"config.{name} is a group of fields; set one of its fields")
+    near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5)
+    leaf = name.rpartition(".")[2]
+    near += [f for f in fields if f.rpartition(".")[2] == leaf and f not in near]
+    hint = f"; did you mean {' or '.join(f'config.{n}' for n in near)}?" if near else ""
+    raise UserError(f"there is no config field config.{name}{hint}")
+
+
+def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, object]:
+    """Returns the leaves of a config under their dotted names."""
+    leaves = {}
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            leaves |= flatten(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = value
+    return leaves
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError, naming the field, if a number or a name cannot be."""
+    fields = flatten(config)
+    positive = (
+        "num_epochs",
+        "global_batch_size",
+        "queue_size",
+        "data.vocab_size",
+        "data.max_words",
+        "data.text_length",
+        "optimizer.learning_rate",
+        "optimizer.clip_norm",
+        "warmup.temperature",
+        "evaluation.per_epoch",
+        "evaluation.batch_size",
+        "checkpoint.keep_latest",
+        "logging.every_steps",
+    )
+    for name in positive:
+        if not fields[name] > 0:
+            raise UserError(f"config.{name} is {fields[name]}; expected a number above 0")
+    for name in ("fne.margin", "fne.decay", "fne.min_count", "fne.start_epoch", "seed"):
+        if not fields[name] >= 0:
+            raise UserError(f"config.{name} is {fields[name]}; expected a number of at least 0")
+    if not 0 < config.fne.prior < 1:
+        raise UserError(f"config.fne.prior is {config.fne.prior}; expected a number in (0, 1)")
+    if not 0 <= config.momentum < 1:
+        raise UserError(f"config.momentum is {config.momentum}; expected a number in [0, 1)")
+    if config.queue_size < config.global_batch_size:
+        raise UserError(
+            f"config.queue_size is {config.queue_size}, smaller than a batch "
+            f"(config.global_batch_size is {config.global_batch_size}); make it at least as large"
+        )
+    for name in ("global_batch_size", "evaluation.batch_size"):
+        if fields[name] % jax.device_count():
+            raise UserError(
+                f"config.{name} is {fields[name]}, which the {jax.device_count()} devices do not "
+                f"divide; take a multiple of {jax.device_count()}"
+            )
+    if config.data.text_length > config.encoder.text.max_length:
+        raise UserError(
+            f"config.data.text_length is {config.data.text_length}, more than "
+            f"config.encoder.text.max_length, {config.encoder.text.max_length}"
+        )
+
+
+def store_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes config.json, or checks the one that is there.
+
+    Raises:
+      UserError: listing the fields that differ from the stored run's and may not.
+    """
+    path = workdir / FILE_NAME
+    if path.exists():
+        old, new = flatten(read_config(workdir)), flatten(_through_json(config))
+        different = [
+            f"config.{name}: {old.get(name)!r} in the run, {new.get(name)!r} now"
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE)
+        ]
+        if different:
+            raise UserError(
+                f"{workdir} holds a run of another config:\n  "
+                + "\n  ".join(different)
+                + "\nGive the run's own values to resume it, or another --workdir to start anew "
+                f"(--config.init_from={workdir} starts from its weights)."
+            )
+        return
+    scratch = path.with_suffix(".incomplete")
+    scratch.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+    os.replace(scratch, path)
+
+
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """Returns the config stored with a run.
+
+    Raises:
+      UserError: if there is none, or it is damaged.
+    """
+    path = workdir / FILE_NAME
+    if not path.is_file():
+        raise UserError(f"{path} is not there: {workdir} is not the workdir of a run")
+    try:
+        return ml_collections.ConfigDict(json.loads(path.read_text())).lock()
+    except ValueError as error:
+        raise UserError(f"{path}: not a JSON file: {error}") from error
+
+
+def _through_json(config):
+    return ml_collections.ConfigDict(json.loads(config.to_json()))

@@ -1,0 +1,1 @@
+"""Datasets, captions, image preprocessing and the input pipeline."""

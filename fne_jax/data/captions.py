@@ -1,0 +1,101 @@
+"""Caption cleaning, and tokenizers: loaded by name, from a folder, or fitted to the captions."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from fne_jax.errors import UserError
+
+_TO_SPACE = re.compile(r"[-/]")
+_TO_NOTHING = re.compile(r"[^\w\s]")
+_SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+TRAIN = "train"  # the tokenizer name that asks for a fitted one
+
+
+def clean_caption(text: str, max_words: int) -> str:
+    """Returns a caption in lower case, without punctuation, of at most `max_words` words.
+
+    Hyphens and slashes part words; other punctuation vanishes.
+    """
+    text = _TO_NOTHING.sub("", _TO_SPACE.sub(" ", text.lower()))
+    return " ".join(text.split()[:max_words])
+
+
+def fit_tokenizer(captions: Sequence[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
+    """Returns a WordPiece tokenizer fitted to cleaned captions.
+
+    The same captions give the same ids in every process: the trainer numbers its pieces in an
+    order that differs from run to run, so they are renumbered, special tokens first and the
+    others in alphabetical order.
+
+    Args:
+      captions: cleaned captions.
+      vocab_size: most token ids.
+    """
+    special = list(_SPECIAL.values())
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    pieces = special + sorted(set(tokenizer.get_vocab()) - set(special))
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer.model = models.WordPiece(vocabulary, unk_token="[UNK]")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")],
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL)
+
+
+def load_tokenizer(name_or_path: str) -> transformers.PreTrainedTokenizerBase:
+    """Returns a Hugging Face tokenizer by hub name or local folder.
+
+    Raises:
+      UserError: if there is none.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"config.data.tokenizer is {name_or_path!r}, which cannot be loaded ({reason}). Give a "
+            "name on the Hugging Face hub, the path of a folder that holds tokenizer.json, or "
+            f"{TRAIN!r} to fit one to the training captions."
+        ) from error
+
+
+def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: pathlib.Path) -> None:
+    """Writes the tokenizer; a folder of that name is always whole."""
+    scratch = folder.with_name(folder.name + ".incomplete")
+    tokenizer.save_pretrained(scratch)
+    os.rename(scratch, folder)
+
+
+def tokenize(
+    tokenizer: transformers.PreTrainedTokenizerBase, captions: Sequence[str], length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids and masks, both [captions, length] int32, padded and truncated to `length`."""
+    encoded = tokenizer(
+        list(captions),
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+        return_tensors="np",
+    )
+    return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(np.int32)

@@ -1,0 +1,278 @@
+"""Scenes of coloured shapes, their pictures, captions that state part of them, and the truth.
+
+A scene is an int array [MAX_OBJECTS, SCENE_FIELDS], one row an object: shape, colour, size (0
+small, 1 large), and the x and y of its centre in pixels of a 64-pixel picture; rows of -1 are
+absent objects. A caption's facts are an int array [FACT_FIELDS]: shape, colour, size and cell of a
+first object, the same of a second, and how the two relate; -1 where the caption says nothing.
+Because both are known, so is whether any caption is true of any picture: see `is_true`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+PICTURE_SIZE = 64
+MAX_OBJECTS = 3
+SCENE_FIELDS = 5
+FACT_FIELDS = 9
+CAPTIONS_PER_IMAGE = 5
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "arrow")
+COLOURS = {
+    "red": (214, 39, 40),
+    "green": (44, 150, 44),
+    "blue": (40, 80, 220),
+    "yellow": (245, 220, 40),
+    "purple": (140, 60, 170),
+    "orange": (250, 135, 20),
+    "white": (250, 250, 250),
+    "black": (20, 20, 20),
+    "pink": (250, 130, 190),
+    "cyan": (40, 210, 220),
+}
+SIZES = (("small", "little", "tiny"), ("large", "big", "huge"))
+RADII = ((7.0, 8.5), (12.5, 14.5))
+CELLS = (
+    "top left",
+    "top middle",
+    "top right",
+    "middle left",
+    "middle",
+    "middle right",
+    "bottom left",
+    "bottom middle",
+    "bottom right",
+)
+UNSTATED = -1
+TOGETHER, LEFT_OF, ABOVE = 0, 1, 2
+# Two centres must differ by this many pixels before one is called left of or above the other.
+RELATION_GAP = 12
+
+_OPENINGS = ("{}", "there is {}", "a picture of {}", "{} can be seen")
+_RELATIONS = {
+    (TOGETHER, False): ("{a} and {b}", "{a} together with {b}"),
+    (TOGETHER, True): ("{b} and {a}", "{b} together with {a}"),
+    (LEFT_OF, False): ("{a} left of {b}", "{a} to the left of {b}"),
+    (LEFT_OF, True): ("{b} right of {a}", "{b} to the right of {a}"),
+    (ABOVE, False): ("{a} above {b}", "{a} over {b}"),
+    (ABOVE, True): ("{b} below {a}", "{b} under {a}"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """How varied the scenes are.
+
+    Attributes:
+      shapes: how many of `SHAPES` are used.
+      colours: how many of `COLOURS` are used.
+      max_objects: most objects in a scene, 1 to `MAX_OBJECTS`.
+    """
+
+    shapes: int = 6
+    colours: int = 8
+    max_objects: int = MAX_OBJECTS
+
+    def __post_init__(self):
+        for name, most in (
+            ("shapes", len(SHAPES)),
+            ("colours", len(COLOURS)),
+            ("max_objects", MAX_OBJECTS),
+        ):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(
+                    f"{name}: expected a number from 1 to {most}, got {getattr(self, name)}"
+                )
+
+
+def is_true(facts: np.ndarray, scene: np.ndarray) -> np.ndarray:
+    """Returns whether captions are true of scenes, broadcasting over leading axes.
+
+    A caption about one object is true if some object of the scene has all the stated properties;
+    one about two if two different objects do and relate as stated.
+
+    Args:
+      facts: [..., FACT_FIELDS] int.
+      scene: [..., MAX_OBJECTS, SCENE_FIELDS] int.
+
+    Returns:
+      [...] bool.
+    """
+    first = _fits(facts[..., 0:4], scene)
+    second = _fits(facts[..., 4:8], scene)
+    relation = facts[..., 8, None, None]
+    x, y = scene[..., 3], scene[..., 4]
+    left = x[..., None, :] - x[..., :, None] >= RELATION_GAP
+    above = y[..., None, :] - y[..., :, None] >= RELATION_GAP
+    different = ~np.eye(MAX_OBJECTS, dtype=bool)
+    related = different & np.where(
+        relation == LEFT_OF, left, np.where(relation == ABOVE, above, True)
+    )
+    pair = (first[..., :, None] & second[..., None, :] & related).any(axis=(-1, -2))
+    return np.where(facts[..., 8] == UNSTATED, first.any(axis=-1), pair)
+
+
+def truth_matrix(facts: np.ndarray, scenes: np.ndarray) -> np.ndarray:
+    """Returns the [images, captions] bool matrix of `is_true`, in blocks of little memory."""
+    truth = np.empty((len(scenes), len(facts)), bool)
+    for row, scene in enumerate(scenes):
+        truth[row] = is_true(facts, scene)
+    return truth
+
+
+def _fits(stated, scene):
+    """Returns which objects have the stated properties: [..., 4], [..., objects, 5] -> bool."""
+    column = np.minimum(scene[..., 3] * 3 // PICTURE_SIZE, 2)
+    row = np.minimum(scene[..., 4] * 3 // PICTURE_SIZE, 2)
+    actual = np.stack([scene[..., 0], scene[..., 1], scene[..., 2], row * 3 + column], axis=-1)
+    stated = stated[..., None, :]
+    agrees = (stated == UNSTATED) | (stated == actual)
+    return agrees.all(axis=-1) & (scene[..., 0] != UNSTATED)
+
+
+def random_scene(rng: np.random.Generator, vocabulary: Vocabulary) -> np.ndarray:
+    """Returns a scene of one to `max_objects` objects that do not overlap."""
+    weights = np.array([1.0, 3.0, 3.0])[: vocabulary.max_objects]
+    wanted = 1 + rng.choice(vocabulary.max_objects, p=weights / weights.sum())
+    scene = np.full((MAX_OBJECTS, SCENE_FIELDS), UNSTATED, np.int32)
+    placed = attempts = 0
+    while placed < wanted:
+        attempts += 1
+        if attempts % 100 == 0:  # the first objects may leave no room: begin again
+            scene[:], placed = UNSTATED, 0
+        size = rng.integers(2)
+        reach = RADII[size][1] + 1
+        x, y = rng.uniform(reach, PICTURE_SIZE - reach, 2).astype(np.int32)
+        others = scene[:placed]
+        apart = [RADII[s][1] + reach for s in others[:, 2]]
+        if (np.hypot(others[:, 3] - x, others[:, 4] - y) < apart).any():
+            continue
+        shape, colour = rng.integers(vocabulary.shapes), rng.integers(vocabulary.colours)
+        scene[placed] = (shape, colour, size, x, y)
+        placed += 1
+    return scene
+
+
+def random_captions(rng: np.random.Generator, scene: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Returns five captions of different facts, and the facts [5, FACT_FIELDS]."""
+    captions, facts = [], []
+    while len(captions) < CAPTIONS_PER_IMAGE:
+        stated = _random_facts(rng, scene)
+        if any((stated == other).all() for other in facts):
+            continue
+        facts.append(stated)
+        captions.append(_phrase(rng, stated))
+    return captions, np.stack(facts)
+
+
+def _random_facts(rng, scene):
+    objects = scene[scene[:, 0] != UNSTATED]
+    facts = np.full((FACT_FIELDS,), UNSTATED, np.int32)
+    if len(objects) == 1 or rng.random() < 0.25:
+        a = objects[rng.integers(len(objects))]
+        facts[:4] = _state(rng, a, rng.choice([1, 2, 3], p=[0.15, 0.45, 0.4]))
+        return facts
+    a, b = objects[rng.permutation(len(objects))[:2]]
+    relations = [TOGETHER]
+    if abs(a[3] - b[3]) >= RELATION_GAP:
+        relations.append(LEFT_OF)
+    if abs(a[4] - b[4]) >= RELATION_GAP:
+        relations.append(ABOVE)
+    relation = relations[rng.integers(len(relations))]
+    if (relation == LEFT_OF and a[3] > b[3]) or (relation == ABOVE and a[4] > b[4]):
+        a, b = b, a
+    facts[:4] = _state(rng, a, rng.choice([1, 2]), with_cell=False)
+    facts[4:8] = _state(rng, b, rng.choice([1, 2]), with_cell=False)
+    facts[8] = relation
+    return facts
+
+
+def _state(rng, obj, count, with_cell=True):
+    """States the shape and `count` of the other properties of an object."""
+    column, row = min(obj[3] * 3 // PICTURE_SIZE, 2), min(obj[4] * 3 // PICTURE_SIZE, 2)
+    actual = np.array([obj[0], obj[1], obj[2], row * 3 + column])
+    others = rng.permutation([1, 2, 3] if with_cell else [1, 2])[:count]
+    stated = np.full((4,), UNSTATED, np.int32)
+    stated[0] = actual[0]
+    stated[others] = actual[others]
+    return stated
+
+
+def _phrase(rng, facts):
+    def noun(stated):
+        shape, colour, size, cell = (int(value) for value in stated)
+        words = []
+        if size != UNSTATED:
+            words.append(SIZES[size][rng.integers(len(SIZES[size]))])
+        if colour != UNSTATED:
+            words.append(list(COLOURS)[colour])
+        words.append(SHAPES[shape])
+        article = "an" if words[0][0] in "aeiou" else "a"
+        where = "" if cell == UNSTATED else f" in the {CELLS[cell]}"
+        return f"{article} {' '.join(words)}{where}"
+
+    subject = noun(facts[:4])
+    if facts[8] != UNSTATED:
+        phrasings = _RELATIONS[int(facts[8]), bool(rng.integers(2))]
+        phrasing = phrasings[rng.integers(len(phrasings))]
+        subject = phrasing.format(a=subject, b=noun(facts[4:8]))
+    return _OPENINGS[rng.choice(len(_OPENINGS), p=[0.55, 0.15, 0.15, 0.15])].format(subject)
+
+
+def draw(rng: np.random.Generator, scene: np.ndarray) -> bytes:
+    """Returns a 64-pixel JPEG of a scene, background, shades and sizes jittered."""
+    scale = 4  # drawn larger and averaged down, so that edges are smooth
+    side = PICTURE_SIZE * scale
+    picture = Image.fromarray(_background(rng)).resize((side, side), Image.Resampling.BICUBIC)
+    canvas = ImageDraw.Draw(picture)
+    for shape, colour, size, x, y in scene[scene[:, 0] != UNSTATED]:
+        shade = np.array(list(COLOURS.values())[colour]) + rng.normal(0, 8, 3)
+        fill = tuple(int(value) for value in np.clip(shade, 0, 255))
+        radius = rng.uniform(*RADII[size]) * scale
+        _draw_shape(canvas, SHAPES[shape], (x * scale, y * scale), radius, fill)
+    picture = picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX)
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=92)
+    return stream.getvalue()
+
+
+def _background(rng):
+    """Returns a few muted pixels that, enlarged, make a soft gradient."""
+    base = rng.uniform(110, 190)
+    pixels = base + rng.normal(0, 14, (4, 4, 1)) + rng.normal(0, 7, (4, 4, 3))
+    return np.clip(pixels, 0, 255).astype(np.uint8)
+
+
+def _draw_shape(canvas, shape, centre, radius, fill):
+    x, y = centre
+    box = [x - radius, y - radius, x + radius, y + radius]
+
+    def polygon(points):
+        canvas.polygon([(x + radius * px, y + radius * py) for px, py in points], fill=fill)
+
+    if shape == "circle":
+        canvas.ellipse(box, fill=fill)
+    elif shape == "ring":
+        canvas.ellipse(box, outline=fill, width=round(0.38 * radius))
+    elif shape == "square":
+        polygon([(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)])
+    elif shape == "triangle":
+        polygon([(0, -1), (1, 0.8), (-1, 0.8)])
+    elif shape == "star":
+        angles = [math.pi * step / 5 for step in range(10)]
+        reach = [1.05 if step % 2 == 0 else 0.42 for step in range(10)]
+        polygon([(r * math.sin(t), -r * math.cos(t)) for r, t in zip(reach, angles, strict=True)])
+    elif shape == "cross":
+        polygon([(-0.33, -1), (0.33, -1), (0.33, 1), (-0.33, 1)])
+        polygon([(-1, -0.33), (1, -0.33), (1, 0.33), (-1, 0.33)])
+    elif shape == "heart":
+        canvas.ellipse([x - radius, y - 0.9 * radius, x, y + 0.1 * radius], fill=fill)
+        canvas.ellipse([x, y - 0.9 * radius, x + radius, y + 0.1 * radius], fill=fill)
+        polygon([(-0.95, -0.2), (0.95, -0.2), (0, 1)])
+    else:
+        polygon([(-1, -0.3), (0.1, -0.3), (0.1, -0.85), (1, 0), (0.1, 0.85), (0.1, 0.3), (-1, 0.3)])

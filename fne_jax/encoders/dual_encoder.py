@@ -1,0 +1,165 @@
+"""Two towers into one space: pooling, optional projection, L2 normalisation."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from fne_jax.encoders.bert import Bert
+from fne_jax.encoders.transformer import INITIALIZER_RANGE
+from fne_jax.encoders.vision_transformer import VisionTransformer
+from fne_jax.errors import UserError
+
+# Floor of the norm that an embedding is divided by, as in PyTorch's `normalize`.
+_MIN_NORM = 1e-12
+
+
+def pool_mean(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the mean of the real tokens: [batch, tokens, dim], [batch, tokens] -> [batch, dim]."""
+    weights = mask.astype(jnp.float32)[..., None]
+    total = (hidden.astype(jnp.float32) * weights).sum(axis=1)
+    return total / jnp.maximum(weights.sum(axis=1), 1.0)
+
+
+def pool_mean_with_padding(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the mean of all tokens, padding included, as the authors' text tower does."""
+    del mask
+    return hidden.astype(jnp.float32).mean(axis=1)
+
+
+def pool_first(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the first token, the class token of ViT and BERT."""
+    del mask
+    return hidden[:, 0].astype(jnp.float32)
+
+
+POOLINGS = {
+    "mean": pool_mean,
+    "mean_with_padding": pool_mean_with_padding,
+    "first": pool_first,
+}
+
+
+class DualEncoder(nn.Module):
+    """An image tower and a text tower that embed into the same unit sphere.
+
+    Attributes:
+      image: the image tower.
+      text: the text tower.
+      image_pooling: a key of `POOLINGS`.
+      text_pooling: a key of `POOLINGS`.
+      projection_dim: dimension of a learned bias-free projection after pooling; 0 for none.
+    """
+
+    image: nn.Module
+    text: nn.Module
+    image_pooling: str = "mean"
+    text_pooling: str = "mean"
+    projection_dim: int = 0
+
+    def setup(self):
+        if self.projection_dim:
+            init = nn.initializers.truncated_normal(INITIALIZER_RANGE)
+            self.image_projection, self.text_projection = (
+                nn.Dense(self.projection_dim, use_bias=False, kernel_init=init) for _ in range(2)
+            )
+
+    def __call__(self, pixels, input_ids, attention_mask, *, deterministic=True):
+        """Returns the [batch, dim] embeddings of images and of captions."""
+        return (
+            self.encode_image(pixels, deterministic=deterministic),
+            self.encode_text(input_ids, attention_mask, deterministic=deterministic),
+        )
+
+    def encode_image(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """[batch, height, width, 3] normalised pixels -> [batch, dim] unit vectors, float32."""
+        hidden = self.image(pixels, deterministic=deterministic).last_hidden_state
+        pooled = POOLINGS[self.image_pooling](hidden, jnp.ones(hidden.shape[:2], bool))
+        return unit(self.image_projection(pooled) if self.projection_dim else pooled)
+
+    def encode_text(
+        self, input_ids: jax.Array, attention_mask: jax.Array, *, deterministic: bool = True
+    ) -> jax.Array:
+        """[batch, tokens] ids and mask -> [batch, dim] unit vectors, float32."""
+        out = self.text(input_ids, attention_mask, deterministic=deterministic)
+        pooled = POOLINGS[self.text_pooling](out.last_hidden_state, attention_mask)
+        return unit(self.text_projection(pooled) if self.projection_dim else pooled)
+
+
+def unit(vectors: jax.Array) -> jax.Array:
+    """Returns the rows of [n, dim] divided by their L2 norm, in float32."""
+    vectors = vectors.astype(jnp.float32)
+    squared = jnp.square(vectors).sum(axis=-1, keepdims=True)
+    return vectors * jax.lax.rsqrt(jnp.maximum(squared, _MIN_NORM**2))
+
+
+def build_dual_encoder(encoder: ml_collections.ConfigDict, vocab_size: int) -> DualEncoder:
+    """Returns the model that the `encoder` part of a config describes.
+
+    Args:
+      encoder: `config.encoder`, see configs/base.py.
+      vocab_size: number of the tokenizer's ids.
+
+    Raises:
+      UserError: naming the field, if the sizes do not fit together or a name is unknown.
+    """
+    image, text = encoder.image, encoder.text
+    for tower in ("image", "text"):
+        settings = encoder[tower]
+        if settings.width % settings.heads:
+            raise UserError(
+                f"config.encoder.{tower}.width is {settings.width}, "
+                f"which {settings.heads} heads do not divide"
+            )
+        if settings.pooling not in POOLINGS:
+            raise UserError(
+                f"config.encoder.{tower}.pooling is {settings.pooling!r}; "
+                f"expected one of {', '.join(POOLINGS)}"
+            )
+    if image.image_size % image.patch_size:
+        raise UserError(
+            f"config.encoder.image.image_size is {image.image_size}, "
+            f"not a multiple of patch_size {image.patch_size}"
+        )
+    if image.width != text.width and not encoder.projection_dim:
+        raise UserError(
+            f"the towers' widths differ ({image.width} and {text.width}); make them equal or set "
+            "config.encoder.projection_dim"
+        )
+    if encoder.compute_dtype not in ("float32", "bfloat16"):
+        raise UserError(
+            f"config.encoder.compute_dtype is {encoder.compute_dtype!r}; "
+            "expected float32 or bfloat16"
+        )
+    shared = {
+        "dtype": jnp.dtype(encoder.compute_dtype),
+        "scan_layers": encoder.scan_layers,
+        "remat": encoder.remat,
+    }
+    return DualEncoder(
+        image=VisionTransformer(
+            image_size=image.image_size,
+            patch_size=image.patch_size,
+            width=image.width,
+            layers=image.layers,
+            heads=image.heads,
+            mlp_width=image.mlp_width,
+            dropout=image.dropout,
+            **shared,
+        ),
+        text=Bert(
+            vocab_size=vocab_size,
+            max_length=text.max_length,
+            width=text.width,
+            layers=text.layers,
+            heads=text.heads,
+            mlp_width=text.mlp_width,
+            dropout=text.dropout,
+            **shared,
+        ),
+        image_pooling=image.pooling,
+        text_pooling=text.pooling,
+        projection_dim=encoder.projection_dim,
+    )

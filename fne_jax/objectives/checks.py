@@ -1,0 +1,59 @@
+"""Argument checks of the objectives: shapes, dtypes and ranges, at no cost after tracing."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def shape(name: str, array: jax.Array, expected: tuple[int, ...]) -> None:
+    """Raises ValueError unless `array` has the expected shape."""
+    if jnp.shape(array) != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {jnp.shape(array)}")
+
+
+def embeddings(**arrays: jax.Array) -> tuple[int, int]:
+    """Returns the [batch, dim] shape that all the named float arrays share.
+
+    Raises:
+      ValueError: if one is not a float matrix, or is not shaped as the first.
+    """
+    first_name, first = next(iter(arrays.items()))
+    for name, array in arrays.items():
+        dtype = jnp.result_type(array)
+        if jnp.ndim(array) != 2:
+            raise ValueError(f"{name}: expected shape [batch, dim], got {jnp.shape(array)}")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"{name}: expected a float dtype, got {dtype}")
+        if jnp.shape(array) != jnp.shape(first):
+            raise ValueError(
+                f"{name}: expected shape {jnp.shape(first)} as {first_name} has, "
+                f"got {jnp.shape(array)}"
+            )
+    return jnp.shape(first)
+
+
+def ids(name: str, array: jax.Array, count: int) -> None:
+    """Raises ValueError unless `array` holds `count` integers."""
+    shape(name, array, (count,))
+    if not jnp.issubdtype(jnp.result_type(array), jnp.integer):
+        raise ValueError(f"{name}: expected an integer dtype, got {jnp.result_type(array)}")
+
+
+def in_range(
+    name: str,
+    value: float,
+    low: float,
+    high: float = float("inf"),
+    *,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> None:
+    """Raises ValueError unless a number lies between two bounds; a traced one passes."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    above = value > low if low_open else value >= low
+    below = value < high if high_open else value <= high
+    if not (above and below):
+        left, right = "(" if low_open else "[", ")" if high_open else "]"
+        raise ValueError(f"{name}: expected a number in {left}{low}, {high}{right}, got {value}")

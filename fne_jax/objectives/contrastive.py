@@ -1,0 +1,68 @@
+"""Contrastive losses that FNE is compared with, or that warm it up."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from fne_jax.objectives import checks
+from fne_jax.objectives.memory_queue import EMPTY_ID, MemoryQueue
+from fne_jax.objectives.similarity_statistics import cosine
+
+
+def infonce_loss(
+    image_emb: jax.Array,
+    text_emb: jax.Array,
+    momentum_image_emb: jax.Array,
+    momentum_text_emb: jax.Array,
+    image_id: jax.Array,
+    queue: MemoryQueue | None,
+    *,
+    temperature: float = 0.07,
+) -> jax.Array:
+    """Returns the contrastive loss over the batch's momentum keys and the memory.
+
+    Args:
+      image_emb: [batch, dim] L2-normalised online image embeddings.
+      text_emb: [batch, dim] L2-normalised online text embeddings of the matching captions.
+      momentum_image_emb: [batch, dim] the momentum encoder's embeddings of the same images.
+      momentum_text_emb: [batch, dim] the momentum encoder's embeddings of the same captions.
+      image_id: [batch] integer ids. Keys of the anchor's own image, other than its own match, and
+        empty slots take no part.
+      queue: the memory, or None for in-batch keys only.
+      temperature: divisor of the similarities, above 0; 0.07 in MoCo and ALBEF.
+
+    Returns:
+      The [] float32 cross entropy, the mean over the anchors of both directions.
+
+    Raises:
+      ValueError: on a wrong shape, dtype or range.
+
+    References:
+      He et al., MoCo, arXiv 1911.05722, equation 1; Li et al., ALBEF, arXiv 2107.07651, section 3.2.
+    """
+    batch, _ = checks.embeddings(
+        image_emb=image_emb,
+        text_emb=text_emb,
+        momentum_image_emb=momentum_image_emb,
+        momentum_text_emb=momentum_text_emb,
+    )
+    checks.ids("image_id", image_id, batch)
+    checks.in_range("temperature", temperature, 0, low_open=True)
+    own = jnp.eye(batch, dtype=bool)
+    batch_excluded = (image_id[:, None] == image_id[None, :]) & ~own
+
+    def direction(anchor, batch_keys, queue_keys):
+        logits = jnp.where(batch_excluded, -jnp.inf, cosine(anchor, batch_keys) / temperature)
+        positive = jnp.diagonal(logits)
+        normaliser = jax.nn.logsumexp(logits, axis=1)
+        if queue is not None:
+            excluded = (image_id[:, None] == queue.image_id) | (queue.image_id == EMPTY_ID)[None]
+            logits = jnp.where(excluded, -jnp.inf, cosine(anchor, queue_keys) / temperature)
+            normaliser = jnp.logaddexp(normaliser, jax.nn.logsumexp(logits, axis=1))
+        return normaliser - positive
+
+    keys = jax.lax.stop_gradient((momentum_image_emb, momentum_text_emb))
+    i2t = direction(image_emb, keys[1], None if queue is None else queue.text)
+    t2i = direction(text_emb, keys[0], None if queue is None else queue.image)
+    return (i2t.mean() + t2i.mean()) / 2

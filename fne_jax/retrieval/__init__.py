@@ -1,0 +1,1 @@
+"""Evaluation of image-text retrieval."""

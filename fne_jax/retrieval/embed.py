@@ -1,0 +1,84 @@
+"""Embedding whole splits in fixed-size padded batches over all devices."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from fne_jax.data.datasets import PairDataset
+from fne_jax.data.input_pipeline import evaluation_images, pad_rows
+from fne_jax.encoders.dual_encoder import DualEncoder
+from fne_jax.training import sharding
+from fne_jax.training.train_step import normalize_pixels
+
+
+class Embedder:
+    """Embeds images and captions; each tower is compiled once.
+
+    Args:
+      module: the two towers.
+      mesh: devices to spread a batch over.
+      batch_size: images or captions at once, over all devices.
+      image_size: pixels of a side.
+      image_mean: of the pixels in [0, 1], by channel.
+      image_std: of the pixels in [0, 1], by channel.
+    """
+
+    def __init__(
+        self,
+        module: DualEncoder,
+        mesh: jax.sharding.Mesh,
+        *,
+        batch_size: int,
+        image_size: int,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+    ):
+        self._mesh, self._batch_size, self._image_size = mesh, batch_size, image_size
+        rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        jit = functools.partial(jax.jit, in_shardings=(whole, rows), out_shardings=whole)
+
+        @jit
+        def encode_images(params, batch):
+            pixels = normalize_pixels(batch["image"], image_mean, image_std)
+            return module.apply({"params": params}, pixels, method=module.encode_image)
+
+        @jit
+        def encode_texts(params, batch):
+            tokens = batch["input_ids"], batch["attention_mask"]
+            return module.apply({"params": params}, *tokens, method=module.encode_text)
+
+        self._encode_images, self._encode_texts = encode_images, encode_texts
+
+    def images(self, params: Any, dataset: PairDataset) -> np.ndarray:
+        """Returns the [images, dim] float32 embeddings of a split, in order."""
+        batches = evaluation_images(dataset, self._image_size, self._batch_size)
+        batches = ({"image": images} for images in batches)
+        return self._embed(self._encode_images, params, batches, len(dataset.image_id))
+
+    def texts(self, params: Any, tokens: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """Returns the [captions, dim] float32 embeddings of ids and masks [captions, length]."""
+        ids, mask = tokens
+        batches = (
+            {
+                "input_ids": pad_rows(ids[start : start + self._batch_size], self._batch_size),
+                "attention_mask": pad_rows(
+                    mask[start : start + self._batch_size], self._batch_size
+                ),
+            }
+            for start in range(0, len(ids), self._batch_size)
+        )
+        return self._embed(self._encode_texts, params, batches, len(ids))
+
+    def _embed(self, encode, params, batches: Iterable[dict[str, np.ndarray]], count):
+        process, processes = jax.process_index(), jax.process_count()
+        local = self._batch_size // processes
+        parts = []
+        for batch in batches:
+            mine = {k: v[process * local : (process + 1) * local] for k, v in batch.items()}
+            parts.append(encode(params, sharding.to_devices(mine, self._mesh)))
+        return np.concatenate(jax.device_get(parts))[:count]

@@ -1,0 +1,32 @@
+"""Trains a run: python -m fne_jax.train --config=configs/shapes.py --workdir=runs/shapes."""
+
+from __future__ import annotations
+
+import pathlib
+
+from fne_jax import command_line, configuration
+
+
+def main(arguments: list[str]) -> None:
+    """Parses the command line and trains."""
+    parser = command_line.parser("Trains image-text retrieval with FNE.", "train")
+    parser.add_argument("--config", required=True, help="config file, e.g. configs/shapes.py")
+    parser.add_argument("--workdir", required=True, help="folder of the run; resumed if it has one")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print model, mesh, memory and a batch, then stop"
+    )
+    options, overrides = parser.parse_known_args(arguments)
+    config = configuration.load_config(options.config, overrides)
+
+    if options.dry_run:
+        from fne_jax.training.dry_run import describe
+
+        print(describe(config))
+        return
+    from fne_jax.training.loop import train_and_evaluate
+
+    train_and_evaluate(config, pathlib.Path(options.workdir))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,118 @@
+"""Scalars of a run: averaged over steps, then into metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from fne_jax.errors import UserError
+
+FILE_NAME = "metrics.jsonl"
+_log = logging.getLogger(__name__)
+
+
+class ScalarWindow:
+    """Means of scalars since the last write; stored with a checkpoint, so a resume loses none.
+
+    Attributes:
+      sums: float64 sum of each scalar so far.
+      counts: number of values in each sum.
+    """
+
+    def __init__(self, stored: Mapping[str, Mapping[str, float]] | None = None):
+        stored = stored or {"sums": {}, "counts": {}}
+        self.sums: dict[str, float] = dict(stored["sums"])
+        self.counts: dict[str, int] = dict(stored["counts"])
+
+    def add(self, scalars: Mapping[str, Any]) -> None:
+        """Adds one step's scalars, waiting for them if they are still being computed."""
+        for name, value in jax.device_get(dict(scalars)).items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def stored(self) -> dict[str, dict[str, float]]:
+        """Returns what the constructor takes, as JSON can hold it."""
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def take_means(self) -> dict[str, float]:
+        """Returns the means and begins anew."""
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        return means
+
+
+class MetricLog:
+    """Writes scalars and histograms, on process 0 alone.
+
+    metrics.jsonl holds one line a write and no step twice: lines beyond the step that a run
+    resumes from are dropped. TensorBoard is left out, with a warning, where clu is not installed.
+    """
+
+    def __init__(self, workdir: pathlib.Path, resumed_step: int):
+        self._path = workdir / FILE_NAME
+        self._writer = None
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        self._drop_after(resumed_step)
+        try:
+            from clu import metric_writers
+        except ImportError:
+            _log.warning("clu is not installed: no TensorBoard logs, only %s", self._path)
+            return
+        self._writer = metric_writers.SummaryWriter(str(workdir))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes scalars under a step.
+
+        Raises:
+          UserError: if metrics.jsonl cannot be written.
+        """
+        if not self._active:
+            return
+        # JSON has no NaN: a mean over nothing is left out.
+        finite = {name: value for name, value in scalars.items() if math.isfinite(value)}
+        try:
+            with self._path.open("a") as stream:
+                stream.write(json.dumps({"step": step, **finite}) + "\n")
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written: {error}") from error
+        if self._writer is not None:
+            self._writer.write_scalars(step, scalars)
+
+    def write_histograms(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes histograms to TensorBoard."""
+        if self._writer is not None:
+            self._writer.write_histograms(step, arrays)
+
+    def flush(self) -> None:
+        """Makes TensorBoard's file current."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def _drop_after(self, step):
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:  # a line cut off by a crash
+                break
+        scratch = self._path.with_suffix(".incomplete")
+        scratch.write_text("".join(line + "\n" for line in kept))
+        os.replace(scratch, self._path)
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """Returns the lines of metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / FILE_NAME).read_text().splitlines()]

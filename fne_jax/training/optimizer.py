@@ -1,0 +1,89 @@
+"""Adam, its learning-rate schedule, clipping, decay and per-tower factors, all optax."""
+
+from __future__ import annotations
+
+import jax
+import ml_collections
+import optax
+
+from fne_jax.errors import UserError
+
+SCHEDULES = ("step", "cosine")
+TOWERS = ("image", "text")
+
+
+def learning_rate_schedule(
+    optimizer: ml_collections.ConfigDict, steps_per_epoch: int, total_steps: int
+) -> optax.Schedule:
+    """Returns the learning rate as a function of the updates already applied.
+
+    Args:
+      optimizer: `config.optimizer`, see configs/base.py.
+      steps_per_epoch: updates in an epoch.
+      total_steps: updates in the run.
+
+    Raises:
+      UserError: if the schedule is unknown.
+    """
+    warmup_steps = round(optimizer.warmup_epochs * steps_per_epoch)
+    peak = optimizer.learning_rate
+    if optimizer.schedule == "step":
+        after = optax.piecewise_constant_schedule(
+            peak,
+            {
+                max(round(epoch * steps_per_epoch) - warmup_steps, 0): optimizer.step_factor
+                for epoch in optimizer.step_epochs
+            },
+        )
+    elif optimizer.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(total_steps - warmup_steps, 1))
+    else:
+        raise UserError(
+            f"config.optimizer.schedule is {optimizer.schedule!r}; "
+            f"expected one of {', '.join(SCHEDULES)}"
+        )
+    if not warmup_steps:
+        return after
+    rise = optax.linear_schedule(0.0, peak, warmup_steps)
+    return optax.join_schedules([rise, after], [warmup_steps])
+
+
+def build_optimizer(
+    optimizer: ml_collections.ConfigDict, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Returns the update rule: freeze, clip, Adam, decay, learning rate, tower factors.
+
+    A frozen tower's gradients are dropped before clipping, so that they do not shrink the other's.
+    """
+    factors = {"image": optimizer.image_factor, "text": optimizer.text_factor}
+    frozen = [tower for tower, factor in factors.items() if factor == 0]
+    scaled = {tower: factor for tower, factor in factors.items() if factor not in (0, 1)}
+    return optax.chain(
+        *(optax.masked(optax.set_to_zero(), _tower_mask(tower)) for tower in frozen),
+        optax.clip_by_global_norm(optimizer.clip_norm),
+        optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps),
+        optax.add_decayed_weights(optimizer.weight_decay, _is_matrix),
+        optax.scale_by_learning_rate(schedule),
+        *(optax.masked(optax.scale(value), _tower_mask(tower)) for tower, value in scaled.items()),
+        # Decay moves weights without gradients too.
+        *(optax.masked(optax.set_to_zero(), _tower_mask(tower)) for tower in frozen),
+    )
+
+
+def _tower_mask(tower):
+    """Returns a function from parameters to a tree that is true in the tower and its projection."""
+
+    def mask(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: path[0].key.startswith(tower), params
+        )
+
+    return mask
+
+
+def _is_matrix(params):
+    # Stacked layers (scan) carry a leading axis, so biases are told by name rather than by rank.
+    def decayed(path, _):
+        return path[-1].key not in ("bias", "scale", "class_token", "position_embedding")
+
+    return jax.tree_util.tree_map_with_path(decayed, params)

@@ -1,0 +1,181 @@
+"""The parts of a run that its config and workdir determine: tokenizer, model, state, weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+import transformers
+
+from fne_jax import configuration
+from fne_jax.data import captions as caption_lib
+from fne_jax.data.datasets import PairDataset
+from fne_jax.encoders.dual_encoder import DualEncoder, build_dual_encoder
+from fne_jax.errors import UserError
+from fne_jax.retrieval.embed import Embedder
+from fne_jax.training import checkpointing, sharding
+from fne_jax.training.optimizer import build_optimizer
+from fne_jax.training.train_state import TrainState, create_train_state
+
+TOKENIZER_DIRECTORY = "tokenizer"
+_log = logging.getLogger(__name__)
+
+
+def clean_captions(config: ml_collections.ConfigDict, captions: Sequence[str]) -> list[str]:
+    """Returns captions as the tokenizer gets them."""
+    return [caption_lib.clean_caption(text, config.data.max_words) for text in captions]
+
+
+def tokenize_split(
+    config: ml_collections.ConfigDict,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    dataset: PairDataset,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids and masks of all captions of a split, both [pairs, length] int32."""
+    captions = clean_captions(config, dataset.captions)
+    return caption_lib.tokenize(tokenizer, captions, config.data.text_length)
+
+
+def run_tokenizer(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, train: PairDataset
+) -> transformers.PreTrainedTokenizerBase:
+    """Returns the run's tokenizer, stored in its workdir from before the first step on.
+
+    It is the stored one if the run has one; else, if it is to be fitted, that of the run whose
+    weights this run begins with, or a new one; else the one that the config names.
+    """
+    folder = workdir / TOKENIZER_DIRECTORY
+    if folder.is_dir():
+        return caption_lib.load_tokenizer(str(folder))
+    if config.data.tokenizer != caption_lib.TRAIN:
+        tokenizer = caption_lib.load_tokenizer(config.data.tokenizer)
+    elif config.init_from:
+        tokenizer = stored_tokenizer(pathlib.Path(config.init_from))
+    else:
+        tokenizer = caption_lib.fit_tokenizer(
+            clean_captions(config, train.captions), config.data.vocab_size
+        )
+    if jax.process_index() == 0:
+        caption_lib.save_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def stored_tokenizer(workdir: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
+    """Returns the tokenizer of a run.
+
+    Raises:
+      UserError: if there is none.
+    """
+    folder = workdir / TOKENIZER_DIRECTORY
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not there: {workdir} is not the workdir of a run")
+    return caption_lib.load_tokenizer(str(folder))
+
+
+def initial_state(
+    config: ml_collections.ConfigDict,
+    module: DualEncoder,
+    mesh: jax.sharding.Mesh,
+    learning_rate: optax.Schedule,
+) -> TrainState:
+    """Returns the state before the first step, created on the devices where it stays."""
+    tx = build_optimizer(config.optimizer, learning_rate)
+
+    def create(rng):
+        return create_train_state(
+            rng,
+            module,
+            tx,
+            image_size=config.encoder.image.image_size,
+            text_length=config.data.text_length,
+            queue_size=config.queue_size,
+        )
+
+    return jax.jit(create, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed))
+
+
+def build_embedder(
+    config: ml_collections.ConfigDict, module: DualEncoder, mesh: jax.sharding.Mesh
+) -> Embedder:
+    """Returns what embeds splits as the config says."""
+    return Embedder(
+        module,
+        mesh,
+        batch_size=config.evaluation.batch_size,
+        image_size=config.encoder.image.image_size,
+        image_mean=config.image_mean,
+        image_std=config.image_std,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoredRun:
+    """A run as its workdir holds it.
+
+    Attributes:
+      config: the stored config.
+      tokenizer: the stored tokenizer.
+      module: the model.
+      state: the state of the chosen checkpoint, replicated over all devices.
+      mesh: of all devices.
+    """
+
+    config: ml_collections.ConfigDict
+    tokenizer: transformers.PreTrainedTokenizerBase
+    module: DualEncoder
+    state: TrainState
+    mesh: jax.sharding.Mesh
+
+
+def restore_run(workdir: pathlib.Path, checkpoint: str) -> RestoredRun:
+    """Returns a run with the weights of `best`, `latest` or a step, on the devices that are here.
+
+    Raises:
+      UserError: if the folder is not a run's, or the checkpoint is not there.
+    """
+    if not workdir.is_dir():
+        raise UserError(f"{workdir} is not a folder; give the --workdir of a run")
+    config = configuration.read_config(workdir)
+    manager = checkpointing.checkpoint_manager(workdir, config.checkpoint)
+    step = checkpointing.find_step(manager, checkpoint)
+    tokenizer = stored_tokenizer(workdir)
+    module = build_dual_encoder(config.encoder, len(tokenizer))
+    mesh = sharding.create_mesh()
+    # Only the structure of the optimizer's state matters here, not its learning rate.
+    like = initial_state(config, module, mesh, optax.constant_schedule(0.0))
+    state, _ = checkpointing.restore(manager, step, like)
+    manager.close()
+    return RestoredRun(config, tokenizer, module, state, mesh)
+
+
+def with_weights_of(state: TrainState, workdir: pathlib.Path) -> TrainState:
+    """Returns the state with both encoders' weights from another run's best checkpoint.
+
+    Raises:
+      UserError: if that run's weights have other names or shapes.
+    """
+    other = restore_run(workdir, "best").state
+    ours, theirs = _shapes(state.params), _shapes(other.params)
+    if ours != theirs:
+        different = [
+            f"{name}: {theirs.get(name)} there, {ours.get(name)} here"
+            for name in sorted(ours.keys() | theirs.keys())
+            if ours.get(name) != theirs.get(name)
+        ]
+        raise UserError(
+            f"config.init_from={workdir}: the weights do not fit:\n  " + "\n  ".join(different)
+        )
+    _log.info("weights: from step %d of %s", int(other.step), workdir)
+    return state.replace(params=other.params, momentum_params=other.momentum_params)
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}

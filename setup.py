@@ -1,0 +1,43 @@
+"""Package metadata. Lower bounds are the versions that the test suite has passed with."""
+
+import pathlib
+
+import setuptools
+
+setuptools.setup(
+    name="fne-jax",
+    version="0.1.0",
+    description="False Negative Elimination for image-text retrieval, in JAX",
+    long_description=(pathlib.Path(__file__).parent / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["fne_jax", "fne_jax.*"]),
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "ml-collections>=1.1.0",
+        "numpy>=2.4.6",
+        "absl-py>=2.5.1",
+        "transformers>=5.23.0",
+        "tokenizers>=0.23.3",
+        "rich>=15.0.0",
+        "pillow>=13.0.0",
+        # Reading data: only tf.data on the host's CPU is used, never TensorFlow's accelerators.
+        'tensorflow-cpu>=2.21.0; sys_platform == "linux" and platform_machine == "x86_64"',
+        'tensorflow>=2.21.0; sys_platform != "linux" or platform_machine != "x86_64"',
+        "tensorflow-datasets>=4.9.10",
+        "array_record>=0.8.6",
+        "importlib_resources>=7.1.0",  # imported by tfds' ArrayRecord reader, not declared by it
+        # Writing TensorBoard logs.
+        "clu>=0.0.12",
+        "tensorboard>=2.21.0",  # imported by clu.metric_writers, not declared by it
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "test": ["pytest>=9.2.0", "ruff>=0.17.5"],
+    },
+)
