@@ -40,11 +40,11 @@ def get_config() -> ConfigDict:
     # The drawn dataset. The density of false negatives falls as the vocabulary grows.
     data.shapes = shapes = ConfigDict()
     shapes.seed = 0
-    shapes.train_images = 16000
+    shapes.train_images = 10000
     shapes.val_images = 500
     shapes.test_images = 1000
     shapes.shapes = 6  # 1 to 8 kinds of shape
-    shapes.colours = 8  # 1 to 10 colours
+    shapes.colours = 7  # 1 to 10 colours
     shapes.max_objects = 3  # objects in a scene, 1 to this many, at most 3
 
     data.synthetic = synthetic = ConfigDict()
@@ -106,9 +106,11 @@ def get_config() -> ConfigDict:
     fne.mask_same_image = True
 
     config.warmup = warmup = ConfigDict()
-    # hardest (the paper's, for pretrained encoders) or infonce (for encoders from random weights,
-    # where the hardest negative collapses).
+    # hardest (the paper's, for pretrained encoders); for encoders from random weights, where the
+    # hardest negative collapses, clip (contrastive within the batch, the faster) or infonce
+    # (contrastive over the memory).
     warmup.objective = "hardest"
+    # Of clip and infonce.
     warmup.temperature = 0.07
 
     config.optimizer = optimizer = ConfigDict()

@@ -26,7 +26,7 @@ def get_config():
     image.dropout = text.dropout = 0.1
     config.encoder.compute_dtype = "float32"
 
-    config.warmup.objective = "infonce"
+    config.warmup.objective = "clip"
     config.fne.start_epoch = 9.0
     config.evaluation.per_epoch = 1
 

@@ -8,27 +8,28 @@ from configs import base
 
 def get_config():
     config = base.get_config()
-    config.num_epochs = 2.0
+    config.num_epochs = 3.0
     config.global_batch_size = 128
     config.momentum = 0.99
-    config.queue_size = 4096
+    config.queue_size = 2048
 
     config.data.source = "shapes"
     config.data.augmentation = "none"  # mirrored, "left of" would be a lie
     config.data.tokenizer = "train"
-    config.data.text_length = 18
+    config.data.text_length = 16
 
     image, text = config.encoder.image, config.encoder.text
     image.image_size = 64
-    image.patch_size = 16
-    image.layers, image.width, image.heads, image.mlp_width = 3, 128, 4, 512
-    text.layers, text.width, text.heads, text.mlp_width = 2, 128, 4, 512
-    text.max_length = 18
+    image.patch_size = 32  # a quarter of the picture, where one object can stand
+    image.layers, image.width, image.heads, image.mlp_width = 3, 128, 4, 256
+    text.layers, text.width, text.heads, text.mlp_width = 2, 128, 4, 256
+    text.max_length = 16
     config.encoder.compute_dtype = "float32"
 
-    config.warmup.objective = "infonce"
-    config.fne.start_epoch = 1.2
-    config.fne.prior = 0.01  # the density of false negatives is known here
+    config.warmup.objective = "clip"
+    config.warmup.temperature = 0.05
+    config.fne.start_epoch = 2.0
+    config.fne.prior = 0.02  # the share of false negatives that `prepare` prints
 
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"

@@ -4,7 +4,7 @@ The strategy is importable by itself and needs neither TensorFlow nor a config: 
 `fne_triplet_loss`.
 """
 
-from fne_jax.objectives.contrastive import infonce_loss
+from fne_jax.objectives.contrastive import clip_loss, infonce_loss
 from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.negative_sampling import (
     sample_negatives,
@@ -26,6 +26,7 @@ from fne_jax.retrieval.metrics import retrieval_metrics
 __all__ = [
     "MemoryQueue",
     "SimilarityStatistics",
+    "clip_loss",
     "false_negative_posterior",
     "fne_triplet_loss",
     "fne_triplet_loss_from_uniform",

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from fne_jax.errors import UserError
 
 _TO_SPACE = re.compile(r"[-/]")
-_TO_NOTHING = re.compile(r"[^\w\s]")
+_TO_NOTHING = re.compile(r"""[,.'!?"()*#:;~]""")
 _SPECIAL = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -26,11 +26,11 @@ TRAIN = "train"  # the tokenizer name that asks for a fitted one
 
 
 def clean_caption(text: str, max_words: int) -> str:
-    """Returns a caption in lower case, without punctuation, of at most `max_words` words.
+    """Returns a caption in lower case, without most punctuation, of at most `max_words` words.
 
-    Hyphens and slashes part words; other punctuation vanishes.
+    Hyphens and slashes part words, `<person>` loses its brackets; the rest as the authors do it.
     """
-    text = _TO_NOTHING.sub("", _TO_SPACE.sub(" ", text.lower()))
+    text = _TO_NOTHING.sub("", _TO_SPACE.sub(" ", text.lower())).replace("<person>", "person")
     return " ".join(text.split()[:max_words])
 
 

@@ -27,7 +27,7 @@ class ShapesConfig(tfds.core.BuilderConfig):
     """
 
     seed: int = 0
-    sizes: tuple[int, int, int] = (16000, 500, 1000)
+    sizes: tuple[int, int, int] = (10000, 500, 1000)
     vocabulary: scenes.Vocabulary = dataclasses.field(default_factory=scenes.Vocabulary)
     name: str = dataclasses.field(init=False)
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fne_jax.encoders.transformer import INITIALIZER_RANGE, TransformerStack, layer_norm
+from fne_jax.encoders.transformer import TransformerStack, layer_norm
 from fne_jax.encoders.vision_transformer import EncoderOutput
 
 
@@ -57,9 +57,8 @@ class Bert(nn.Module):
             raise ValueError(f"input_ids: expected at most {self.max_length} tokens, got {tokens}")
 
         def table(rows, name):
-            return self.param(
-                name, nn.initializers.truncated_normal(INITIALIZER_RANGE), (rows, self.width)
-            )
+            # Normalised right away, so that only the tables' relative scale matters.
+            return self.param(name, nn.initializers.normal(0.02), (rows, self.width))
 
         hidden = table(self.vocab_size, "word_embedding")[input_ids]
         hidden += table(self.max_length, "position_embedding")[None, :tokens]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from fne_jax.encoders.bert import Bert
-from fne_jax.encoders.transformer import INITIALIZER_RANGE
+from fne_jax.encoders.transformer import KERNEL_INIT
 from fne_jax.encoders.vision_transformer import VisionTransformer
 from fne_jax.errors import UserError
 
@@ -61,9 +61,8 @@ class DualEncoder(nn.Module):
 
     def setup(self):
         if self.projection_dim:
-            init = nn.initializers.truncated_normal(INITIALIZER_RANGE)
             self.image_projection, self.text_projection = (
-                nn.Dense(self.projection_dim, use_bias=False, kernel_init=init) for _ in range(2)
+                nn.Dense(self.projection_dim, use_bias=False, kernel_init=KERNEL_INIT) for _ in range(2)
             )
 
     def __call__(self, pixels, input_ids, attention_mask, *, deterministic=True):

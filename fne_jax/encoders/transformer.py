@@ -8,7 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-INITIALIZER_RANGE = 0.02  # BERT's and ViT's `initializer_range`.
+# Random initialisation follows the original ViT's code rather than BERT's fixed deviation of 0.02,
+# which suits a width of 768 but leaves narrow towers nearly silent for their first hundred steps.
+KERNEL_INIT = nn.initializers.xavier_uniform()
 
 
 class Attention(nn.Module):
@@ -146,6 +148,6 @@ def _dense(width, dtype, name):
     return nn.Dense(
         width,
         dtype=dtype,
-        kernel_init=nn.initializers.truncated_normal(INITIALIZER_RANGE),
+        kernel_init=KERNEL_INIT,
         name=name,
     )

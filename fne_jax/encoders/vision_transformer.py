@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from fne_jax.encoders.transformer import INITIALIZER_RANGE, TransformerStack, layer_norm
+from fne_jax.encoders.transformer import KERNEL_INIT, TransformerStack, layer_norm
 
 
 @flax.struct.dataclass
@@ -60,14 +60,14 @@ class VisionTransformer(nn.Module):
                 f"pixels: expected [batch, {self.image_size}, {self.image_size}, 3], "
                 f"got {pixels.shape}"
             )
-        normal = nn.initializers.truncated_normal(INITIALIZER_RANGE)
+        token_init = nn.initializers.normal(self.width**-0.5)
         # A product over flattened patches: the gradient of the equal strided convolution is an
         # order of magnitude slower on a CPU.
         patches = nn.Dense(
-            self.width, dtype=self.dtype, kernel_init=normal, name="patch_embedding"
+            self.width, dtype=self.dtype, kernel_init=KERNEL_INIT, name="patch_embedding"
         )(flatten_patches(pixels.astype(self.dtype), self.patch_size))
-        class_token = self.param("class_token", normal, (1, 1, self.width))
-        positions = self.param("position_embedding", normal, (1, patches.shape[1] + 1, self.width))
+        class_token = self.param("class_token", token_init, (1, 1, self.width))
+        positions = self.param("position_embedding", token_init, (1, patches.shape[1] + 1, self.width))
         class_token = jnp.broadcast_to(
             class_token.astype(self.dtype), (pixels.shape[0], 1, self.width)
         )

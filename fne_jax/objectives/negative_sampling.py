@@ -123,7 +123,7 @@ def sample_negatives_from_uniform(
     sums = jnp.concatenate([sums, weights[:, whole:].sum(axis=-1, keepdims=True)], axis=1)
     block, target = _choose(uniform.astype(jnp.float32) * sums.sum(axis=1), sums)
     # Reading past the last column would repeat it, so those columns are masked to weight 0.
-    column = block[:, None] * BLOCK + jnp.arange(BLOCK)
+    column = block[:, None] * BLOCK + jnp.arange(BLOCK)[None, :]
     inside = jnp.take_along_axis(weights, jnp.minimum(column, keys - 1), axis=1)
     inside = jnp.where(column < keys, inside, 0.0)
     offset, _ = _choose(target, inside)

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 
 from fne_jax.errors import UserError
-from fne_jax.objectives.contrastive import infonce_loss
+from fne_jax.objectives.contrastive import clip_loss, infonce_loss
 from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.objectives.triplet_loss import (
@@ -81,6 +81,18 @@ def infonce_objective(rng, features, queue, stats, *, temperature):
         features.image_id,
         queue,
         temperature=temperature,
+    )
+    return loss, None
+
+
+def clip_objective(rng, features, queue, stats, *, temperature):
+    """`clip_loss` as an Objective."""
+    del rng, queue, stats
+    loss = clip_loss(
+        features.image,
+        features.text,
+        temperature=temperature,
+        same_image=features.same_image,
     )
     return loss, None
 

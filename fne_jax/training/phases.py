@@ -25,8 +25,8 @@ class RunPlan:
       steps_per_epoch: updates in an epoch.
       total_steps: updates in the run.
       fne_start_step: first step after the warm-up.
-      filling_start_step: first warm-up step that writes the memory. A `hardest` warm-up does not
-        read it, so it is written only just before it is needed; `infonce` uses it throughout.
+      filling_start_step: first warm-up step that writes the memory. `infonce` uses it throughout;
+        other warm-ups do not read it, so it is written only just before it is needed.
       validation_steps: numbers of updates after which the run is validated; the last step is one.
     """
 
@@ -42,7 +42,7 @@ class RunPlan:
         total = max(round(config.num_epochs * steps_per_epoch), 1)
         fne_start = round(config.fne.start_epoch * steps_per_epoch)
         filling = 0
-        if config.warmup.objective == "hardest":
+        if config.warmup.objective != "infonce":
             batches = math.ceil(config.queue_size / config.global_batch_size)
             filling = max(fne_start - batches, 0)
         between = steps_per_epoch / config.evaluation.per_epoch

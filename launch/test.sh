@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Installs the test extras and runs the whole suite. Arguments pass through to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/install.sh
+install_project "[test]"
+exec .venv/bin/python -m pytest "$@"

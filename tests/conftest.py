@@ -1,0 +1,30 @@
+"""Eight virtual CPU devices, strict JAX, the golden folder, and runs that several tests share."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pathlib
+
+import jax
+import pytest
+
+# A [batch] vector that meets a [batch, batch] matrix by accident is an error.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+TOP = pathlib.Path(__file__).parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--golden", default=str(TOP / "tests" / "golden"), help="folder of golden figures"
+    )
+
+
+@pytest.fixture(scope="session")
+def golden(request):
+    return pathlib.Path(request.config.getoption("--golden"))

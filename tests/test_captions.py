@@ -1,0 +1,69 @@
+"""Cleaning as the authors do it, and tokenizers that every process numbers alike."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fne_jax.data import captions
+from fne_jax.errors import UserError
+
+FIT = """
+import hashlib, json, sys
+from fne_jax.data.captions import fit_tokenizer, tokenize
+texts = json.loads(sys.stdin.read())
+ids, mask = tokenize(fit_tokenizer(texts, 80), texts, 12)
+print(hashlib.sha256(ids.tobytes() + mask.tobytes()).hexdigest())
+"""
+TEXTS = [f"a {a} {b} near the {c}" for a in ("red", "redder", "blue") for b in ("dog", "dogs", "doge")
+         for c in ("house", "hose", "houses", "horse")]  # fmt: skip
+
+
+def test_cleaning_is_the_authors(golden):
+    for case in json.loads((golden / "captions.json").read_text()):
+        assert captions.clean_caption(case["raw"], case["max_words"]) == case["clean"]
+
+
+def test_fitted_ids_are_the_same_in_every_process():
+    ids, mask = captions.tokenize(captions.fit_tokenizer(TEXTS, 80), TEXTS, 12)
+    here = hashlib.sha256(ids.tobytes() + mask.tobytes()).hexdigest()
+    for _ in range(3):
+        there = subprocess.run(
+            [sys.executable, "-c", FIT], input=json.dumps(TEXTS), text=True, capture_output=True
+        )
+        assert there.stdout.strip() == here, there.stderr
+
+
+def test_fitted_tokenizer_tells_captions_apart_and_pads():
+    tokenizer = captions.fit_tokenizer(TEXTS, 80)
+    ids, mask = captions.tokenize(tokenizer, TEXTS, 12)
+    assert ids.shape == mask.shape == (len(TEXTS), 12)
+    assert ids.dtype == mask.dtype == np.int32
+    assert len({row.tobytes() for row in ids}) == len(TEXTS)
+    assert (ids[mask == 0] == tokenizer.pad_token_id).all()
+    assert (ids[:, 0] == tokenizer.cls_token_id).all()
+
+
+def test_long_captions_are_cut():
+    tokenizer = captions.fit_tokenizer(TEXTS, 80)
+    ids, mask = captions.tokenize(tokenizer, ["a red dog near the house " * 9], 7)
+    assert mask.sum() == 7
+    assert ids[0, -1] == tokenizer.sep_token_id
+
+
+def test_saved_tokenizer_gives_the_same_ids(tmp_path):
+    tokenizer = captions.fit_tokenizer(TEXTS, 80)
+    captions.save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    loaded = captions.load_tokenizer(str(tmp_path / "tokenizer"))
+    for ours, theirs in zip(
+        captions.tokenize(tokenizer, TEXTS, 12), captions.tokenize(loaded, TEXTS, 12), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_missing_tokenizer_says_what_else_to_give():
+    with pytest.raises(UserError, match="folder that holds tokenizer.json.*'train'"):
+        captions.load_tokenizer("nowhere/no-such-tokenizer")

@@ -1,0 +1,194 @@
+"""The commands as a user calls them: the whole path, and one clear error for each mistake."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import TOP
+from tests.tiny import write_karpathy
+
+
+
+def call(command, *arguments, devices=1):
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", f"fne_jax.{command}", *map(str, arguments)],
+        cwd=TOP, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def assert_user_error(done, *parts):
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    error = done.stderr[done.stderr.index("error: ") :]
+    for part in parts:
+        assert str(part) in error
+
+
+@pytest.fixture(scope="module")
+def shapes_run(tmp_path_factory):
+    """A few steps on a few drawn scenes, warm-up and FNE, through the real commands."""
+    folder = tmp_path_factory.mktemp("shapes")
+    arguments = [
+        f"--config={TOP / 'configs' / 'shapes.py'}",
+        f"--config.data.cache_dir={folder / 'cache'}",
+        "--config.data.shapes.train_images=40",
+        "--config.data.shapes.val_images=9",
+        "--config.data.shapes.test_images=11",
+        "--config.global_batch_size=50",
+        "--config.queue_size=70",
+        "--config.num_epochs=1.5",
+        "--config.fne.start_epoch=0.5",
+        "--config.evaluation.batch_size=16",
+        "--config.logging.every_steps=2",
+    ]
+    done = call("train", *arguments, f"--workdir={folder / 'run'}")
+    assert done.returncode == 0, done.stderr
+    return folder / "run", arguments, done
+
+
+def test_training_then_evaluating(shapes_run):
+    workdir, arguments, trained = shapes_run
+    assert "false negative elimination" in trained.stderr
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "loss" in line][-1]
+    assert 0 <= last["sampled_false_negative_rate"] <= 1
+    assert 0 <= last["hardest_false_negative_rate"] <= 1
+    assert {"hinge_active", "fallback_fraction", "sampled_posterior", "queue_filled"} <= last.keys()
+
+    done = call("evaluate", f"--workdir={workdir}", "--split=test", devices=4)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((workdir / "eval_test.json").read_text())
+    assert (report["images"], report["captions"]) == (11, 55)
+    assert f"rSum {report['metrics']['rsum']:.1f}" in done.stdout
+    assert report["metrics"]["complete_t2i_r1"] >= report["metrics"]["t2i_r1"]
+    again = call("train", *arguments, f"--workdir={workdir}")
+    assert again.returncode == 0 and "the run is complete" in again.stderr
+
+
+def test_evaluation_does_not_depend_on_the_devices(shapes_run):
+    workdir, _, _ = shapes_run
+    scores = []
+    for devices in (1, 8):
+        call("evaluate", f"--workdir={workdir}", "--split=val", "--checkpoint=latest", devices=devices)
+        scores.append(json.loads((workdir / "eval_val.json").read_text())["metrics"])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+def test_resuming_with_another_config_fails(shapes_run):
+    workdir, arguments, _ = shapes_run
+    done = call("train", *arguments, f"--workdir={workdir}", "--config.momentum=0.5")
+    assert_user_error(done, "config.momentum: 0.95 in the run, 0.5 now")
+
+
+def test_dry_run_shows_the_run_and_writes_nothing(shapes_run, tmp_path):
+    _, arguments, _ = shapes_run
+    done = call("train", *arguments, f"--workdir={tmp_path / 'none'}", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for part in ("word_embedding", "total", "mesh", "MiB", "input_ids", "first caption", "[CLS]"):
+        assert part in done.stdout
+    assert not (tmp_path / "none").exists()
+
+
+def test_unknown_checkpoint(shapes_run):
+    workdir, _, _ = shapes_run
+    done = call("evaluate", f"--workdir={workdir}", "--checkpoint=77")
+    assert_user_error(done, "no checkpoint '77'", "best, latest or one of")
+    assert_user_error(call("evaluate", f"--workdir={workdir}", "--split=dev"), "the split 'dev'")
+
+
+def test_evaluating_an_empty_workdir(tmp_path):
+    assert_user_error(call("evaluate", f"--workdir={tmp_path}"), "not the workdir of a run")
+    assert_user_error(call("evaluate", f"--workdir={tmp_path / 'no'}"), "is not a folder")
+
+
+def test_wrong_arguments(tmp_path):
+    base = f"--config={TOP / 'configs' / 'flickr8k.py'}"
+    workdir = f"--workdir={tmp_path / 'run'}"
+    assert_user_error(call("train", base), "--workdir")
+    assert_user_error(call("train", base, workdir, "--config.mommentum=1"), "config.momentum")
+    batch = "--config.global_batch_size=30"
+    assert_user_error(call("train", base, workdir, batch, devices=4), "4 devices do not divide")
+    assert_user_error(call("train", base, workdir, "--config.queue_size=9"), "smaller than a batch")
+    assert_user_error(call("train", base, workdir), "config.data.dir is ''")
+    missing = "--config.data.dir=nowhere"
+    assert_user_error(call("train", base, workdir, missing), "dataset_<name>.json and images/")
+    assert not (tmp_path / "run").exists(), "nothing half-written stays behind"
+
+
+def break_key(content):
+    del content["images"][2]["sentences"]
+
+
+def break_picture(content):
+    content["images"][1]["filename"] = "gone.jpg"
+
+
+def break_captions(content):
+    content["images"][3]["sentences"] = []
+
+
+def break_split(content):
+    content["images"][0]["split"] = "training"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "parts"),
+    [
+        (break_key, ("images[2]", "'sentences' is missing")),
+        (break_picture, ("images[1]", "no picture", "gone.jpg")),
+        (break_captions, ("images[3]", "list of captions is empty")),
+        (break_split, ("images[0]", "'training'", "train, restval, val, test")),
+    ],
+)
+def test_damaged_karpathy_files(tmp_path, break_it, parts):
+    content = write_karpathy(tmp_path / "data")
+    break_it(content)
+    (tmp_path / "data" / "dataset_made-up.json").write_text(json.dumps(content))
+    done = call(
+        "prepare",
+        f"--config={TOP / 'configs' / 'flickr8k.py'}",
+        f"--config.data.dir={tmp_path / 'data'}",
+        f"--config.data.cache_dir={tmp_path / 'cache'}",
+    )
+    assert_user_error(done, "dataset_made-up.json", *parts)
+    assert not list((tmp_path / "cache").rglob("*.array_record*"))
+
+
+def test_files_that_are_no_json(tmp_path):
+    (tmp_path / "images").mkdir()
+    config = f"--config={TOP / 'configs' / 'flickr8k.py'}"
+    where = f"--config.data.dir={tmp_path}"
+    assert_user_error(call("prepare", config, where), "expected one dataset*.json", "found none")
+    (tmp_path / "dataset_x.json").write_text("{")
+    assert_user_error(call("prepare", config, where), "not a JSON file")
+    (tmp_path / "dataset_x.json").write_text("{}")
+    assert_user_error(call("prepare", config, where), "the key 'images' is missing")
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path):
+    write_karpathy(tmp_path / "data", counts=(60, 3, 3))
+    done = call(
+        "train",
+        f"--config={TOP / 'configs' / 'flickr8k.py'}",
+        f"--config.data.dir={tmp_path / 'data'}",
+        f"--config.data.cache_dir={tmp_path / 'cache'}",
+        "--config.global_batch_size=16",
+        "--config.data.tokenizer=no/such-tokenizer",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    assert_user_error(done, "'no/such-tokenizer'", "tokenizer.json", "'train'")
+
+
+def test_prepare_tells_counts_and_density(shapes_run):
+    _, arguments, _ = shapes_run
+    done = call("prepare", *arguments[:6])
+    assert done.returncode == 0, done.stderr
+    assert "40 images       200 captions" in done.stdout
+    assert "false negatives:" in done.stdout

@@ -1,0 +1,87 @@
+"""Every config builds, every field is read, and mistakes are named."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+
+from fne_jax import configuration
+from fne_jax.errors import UserError
+from tests.tiny import tiny_config
+
+TOP = pathlib.Path(__file__).parent.parent
+CONFIGS = [
+    str(path)
+    for path in sorted((TOP / "configs").glob("*.py"))
+    if path.name not in ("__init__.py",)
+]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: pathlib.Path(p).stem)
+def test_every_config_loads_and_is_locked(path):
+    config = configuration.load_config(path, ["--config.seed=3"])
+    assert config.seed == 3 and config.is_locked
+    with pytest.raises(AttributeError):
+        config.no_such_field = 1
+
+
+def test_every_field_is_read_by_the_package():
+    code = "\n".join(p.read_text() for p in (TOP / "fne_jax").rglob("*.py"))
+    for name in configuration.flatten(tiny_config()):
+        leaf = name.rpartition(".")[2]
+        assert re.search(rf"\.{leaf}\b|\"{leaf}\"", code), f"nothing reads config.{name}"
+
+
+def test_every_field_has_a_comment():
+    lines = (TOP / "configs" / "base.py").read_text().splitlines()
+    for number, line in enumerate(lines):
+        if re.match(r"    config\.\w+ = [^C]", line) and " = " in line and "data =" not in line:
+            assert "#" in lines[number - 1] or "#" in line or "config." in lines[number - 1], line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.optimizer.learning_rat=1"], "did you mean config.optimizer.learning_rate"),
+        (["--config.learning_rate=1"], "did you mean config.optimizer.learning_rate"),
+        (["--config.fne=1"], "config.fne is a group of fields"),
+        (["--config.queue_size=many"], "queue_size"),
+        (["--config.queue_size=8"], "queue_size is 8, smaller than a batch"),
+        (["--config.global_batch_size=12"], "8 devices do not divide"),
+        (["--config.fne.prior=0"], "config.fne.prior is 0"),
+        (["--config.num_epochs=-1"], "config.num_epochs is -1"),
+        (["--config.momentum=1.5"], "config.momentum is 1.5"),
+        (["--config.data.text_length=600"], "more than config.encoder.text.max_length"),
+        (["--workdirs=x"], "unknown argument"),
+        (["stray"], "unknown argument"),
+    ],
+)
+def test_mistakes_are_named(arguments, message):
+    assert jax.device_count() == 8
+    with pytest.raises(UserError, match=message):
+        configuration.load_config(str(TOP / "configs" / "base.py"), arguments)
+
+
+def test_missing_config_file():
+    with pytest.raises(UserError, match="no such file"):
+        configuration.load_config("configs/nope.py", [])
+
+
+def test_resuming_with_another_config_lists_the_differences(tmp_path):
+    configuration.store_config(tiny_config(), tmp_path)
+    configuration.store_config(tiny_config(), tmp_path)
+    configuration.store_config(tiny_config(logging__every_steps=1), tmp_path)
+    with pytest.raises(UserError) as error:
+        configuration.store_config(tiny_config(momentum=0.5, fne__margin=0.3), tmp_path)
+    assert "config.momentum: 0.995 in the run, 0.5 now" in str(error.value)
+    assert "config.fne.margin: 0.2 in the run, 0.3 now" in str(error.value)
+    assert configuration.read_config(tmp_path).momentum == 0.995
+
+
+def test_workdir_without_a_config(tmp_path):
+    with pytest.raises(UserError, match="not the workdir of a run"):
+        configuration.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not a JSON file"):
+        configuration.read_config(tmp_path)

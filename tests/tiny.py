@@ -1,0 +1,64 @@
+"""A run small enough to repeat, and made-up datasets in the real layouts."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from configs import base
+
+
+def tiny_config(**fields):
+    """Returns a config of one-layer towers on synthetic pairs; fields as `a__b=value`."""
+    config = base.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(
+            {
+                "num_epochs": 2.0,
+                "global_batch_size": 16,
+                "queue_size": 40,
+                "data.source": "synthetic",
+                "data.synthetic.images": 60,
+                "data.tokenizer": "train",
+                "data.text_length": 8,
+                "encoder.image.image_size": 8,
+                "encoder.image.patch_size": 4,
+                "encoder.compute_dtype": "float32",
+                "evaluation.batch_size": 32,
+                "evaluation.per_epoch": 1,
+                "logging.every_steps": 3,
+                "warmup.objective": "infonce",
+                "optimizer.learning_rate": 1e-3,
+                "fne.min_count": 5,
+            }
+        )
+        for tower in ("image", "text"):
+            config.encoder[tower].update(width=16, layers=1, heads=2, mlp_width=16)
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    return config
+
+
+def write_karpathy(folder, counts=(7, 3, 4), captions=lambda i: 1 + i % 3):
+    """Writes a Karpathy dataset of made-up pictures of many sizes; returns its JSON content."""
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    entries = []
+    for split, count in zip(("train", "val", "test"), counts, strict=True):
+        for _ in range(count):
+            index = len(entries)
+            name = f"picture{index}.jpg"
+            pixels = rng.integers(0, 255, (20 + index, 33 - index, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / name, quality=95)
+            raw = [f"Picture number {index}, seen {n} times." for n in range(captions(index))]
+            entries.append(
+                {
+                    "filename": name,
+                    "split": "restval" if split == "train" and index == 1 else split,
+                    "imgid": index,
+                    "sentids": list(range(len(raw))),
+                    "sentences": [{"raw": r, "sentid": n} for n, r in enumerate(raw)],
+                }
+            )
+    content = {"images": entries, "dataset": "made-up"}
+    (folder / "dataset_made-up.json").write_text(json.dumps(content))
+    return content
