@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     shapes.train_images = 10000
     shapes.val_images = 500
     shapes.test_images = 1000
-    shapes.shapes = 6  # 1 to 8 kinds of shape
+    shapes.shapes = 5  # 1 to 8 kinds of shape
     shapes.colours = 7  # 1 to 10 colours
     shapes.max_objects = 3  # objects in a scene, 1 to this many, at most 3
 

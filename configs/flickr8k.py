@@ -8,7 +8,7 @@ from configs import base
 
 def get_config():
     config = base.get_config()
-    config.num_epochs = 12.0
+    config.num_epochs = 6.0
     config.global_batch_size = 128
     config.momentum = 0.99
     config.queue_size = 4096
@@ -19,7 +19,7 @@ def get_config():
 
     image, text = config.encoder.image, config.encoder.text
     image.image_size = 128
-    image.patch_size = 16
+    image.patch_size = 32
     image.layers, image.width, image.heads, image.mlp_width = 4, 192, 4, 768
     text.layers, text.width, text.heads, text.mlp_width = 2, 192, 4, 768
     text.max_length = 24
@@ -27,7 +27,8 @@ def get_config():
     config.encoder.compute_dtype = "float32"
 
     config.warmup.objective = "clip"
-    config.fne.start_epoch = 9.0
+    config.warmup.temperature = 0.05
+    config.fne.start_epoch = 5.0
     config.evaluation.per_epoch = 1
 
     config.optimizer.learning_rate = 5e-4

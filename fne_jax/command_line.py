@@ -37,9 +37,10 @@ def parser(description: str, command: str) -> argparse.ArgumentParser:
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Calls a command's main function and exits: 0, 2 for a user's error, 128 + signal."""
-    # TensorFlow greets on import otherwise; a user's own settings stand.
+    # TensorFlow and transformers greet on import otherwise; a user's own settings stand.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("fne_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -53,6 +54,10 @@ def load_config(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDic
 
 
 def _parse(path, overrides):
+    # So that a config file can import its neighbours (`from configs import base`) from anywhere.
+    top = str(pathlib.Path(path).resolve().parent.parent)
+    if top not in sys.path:
+        sys.path.append(top)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
     try:
@@ -60,7 +65,7 @@ def _parse(path, overrides):
         return values.config
     except flags.Error as error:
         raise UserError(str(error)) from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError, SyntaxError) as error:
         raise UserError(f"{path}: {error}") from error
 
 

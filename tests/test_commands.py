@@ -84,7 +84,7 @@ def test_evaluation_does_not_depend_on_the_devices(shapes_run):
 def test_resuming_with_another_config_fails(shapes_run):
     workdir, arguments, _ = shapes_run
     done = call("train", *arguments, f"--workdir={workdir}", "--config.momentum=0.5")
-    assert_user_error(done, "config.momentum: 0.95 in the run, 0.5 now")
+    assert_user_error(done, "config.momentum: 0.99 in the run, 0.5 now")
 
 
 def test_dry_run_shows_the_run_and_writes_nothing(shapes_run, tmp_path):

@@ -389,6 +389,26 @@ def test_infonce_is_cross_entropy_over_other_images():
     assert np.isfinite(masked_grads).all()
 
 
+def test_clip_loss_is_cross_entropy_within_the_batch():
+    rng = np.random.default_rng(1)
+    image, text = matching_rows(rng, 5, 4, noise=1.0)
+    ids = np.array([0, 1, 1, 2, 3])
+    same = ids[:, None] == ids[None, :]
+    s = np.asarray(image @ text.T, np.float64) / 0.3
+    total = 0.0
+    for i in range(5):
+        others = [j for j in range(5) if j == i or not same[i, j]]
+        total += np.log(np.exp(s[i, others]).sum()) - s[i, i]
+        total += np.log(np.exp(s[others, i]).sum()) - s[i, i]
+    loss, grads = jax.value_and_grad(
+        lambda image, text: fne_jax.clip_loss(image, text, temperature=0.3, same_image=same),
+        (0, 1),
+    )(image, text)
+    np.testing.assert_allclose(loss, total / 10, rtol=1e-5)
+    assert all(np.isfinite(g).all() and (g != 0).any() for g in grads)
+    assert fne_jax.clip_loss(image, text, temperature=0.3) > loss
+
+
 def test_queue_is_a_ring():
     rng = np.random.default_rng(0)
     queue = MemoryQueue.create(jax.random.key(0), 7, 3)

@@ -35,8 +35,8 @@ COLOURS = {
     "pink": (250, 130, 190),
     "cyan": (40, 210, 220),
 }
-SIZES = (("small", "little", "tiny"), ("large", "big", "huge"))
-RADII = ((6.0, 7.5), (11.0, 12.5))
+SIZES = (("small", "little"), ("large", "big"))
+RADII = ((6.5, 8.0), (11.5, 12.5))
 # One object at most stands in each quarter of the picture, near its middle.
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 JITTER = 3  # pixels, either way
@@ -45,7 +45,7 @@ TOGETHER, LEFT_OF, ABOVE = 0, 1, 2
 # Two centres must differ by this many pixels before one is called left of or above the other.
 RELATION_GAP = 12
 
-_OPENINGS = ("{}", "{}", "there is {}", "see {}")
+_OPENINGS = ("{}", "{}", "{}", "there is {}")
 _RELATIONS = {
     (TOGETHER, False): ("{a} and {b}", "{a} together with {b}"),
     (TOGETHER, True): ("{b} and {a}", "{b} together with {a}"),
@@ -66,7 +66,7 @@ class Vocabulary:
       max_objects: most objects in a scene, 1 to `MAX_OBJECTS`.
     """
 
-    shapes: int = 6
+    shapes: int = 5
     colours: int = 7
     max_objects: int = 3
 
@@ -133,7 +133,7 @@ def _cell(scene):
 
 def random_scene(rng: np.random.Generator, vocabulary: Vocabulary) -> np.ndarray:
     """Returns a scene of one to `max_objects` objects in different quarters of the picture."""
-    weights = np.array([1.0, 3.0, 3.0])[: vocabulary.max_objects]
+    weights = np.array([2.0, 3.0, 1.0])[: vocabulary.max_objects]
     count = 1 + rng.choice(vocabulary.max_objects, p=weights / weights.sum())
     scene = np.full((MAX_OBJECTS, SCENE_FIELDS), UNSTATED, np.int32)
     for row, cell in enumerate(rng.permutation(len(CELLS))[:count]):

@@ -121,4 +121,8 @@ def warmup_objective(config: ml_collections.ConfigDict) -> Objective:
         return functools.partial(hardest_objective, margin=config.fne.margin)
     if warmup.objective == "infonce":
         return functools.partial(infonce_objective, temperature=warmup.temperature)
-    raise UserError(f"config.warmup.objective is {warmup.objective!r}; expected hardest or infonce")
+    if warmup.objective == "clip":
+        return functools.partial(clip_objective, temperature=warmup.temperature)
+    raise UserError(
+        f"config.warmup.objective is {warmup.objective!r}; expected hardest, infonce or clip"
+    )
