@@ -133,7 +133,7 @@ def _cell(scene):
 
 def random_scene(rng: np.random.Generator, vocabulary: Vocabulary) -> np.ndarray:
     """Returns a scene of one to `max_objects` objects in different quarters of the picture."""
-    weights = np.array([2.0, 3.0, 1.0])[: vocabulary.max_objects]
+    weights = np.array([1.0, 3.0, 2.0])[: vocabulary.max_objects]
     count = 1 + rng.choice(vocabulary.max_objects, p=weights / weights.sum())
     scene = np.full((MAX_OBJECTS, SCENE_FIELDS), UNSTATED, np.int32)
     for row, cell in enumerate(rng.permutation(len(CELLS))[:count]):
@@ -160,7 +160,7 @@ def random_captions(rng: np.random.Generator, scene: np.ndarray) -> tuple[list[s
 def _random_facts(rng, scene):
     objects = scene[scene[:, 0] != UNSTATED]
     facts = np.full((FACT_FIELDS,), UNSTATED, np.int32)
-    if len(objects) == 1 or rng.random() < 0.25:
+    if len(objects) == 1 or rng.random() < 0.2:
         a = objects[rng.integers(len(objects))]
         facts[:4] = _state(rng, a)
         return facts
@@ -182,7 +182,7 @@ def _random_facts(rng, scene):
 def _state(rng, obj, with_cell=True):
     """States the shape of an object, mostly its colour, and its size and cell or not."""
     stated = np.array([obj[0], obj[1], obj[2], _cell(obj)])
-    left_out = rng.random(4) < [0, 0.15, 0.5, 0.5 if with_cell else 1]
+    left_out = rng.random(4) < [0, 0.1, 0.5, 0.3 if with_cell else 1]
     return np.where(left_out, UNSTATED, stated)
 
 
