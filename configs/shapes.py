@@ -31,7 +31,7 @@ def get_config():
     config.fne.start_epoch = 2.0
     config.fne.prior = 0.02  # the share of false negatives that `prepare` prints
 
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_epochs = 0.1
     config.optimizer.weight_decay = 0.01

@@ -59,9 +59,12 @@ def _parse(path, overrides):
     if top not in sys.path:
         sys.path.append(top)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    arguments = ["fne_jax", f"--config={path}", *overrides]
+    config_flags.DEFINE_config_file(
+        "config", lock_config=True, flag_values=values, sys_argv=arguments
+    )
     try:
-        values(["fne_jax", f"--config={path}", *overrides])
+        values(arguments)
         return values.config
     except flags.Error as error:
         raise UserError(str(error)) from error

@@ -11,7 +11,6 @@ from tests.conftest import TOP
 from tests.tiny import write_karpathy
 
 
-
 def call(command, *arguments, devices=1):
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -76,7 +75,13 @@ def test_evaluation_does_not_depend_on_the_devices(shapes_run):
     workdir, _, _ = shapes_run
     scores = []
     for devices in (1, 8):
-        call("evaluate", f"--workdir={workdir}", "--split=val", "--checkpoint=latest", devices=devices)
+        call(
+            "evaluate",
+            f"--workdir={workdir}",
+            "--split=val",
+            "--checkpoint=latest",
+            devices=devices,
+        )
         scores.append(json.loads((workdir / "eval_val.json").read_text())["metrics"])
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
 

@@ -56,7 +56,8 @@ def slow_statistics(batches, same_images):
             mean = acc[kind][1] / acc[kind][0] if acc[kind][0] else 0.0
             acc[kind][2] += sum((v - mean) ** 2 for v in values)
     return [
-        (n, total / n if n else 0.0, dev / (n - 1) if n > 1 else 0.0) for n, total, dev in acc.values()
+        (n, total / n if n else 0.0, dev / (n - 1) if n > 1 else 0.0)
+        for n, total, dev in acc.values()
     ]
 
 
@@ -444,7 +445,14 @@ def test_queue_is_a_ring():
     ],
 )
 def test_wrong_arguments_are_named_while_tracing(change, message):
-    names = ("image_emb", "text_emb", "momentum_image_emb", "momentum_text_emb", "image_id", "queue")
+    names = (
+        "image_emb",
+        "text_emb",
+        "momentum_image_emb",
+        "momentum_text_emb",
+        "image_id",
+        "queue",
+    )
     arguments = dict(zip(names, make_batch(0), strict=True)) | change
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(
@@ -468,4 +476,3 @@ def test_half_precision_embeddings_are_compared_in_float32():
         *(jnp.bfloat16(x) for x in rest[:2]), *rest[2:], TRUSTED,
     )  # fmt: skip
     assert loss.dtype == jnp.float32
-

@@ -85,14 +85,19 @@ def test_captions_say_what_their_facts_say(drawn):
 
 
 def test_density_of_false_negatives_is_as_stated(drawn):
-    truth = scenes.truth_matrix(np.concatenate([d[2] for d in drawn]), np.stack([d[0] for d in drawn]))
+    truth = scenes.truth_matrix(
+        np.concatenate([d[2] for d in drawn]), np.stack([d[0] for d in drawn])
+    )
     own = np.repeat(np.eye(len(drawn), dtype=bool), scenes.CAPTIONS_PER_IMAGE, axis=1)
     assert truth[own].all()
     assert 0.003 < truth[~own].mean() < 0.02
 
 
 def test_truth_matrix_is_is_true(drawn):
-    stated, all_scenes = np.concatenate([d[2] for d in drawn[:20]]), np.stack([d[0] for d in drawn[:7]])
+    stated, all_scenes = (
+        np.concatenate([d[2] for d in drawn[:20]]),
+        np.stack([d[0] for d in drawn[:7]]),
+    )
     truth = scenes.truth_matrix(stated, all_scenes)
     slow = [[bool(scenes.is_true(f, s)) for f in stated] for s in all_scenes]
     np.testing.assert_array_equal(truth, slow)

@@ -49,14 +49,24 @@ def run_steps(config, mesh, steps=STEPS):
     jitted = loop.jitted_steps(config, plan, mesh, schedule)
     scalars, negatives = [], []
     batches = training_batches(
-        train, (tokens, np.ones_like(tokens)), order, range(steps), image_size=8, augmentation="none"
+        train,
+        (tokens, np.ones_like(tokens)),
+        order,
+        range(steps),
+        image_size=8,
+        augmentation="none",
     )
     for step, batch in enumerate(batches):
         state, values, chosen = jitted[plan.phase(step)](state, sharding.to_devices(batch, mesh))
         scalars.append(jax.device_get(values))
         negatives.append(jax.device_get(chosen))
     compiled = {phase: step._cache_size() for phase, step in jitted.items()}
-    return jax.device_get(state.replace(key=jax.random.key_data(state.key))), scalars, negatives, compiled
+    return (
+        jax.device_get(state.replace(key=jax.random.key_data(state.key))),
+        scalars,
+        negatives,
+        compiled,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +125,9 @@ def test_a_frozen_tower_stays(one_device):
     start, _, _, _ = run_steps(config, mesh_of(1), steps=0)
     state, _, _, _ = run_steps(config, mesh_of(1), steps=3)
     jax.tree.map(np.testing.assert_array_equal, state.params["text"], start.params["text"])
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params["image"], start.params["image"])
+    moved = jax.tree.map(
+        lambda a, b: bool((a != b).any()), state.params["image"], start.params["image"]
+    )
     assert all(jax.tree.leaves(moved))
 
 
@@ -258,9 +270,7 @@ def test_a_run_begins_with_another_runs_weights(whole_run, tmp_path):
     loop.train_and_evaluate(config, tmp_path)
     best = run.restore_run(whole_run, "best").state
     ours = run.restore_run(tmp_path, "latest").state
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours.params, best.params
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours.params, best.params)
     wider = tiny_config(init_from=str(whole_run), encoder__text__mlp_width=20)
     with pytest.raises(UserError, match=r"mlp_in.*: \(16, 16\) there, \(16, 20\) here"):
         loop.train_and_evaluate(wider, tmp_path / "wider")

@@ -139,7 +139,7 @@ def random_scene(rng: np.random.Generator, vocabulary: Vocabulary) -> np.ndarray
     for row, cell in enumerate(rng.permutation(len(CELLS))[:count]):
         quarter = PICTURE_SIZE // 4
         x, y = (2 * np.array([cell % 2, cell // 2]) + 1) * quarter
-        x, y = (x, y) + rng.integers(-JITTER, JITTER + 1, 2)
+        x, y = np.array([x, y]) + rng.integers(-JITTER, JITTER + 1, 2)
         shape, colour = rng.integers(vocabulary.shapes), rng.integers(vocabulary.colours)
         scene[row] = (shape, colour, rng.integers(len(SIZES)), x, y)
     return scene

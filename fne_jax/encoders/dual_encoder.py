@@ -17,7 +17,7 @@ _MIN_NORM = 1e-12
 
 
 def pool_mean(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the mean of the real tokens: [batch, tokens, dim], [batch, tokens] -> [batch, dim]."""
+    """Returns the [batch, dim] mean of the real tokens of [batch, tokens, dim] and their mask."""
     weights = mask.astype(jnp.float32)[..., None]
     total = (hidden.astype(jnp.float32) * weights).sum(axis=1)
     return total / jnp.maximum(weights.sum(axis=1), 1.0)
@@ -60,9 +60,11 @@ class DualEncoder(nn.Module):
     projection_dim: int = 0
 
     def setup(self):
+        """Creates the projections, if any."""
         if self.projection_dim:
             self.image_projection, self.text_projection = (
-                nn.Dense(self.projection_dim, use_bias=False, kernel_init=KERNEL_INIT) for _ in range(2)
+                nn.Dense(self.projection_dim, use_bias=False, kernel_init=KERNEL_INIT)
+                for _ in range(2)
             )
 
     def __call__(self, pixels, input_ids, attention_mask, *, deterministic=True):

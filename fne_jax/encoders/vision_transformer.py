@@ -67,7 +67,9 @@ class VisionTransformer(nn.Module):
             self.width, dtype=self.dtype, kernel_init=KERNEL_INIT, name="patch_embedding"
         )(flatten_patches(pixels.astype(self.dtype), self.patch_size))
         class_token = self.param("class_token", token_init, (1, 1, self.width))
-        positions = self.param("position_embedding", token_init, (1, patches.shape[1] + 1, self.width))
+        positions = self.param(
+            "position_embedding", token_init, (1, patches.shape[1] + 1, self.width)
+        )
         class_token = jnp.broadcast_to(
             class_token.astype(self.dtype), (pixels.shape[0], 1, self.width)
         )

@@ -39,7 +39,8 @@ def infonce_loss(
       ValueError: on a wrong shape, dtype or range.
 
     References:
-      He et al., MoCo, arXiv 1911.05722, equation 1; Li et al., ALBEF, arXiv 2107.07651, section 3.2.
+      He et al., MoCo, arXiv 1911.05722, equation 1; Li et al., ALBEF, arXiv 2107.07651,
+      section 3.2.
     """
     batch, _ = checks.embeddings(
         image_emb=image_emb,

@@ -1,4 +1,4 @@
-"""Running statistics of matching and hardest non-matching similarities, and the posterior from them.
+"""Running statistics of matching and hardest other similarities, and the posterior from them.
 
 FNE models the similarity of true matches and of hardest negatives as two Gaussians, estimated
 while training goes on, and asks Bayes' rule how likely a candidate negative is a match that the

@@ -1,4 +1,4 @@
-"""Triplet losses for image-text retrieval: FNE's sampled negatives, and the hardest in the batch."""
+"""Triplet losses for retrieval: FNE's sampled negatives, and the hardest in the batch."""
 
 from __future__ import annotations
 
