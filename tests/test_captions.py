@@ -18,8 +18,12 @@ texts = json.loads(sys.stdin.read())
 ids, mask = tokenize(fit_tokenizer(texts, 80), texts, 12)
 print(hashlib.sha256(ids.tobytes() + mask.tobytes()).hexdigest())
 """
-TEXTS = [f"a {a} {b} near the {c}" for a in ("red", "redder", "blue") for b in ("dog", "dogs", "doge")
-         for c in ("house", "hose", "houses", "horse")]  # fmt: skip
+TEXTS = [
+    f"a {a} {b} near the {c}"
+    for a in ("red", "redder", "blue")
+    for b in ("dog", "dogs", "doge")
+    for c in ("house", "hose", "houses", "horse")
+]
 
 
 def test_cleaning_is_the_authors(golden):
@@ -65,5 +69,5 @@ def test_saved_tokenizer_gives_the_same_ids(tmp_path):
 
 
 def test_missing_tokenizer_says_what_else_to_give():
-    with pytest.raises(UserError, match="folder that holds tokenizer.json.*'train'"):
+    with pytest.raises(UserError, match=r"folder that holds tokenizer.json.*'train'"):
         captions.load_tokenizer("nowhere/no-such-tokenizer")

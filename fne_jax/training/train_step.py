@@ -106,7 +106,8 @@ def normalize_pixels(
     image: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> jax.Array:
     """Returns float32 pixels of mean 0 and deviation 1: [batch, side, side, 3] uint8 in."""
-    return (image.astype(jnp.float32) / 255.0 - jnp.array(mean)) / jnp.array(std)
+    mean, std = (jnp.array(values).reshape(1, 1, 1, 3) for values in (mean, std))
+    return (image.astype(jnp.float32) / 255.0 - mean) / std
 
 
 def statistics_scalars(stats: SimilarityStatistics) -> dict[str, Any]:
