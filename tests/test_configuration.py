@@ -36,8 +36,16 @@ def test_every_field_is_read_by_the_package():
 def test_every_field_has_a_comment():
     lines = (TOP / "configs" / "base.py").read_text().splitlines()
     for number, line in enumerate(lines):
-        if re.match(r"    config\.\w+ = [^C]", line) and " = " in line and "data =" not in line:
-            assert "#" in lines[number - 1] or "#" in line or "config." in lines[number - 1], line
+        field = re.match(r"    (\w+)\.\w+ = ", line)
+        if field and "ConfigDict()" not in line:
+            # One comment may stand above several fields of a group.
+            before = lines[number - 1]
+            assert (
+                "#" in before
+                or "#" in line
+                or before.startswith(f"    {field[1]}.")
+                or (f" {field[1]} = ConfigDict()" in before)
+            ), line
 
 
 @pytest.mark.parametrize(

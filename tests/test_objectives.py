@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 from scipy import stats as scipy_stats
 
 import fne_jax
@@ -225,7 +226,7 @@ def test_draws_are_proportional_to_the_weights():
     drawn = np.concatenate([sample(key, rows, jnp.zeros(1000, jnp.int32)) for key in keys])
     counts = np.bincount(drawn, minlength=301)
     assert (counts[weights == 0] == 0).all()
-    expected = draws * weights / weights.sum()
+    expected = draws * weights.astype(np.float64) / weights.sum(dtype=np.float64)
     assert scipy_stats.chisquare(counts[weights > 0], expected[weights > 0]).pvalue > 1e-3
 
 
@@ -310,7 +311,7 @@ def test_gradient_is_that_of_the_chosen_triplets():
             *uniforms, image, text, *features[2:], queue, TRUSTED, margin=0.4
         )[0]
 
-    jax.test_util.check_grads(loss_fn, tuple(features[:2]), order=1, modes=["rev"], atol=1e-2)
+    check_grads(loss_fn, tuple(features[:2]), order=1, modes=["rev"], atol=1e-2)
     momentum_grads = jax.grad(
         lambda keys: fne_jax.fne_triplet_loss_from_uniform(
             *uniforms, *features[:2], keys, keys, features[4], queue, TRUSTED

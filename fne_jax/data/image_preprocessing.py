@@ -30,9 +30,7 @@ def cropped_and_flipped_image(jpeg: tf.Tensor, size: int, seed: tf.Tensor) -> tf
     seeds = tf.random.split(seed, 2)
     window = random_crop_window(tf.io.extract_jpeg_shape(jpeg), seeds[0])
     # Decoding the window alone is cheaper than decoding the picture and cropping it.
-    image = _resize(tf.image.decode_and_crop_jpeg(
-        jpeg, window, channels=3, dct_method=_DCT
-    ), size)
+    image = _resize(tf.image.decode_and_crop_jpeg(jpeg, window, channels=3, dct_method=_DCT), size)
     flip = tf.random.stateless_uniform([], seeds[1]) < 0.5
     return tf.cond(flip, lambda: tf.image.flip_left_right(image), lambda: image)
 
