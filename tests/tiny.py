@@ -47,7 +47,7 @@ def write_karpathy(folder, counts=(7, 3, 4), captions=lambda i: 1 + i % 3):
         for _ in range(count):
             index = len(entries)
             name = f"picture{index}.jpg"
-            pixels = rng.integers(0, 255, (20 + index, 33 - index, 3)).astype(np.uint8)
+            pixels = rng.integers(0, 255, (20 + index % 9, 33 - index % 7, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(folder / "images" / name, quality=95)
             raw = [f"Picture number {index}, seen {n} times." for n in range(captions(index))]
             entries.append(
