@@ -18,11 +18,13 @@ from fne_jax.data.datasets import KnownTruth, load_split
 from fne_jax.data.input_pipeline import training_batches
 from fne_jax.encoders.dual_encoder import build_dual_encoder
 from fne_jax.errors import UserError
+from fne_jax.objectives.similarity_statistics import GaussianStatistics, SimilarityStatistics
 from fne_jax.training import loop, run, sharding
 from fne_jax.training.interruption import StopRequest
 from fne_jax.training.metric_log import MetricLog, ScalarWindow, read_metrics
 from fne_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from fne_jax.training.phases import Phase, RunPlan
+from fne_jax.training.train_step import _reset_where
 from tests.conftest import TOP
 from tests.tiny import tiny_config
 
@@ -101,12 +103,14 @@ def test_the_run_has_both_phases_and_its_scalars(one_device):
     _, scalars, negatives, _ = one_device
     assert "hinge_active" not in scalars[6] and "hinge_active" in scalars[7]
     assert not negatives[6] and negatives[7]["negative_i2t"].shape == (16,)
-    # Statistics begin anew with each epoch of seven steps.
-    counts = [float(s["positive_count"]) for s in scalars]
-    assert counts[:7] == sorted(counts[:7]) and counts[6] > 0
-    assert counts[7] <= 16 and counts[7] <= counts[8]
-    assert counts[7] < counts[6] or counts[6] <= 16
     assert [round(float(s["queue_filled"]) * 40) for s in scalars[:4]] == [16, 32, 40, 40]
+
+
+def test_statistics_begin_anew_with_each_epoch():
+    one = GaussianStatistics(jnp.float32(5), jnp.float32(2), jnp.float32(1))
+    stats = SimilarityStatistics(one, one)
+    assert jax.tree.leaves(_reset_where(jnp.array(True), stats)) == [0.0] * 6
+    assert jax.tree.leaves(_reset_where(jnp.array(False), stats)) == [5.0, 2.0, 1.0] * 2
 
 
 def test_momentum_encoders_follow_before_they_encode():
