@@ -8,7 +8,7 @@ from configs import base
 
 def get_config():
     config = base.get_config()
-    config.num_epochs = 6.0
+    config.num_epochs = 10.0
     config.global_batch_size = 128
     config.momentum = 0.99
     config.queue_size = 4096
@@ -28,10 +28,10 @@ def get_config():
 
     config.warmup.objective = "clip"
     config.warmup.temperature = 0.05
-    config.fne.start_epoch = 5.0
+    config.fne.start_epoch = 8.0
     config.evaluation.per_epoch = 1
 
-    config.optimizer.learning_rate = 5e-4
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_epochs = 0.5
     config.optimizer.weight_decay = 0.05
