@@ -88,7 +88,20 @@ def get_config() -> ConfigDict:
     # Slots of the memory of momentum embeddings.
     config.queue_size = 8224
 
-    # False negative elimination, section 3 of the paper.
+    # What follows the warm-up.
+    config.objective = objective = ConfigDict()
+    # fne; triplets with the hardest, a semi_hard or a random key as negative; infonce (contrastive
+    # over the memory); or sigmoid (SigLIP's, within the batch).
+    objective.name = "fne"
+    # Candidates from the memory as well, or from the batch alone.
+    objective.memory = True
+    # Divisor of the similarities in infonce and sigmoid (0.1 is where SigLIP starts).
+    objective.temperature = 0.07
+    # Of sigmoid: added to the logits.
+    objective.bias = -10.0
+
+    # False negative elimination, section 3 of the paper. `margin` and `prior` also serve the
+    # other triplet objectives: the one in their loss, the other in their log.
     config.fne = fne = ConfigDict()
     # Epochs of warm-up before it; may be fractional.
     fne.start_epoch = 1.0
@@ -104,6 +117,17 @@ def get_config() -> ConfigDict:
     # Leave out other captions of the same image from the warm-up loss and the statistics. The
     # authors leave out the diagonal only.
     fne.mask_same_image = True
+    # How suspected candidates are weighed: soft (by their posterior, the paper's), hard (never
+    # drawn), or none (as ordinary ones). With `cut_down` False ordinary candidates weigh 1.
+    fne.elimination = "soft"
+    fne.cut_down = True
+    # Hold the posterior where its formula would fall as similarity rises.
+    fne.monotone = False
+    # 1 collects the statistics of an epoch and resets them at its start, as the paper; less keeps
+    # that share of them at each step, for data without epochs.
+    fne.statistics_keep = 1.0
+    # Keys of the memory scored at a time, a multiple of 16, to save memory; 0 for all at once.
+    fne.key_chunk = 0
 
     config.warmup = warmup = ConfigDict()
     # hardest (the paper's, for pretrained encoders); for encoders from random weights, where the

@@ -4,8 +4,14 @@ The strategy is importable by itself and needs neither TensorFlow nor a config: 
 `fne_triplet_loss`.
 """
 
-from fne_jax.objectives.contrastive import clip_loss, infonce_loss
+from fne_jax.objectives.contrastive import clip_loss, infonce_loss, sigmoid_loss
 from fne_jax.objectives.memory_queue import MemoryQueue
+from fne_jax.objectives.negative_mining import (
+    hardest_key,
+    mined_triplet_loss,
+    random_key,
+    semi_hard_key,
+)
 from fne_jax.objectives.negative_sampling import (
     sample_negatives,
     sample_negatives_from_uniform,
@@ -30,11 +36,16 @@ __all__ = [
     "false_negative_posterior",
     "fne_triplet_loss",
     "fne_triplet_loss_from_uniform",
+    "hardest_key",
     "hardest_negative_triplet_loss",
     "infonce_loss",
+    "mined_triplet_loss",
+    "random_key",
     "retrieval_metrics",
     "sample_negatives",
     "sample_negatives_from_uniform",
     "sampling_weights",
+    "semi_hard_key",
+    "sigmoid_loss",
     "update_similarity_statistics",
 ]

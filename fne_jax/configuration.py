@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fne_jax.errors import UserError
+from fne_jax.objectives.key_blocks import BLOCK
 
 FILE_NAME = "config.json"
 
@@ -108,6 +109,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "optimizer.learning_rate",
         "optimizer.clip_norm",
         "warmup.temperature",
+        "objective.temperature",
         "evaluation.per_epoch",
         "evaluation.batch_size",
         "checkpoint.keep_latest",
@@ -121,6 +123,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"config.{name} is {fields[name]}; expected a number of at least 0")
     if not 0 < config.fne.prior < 1:
         raise UserError(f"config.fne.prior is {config.fne.prior}; expected a number in (0, 1)")
+    if not 0 < config.fne.statistics_keep <= 1:
+        raise UserError(
+            f"config.fne.statistics_keep is {config.fne.statistics_keep}; "
+            "expected a number in (0, 1]"
+        )
+    if config.fne.key_chunk < 0 or config.fne.key_chunk % BLOCK:
+        raise UserError(
+            f"config.fne.key_chunk is {config.fne.key_chunk}; expected 0 or a multiple of {BLOCK}"
+        )
     if not 0 <= config.momentum < 1:
         raise UserError(f"config.momentum is {config.momentum}; expected a number in [0, 1)")
     if config.queue_size < config.global_batch_size:

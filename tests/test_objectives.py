@@ -132,6 +132,14 @@ def test_posterior_is_the_prior_until_two_values_are_seen():
     )
 
 
+@pytest.mark.parametrize("monotone", [False, True])
+def test_posterior_has_no_gradient(monotone):
+    def total(similarity):
+        return fne_jax.false_negative_posterior(similarity, TRUSTED, 0.5, monotone=monotone).sum()
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.linspace(-1, 1, 9)), 0)
+
+
 @pytest.mark.parametrize(
     ("positive", "negative"),
     [((0.7, 0.01), (0.4, 0.03)), ((0.7, 0.03), (0.4, 0.01)), ((0.7, 0.02), (0.4, 0.02)),
@@ -302,6 +310,95 @@ def test_loss_agrees_with_the_slow_version(seed, positive_mean):
     assert (aux.fallback_fraction == 1) == (positive_mean == 1.3)
 
 
+@pytest.mark.parametrize("key_chunk", [16, 48, 112, 4096])
+@pytest.mark.parametrize("positive_mean", [0.4, 1.3])  # at 1.3 nothing can be sampled
+def test_chunks_of_keys_change_nothing(key_chunk, positive_mean):
+    *features, queue = make_batch(11, batch=19, dim=7, queue_size=16 * 7 + 5, images=30)
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        queue = queue.enqueue(*matching_rows(rng, 19, 7), rng.integers(0, 30, 19))
+    stats = SimilarityStatistics(gaussian(500, positive_mean, 0.02), gaussian(999, 0.2, 0.02))
+    uniforms = np.random.default_rng(1).random((2, 19)).astype(np.float32)
+
+    def loss_fn(image, text, key_chunk):
+        return fne_jax.fne_triplet_loss_from_uniform(
+            *uniforms, image, text, *features[2:], queue, stats, key_chunk=key_chunk
+        )
+
+    differentiate = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)
+    (whole, aux), grads = differentiate(*features[:2], None)
+    (chunked, chunked_aux), chunked_grads = differentiate(*features[:2], key_chunk)
+    for name in ("negative_i2t", "negative_t2i", "hardest_i2t", "hardest_t2i"):
+        np.testing.assert_array_equal(getattr(chunked_aux, name), getattr(aux, name))
+    assert max(aux.negative_i2t) > 19, "the case should reach into the memory"
+    np.testing.assert_allclose(chunked, whole, rtol=1e-6)
+    for ours, theirs in zip(chunked_grads, grads, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    # Both agree with the plain loops.
+    expected, chosen = slow_loss(uniforms, *features, queue, stats, 0.2)
+    np.testing.assert_allclose(whole, expected, rtol=1e-5)
+    np.testing.assert_array_equal(aux.negative_i2t, chosen[0])
+    np.testing.assert_array_equal(aux.negative_t2i, chosen[1])
+
+
+def test_chunks_of_keys_bound_the_memory():
+    batch, queue_size, dim = 64, 131_072 - 64, 96
+    shaped = jax.ShapeDtypeStruct
+    emb, ids = shaped((batch, dim), jnp.float32), shaped((batch,), jnp.int32)
+    queue = jax.eval_shape(lambda: MemoryQueue.create(jax.random.key(0), queue_size, dim))
+
+    def scratch_mib(key_chunk):
+        def loss_fn(image, text, momentum_image, momentum_text, image_id, queue):
+            return fne_jax.fne_triplet_loss(
+                jax.random.key(0), image, text, momentum_image, momentum_text, image_id, queue,
+                TRUSTED, key_chunk=key_chunk,
+            )[0]  # fmt: skip
+
+        compiled = jax.jit(jax.value_and_grad(loss_fn, (0, 1)))
+        compiled = compiled.lower(emb, emb, emb, emb, ids, queue).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+    matrix_mib = batch * (batch + queue_size) * 4 / 2**20
+    assert matrix_mib == 32
+    assert scratch_mib(4096) < matrix_mib / 2
+    assert scratch_mib(None) > matrix_mib
+
+
+def test_eight_devices_draw_what_one_draws():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    *features, queue = make_batch(3, batch=16, dim=9, queue_size=77, images=40)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        queue = queue.enqueue(*matching_rows(rng, 16, 9), rng.integers(0, 40, 16))
+
+    def loss_fn(features, queue, key_chunk):
+        return fne_jax.fne_triplet_loss(
+            jax.random.key(7), *features, queue, TRUSTED, margin=0.4, key_chunk=key_chunk
+        )
+
+    jitted = jax.jit(loss_fn, static_argnums=2)
+    for key_chunk in (None, 32):
+        loss, aux = jitted(tuple(features), queue, key_chunk)
+        sharded_loss, sharded_aux = jitted(
+            tuple(jax.device_put(x, rows) for x in features),
+            jax.device_put(queue, whole),
+            key_chunk,
+        )
+        np.testing.assert_allclose(sharded_loss, loss, rtol=1e-6)
+        for name in ("negative_i2t", "negative_t2i"):
+            np.testing.assert_array_equal(getattr(sharded_aux, name), getattr(aux, name))
+
+    weights = np.random.default_rng(2).random((16, 1000)).astype("f")
+    draw = jax.jit(fne_jax.sample_negatives)
+    fallback = np.zeros(16, np.int32)
+    np.testing.assert_array_equal(
+        draw(jax.random.key(1), weights, fallback),
+        draw(jax.random.key(1), jax.device_put(weights, rows), fallback),
+    )
+
+
 def test_gradient_is_that_of_the_chosen_triplets():
     *features, queue = make_batch(2)
     uniforms = np.random.default_rng(2).random((2, 6)).astype(np.float32)
@@ -411,6 +508,107 @@ def test_clip_loss_is_cross_entropy_within_the_batch():
     assert fne_jax.clip_loss(image, text, temperature=0.3) > loss
 
 
+def test_sigmoid_loss_judges_each_pair():
+    rng = np.random.default_rng(1)
+    image, text = matching_rows(rng, 5, 4, noise=1.0)
+    ids = np.array([0, 1, 1, 2, 3])
+    same = ids[:, None] == ids[None, :]
+    logits = np.asarray(image @ text.T, np.float64) / 0.4 - 2.0
+    total = 0.0
+    for i, j in np.ndindex(5, 5):
+        if i == j:
+            total += np.log1p(np.exp(-logits[i, j]))
+        elif not same[i, j]:
+            total += np.log1p(np.exp(logits[i, j]))
+
+    def loss_fn(image, text, temperature, bias):
+        return fne_jax.sigmoid_loss(
+            image, text, temperature=temperature, bias=bias, same_image=same
+        )
+
+    np.testing.assert_allclose(loss_fn(image, text, 0.4, -2.0), total / 5, rtol=1e-5)
+    check_grads(loss_fn, (image, text, 0.4, -2.0), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+def slow_rule(rule, similarity, positive, candidates):
+    """Returns the choice of one anchor among candidate indices, None where any would do."""
+    if rule is fne_jax.random_key:
+        return None
+    if rule is fne_jax.hardest_key:
+        return max(candidates, key=lambda j: (similarity[j], -j))
+    semi_hard = [j for j in candidates if similarity[j] < positive]
+    if semi_hard:
+        return max(semi_hard, key=lambda j: (similarity[j], -j))
+    return min(candidates, key=lambda j: (similarity[j], j))
+
+
+@pytest.mark.parametrize("rule", ["hardest_key", "semi_hard_key", "random_key"])
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_mined_negatives_agree_with_the_plain_loops(rule, memory, seed):
+    rule = getattr(fne_jax, rule)
+    *features, queue = make_batch(seed)
+    image, text, momentum_image, momentum_text, image_id = features
+    assert (queue.image_id == -1).any(), "the case should have empty slots"
+    queue = queue if memory else None
+
+    def loss_fn(image, text):
+        return fne_jax.mined_triplet_loss(
+            jax.random.key(seed), image, text, *features[2:], queue, TRUSTED, rule=rule, margin=0.4
+        )
+
+    (loss, aux), grads = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(image, text)
+    expected, posteriors = 0.0, []
+    for anchor, batch_keys, name, index in (
+        (image, momentum_text, "text", aux.negative_i2t),
+        (text, momentum_image, "image", aux.negative_t2i),
+    ):
+        keys, key_id = batch_keys, image_id
+        if memory:
+            keys = np.concatenate([batch_keys, getattr(queue, name)])
+            key_id = np.concatenate([image_id, queue.image_id])
+        similarity = np.asarray(anchor) @ np.asarray(keys).T
+        for i in range(6):
+            candidates = [
+                j for j in range(len(keys)) if key_id[j] != image_id[i] and key_id[j] != -1
+            ]
+            assert index[i] in candidates
+            choice = slow_rule(rule, similarity[i], similarity[i, i], candidates)
+            assert choice is None or index[i] == choice
+            expected += max(0.4 + similarity[i, index[i]] - similarity[i, i], 0)
+            posteriors.append(fne_jax.false_negative_posterior(similarity[i, index[i]], TRUSTED))
+    np.testing.assert_allclose(loss, expected / 6, rtol=1e-5)
+    np.testing.assert_allclose(aux.posterior, np.mean(posteriors), rtol=1e-3)
+    assert all((grad != 0).any() for grad in grads)
+    check_grads(lambda *x: loss_fn(*x)[0], (image, text), order=1, modes=["rev"], atol=1e-2)
+
+
+def test_random_negatives_are_uniform_over_other_images():
+    *features, queue = make_batch(0)
+    draw = jax.jit(
+        lambda key: (
+            fne_jax.mined_triplet_loss(key, *features, queue, TRUSTED, rule=fne_jax.random_key)[
+                1
+            ].negative_i2t
+        )
+    )
+    drawn = np.stack([draw(key) for key in jax.random.split(jax.random.key(0), 3000)])
+    key_id = np.concatenate([features[4], queue.image_id])
+    candidates = np.flatnonzero((key_id != features[4][0]) & (key_id != -1))
+    counts = np.bincount(drawn[:, 0], minlength=17)
+    assert counts[candidates].sum() == 3000
+    assert scipy_stats.chisquare(counts[candidates]).pvalue > 1e-3
+
+
+def test_a_lone_pair_has_no_mined_negative():
+    image, text = matching_rows(np.random.default_rng(0), 1, 5)
+    for rule in (fne_jax.hardest_key, fne_jax.semi_hard_key, fne_jax.random_key):
+        loss, aux = fne_jax.mined_triplet_loss(
+            jax.random.key(0), image, text, image, text, np.array([3]), None, TRUSTED, rule=rule
+        )
+        assert loss == 0 and aux.fallback_fraction == 1
+
+
 def test_queue_is_a_ring():
     rng = np.random.default_rng(0)
     queue = MemoryQueue.create(jax.random.key(0), 7, 3)
@@ -438,6 +636,7 @@ def test_queue_is_a_ring():
         ({"prior": 0.0}, r"prior: expected a number in \(0, 1\), got 0.0"),
         ({"prior": 1.0}, "prior: expected"),
         ({"decay": -1.0}, "decay: expected"),
+        ({"key_chunk": 24}, "key_chunk: expected a multiple of 16 or None, got 24"),
         ({"posterior_threshold": 2.0}, "posterior_threshold: expected"),
         ({"text_emb": np.ones((5, 9), np.float32)}, r"text_emb: expected shape \(6, 9\)"),
         ({"image_id": np.ones(6, np.float32)}, "image_id: expected an integer dtype, got float32"),
@@ -458,6 +657,13 @@ def test_wrong_arguments_are_named_while_tracing(change, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(
             lambda: fne_jax.fne_triplet_loss(jax.random.key(0), **arguments, stats=TRUSTED)
+        )
+
+
+def test_fewer_keys_than_anchors_are_refused():
+    with pytest.raises(ValueError, match=r"at least as many keys as the 3 anchors.*, got 2"):
+        fne_jax.sampling_weights(
+            np.ones((3, 2), "f"), np.ones(3, "f"), np.zeros((3, 2), bool), TRUSTED
         )
 
 

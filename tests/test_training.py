@@ -18,13 +18,12 @@ from fne_jax.data.datasets import KnownTruth, load_split
 from fne_jax.data.input_pipeline import training_batches
 from fne_jax.encoders.dual_encoder import build_dual_encoder
 from fne_jax.errors import UserError
-from fne_jax.objectives.similarity_statistics import GaussianStatistics, SimilarityStatistics
-from fne_jax.training import loop, run, sharding
+from fne_jax.objectives.similarity_statistics import SimilarityStatistics
+from fne_jax.training import loop, objective, run, sharding
 from fne_jax.training.interruption import StopRequest
 from fne_jax.training.metric_log import MetricLog, ScalarWindow, read_metrics
 from fne_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from fne_jax.training.phases import Phase, RunPlan
-from fne_jax.training.train_step import _reset_where
 from tests.conftest import TOP
 from tests.tiny import tiny_config
 
@@ -106,11 +105,71 @@ def test_the_run_has_both_phases_and_its_scalars(one_device):
     assert [round(float(s["queue_filled"]) * 40) for s in scalars[:4]] == [16, 32, 40, 40]
 
 
-def test_statistics_begin_anew_with_each_epoch():
-    one = GaussianStatistics(jnp.float32(5), jnp.float32(2), jnp.float32(1))
-    stats = SimilarityStatistics(one, one)
-    assert jax.tree.leaves(_reset_where(jnp.array(True), stats)) == [0.0] * 6
-    assert jax.tree.leaves(_reset_where(jnp.array(False), stats)) == [5.0, 2.0, 1.0] * 2
+def test_statistics_begin_anew_with_each_epoch_or_decay():
+    rng = np.random.default_rng(0)
+    image = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
+    image /= jnp.linalg.norm(image, axis=1, keepdims=True)
+    features = objective.Features(image, image, image, image, jnp.arange(6), jnp.eye(6, dtype=bool))
+    config = tiny_config()
+    add = objective.next_statistics(config.fne, steps_per_epoch=3)
+    stats, counts = SimilarityStatistics.create(), []
+    for step in range(5):
+        stats = add(stats, jnp.int32(step), features)
+        counts.append(int(stats.positive.count))
+    assert counts == [6, 12, 18, 6, 12]
+    config.fne.statistics_keep = 0.5
+    add = objective.next_statistics(config.fne, steps_per_epoch=3)
+    for step in range(5):
+        stats = add(stats, jnp.int32(step), features)
+    np.testing.assert_allclose(stats.positive.count, 12 / 2**5 + 12 * (1 - 1 / 2**5))
+
+
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [("hardest", True), ("hardest", False), ("semi_hard", True), ("random", True),
+     ("random", False), ("infonce", True), ("infonce", False), ("sigmoid", False)],
+)  # fmt: skip
+def test_every_objective_trains_by_the_same_loop(name, memory):
+    config = tiny_config(
+        objective__name=name, objective__memory=memory, fne__start_epoch=0.0, num_epochs=1.0
+    )
+    start, _, _, _ = run_steps(config, mesh_of(1), steps=0)
+    state, scalars, negatives, compiled = run_steps(config, mesh_of(1), steps=5)
+    assert compiled == {Phase.WARMUP: 0, Phase.WARMUP_FILLING: 0, Phase.FNE: 1}
+    assert all(np.isfinite(s["loss"]) and s["loss"] > 0 for s in scalars)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, start.params)
+    assert all(jax.tree.leaves(moved))
+    if name in ("semi_hard", "random") or (name == "hardest" and memory):
+        last = negatives[-1]
+        from_memory = ~np.isin(last["negative_i2t"], last["anchor"])
+        assert memory or not from_memory.any()
+        same_as_hardest = (last["negative_i2t"] == last["hardest_i2t"]).mean()
+        assert (same_as_hardest == 1) == (name == "hardest")
+    else:
+        assert negatives[-1] == {}
+
+
+@pytest.mark.parametrize(
+    ("part", "setting"),
+    [
+        ({"fne__elimination": "none"}, {"posterior_threshold": 1.0, "decay": 0.5}),
+        ({"fne__elimination": "hard"}, {"elimination_decay": 1e30, "posterior_threshold": 1e-3}),
+        ({"fne__cut_down": False}, {"decay": 0.0, "elimination_decay": 0.5}),
+        ({"fne__monotone": True}, {"monotone": True}),
+        ({"fne__key_chunk": 32}, {"key_chunk": 32}),
+        ({}, {"elimination_decay": 0.5, "posterior_threshold": 1e-3, "key_chunk": None}),
+    ],
+)
+def test_parts_of_fne_are_switched_by_the_config(part, setting):
+    settings = objective.sampling_settings(tiny_config(**part).fne)
+    assert {name: settings[name] for name in setting} == setting
+
+
+def test_unknown_objectives_are_named():
+    with pytest.raises(UserError, match=r"config.objective.name is 'fen'; expected one of fne, ha"):
+        objective.main_objective(tiny_config(objective__name="fen"))
+    with pytest.raises(UserError, match=r"config.fne.elimination is 'all'; expected one of soft"):
+        objective.main_objective(tiny_config(fne__elimination="all"))
 
 
 def test_momentum_encoders_follow_before_they_encode():

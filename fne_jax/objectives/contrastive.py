@@ -107,3 +107,43 @@ def clip_loss(
     positive = jnp.diagonal(logits)
     normaliser = jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0)
     return (normaliser / 2 - positive).mean()
+
+
+def sigmoid_loss(
+    image_emb: jax.Array,
+    text_emb: jax.Array,
+    *,
+    temperature: float = 0.1,
+    bias: float = -10.0,
+    same_image: jax.Array | None = None,
+) -> jax.Array:
+    """Returns the pairwise sigmoid loss within a batch: each pair is judged by itself.
+
+    SigLIP learns temperature and bias, starting from these defaults; give traced values to do so.
+
+    Args:
+      image_emb: [batch, dim] L2-normalised image embeddings.
+      text_emb: [batch, dim] L2-normalised embeddings of the matching captions.
+      temperature: divisor of the similarities, above 0.
+      bias: added to the logits; about the log odds of a match at similarity 0.
+      same_image: [batch, batch] bool, true where two pairs show one image; such off-diagonal
+        entries take no part. None leaves all in.
+
+    Returns:
+      The [] float32 loss, summed over all pairs and divided by the batch.
+
+    Raises:
+      ValueError: on a wrong shape, dtype or range.
+
+    References:
+      Zhai et al., Sigmoid Loss for Language Image Pre-Training, ICCV 2023, arXiv 2303.15343,
+      equation 1 and algorithm 1.
+    """
+    batch, _ = checks.embeddings(image_emb=image_emb, text_emb=text_emb)
+    checks.in_range("temperature", temperature, 0, low_open=True)
+    own = jnp.eye(batch, dtype=bool)
+    same_image = own if same_image is None else same_image
+    checks.shape("same_image", same_image, (batch, batch))
+    logits = cosine(image_emb, text_emb) / temperature + bias
+    losses = jax.nn.softplus(jnp.where(own, -logits, logits))
+    return jnp.where(same_image & ~own, 0.0, losses).sum() / batch

@@ -9,8 +9,8 @@ from fne_jax.objectives import checks
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics, false_negative_posterior
 
 # Columns whose weights are summed before any cumulative sum. About the square root of a large
-# key count, so that neither the sums over blocks nor the search inside one costs much.
-BLOCK = 128
+# key count, so that neither the sums over groups nor the search inside one costs much.
+GROUP = 128
 
 
 def sampling_weights(
@@ -57,18 +57,55 @@ def sampling_weights(
         raise ValueError(f"similarity: expected shape [batch, keys], got {jnp.shape(similarity)}")
     checks.shape("positive_similarity", positive_similarity, (similarity.shape[0],))
     checks.shape("same_image", same_image, similarity.shape)
+    batch, keys = similarity.shape
+    if keys < batch:
+        raise ValueError(
+            f"similarity: expected at least as many keys as the {batch} anchors, which each have "
+            f"their own match among them, got {keys}"
+        )
+    return candidate_weight(
+        jax.lax.stop_gradient(similarity).astype(jnp.float32),
+        jax.lax.stop_gradient(positive_similarity)[:, None],
+        same_image,
+        stats,
+        margin=margin,
+        decay=decay,
+        elimination_decay=elimination_decay,
+        prior=prior,
+        posterior_threshold=posterior_threshold,
+        min_count=min_count,
+        monotone=monotone,
+    )
+
+
+def candidate_weight(
+    similarity: jax.Array,
+    positive_similarity: jax.Array,
+    same_image: jax.Array,
+    stats: SimilarityStatistics,
+    *,
+    margin: float,
+    decay: float,
+    elimination_decay: float | None,
+    prior: float,
+    posterior_threshold: float,
+    min_count: int,
+    monotone: bool,
+) -> jax.Array:
+    """Returns `sampling_weights` element by element, of arrays that broadcast in any layout."""
     checks.in_range("margin", margin, 0)
     checks.in_range("decay", decay, 0)
-    elimination_decay = decay if elimination_decay is None else elimination_decay
-    checks.in_range("elimination_decay", elimination_decay, 0)
     checks.in_range("posterior_threshold", posterior_threshold, 0, 1)
     checks.in_range("min_count", min_count, 0)
-
-    similarity = jax.lax.stop_gradient(similarity).astype(jnp.float32)
-    distance = similarity - jax.lax.stop_gradient(positive_similarity)[:, None]
+    elimination_decay = decay if elimination_decay is None else elimination_decay
+    checks.in_range("elimination_decay", elimination_decay, 0)
     posterior = false_negative_posterior(similarity, stats, prior, monotone=monotone)
     suspected = (stats.positive.count > min_count) & (posterior > posterior_threshold)
-    exponent = jnp.where(suspected, elimination_decay * posterior, decay * jnp.square(distance))
+    exponent = jnp.where(
+        suspected,
+        elimination_decay * posterior,
+        decay * jnp.square(similarity - positive_similarity),
+    )
     ruled_out = same_image | (similarity <= stats.positive.mean - margin)
     return jnp.where(ruled_out, 0.0, jnp.exp(-exponent))
 
@@ -114,24 +151,40 @@ def sample_negatives_from_uniform(
     """
     if jnp.ndim(weights) != 2:
         raise ValueError(f"weights: expected shape [batch, keys], got {jnp.shape(weights)}")
-    batch, keys = weights.shape
+    batch = weights.shape[0]
     checks.shape("uniform", uniform, (batch,))
     checks.ids("fallback", fallback, batch)
     weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
-    whole = keys - keys % BLOCK
-    sums = weights[:, :whole].reshape(batch, -1, BLOCK).sum(axis=-1)
+    index, _, total = draw(uniform, weights)
+    return jnp.where(total > 0, index, fallback).astype(jnp.int32)
+
+
+def draw(uniform: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the entry that each row's uniform number falls on.
+
+    Args:
+      uniform: [batch] numbers in [0, 1).
+      weights: [batch, n] float32, at least 0.
+
+    Returns:
+      [batch] index, meaningless where a row is all 0; [batch] what is left of `uniform` times the
+      total beyond the entries before it; [batch] the row's total.
+    """
+    n = weights.shape[1]
+    whole = n - n % GROUP
+    sums = weights[:, :whole].reshape(weights.shape[0], -1, GROUP).sum(axis=-1)
     sums = jnp.concatenate([sums, weights[:, whole:].sum(axis=-1, keepdims=True)], axis=1)
-    block, target = _choose(uniform.astype(jnp.float32) * sums.sum(axis=1), sums)
+    total = sums.sum(axis=1)
+    group, target = first_exceeding(uniform.astype(jnp.float32) * total, sums)
     # Reading past the last column would repeat it, so those columns are masked to weight 0.
-    column = block[:, None] * BLOCK + jnp.arange(BLOCK)[None, :]
-    inside = jnp.take_along_axis(weights, jnp.minimum(column, keys - 1), axis=1)
-    inside = jnp.where(column < keys, inside, 0.0)
-    offset, _ = _choose(target, inside)
-    drawn = (block * BLOCK + offset).astype(jnp.int32)
-    return jnp.where(sums.sum(axis=1) > 0, drawn, fallback.astype(jnp.int32))
+    column = group[:, None] * GROUP + jnp.arange(GROUP)[None, :]
+    inside = jnp.take_along_axis(weights, jnp.minimum(column, n - 1), axis=1)
+    inside = jnp.where(column < n, inside, 0.0)
+    offset, target = first_exceeding(target, inside)
+    return (group * GROUP + offset).astype(jnp.int32), target, total
 
 
-def _choose(target, weights):
+def first_exceeding(target: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns each row's first positive entry whose running total exceeds the target, and the rest.
 
     Args:

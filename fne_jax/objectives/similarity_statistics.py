@@ -153,14 +153,14 @@ def false_negative_posterior(
         that it never falls as similarity rises. False keeps the authors' formula.
 
     Returns:
-      The posterior in [0, 1], shaped as `similarity`; the prior itself while either distribution
-      has seen fewer than two values.
+      The posterior in [0, 1], shaped as `similarity`, without gradient; the prior itself while
+      either distribution has seen fewer than two values.
 
     Raises:
       ValueError: if the prior is outside (0, 1).
     """
     checks.in_range("prior", prior, 0, 1, low_open=True, high_open=True)
-    similarity = jnp.asarray(similarity, jnp.float32)
+    similarity = jax.lax.stop_gradient(jnp.asarray(similarity, jnp.float32))
     if monotone:
         similarity = _onto_rising_branch(similarity, stats)
     log_odds = (

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from fne_jax.objectives import checks
+from fne_jax.objectives.key_blocks import BLOCK, KeyBlocks
 from fne_jax.objectives.memory_queue import MemoryQueue
-from fne_jax.objectives.negative_sampling import sample_negatives_from_uniform, sampling_weights
+from fne_jax.objectives.negative_sampling import candidate_weight, draw, first_exceeding
 from fne_jax.objectives.similarity_statistics import (
     SimilarityStatistics,
     cosine,
@@ -112,6 +114,7 @@ def fne_triplet_loss_from_uniform(
     posterior_threshold: float = 1e-3,
     min_count: int = 200,
     monotone: bool = False,
+    key_chunk: int | None = None,
 ) -> tuple[jax.Array, TripletAux]:
     """`fne_triplet_loss` with its draws as arguments, to replay a recorded run.
 
@@ -132,6 +135,9 @@ def fne_triplet_loss_from_uniform(
       posterior_threshold: see `sampling_weights`.
       min_count: see `sampling_weights`.
       monotone: see `sampling_weights`.
+      key_chunk: keys of the memory that are scored at a time, a multiple of 16, for a memory of
+        O(batch * key_chunk) rather than O(batch * keys); None scores all at once. The draws are
+        the same, up to rounding at the borders between keys.
 
     Returns:
       As `fne_triplet_loss`.
@@ -139,9 +145,12 @@ def fne_triplet_loss_from_uniform(
     Raises:
       ValueError: on a wrong shape, dtype or range.
     """
-    _check_features(image_emb, text_emb, momentum_image_emb, momentum_text_emb, image_id, queue)
+    check_features(image_emb, text_emb, momentum_image_emb, momentum_text_emb, image_id, queue)
+    if key_chunk is not None and (key_chunk < BLOCK or key_chunk % BLOCK):
+        raise ValueError(f"key_chunk: expected a multiple of {BLOCK} or None, got {key_chunk}")
     weigh = functools.partial(
-        sampling_weights,
+        candidate_weight,
+        stats=stats,
         margin=margin,
         decay=decay,
         elimination_decay=elimination_decay,
@@ -151,37 +160,102 @@ def fne_triplet_loss_from_uniform(
         monotone=monotone,
     )
 
-    def direction(uniform, anchor, batch_keys, queue_keys):
-        positive = rowwise_cosine(anchor, batch_keys)
-        similarity, same_image = key_similarity(anchor, batch_keys, queue_keys, image_id, queue)
-        weights = weigh(similarity, positive, same_image, stats)
-        hardest = hardest_negative(similarity, same_image)
-        worst = _pick(similarity, hardest)
-        violates = _pick(~same_image, hardest) & (margin + worst - positive > 0)
+    def choose(uniform, anchor, batch_keys, queue_keys):
+        blocks = KeyBlocks.create(anchor, batch_keys, image_id, queue_keys, queue)
+        table = blocks.table(weigh, key_chunk)
+
+        worst = blocks.scores(table.best.argmax(axis=1).astype(jnp.int32), weigh)
+        candidates = jnp.where(worst.other_image, worst.similarity, -jnp.inf)
+        hardest = _pick(worst.index, candidates.argmax(axis=1))
+        violates = margin + candidates.max(axis=1) - blocks.positive > 0
         fallback = jnp.where(violates, hardest, 0)
-        chosen = sample_negatives_from_uniform(uniform, weights, fallback)
-        usable = (weights > 0).any(axis=1)
-        negative = rowwise_cosine(anchor, take_keys(chosen, batch_keys, queue_keys))
+
+        block, target, _ = draw(uniform, table.weight)
+        drawn = blocks.scores(block, weigh)
+        offset, _ = first_exceeding(target, drawn.weight)
+        # Also false where rounding gave a block weight that none of its keys has.
+        sampled = _pick(drawn.weight, offset) > 0
         # Where nothing can be sampled or violates the margin, the index may name the anchor's own
         # image: no loss there.
-        hinge = jnp.where(usable | violates, jax.nn.relu(margin + negative - positive), 0.0)
-        posterior = false_negative_posterior(
-            jax.lax.stop_gradient(negative), stats, prior, monotone=monotone
-        )
-        return hinge, chosen, hardest, ~usable, posterior
+        chosen = jnp.where(sampled, _pick(drawn.index, offset), fallback)
+        return Choice(chosen, hardest, sampled, sampled | violates)
 
     queue_text = None if queue is None else queue.text
     queue_image = None if queue is None else queue.image
-    i2t = direction(uniform_i2t, image_emb, momentum_text_emb, queue_text)
-    t2i = direction(uniform_t2i, text_emb, momentum_image_emb, queue_image)
-    hinge = jnp.concatenate([i2t[0], t2i[0]])
+    return triplet_loss_of_choices(
+        choose(uniform_i2t, image_emb, momentum_text_emb, queue_text),
+        choose(uniform_t2i, text_emb, momentum_image_emb, queue_image),
+        image_emb,
+        text_emb,
+        momentum_image_emb,
+        momentum_text_emb,
+        queue,
+        functools.partial(false_negative_posterior, stats=stats, prior=prior, monotone=monotone),
+        margin=margin,
+    )
+
+
+@flax.struct.dataclass
+class Choice:
+    """The negatives of one direction.
+
+    Attributes:
+      index: [batch] int32 into the keys.
+      hardest: [batch] int32, the most similar key of another image.
+      sampled: [batch] bool, false where the strategy had nothing to choose from.
+      counts: [batch] bool, false where the index names no negative: no loss there.
+    """
+
+    index: jax.Array
+    hardest: jax.Array
+    sampled: jax.Array
+    counts: jax.Array
+
+
+def triplet_loss_of_choices(
+    i2t: Choice,
+    t2i: Choice,
+    image_emb: jax.Array,
+    text_emb: jax.Array,
+    momentum_image_emb: jax.Array,
+    momentum_text_emb: jax.Array,
+    queue: MemoryQueue | None,
+    posterior: Callable[[jax.Array], jax.Array],
+    *,
+    margin: float,
+) -> tuple[jax.Array, TripletAux]:
+    """Returns the triplet loss over chosen momentum keys, and what it did.
+
+    Args:
+      i2t: choices of the image anchors among the text keys.
+      t2i: choices of the text anchors among the image keys.
+      image_emb: see `fne_triplet_loss`, as all up to `queue`.
+      text_emb: see `fne_triplet_loss`.
+      momentum_image_emb: see `fne_triplet_loss`.
+      momentum_text_emb: see `fne_triplet_loss`.
+      queue: see `fne_triplet_loss`.
+      posterior: of similarities, for the log.
+      margin: similarity by which the positive should win.
+    """
+
+    def direction(choice, anchor, batch_keys, queue_keys):
+        positive = rowwise_cosine(anchor, batch_keys)
+        negative = rowwise_cosine(anchor, take_keys(choice.index, batch_keys, queue_keys))
+        hinge = jnp.where(choice.counts, jax.nn.relu(margin + negative - positive), 0.0)
+        return hinge, jax.lax.stop_gradient(negative)
+
+    queue_text = None if queue is None else queue.text
+    queue_image = None if queue is None else queue.image
+    hinge_i2t, negative_i2t = direction(i2t, image_emb, momentum_text_emb, queue_text)
+    hinge_t2i, negative_t2i = direction(t2i, text_emb, momentum_image_emb, queue_image)
+    hinge = jnp.concatenate([hinge_i2t, hinge_t2i])
     aux = TripletAux(
-        negative_i2t=i2t[1],
-        negative_t2i=t2i[1],
-        hardest_i2t=i2t[2],
-        hardest_t2i=t2i[2],
-        fallback_fraction=jnp.concatenate([i2t[3], t2i[3]]).mean(),
-        posterior=jnp.concatenate([i2t[4], t2i[4]]).mean(),
+        negative_i2t=i2t.index,
+        negative_t2i=t2i.index,
+        hardest_i2t=i2t.hardest,
+        hardest_t2i=t2i.hardest,
+        fallback_fraction=1 - jnp.concatenate([i2t.sampled, t2i.sampled]).mean(),
+        posterior=posterior(jnp.concatenate([negative_i2t, negative_t2i])).mean(),
         active_fraction=(hinge > 0).mean(),
     )
     return hinge.sum() / image_emb.shape[0], aux
@@ -232,33 +306,6 @@ def rowwise_cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     return (a.astype(jnp.float32) * jax.lax.stop_gradient(b).astype(jnp.float32)).sum(axis=-1)
 
 
-def key_similarity(
-    anchor: jax.Array,
-    batch_keys: jax.Array,
-    queue_keys: jax.Array | None,
-    image_id: jax.Array,
-    queue: MemoryQueue | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns constant [batch, keys] similarities, and where a key shows the anchor's image."""
-    anchor = jax.lax.stop_gradient(anchor)
-    similarity = jax.lax.stop_gradient(cosine(anchor, batch_keys))
-    same_image = image_id[:, None] == image_id[None, :]
-    if queue is None:
-        return similarity, same_image
-    # The products are joined rather than the keys: a queue has far more numbers than its products.
-    similarity = jnp.concatenate(
-        [similarity, jax.lax.stop_gradient(cosine(anchor, queue_keys))], axis=1
-    )
-    return similarity, jnp.concatenate(
-        [same_image, image_id[:, None] == queue.image_id[None, :]], axis=1
-    )
-
-
-def hardest_negative(similarity: jax.Array, same_image: jax.Array) -> jax.Array:
-    """Returns the [batch] int32 index of the most similar key of another image, ties lowest."""
-    return jnp.argmax(jnp.where(same_image, -jnp.inf, similarity), axis=1).astype(jnp.int32)
-
-
 def take_keys(index: jax.Array, batch_keys: jax.Array, queue_keys: jax.Array | None) -> jax.Array:
     """Returns the [batch, dim] keys that indices into (batch keys, queue slots) name."""
     batch = batch_keys.shape[0]
@@ -273,7 +320,15 @@ def _pick(matrix, index):
     return jnp.take_along_axis(matrix, index[:, None], axis=1)[:, 0]
 
 
-def _check_features(image_emb, text_emb, momentum_image_emb, momentum_text_emb, image_id, queue):
+def check_features(
+    image_emb: jax.Array,
+    text_emb: jax.Array,
+    momentum_image_emb: jax.Array,
+    momentum_text_emb: jax.Array,
+    image_id: jax.Array,
+    queue: MemoryQueue | None,
+) -> None:
+    """Raises ValueError unless the arguments of `fne_triplet_loss` fit together."""
     batch, dim = checks.embeddings(
         image_emb=image_emb,
         text_emb=text_emb,

@@ -200,7 +200,7 @@ def jitted_steps(
     shared = {
         "momentum": config.momentum,
         "mask_same_image": config.fne.mask_same_image,
-        "steps_per_epoch": plan.steps_per_epoch,
+        "next_statistics": objective.next_statistics(config.fne, plan.steps_per_epoch),
         "image_mean": config.image_mean,
         "image_std": config.image_std,
         "learning_rate": schedule,

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from fne_jax.errors import UserError
-from fne_jax.objectives.contrastive import clip_loss, infonce_loss
+from fne_jax.objectives.contrastive import clip_loss, infonce_loss, sigmoid_loss
 from fne_jax.objectives.memory_queue import MemoryQueue
-from fne_jax.objectives.similarity_statistics import SimilarityStatistics
+from fne_jax.objectives.negative_mining import (
+    hardest_key,
+    mined_triplet_loss,
+    random_key,
+    semi_hard_key,
+)
+from fne_jax.objectives.similarity_statistics import (
+    SimilarityStatistics,
+    update_similarity_statistics,
+)
 from fne_jax.objectives.triplet_loss import (
     TripletAux,
     fne_triplet_loss,
@@ -42,7 +53,8 @@ class Features:
 
 
 Objective = Callable[
-    [jax.Array, Features, MemoryQueue, SimilarityStatistics], tuple[jax.Array, TripletAux | None]
+    [jax.Array, Features, MemoryQueue | None, SimilarityStatistics],
+    tuple[jax.Array, TripletAux | None],
 ]
 
 
@@ -97,17 +109,91 @@ def clip_objective(rng, features, queue, stats, *, temperature):
     return loss, None
 
 
-def main_objective(config: ml_collections.ConfigDict) -> Objective:
-    """Returns the objective after the warm-up."""
-    fne = config.fne
-    return functools.partial(
-        fne_objective,
-        margin=fne.margin,
-        decay=fne.decay,
-        prior=fne.prior,
-        posterior_threshold=fne.posterior_threshold,
-        min_count=fne.min_count,
+def mined_objective(rng, features, queue, stats, **settings):
+    """`mined_triplet_loss` as an Objective."""
+    return mined_triplet_loss(
+        rng,
+        features.image,
+        features.text,
+        features.momentum_image,
+        features.momentum_text,
+        features.image_id,
+        queue,
+        stats,
+        **settings,
     )
+
+
+def sigmoid_objective(rng, features, queue, stats, *, temperature, bias):
+    """`sigmoid_loss` as an Objective."""
+    del rng, queue, stats
+    loss = sigmoid_loss(
+        features.image,
+        features.text,
+        temperature=temperature,
+        bias=bias,
+        same_image=features.same_image,
+    )
+    return loss, None
+
+
+def within_the_batch(objective: Objective) -> Objective:
+    """Returns an objective whose candidates are the batch's own keys, without the memory."""
+
+    def without_memory(rng, features, queue, stats):
+        del queue
+        return objective(rng, features, None, stats)
+
+    return without_memory
+
+
+def main_objective(config: ml_collections.ConfigDict) -> Objective:
+    """Returns the objective after the warm-up, `config.objective`.
+
+    Raises:
+      UserError: if `config.objective.name` or `config.fne.elimination` is unknown.
+    """
+    fne, chosen = config.fne, config.objective
+    mined = {"margin": fne.margin, "prior": fne.prior}
+    hardest = functools.partial(mined_objective, rule=hardest_key, **mined)
+    if not chosen.memory:
+        # Within the batch, VSE++ compares online embeddings, and both sides learn.
+        hardest = functools.partial(hardest_objective, margin=fne.margin)
+    objectives = {
+        "fne": functools.partial(fne_objective, **sampling_settings(fne)),
+        "hardest": hardest,
+        "semi_hard": functools.partial(mined_objective, rule=semi_hard_key, **mined),
+        "random": functools.partial(mined_objective, rule=random_key, **mined),
+        "infonce": functools.partial(infonce_objective, temperature=chosen.temperature),
+        "sigmoid": functools.partial(
+            sigmoid_objective, temperature=chosen.temperature, bias=chosen.bias
+        ),
+    }
+    objective = objectives[_one_of("objective.name", chosen.name, objectives)]
+    return objective if chosen.memory else within_the_batch(objective)
+
+
+def sampling_settings(fne: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns `fne_triplet_loss`'s settings, its parts switched on or off as `config.fne` says.
+
+    Raises:
+      UserError: if `config.fne.elimination` is unknown.
+    """
+    eliminations = {
+        "soft": {"elimination_decay": fne.decay, "posterior_threshold": fne.posterior_threshold},
+        # exp(-1e30 P) is 0 for every P above the threshold.
+        "hard": {"elimination_decay": 1e30, "posterior_threshold": fne.posterior_threshold},
+        "none": {"elimination_decay": fne.decay, "posterior_threshold": 1.0},
+    }
+    return {
+        **eliminations[_one_of("fne.elimination", fne.elimination, eliminations)],
+        "decay": fne.decay if fne.cut_down else 0.0,
+        "margin": fne.margin,
+        "prior": fne.prior,
+        "min_count": fne.min_count,
+        "monotone": fne.monotone,
+        "key_chunk": fne.key_chunk or None,
+    }
 
 
 def warmup_objective(config: ml_collections.ConfigDict) -> Objective:
@@ -117,12 +203,41 @@ def warmup_objective(config: ml_collections.ConfigDict) -> Objective:
       UserError: if `config.warmup.objective` is unknown.
     """
     warmup = config.warmup
-    if warmup.objective == "hardest":
-        return functools.partial(hardest_objective, margin=config.fne.margin)
-    if warmup.objective == "infonce":
-        return functools.partial(infonce_objective, temperature=warmup.temperature)
-    if warmup.objective == "clip":
-        return functools.partial(clip_objective, temperature=warmup.temperature)
-    raise UserError(
-        f"config.warmup.objective is {warmup.objective!r}; expected hardest, infonce or clip"
-    )
+    objectives = {
+        "hardest": functools.partial(hardest_objective, margin=config.fne.margin),
+        "infonce": functools.partial(infonce_objective, temperature=warmup.temperature),
+        "clip": functools.partial(clip_objective, temperature=warmup.temperature),
+    }
+    return objectives[_one_of("warmup.objective", warmup.objective, objectives)]
+
+
+# Of the statistics so far, the step's number, and the batch.
+NextStatistics = Callable[[SimilarityStatistics, jax.Array, Features], SimilarityStatistics]
+
+
+def next_statistics(fne: ml_collections.ConfigDict, steps_per_epoch: int) -> NextStatistics:
+    """Returns how a step's batch enters the statistics: reset at each epoch, or decayed."""
+    if fne.statistics_keep == 1:
+
+        def next_of_epoch(stats, step, features):
+            starts_epoch = step % steps_per_epoch == 0
+            stats = jax.tree.map(lambda value: jnp.where(starts_epoch, 0.0, value), stats)
+            return update_similarity_statistics(
+                stats, features.image, features.text, features.same_image
+            )
+
+        return next_of_epoch
+
+    def next_decayed(stats, step, features):
+        del step
+        return update_similarity_statistics(
+            stats, features.image, features.text, features.same_image, keep=fne.statistics_keep
+        )
+
+    return next_decayed
+
+
+def _one_of(field, value, names):
+    if value not in names:
+        raise UserError(f"config.{field} is {value!r}; expected one of {', '.join(names)}")
+    return value

@@ -8,13 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fne_jax.objectives.similarity_statistics import (
-    GaussianStatistics,
-    SimilarityStatistics,
-    update_similarity_statistics,
-)
+from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.objectives.triplet_loss import TripletAux
-from fne_jax.training.objective import Features, Objective
+from fne_jax.training.objective import Features, NextStatistics, Objective
 from fne_jax.training.train_state import TrainState
 
 
@@ -23,10 +19,10 @@ def train_step(
     batch: dict[str, jax.Array],
     *,
     objective: Objective,
+    next_statistics: NextStatistics,
     write_queue: bool,
     momentum: float,
     mask_same_image: bool,
-    steps_per_epoch: int,
     image_mean: tuple[float, ...],
     image_std: tuple[float, ...],
     learning_rate: optax.Schedule,
@@ -38,10 +34,10 @@ def train_step(
       batch: `image` [batch, side, side, 3] uint8, `input_ids` and `attention_mask` [batch, length]
         int32, `image_id` and `pair_id` [batch] int32.
       objective: the loss of this phase of the run.
+      next_statistics: adds the batch to the similarity statistics.
       write_queue: whether the batch's momentum embeddings enter the memory.
       momentum: of the momentum encoders, which move before they encode.
       mask_same_image: whether other captions of an image are no negatives within the batch.
-      steps_per_epoch: the statistics are reset at its multiples.
       image_mean: of the pixels in [0, 1], by channel.
       image_std: of the pixels in [0, 1], by channel.
       learning_rate: for the log; the optimizer has its own.
@@ -61,7 +57,6 @@ def train_step(
     same_image = jnp.eye(image_id.shape[0], dtype=bool)
     if mask_same_image:
         same_image = image_id[:, None] == image_id[None, :]
-    old_stats = _reset_where(state.step % steps_per_epoch == 0, state.stats)
 
     def loss_fn(params):
         image, text = state.apply_fn(
@@ -71,8 +66,8 @@ def train_step(
             deterministic=False,
             rngs={"dropout": dropout_rng},
         )
-        stats = update_similarity_statistics(old_stats, image, text, same_image)
         features = Features(image, text, momentum_image, momentum_text, image_id, same_image)
+        stats = next_statistics(state.stats, state.step, features)
         loss, aux = objective(sampling_rng, features, state.queue, stats)
         return loss, (stats, aux)
 
@@ -121,13 +116,6 @@ def statistics_scalars(stats: SimilarityStatistics) -> dict[str, Any]:
             ("count", gaussian.count),
         )
     }
-
-
-def _reset_where(starts_epoch: jax.Array, stats: SimilarityStatistics) -> SimilarityStatistics:
-    def reset(gaussian: GaussianStatistics) -> GaussianStatistics:
-        return jax.tree.map(lambda value: jnp.where(starts_epoch, 0.0, value), gaussian)
-
-    return SimilarityStatistics(reset(stats.positive), reset(stats.negative))
 
 
 def _negative_pairs(aux: TripletAux, key_pair_id: jax.Array) -> dict[str, jax.Array]:

@@ -1,0 +1,1 @@
+"""Measurements of speed, each printed as JSON lines by `python -m fne_jax.benchmark NAME`."""

@@ -1,0 +1,151 @@
+"""What FNE costs beside the bare products of anchors and keys, and what the memory costs."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fne_jax.benchmarks.timing import machine, median_seconds
+from fne_jax.objectives.memory_queue import MemoryQueue
+from fne_jax.objectives.similarity_statistics import (
+    GaussianStatistics,
+    SimilarityStatistics,
+    cosine,
+    update_similarity_statistics,
+)
+from fne_jax.objectives.triplet_loss import fne_triplet_loss
+
+# Statistics under which many candidates are suspected and many are too easy, so that every branch
+# of the weights is taken; their values do not change the work.
+_STATS = SimilarityStatistics(
+    positive=GaussianStatistics(jnp.float32(500), jnp.float32(50), jnp.float32(2.0)),
+    negative=GaussianStatistics(jnp.float32(1000), jnp.float32(50), jnp.float32(2.0)),
+)
+
+
+def strategy(
+    batch: int, queue_size: int, dim: int, key_chunk: int | None, repeats: int
+) -> dict[str, Any]:
+    """Times statistics, both directions and the gradient against the two bare products.
+
+    Args:
+      batch: anchors of a direction.
+      queue_size: slots of the memory.
+      dim: of the embeddings.
+      key_chunk: see `fne_triplet_loss`.
+      repeats: timed calls of each.
+
+    Returns:
+      One benchmark line: medians in seconds and their ratio, and the strategy's scratch memory.
+    """
+    rng = jax.random.key(0)
+    features = [_unit_rows(jax.random.fold_in(rng, n), batch, dim) for n in range(4)]
+    queue = MemoryQueue.create(rng, queue_size, dim)
+    image_id = jnp.arange(batch, dtype=jnp.int32)
+    image_keys, text_keys = (
+        jnp.concatenate([batch_keys, queue_keys])
+        for batch_keys, queue_keys in ((features[2], queue.image), (features[3], queue.text))
+    )
+
+    def step(image_emb, text_emb, momentum_image_emb, momentum_text_emb, queue):
+        stats = update_similarity_statistics(_STATS, image_emb, text_emb)
+
+        def loss_fn(image_emb, text_emb):
+            return fne_triplet_loss(
+                rng,
+                image_emb,
+                text_emb,
+                momentum_image_emb,
+                momentum_text_emb,
+                image_id,
+                queue,
+                stats,
+                key_chunk=key_chunk,
+            )
+
+        return stats, jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(image_emb, text_emb)
+
+    @jax.jit
+    def products(image_emb, text_emb, image_keys, text_keys):
+        return cosine(image_emb, text_keys), cosine(text_emb, image_keys)
+
+    compiled = jax.jit(step).lower(*features, queue).compile()
+    seconds = median_seconds(
+        {
+            "strategy": functools.partial(compiled, *features, queue),
+            "products": functools.partial(products, *features[:2], image_keys, text_keys),
+        },
+        repeats,
+    )
+    return {
+        "benchmark": "strategy",
+        "batch": batch,
+        "queue": queue_size,
+        "dim": dim,
+        "key_chunk": key_chunk,
+        "strategy_s": seconds["strategy"],
+        "products_s": seconds["products"],
+        "ratio": seconds["strategy"] / seconds["products"],
+        "scratch_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
+        **machine(),
+    }
+
+
+def queue_update(batch: int, queue_size: int, dim: int, repeats: int) -> dict[str, Any]:
+    """Times writing a batch into a donated memory; returns one benchmark line."""
+    rng = jax.random.key(1)
+    image, text = (_unit_rows(jax.random.fold_in(rng, n), batch, dim) for n in range(2))
+    image_id = jnp.arange(batch, dtype=jnp.int32)
+    enqueue = jax.jit(MemoryQueue.enqueue, donate_argnums=0)
+    queue = MemoryQueue.create(rng, queue_size, dim)
+
+    def write():
+        nonlocal queue
+        queue = enqueue(queue, image, text, image_id)
+        return queue
+
+    seconds = median_seconds({"update": write}, repeats)
+    return {
+        "benchmark": "queue_update",
+        "batch": batch,
+        "queue": queue_size,
+        "dim": dim,
+        "update_s": seconds["update"],
+        **machine(),
+    }
+
+
+def momentum_update(parameters: int, repeats: int) -> dict[str, Any]:
+    """Times the momentum encoders' update of donated weights; returns one benchmark line."""
+    width = 1024
+    shape = (parameters // width, width)
+    online = jnp.ones(shape)
+    momentum = jnp.zeros(shape)
+    update = jax.jit(
+        lambda momentum, online: optax.incremental_update(online, momentum, 0.005),
+        donate_argnums=0,
+    )
+
+    def move():
+        nonlocal momentum
+        momentum = update(momentum, online)
+        return momentum
+
+    seconds = median_seconds({"update": move}, repeats)
+    return {
+        "benchmark": "momentum_update",
+        "parameters": online.size,
+        "update_s": seconds["update"],
+        # Read both, write one.
+        "gbytes_per_s": 3 * online.nbytes / 1e9 / seconds["update"],
+        **machine(),
+    }
+
+
+def _unit_rows(rng, rows, dim):
+    vectors = jax.random.normal(rng, (rows, dim))
+    return vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True)

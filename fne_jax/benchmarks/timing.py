@@ -1,0 +1,41 @@
+"""Timing of compiled functions on machines whose speed drifts."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+
+def median_seconds(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Returns the median wall time of each function, run in turns.
+
+    Turns, rather than one after the other, so that a slow minute of the machine falls on all.
+
+    Args:
+      functions: called without arguments; each returns arrays, which are waited for.
+      repeats: calls of each that count, after one that compiles and one that warms up.
+    """
+    for _ in range(2):
+        for function in functions.values():
+            jax.block_until_ready(function())
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def machine() -> dict[str, Any]:
+    """Returns what a figure needs beside it: the kind and number of devices, and jax's version."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+    }

@@ -1,0 +1,181 @@
+"""Candidates in blocks: what a draw needs to know of many keys, without a [batch, keys] matrix.
+
+The scores of all keys are reduced to one number for each block of 16 keys; a block is then chosen
+by these, and only its own keys are scored again. So nothing larger than a chunk of the scores is
+ever held, the keys of the batch and of the memory are never joined, and no long row is summed
+element by element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from fne_jax.objectives.memory_queue import MemoryQueue
+from fne_jax.objectives.similarity_statistics import cosine
+
+# Keys in a block: their gathered embeddings, [batch, BLOCK, dim], and the table of blocks,
+# [batch, keys / BLOCK], are both far smaller than the scores.
+BLOCK = 16
+
+# Maps similarities, each anchor's positive similarity, and which keys show the anchor's image to
+# weights; the arguments broadcast against each other.
+Weigh = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class BlockTable(NamedTuple):
+    """What is kept of each block.
+
+    Attributes:
+      weight: [batch, blocks] sum of the weights.
+      best: [batch, blocks] highest similarity to a key of another image, -inf where there is none.
+    """
+
+    weight: jax.Array
+    best: jax.Array
+
+
+class BlockScores(NamedTuple):
+    """The keys of one block for each anchor.
+
+    Attributes:
+      index: [batch, BLOCK] int32 into the keys: the batch's first, then the memory's slots.
+      similarity: [batch, BLOCK] float32.
+      weight: [batch, BLOCK] float32, 0 beyond the last key.
+      other_image: [batch, BLOCK] bool, true for existing keys of another image.
+    """
+
+    index: jax.Array
+    similarity: jax.Array
+    weight: jax.Array
+    other_image: jax.Array
+
+
+@flax.struct.dataclass
+class KeyBlocks:
+    """The candidates of one direction; no gradient flows through any of them.
+
+    Attributes:
+      anchor: [batch, dim] embeddings.
+      positive: [batch] similarity of each anchor to its own match.
+      image_id: [batch] of the anchors, which are those of the batch's keys as well.
+      batch_similarity: [batch, batch] of keys (rows) and anchors (columns).
+      queue_keys: [size, dim] keys of the memory, or None.
+      queue_id: [size] their image ids, or None.
+    """
+
+    anchor: jax.Array
+    positive: jax.Array
+    image_id: jax.Array
+    batch_similarity: jax.Array
+    queue_keys: jax.Array | None
+    queue_id: jax.Array | None
+
+    @classmethod
+    def create(
+        cls,
+        anchor: jax.Array,
+        batch_keys: jax.Array,
+        image_id: jax.Array,
+        queue_keys: jax.Array | None,
+        queue: MemoryQueue | None,
+    ) -> KeyBlocks:
+        """Returns the candidates: batch_keys [batch, dim], then queue_keys [size, dim]."""
+        anchor, batch_keys, queue_keys = jax.lax.stop_gradient((anchor, batch_keys, queue_keys))
+        similarity = cosine(batch_keys, anchor)
+        return cls(
+            anchor=anchor,
+            positive=jnp.diagonal(similarity),
+            image_id=image_id,
+            batch_similarity=similarity,
+            queue_keys=queue_keys,
+            queue_id=None if queue is None else queue.image_id,
+        )
+
+    def table(self, weigh: Weigh, key_chunk: int | None) -> BlockTable:
+        """Returns the blocks' weights and best similarities.
+
+        Args:
+          weigh: see `Weigh`.
+          key_chunk: keys of the memory scored at a time, a multiple of BLOCK; None for all.
+        """
+        parts = [self._reduce(self.batch_similarity, self.image_id, weigh)]
+        if self.queue_keys is not None:
+            parts += self._scan_queue(weigh, key_chunk)
+        weight, best = (jnp.concatenate(part, axis=0).T for part in zip(*parts, strict=True))
+        return BlockTable(weight, best)
+
+    def scores(self, block: jax.Array, weigh: Weigh) -> BlockScores:
+        """Returns the keys of one block, [batch] numbers, for each anchor."""
+        batch = self.anchor.shape[0]
+        batch_blocks = -(-batch // BLOCK)
+        column = jnp.arange(BLOCK, dtype=jnp.int32)[None, :]
+        index = block[:, None] * BLOCK + column
+        exists = index < batch
+        row = jnp.minimum(index, batch - 1)
+        similarity = self.batch_similarity[row, jnp.arange(batch)[:, None]]
+        key_id = self.image_id[row]
+        if self.queue_keys is not None:
+            size = self.queue_keys.shape[0]
+            slot = (block[:, None] - batch_blocks) * BLOCK + column
+            in_queue = (block >= batch_blocks)[:, None]
+            row = jnp.clip(slot, 0, size - 1)
+            from_queue = jnp.einsum(
+                "bd,bnd->bn",
+                self.anchor.astype(jnp.float32),
+                self.queue_keys[row].astype(jnp.float32),
+                precision=jax.lax.Precision.HIGHEST,
+            )
+            similarity = jnp.where(in_queue, from_queue, similarity)
+            key_id = jnp.where(in_queue, self.queue_id[row], key_id)
+            exists = jnp.where(in_queue, slot < size, exists)
+            index = jnp.where(in_queue, batch + slot, index)
+        same_image = key_id == self.image_id[:, None]
+        weight = weigh(similarity, self.positive[:, None], same_image)
+        return BlockScores(
+            index=index,
+            similarity=similarity,
+            weight=jnp.where(exists, weight, 0.0),
+            other_image=exists & ~same_image,
+        )
+
+    def _reduce(self, similarity, key_id, weigh):
+        """Returns both [blocks, batch] tables of some [keys, batch] similarities."""
+        same_image = key_id[:, None] == self.image_id[None, :]
+        weight = weigh(similarity, self.positive[None, :], same_image)
+        others = jnp.where(same_image, -jnp.inf, similarity)
+        return _by_block(weight, jnp.sum), _by_block(others, jnp.max)
+
+    def _scan_queue(self, weigh, key_chunk):
+        size, batch = self.queue_keys.shape[0], self.anchor.shape[0]
+        chunk = size if key_chunk is None else min(key_chunk, size)
+
+        def table_of(keys, key_id):
+            return self._reduce(cosine(keys, self.anchor), key_id, weigh)
+
+        def step(_, start):
+            keys = jax.lax.dynamic_slice_in_dim(self.queue_keys, start, chunk)
+            return None, table_of(keys, jax.lax.dynamic_slice_in_dim(self.queue_id, start, chunk))
+
+        whole = size - size % chunk
+        if whole == chunk:  # one chunk holds all: no loop
+            return [table_of(self.queue_keys, self.queue_id)]
+        _, tables = jax.lax.scan(step, None, jnp.arange(0, whole, chunk))
+        parts = [tuple(table.reshape(-1, batch) for table in tables)]
+        if whole < size:
+            parts.append(table_of(self.queue_keys[whole:], self.queue_id[whole:]))
+        return parts
+
+
+def _by_block(matrix, reduce):
+    """Reduces each BLOCK rows of [keys, batch] to one; the last block may be shorter."""
+    keys, batch = matrix.shape
+    whole = keys - keys % BLOCK
+    reduced = reduce(matrix[:whole].reshape(-1, BLOCK, batch), axis=1)
+    if whole == keys:
+        return reduced
+    return jnp.concatenate([reduced, reduce(matrix[whole:], axis=0, keepdims=True)])
