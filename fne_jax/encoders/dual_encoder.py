@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from fne_jax.encoders.bert import Bert
-from fne_jax.encoders.transformer import KERNEL_INIT
+from fne_jax.encoders.transformer import KERNEL_INIT, EncoderOutput
 from fne_jax.encoders.vision_transformer import VisionTransformer
 from fne_jax.errors import UserError
 
@@ -40,6 +40,8 @@ POOLINGS = {
     "mean_with_padding": pool_mean_with_padding,
     "first": pool_first,
 }
+# The pooling that takes a tower's own `EncoderOutput.pooled`.
+CHECKPOINT = "checkpoint"
 
 
 class DualEncoder(nn.Module):
@@ -48,8 +50,9 @@ class DualEncoder(nn.Module):
     Attributes:
       image: the image tower.
       text: the text tower.
-      image_pooling: a key of `POOLINGS`.
-      text_pooling: a key of `POOLINGS`.
+      image_pooling: a key of `POOLINGS`, or "checkpoint" for the embedding that the tower itself
+        gives (CLIP and SigLIP).
+      text_pooling: as `image_pooling`.
       projection_dim: dimension of a learned bias-free projection after pooling; 0 for none.
     """
 
@@ -75,18 +78,37 @@ class DualEncoder(nn.Module):
         )
 
     def encode_image(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """[batch, height, width, 3] normalised pixels -> [batch, dim] unit vectors, float32."""
-        hidden = self.image(pixels, deterministic=deterministic).last_hidden_state
-        pooled = POOLINGS[self.image_pooling](hidden, jnp.ones(hidden.shape[:2], bool))
+        """[batch, height, width, 3] normalised pixels -> [batch, dim] unit vectors, float32.
+
+        Raises:
+          UserError: if the pooling is "checkpoint" and the tower has no embedding of its own.
+        """
+        out = self.image(pixels, deterministic=deterministic)
+        pooled = _pool(out, jnp.ones(out.last_hidden_state.shape[:2], bool), self.image_pooling)
         return unit(self.image_projection(pooled) if self.projection_dim else pooled)
 
     def encode_text(
         self, input_ids: jax.Array, attention_mask: jax.Array, *, deterministic: bool = True
     ) -> jax.Array:
-        """[batch, tokens] ids and mask -> [batch, dim] unit vectors, float32."""
+        """[batch, tokens] ids and mask -> [batch, dim] unit vectors, float32.
+
+        Raises:
+          UserError: if the pooling is "checkpoint" and the tower has no embedding of its own.
+        """
         out = self.text(input_ids, attention_mask, deterministic=deterministic)
-        pooled = POOLINGS[self.text_pooling](out.last_hidden_state, attention_mask)
+        pooled = _pool(out, attention_mask, self.text_pooling)
         return unit(self.text_projection(pooled) if self.projection_dim else pooled)
+
+
+def _pool(out: EncoderOutput, mask: jax.Array, pooling: str) -> jax.Array:
+    if pooling != CHECKPOINT:
+        return POOLINGS[pooling](out.last_hidden_state, mask)
+    if out.pooled is None:
+        raise UserError(
+            f"pooling is {CHECKPOINT!r}, but this tower has no embedding of its own; "
+            f"expected one of {', '.join(POOLINGS)}"
+        )
+    return out.pooled
 
 
 def unit(vectors: jax.Array) -> jax.Array:

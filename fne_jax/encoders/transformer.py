@@ -1,20 +1,54 @@
-"""The transformer layer that ViT and BERT share, and a stack of them."""
+"""What all encoders share: the transformer layer, a stack of them, sizes and options."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
+
+from fne_jax.errors import UserError
 
 # Random initialisation follows the original ViT's code rather than BERT's fixed deviation of 0.02,
 # which suits a width of 768 but leaves narrow towers nearly silent for their first hundred steps.
 KERNEL_INIT = nn.initializers.xavier_uniform()
 
 
+def _quick_gelu(x):
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def _gelu(x):
+    return jax.nn.gelu(x, approximate=False)
+
+
+# By the names that Hugging Face's configs give them.
+ACTIVATIONS = {
+    "gelu": _gelu,
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "quick_gelu": _quick_gelu,
+}
+
+
+@flax.struct.dataclass
+class EncoderOutput:
+    """What an encoder gives.
+
+    Attributes:
+      last_hidden_state: [batch, tokens, width] in the compute dtype.
+      pooled: [batch, dim] float32, the embedding that the encoder was trained to give, not
+        normalised; None for encoders that have none of their own (ViT and BERT).
+    """
+
+    last_hidden_state: jax.Array
+    pooled: jax.Array | None = None
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with biases on all four projections.
+    """Multi-head attention with biases on all four projections.
 
     Attributes:
       heads: number of heads; it must divide the width.
@@ -25,22 +59,35 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """Attends over tokens: [batch, tokens, width] and mask [batch, tokens] -> same shape."""
-        batch, tokens, width = hidden.shape
+    def __call__(
+        self, hidden: jax.Array, mask: jax.Array | None, queries: jax.Array | None = None
+    ) -> jax.Array:
+        """Attends over tokens.
 
-        def heads_of(name):
-            out = _dense(width, self.dtype, name)(hidden)
-            return out.reshape(batch, tokens, self.heads, width // self.heads).swapaxes(1, 2)
+        Args:
+          hidden: [batch, tokens, width].
+          mask: bool, [batch, 1 or queries, tokens], False where a query must not look; or None.
+          queries: [batch, queries, width], what asks; None for the tokens themselves.
 
-        query, key, value = heads_of("query"), heads_of("key"), heads_of("value")
+        Returns:
+          [batch, queries, width].
+        """
+        width = hidden.shape[-1]
+        queries = hidden if queries is None else queries
+
+        def heads_of(x, name):
+            out = _dense(width, self.dtype, name)(x)
+            return out.reshape(*x.shape[:2], self.heads, width // self.heads).swapaxes(1, 2)
+
+        query = heads_of(queries, "query")
+        key, value = heads_of(hidden, "key"), heads_of(hidden, "value")
         scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
         scores *= (width // self.heads) ** -0.5
         if mask is not None:
-            scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
+            scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
-        mixed = mixed.swapaxes(1, 2).reshape(batch, tokens, width)
+        mixed = mixed.swapaxes(1, 2).reshape(queries.shape)
         return _dense(width, self.dtype, "output")(mixed)
 
 
@@ -49,9 +96,10 @@ class TransformerLayer(nn.Module):
 
     Attributes:
       heads: number of attention heads.
-      mlp_width: width of the hidden layer of the MLP, with exact (erf) GELU.
+      mlp_width: width of the hidden layer of the MLP.
       pre_norm: normalise the input of each part rather than the sum after it.
       norm_epsilon: of the LayerNorms.
+      activation: of the MLP, a key of `ACTIVATIONS`.
       dropout: rate on the output of each part.
       dtype: compute dtype.
     """
@@ -60,6 +108,7 @@ class TransformerLayer(nn.Module):
     mlp_width: int
     pre_norm: bool
     norm_epsilon: float
+    activation: str = "gelu"
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
@@ -68,14 +117,12 @@ class TransformerLayer(nn.Module):
         self, hidden: jax.Array, mask: jax.Array | None, deterministic: bool
     ) -> tuple[jax.Array, None]:
         """[batch, tokens, width] -> the same and None, the pair that `nn.scan` asks for."""
-        width = hidden.shape[-1]
 
         def attend(x):
             return Attention(self.heads, self.dtype, name="attention")(x, mask)
 
         def transform(x):
-            x = jax.nn.gelu(_dense(self.mlp_width, self.dtype, "mlp_in")(x), approximate=False)
-            return _dense(width, self.dtype, "mlp_out")(x)
+            return mlp(x, self.mlp_width, self.activation, self.dtype)
 
         for part, name in ((attend, "attention_norm"), (transform, "mlp_norm")):
             norm = layer_norm(self.norm_epsilon, self.dtype, name)
@@ -96,6 +143,7 @@ class TransformerStack(nn.Module):
       mlp_width: see `TransformerLayer`.
       pre_norm: see `TransformerLayer`.
       norm_epsilon: see `TransformerLayer`.
+      activation: see `TransformerLayer`.
       dropout: see `TransformerLayer`.
       dtype: see `TransformerLayer`.
     """
@@ -105,6 +153,7 @@ class TransformerStack(nn.Module):
     mlp_width: int
     pre_norm: bool
     norm_epsilon: float
+    activation: str = "gelu"
     dropout: float = 0.0
     dtype: Any = jnp.float32
     scan_layers: bool = False
@@ -112,7 +161,7 @@ class TransformerStack(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, mask: jax.Array | None, deterministic: bool) -> jax.Array:
-        """[batch, tokens, width] and a [batch, tokens] bool mask or None -> the same shape."""
+        """[batch, tokens, width] and a mask as `Attention` takes -> [batch, tokens, width]."""
         layer = TransformerLayer
         if self.remat:
             # `deterministic` (argument 3 with self) must stay a Python bool.
@@ -122,6 +171,7 @@ class TransformerStack(nn.Module):
             self.mlp_width,
             self.pre_norm,
             self.norm_epsilon,
+            self.activation,
             self.dropout,
             self.dtype,
         )
@@ -137,6 +187,102 @@ class TransformerStack(nn.Module):
         for index in range(self.layers):
             hidden, _ = layer(*sizes, name=f"layer_{index}")(hidden, mask, deterministic)
         return hidden
+
+
+class Tower(nn.Module, kw_only=True):
+    """Sizes and options that every encoder has.
+
+    Attributes:
+      width: dimension of a token.
+      layers: number of transformer layers.
+      heads: number of attention heads.
+      mlp_width: width of the MLPs.
+      activation: of the MLPs, a key of `ACTIVATIONS`.
+      norm_epsilon: of the LayerNorms; 1e-12 in Google's ViT and BERT.
+      dropout: rate after the embeddings and in the layers.
+      dtype: compute dtype; parameters stay float32.
+      scan_layers: see `TransformerStack`.
+      remat: see `TransformerStack`.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    activation: str = "gelu"
+    norm_epsilon: float = 1e-12
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+    scan_layers: bool = False
+    remat: bool = False
+
+    def run_layers(
+        self, hidden: jax.Array, mask: jax.Array | None, deterministic: bool, *, pre_norm: bool
+    ) -> jax.Array:
+        """Runs the embeddings, [batch, tokens, width], through dropout and all layers."""
+        hidden = nn.Dropout(self.dropout)(hidden, deterministic=deterministic)
+        return TransformerStack(
+            layers=self.layers,
+            heads=self.heads,
+            mlp_width=self.mlp_width,
+            pre_norm=pre_norm,
+            norm_epsilon=self.norm_epsilon,
+            activation=self.activation,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+            name="encoder",
+        )(hidden, mask, deterministic)
+
+
+class TextTower(Tower):
+    """What the text encoders share.
+
+    Attributes:
+      vocab_size: number of token ids.
+      max_length: longest sequence that has position embeddings.
+    """
+
+    vocab_size: int
+    max_length: int
+
+    def embed_tokens(self, input_ids: jax.Array) -> jax.Array:
+        """[batch, tokens] ids -> [batch, tokens, width], words and positions, in float32.
+
+        Raises:
+          ValueError: if the sequence is longer than `max_length`.
+        """
+        tokens = input_ids.shape[1]
+        if tokens > self.max_length:
+            raise ValueError(f"input_ids: expected at most {self.max_length} tokens, got {tokens}")
+        words = self.table("word_embedding", self.vocab_size)[input_ids]
+        return words + self.table("position_embedding", self.max_length)[None, :tokens]
+
+    def table(self, name: str, rows: int) -> jax.Array:
+        """Returns the embeddings of that name, [rows, width]."""
+        return self.param(name, nn.initializers.normal(0.02), (rows, self.width))
+
+
+def mlp(x: jax.Array, hidden_width: int, activation: str, dtype: Any) -> jax.Array:
+    """Applies the two dense layers `mlp_in` and `mlp_out` of the module that calls this.
+
+    Args:
+      x: [..., width].
+      hidden_width: outputs of the first layer.
+      activation: a key of `ACTIVATIONS`.
+      dtype: compute dtype.
+
+    Returns:
+      [..., width].
+
+    Raises:
+      UserError: if there is no such activation.
+    """
+    if activation not in ACTIVATIONS:
+        raise UserError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    hidden = ACTIVATIONS[activation](_dense(hidden_width, dtype, "mlp_in")(x))
+    return _dense(x.shape[-1], dtype, "mlp_out")(hidden)
 
 
 def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:

@@ -1,0 +1,86 @@
+"""CLIP (Radford et al. 2021, arXiv 2103.00020), as in Hugging Face's CLIPModel."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fne_jax.encoders.transformer import KERNEL_INIT, EncoderOutput, TextTower, layer_norm
+from fne_jax.encoders.vision_transformer import VisionTower
+
+# The end token's id that configs of OpenAI's checkpoints name, though their tokenizer's is 49407.
+_LEGACY_EOS = 2
+
+
+class ClipVision(VisionTower, kw_only=True):
+    """A ViT with a LayerNorm before the layers, read at its class token.
+
+    Attributes:
+      projection_dim: dimension of the space shared with the text tower.
+    """
+
+    projection_dim: int
+    activation: str = "quick_gelu"
+    norm_epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array, *, deterministic: bool = True) -> EncoderOutput:
+        """Encodes [batch, height, width, 3] normalised pixels; token 0 is the class token.
+
+        The last hidden state is that before the last LayerNorm, which only the class token, on
+        its way to `pooled`, goes through.
+
+        Raises:
+          ValueError: if the pixels are not `image_size` square.
+        """
+        hidden = self.embed_patches(pixels, class_token=True, patch_bias=False)
+        hidden = layer_norm(self.norm_epsilon, self.dtype, "embedding_norm")(hidden)
+        hidden = self.run_layers(hidden, None, deterministic, pre_norm=True)
+        pooled = layer_norm(self.norm_epsilon, jnp.float32, "final_norm")(hidden[:, 0])
+        return EncoderOutput(hidden, _project(pooled, self.projection_dim))
+
+
+class ClipText(TextTower, kw_only=True):
+    """A causal transformer, read at the token that ends the text.
+
+    Attributes:
+      projection_dim: dimension of the space shared with the image tower.
+      eos_token_id: id of the token that ends a text; 2, which OpenAI's checkpoints state, stands
+        for the highest id in a text.
+    """
+
+    projection_dim: int
+    eos_token_id: int
+    activation: str = "quick_gelu"
+    norm_epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> EncoderOutput:
+        """Encodes [batch, tokens] token ids; the mask, of the same shape, is 0 at padding.
+
+        Raises:
+          ValueError: if the sequence is longer than `max_length`.
+        """
+        tokens = input_ids.shape[1]
+        mask = jnp.tril(jnp.ones((1, tokens, tokens), bool))
+        if attention_mask is not None:
+            mask = mask & attention_mask.astype(bool)[:, None]
+        hidden = self.embed_tokens(input_ids).astype(self.dtype)
+        hidden = self.run_layers(hidden, mask, deterministic, pre_norm=True)
+        hidden = layer_norm(self.norm_epsilon, self.dtype, "final_norm")(hidden)
+        legacy = self.eos_token_id == _LEGACY_EOS
+        end = jnp.argmax(input_ids if legacy else input_ids == self.eos_token_id, axis=1)
+        pooled = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
+        return EncoderOutput(hidden, _project(pooled, self.projection_dim))
+
+
+def _project(pooled, dim):
+    projection = nn.Dense(dim, use_bias=False, kernel_init=KERNEL_INIT, name="projection")
+    return projection(pooled.astype(jnp.float32))
