@@ -23,6 +23,8 @@ setuptools.setup(
         "absl-py>=2.5.1",
         "transformers>=5.23.0",
         "tokenizers>=0.23.3",
+        "safetensors>=0.8.0",
+        "huggingface_hub>=2.4.0",
         "rich>=15.0.0",
         "pillow>=13.0.0",
         # Reading data: only tf.data on the host's CPU is used, never TensorFlow's accelerators.

@@ -4,6 +4,7 @@ The strategy is importable by itself and needs neither TensorFlow nor a config: 
 `fne_triplet_loss`.
 """
 
+from fne_jax.encoders.pretrained_weights import load_pretrained, save_pretrained
 from fne_jax.objectives.contrastive import clip_loss, infonce_loss, sigmoid_loss
 from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.negative_mining import (
@@ -39,12 +40,14 @@ __all__ = [
     "hardest_key",
     "hardest_negative_triplet_loss",
     "infonce_loss",
+    "load_pretrained",
     "mined_triplet_loss",
     "random_key",
     "retrieval_metrics",
     "sample_negatives",
     "sample_negatives_from_uniform",
     "sampling_weights",
+    "save_pretrained",
     "semi_hard_key",
     "sigmoid_loss",
     "update_similarity_statistics",
