@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fne_jax.encoders.bert import Bert
+from fne_jax.encoders.clip import ClipText, ClipVision
 from fne_jax.encoders.dual_encoder import DualEncoder, build_dual_encoder, pool_mean
 from fne_jax.encoders.vision_transformer import VisionTransformer, flatten_patches
 from fne_jax.errors import UserError
@@ -102,6 +103,34 @@ def test_patches_are_in_reading_order():
     patches = flatten_patches(pixels, 2)
     assert patches.shape == (2, 6, 12)
     np.testing.assert_array_equal(patches[1, 4], pixels[1, 2:4, 2:4].ravel())
+
+
+def test_a_remainder_that_fills_no_patch_is_unseen():
+    pixels = jax.random.normal(jax.random.key(0), (2, 5, 7, 3))
+    np.testing.assert_array_equal(flatten_patches(pixels, 2), flatten_patches(pixels[:, :4, :6], 2))
+
+
+def test_a_tower_may_bring_its_own_pooling(pixels, tokens):
+    module = DualEncoder(
+        image=ClipVision(12, 4, **SIZES, projection_dim=5),
+        text=ClipText(30, 9, **SIZES, projection_dim=5, eos_token_id=2),
+        image_pooling="checkpoint",
+        text_pooling="checkpoint",
+    )
+    params = module.init(jax.random.key(0), pixels, *tokens)
+    image, text = module.apply(params, pixels, *tokens)
+    assert image.shape == (2, 5) and text.shape == (3, 5)
+    np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, rtol=1e-5)
+    with pytest.raises(UserError, match="no embedding of its own; expected one of mean"):
+        DualEncoder(VisionTransformer(12, 4, **SIZES), module.text, "checkpoint").init(
+            jax.random.key(0), pixels, *tokens
+        )
+
+
+def test_an_unknown_activation_is_refused(pixels):
+    module = VisionTransformer(12, 4, **SIZES, activation="relu")
+    with pytest.raises(UserError, match="activation is 'relu'; expected one of gelu"):
+        module.init(jax.random.key(0), pixels)
 
 
 def test_mean_pooling_is_over_real_tokens():
