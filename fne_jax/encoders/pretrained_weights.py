@@ -371,7 +371,7 @@ def _find_folder(path_or_hub_name, revision) -> pathlib.Path:
         raise UserError(
             f"{name!r} is neither a local folder nor a model that the Hugging Face hub gave "
             f"({reason}). Give a folder that holds {_CONFIG} and {_WEIGHTS}; where there is no "
-            f"network, fetch it elsewhere with `hf download {name} --local-dir FOLDER`."
+            f"network, fetch it elsewhere with `hf download NAME --local-dir FOLDER`."
         ) from error
     return pathlib.Path(folder)
 
