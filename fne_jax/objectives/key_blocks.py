@@ -90,7 +90,7 @@ class KeyBlocks:
         return cls(
             anchor=anchor,
             positive=jnp.diagonal(similarity),
-            image_id=image_id,
+            image_id=jnp.asarray(image_id),
             batch_similarity=similarity,
             queue_keys=queue_keys,
             queue_id=None if queue is None else queue.image_id,
