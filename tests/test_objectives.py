@@ -296,13 +296,18 @@ def slow_loss(uniforms, image, text, momentum_image, momentum_text, image_id, qu
     return total / len(image), chosen
 
 
+jitted_loss = jax.jit(
+    fne_jax.fne_triplet_loss_from_uniform, static_argnames=("margin", "key_chunk")
+)
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("positive_mean", [0.3, 0.7, 1.3])  # at 1.3 nothing can be sampled
 def test_loss_agrees_with_the_slow_version(seed, positive_mean):
     batch = make_batch(seed)
     stats = SimilarityStatistics(gaussian(500, positive_mean, 0.01), gaussian(999, 0.2, 0.02))
     uniforms = np.random.default_rng(seed).random((2, 6)).astype(np.float32)
-    loss, aux = fne_jax.fne_triplet_loss_from_uniform(*uniforms, *batch, stats, margin=0.4)
+    loss, aux = jitted_loss(*uniforms, *batch, stats, margin=0.4)
     expected, chosen = slow_loss(uniforms, *batch, stats, 0.4)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_array_equal(aux.negative_i2t, chosen[0])
@@ -318,6 +323,7 @@ def test_chunks_of_keys_change_nothing(key_chunk, positive_mean):
         rng = np.random.default_rng(seed)
         queue = queue.enqueue(*matching_rows(rng, 19, 7), rng.integers(0, 30, 19))
     stats = SimilarityStatistics(gaussian(500, positive_mean, 0.02), gaussian(999, 0.2, 0.02))
+    assert (queue.image_id >= 0).sum() > 100
     uniforms = np.random.default_rng(1).random((2, 19)).astype(np.float32)
 
     def loss_fn(image, text, key_chunk):
@@ -325,7 +331,7 @@ def test_chunks_of_keys_change_nothing(key_chunk, positive_mean):
             *uniforms, image, text, *features[2:], queue, stats, key_chunk=key_chunk
         )
 
-    differentiate = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)
+    differentiate = jax.jit(jax.value_and_grad(loss_fn, (0, 1), has_aux=True), static_argnums=2)
     (whole, aux), grads = differentiate(*features[:2], None)
     (chunked, chunked_aux), chunked_grads = differentiate(*features[:2], key_chunk)
     for name in ("negative_i2t", "negative_t2i", "hardest_i2t", "hardest_t2i"):

@@ -90,10 +90,10 @@ class KeyBlocks:
         return cls(
             anchor=anchor,
             positive=jnp.diagonal(similarity),
-            image_id=image_id,
+            image_id=jnp.asarray(image_id),
             batch_similarity=similarity,
-            queue_keys=queue_keys,
-            queue_id=None if queue is None else queue.image_id,
+            queue_keys=None if queue is None else jnp.asarray(queue_keys),
+            queue_id=None if queue is None else jnp.asarray(queue.image_id),
         )
 
     def table(self, weigh: Weigh, key_chunk: int | None) -> BlockTable:

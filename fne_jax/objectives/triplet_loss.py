@@ -309,10 +309,10 @@ def rowwise_cosine(a: jax.Array, b: jax.Array) -> jax.Array:
 def take_keys(index: jax.Array, batch_keys: jax.Array, queue_keys: jax.Array | None) -> jax.Array:
     """Returns the [batch, dim] keys that indices into (batch keys, queue slots) name."""
     batch = batch_keys.shape[0]
-    rows = batch_keys[jnp.minimum(index, batch - 1)]
+    rows = jnp.asarray(batch_keys)[jnp.minimum(index, batch - 1)]
     if queue_keys is None:
         return rows
-    slots = queue_keys[jnp.maximum(index - batch, 0)]
+    slots = jnp.asarray(queue_keys)[jnp.maximum(index - batch, 0)]
     return jnp.where((index < batch)[:, None], rows, slots)
 
 

@@ -77,7 +77,7 @@ def train_step(
         queue = queue.enqueue(momentum_image, momentum_text, image_id, batch["pair_id"])
     scalars = {
         "loss": loss,
-        "gradient_norm": optax.global_norm(grads),
+        "gradient_norm": optax.tree.norm(grads),
         "learning_rate": learning_rate(state.step),
         **statistics_scalars(stats),
         "queue_filled": (queue.image_id >= 0).mean(),
