@@ -27,13 +27,15 @@ def get_config() -> ConfigDict:
     data.cache_dir = "~/.cache/fne_jax"
     # Training augmentation: none, or crop_flip (random resized crop and mirroring).
     data.augmentation = "crop_flip"
-    # Name of a Hugging Face tokenizer, a local folder, or "train" to fit one to the captions.
-    data.tokenizer = "bert-base-uncased"
+    # Name of a Hugging Face tokenizer, a local folder, "train" to fit one to the captions, or
+    # auto: that of the pretrained text tower, and "train" without one.
+    data.tokenizer = "auto"
     # Most token ids of a fitted tokenizer.
     data.vocab_size = 8000
-    # Words kept of a caption, and the fixed number of tokens it is padded or truncated to.
+    # Words kept of a caption, and the fixed number of tokens it is padded or truncated to; 0 for
+    # that of the pretrained text tower (CLIP 77, SigLIP 64), and 30 with others.
     data.max_words = 30
-    data.text_length = 30
+    data.text_length = 0
     # Batches prepared ahead of the step.
     data.prefetch = 4
 
@@ -51,12 +53,16 @@ def get_config() -> ConfigDict:
     synthetic.seed = 0
     synthetic.images = 256
 
-    # Pixels in [0, 1] are normalised with these; CLIP's values, which the authors use.
-    config.image_mean = (0.48145466, 0.4578275, 0.40821073)
-    config.image_std = (0.26862954, 0.26130258, 0.27577711)
+    # Pixels in [0, 1] are normalised with these; () for those of the pretrained image tower:
+    # SigLIP's 0.5, and CLIP's, which the authors use with ViT as well, with others.
+    config.image_mean = ()
+    config.image_std = ()
 
     config.encoder = encoder = ConfigDict()
     encoder.image = image = ConfigDict()
+    # Hugging Face name or local folder of a ViT, CLIP or SigLIP to start from; "" for random
+    # weights and the sizes below. `image_size` may differ from the source's.
+    image.pretrained = ""
     image.image_size = 384
     image.patch_size = 16
     image.width = 768
@@ -64,17 +70,20 @@ def get_config() -> ConfigDict:
     image.heads = 12
     image.mlp_width = 3072
     image.dropout = 0.0
-    # mean over all tokens, class token included; or first (the class token).
-    image.pooling = "mean"
+    # mean over all tokens, class token included; first (the class token); checkpoint (the
+    # embedding of CLIP and SigLIP themselves); or auto (checkpoint where there is one, else mean).
+    image.pooling = "auto"
     encoder.text = text = ConfigDict()
+    # As above, of a BERT, CLIP or SigLIP.
+    text.pretrained = ""
     text.max_length = 512
     text.width = 768
     text.layers = 12
     text.heads = 12
     text.mlp_width = 3072
     text.dropout = 0.0
-    # mean over real tokens; mean_with_padding over all, as the authors; or first.
-    text.pooling = "mean"
+    # mean over real tokens; mean_with_padding over all, as the authors; first; checkpoint; or auto.
+    text.pooling = "auto"
     # Dimension of a learned projection after pooling, 0 for none.
     encoder.projection_dim = 0
     # float32 or bfloat16; parameters, losses and similarities are float32 in any case.

@@ -105,7 +105,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "queue_size",
         "data.vocab_size",
         "data.max_words",
-        "data.text_length",
         "optimizer.learning_rate",
         "optimizer.clip_norm",
         "warmup.temperature",
@@ -118,7 +117,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name in positive:
         if not fields[name] > 0:
             raise UserError(f"config.{name} is {fields[name]}; expected a number above 0")
-    for name in ("fne.margin", "fne.decay", "fne.min_count", "fne.start_epoch", "seed"):
+    for name in (
+        "fne.margin",
+        "fne.decay",
+        "fne.min_count",
+        "fne.start_epoch",
+        "seed",
+        "data.text_length",
+    ):
         if not fields[name] >= 0:
             raise UserError(f"config.{name} is {fields[name]}; expected a number of at least 0")
     if not 0 < config.fne.prior < 1:
@@ -145,7 +151,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"config.{name} is {fields[name]}, which the {jax.device_count()} devices do not "
                 f"divide; take a multiple of {jax.device_count()}"
             )
-    if config.data.text_length > config.encoder.text.max_length:
+    from_sizes = not config.encoder.text.pretrained
+    if from_sizes and config.data.text_length > config.encoder.text.max_length:
         raise UserError(
             f"config.data.text_length is {config.data.text_length}, more than "
             f"config.encoder.text.max_length, {config.encoder.text.max_length}"

@@ -7,7 +7,8 @@ import pytest
 
 from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.clip import ClipText, ClipVision
-from fne_jax.encoders.dual_encoder import DualEncoder, build_dual_encoder, pool_mean
+from fne_jax.encoders.dual_encoder import DualEncoder, pool_mean
+from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.encoders.vision_transformer import VisionTransformer, flatten_patches
 from fne_jax.errors import UserError
 
@@ -174,6 +175,8 @@ def test_sizes_that_do_not_fit_are_named(field, value, message):
     from configs import base
 
     encoder = base.get_config().encoder
-    encoder.update_from_flattened_dict({field: value})
+    encoder.update_from_flattened_dict(
+        {"image.pooling": "mean", "text.pooling": "mean", field: value}
+    )
     with pytest.raises(UserError, match=message):
         build_dual_encoder(encoder, 100)

@@ -17,7 +17,8 @@ from fne_jax import configuration
 from fne_jax.command_line import Interrupted
 from fne_jax.data.datasets import KnownTruth, load_split
 from fne_jax.data.input_pipeline import training_batches
-from fne_jax.encoders.dual_encoder import build_dual_encoder, unit
+from fne_jax.encoders.dual_encoder import unit
+from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import UserError
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.training import loop, objective, run, sharding

@@ -90,7 +90,11 @@ def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: path
 def tokenize(
     tokenizer: transformers.PreTrainedTokenizerBase, captions: Sequence[str], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids and masks, both [captions, length] int32, padded and truncated to `length`."""
+    """Returns ids and masks, both [captions, length] int32, padded and truncated to `length`.
+
+    Masks are 1 throughout for tokenizers that give none, as SigLIP's, whose encoders were trained
+    on padded texts.
+    """
     encoded = tokenizer(
         list(captions),
         padding="max_length",
@@ -98,4 +102,5 @@ def tokenize(
         max_length=length,
         return_tensors="np",
     )
-    return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(np.int32)
+    ids = encoded["input_ids"].astype(np.int32)
+    return ids, np.asarray(encoded.get("attention_mask", np.ones_like(ids)), np.int32)

@@ -24,6 +24,11 @@ class ClipVision(VisionTower, kw_only=True):
     activation: str = "quick_gelu"
     norm_epsilon: float = 1e-5
 
+    @property
+    def pooled_dim(self) -> int:
+        """Dimension of `pooled`."""
+        return self.projection_dim
+
     @nn.compact
     def __call__(self, pixels: jax.Array, *, deterministic: bool = True) -> EncoderOutput:
         """Encodes [batch, height, width, 3] normalised pixels; token 0 is the class token.
@@ -54,6 +59,11 @@ class ClipText(TextTower, kw_only=True):
     eos_token_id: int
     activation: str = "quick_gelu"
     norm_epsilon: float = 1e-5
+
+    @property
+    def pooled_dim(self) -> int:
+        """Dimension of `pooled`."""
+        return self.projection_dim
 
     @nn.compact
     def __call__(

@@ -5,11 +5,8 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 
-from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.transformer import KERNEL_INIT, EncoderOutput
-from fne_jax.encoders.vision_transformer import VisionTransformer
 from fne_jax.errors import UserError
 
 # Floor of the norm that an embedding is divided by, as in PyTorch's `normalize`.
@@ -116,73 +113,3 @@ def unit(vectors: jax.Array) -> jax.Array:
     vectors = vectors.astype(jnp.float32)
     squared = jnp.square(vectors).sum(axis=-1, keepdims=True)
     return vectors * jax.lax.rsqrt(jnp.maximum(squared, _MIN_NORM**2))
-
-
-def build_dual_encoder(encoder: ml_collections.ConfigDict, vocab_size: int) -> DualEncoder:
-    """Returns the model that the `encoder` part of a config describes.
-
-    Args:
-      encoder: `config.encoder`, see configs/base.py.
-      vocab_size: number of the tokenizer's ids.
-
-    Raises:
-      UserError: naming the field, if the sizes do not fit together or a name is unknown.
-    """
-    image, text = encoder.image, encoder.text
-    for tower in ("image", "text"):
-        settings = encoder[tower]
-        if settings.width % settings.heads:
-            raise UserError(
-                f"config.encoder.{tower}.width is {settings.width}, "
-                f"which {settings.heads} heads do not divide"
-            )
-        if settings.pooling not in POOLINGS:
-            raise UserError(
-                f"config.encoder.{tower}.pooling is {settings.pooling!r}; "
-                f"expected one of {', '.join(POOLINGS)}"
-            )
-    if image.image_size % image.patch_size:
-        raise UserError(
-            f"config.encoder.image.image_size is {image.image_size}, "
-            f"not a multiple of patch_size {image.patch_size}"
-        )
-    if image.width != text.width and not encoder.projection_dim:
-        raise UserError(
-            f"the towers' widths differ ({image.width} and {text.width}); make them equal or set "
-            "config.encoder.projection_dim"
-        )
-    if encoder.compute_dtype not in ("float32", "bfloat16"):
-        raise UserError(
-            f"config.encoder.compute_dtype is {encoder.compute_dtype!r}; "
-            "expected float32 or bfloat16"
-        )
-    shared = {
-        "dtype": jnp.dtype(encoder.compute_dtype),
-        "scan_layers": encoder.scan_layers,
-        "remat": encoder.remat,
-    }
-    return DualEncoder(
-        image=VisionTransformer(
-            image_size=image.image_size,
-            patch_size=image.patch_size,
-            width=image.width,
-            layers=image.layers,
-            heads=image.heads,
-            mlp_width=image.mlp_width,
-            dropout=image.dropout,
-            **shared,
-        ),
-        text=Bert(
-            vocab_size=vocab_size,
-            max_length=text.max_length,
-            width=text.width,
-            layers=text.layers,
-            heads=text.heads,
-            mlp_width=text.mlp_width,
-            dropout=text.dropout,
-            **shared,
-        ),
-        image_pooling=image.pooling,
-        text_pooling=text.pooling,
-        projection_dim=encoder.projection_dim,
-    )

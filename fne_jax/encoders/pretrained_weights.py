@@ -296,19 +296,53 @@ def load_pretrained(
       UserError: if there is no such model, it is of another type, its weights are pickled, do not
         fit its config (all that do not are named), or `image_size` does not fit its patches.
     """
-    folder = _find_folder(path_or_hub_name, revision)
-    module = _build_module(_read_config(folder), folder / _CONFIG)
+    folder = _find_folder(path_or_hub_name, revision, [_CONFIG, "model*.safetensors", _INDEX])
+    module = _build_module(_read_config(folder), str(folder / _CONFIG))
     weights = _read_weights(folder, module)
     if image_size is not None:
-        module = _resize_images(module, weights, image_size)
-    module = _change_towers(
-        module, lambda tower: tower.clone(dtype=dtype, scan_layers=scan_layers, remat=remat)
-    )
+        _resize_positions(module, weights, image_size)
+    module = _with_options(module, image_size, dtype, scan_layers, remat)
     if scan_layers:
         weights = _stack_layers(weights, module)
     # Copies, because on a CPU an array may otherwise share the memory of NumPy's.
     params = {path: jnp.array(value) for path, value in weights.items()}
     return module, flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def read_architecture(path_or_hub_name: str | os.PathLike, revision: str | None = None) -> dict:
+    """Returns the content of a model's config.json, from a local folder or the hub.
+
+    Raises:
+      UserError: if there is no such model.
+    """
+    folder = _find_folder(path_or_hub_name, revision, [_CONFIG])
+    return _read_config(folder)
+
+
+def build_from_architecture(
+    fields: Mapping[str, Any],
+    where: str,
+    *,
+    image_size: int | None = None,
+    dtype: Any = jnp.float32,
+    scan_layers: bool = False,
+    remat: bool = False,
+) -> nn.Module:
+    """Returns the module that `load_pretrained` would, from `read_architecture`'s fields alone.
+
+    Args:
+      fields: the content of a config.json.
+      where: the file's name, for errors.
+      image_size: see `load_pretrained`, as all below.
+      dtype: see `load_pretrained`.
+      scan_layers: see `load_pretrained`.
+      remat: see `load_pretrained`.
+
+    Raises:
+      UserError: if the model is of another type or size than is supported.
+    """
+    module = _build_module(fields, where)
+    return _with_options(module, image_size, dtype, scan_layers, remat)
 
 
 def save_pretrained(path: str | os.PathLike, module: nn.Module, params: Mapping) -> None:
@@ -353,7 +387,7 @@ def save_pretrained(path: str | os.PathLike, module: nn.Module, params: Mapping)
             os.replace(scratch / name, path / name)
 
 
-def _find_folder(path_or_hub_name, revision) -> pathlib.Path:
+def _find_folder(path_or_hub_name, revision, patterns) -> pathlib.Path:
     """Returns the local folder, or that into which the hub's client has put the files."""
     path = pathlib.Path(path_or_hub_name).expanduser()
     if path.is_dir():
@@ -363,9 +397,7 @@ def _find_folder(path_or_hub_name, revision) -> pathlib.Path:
     import huggingface_hub
 
     try:
-        folder = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=[_CONFIG, "model*.safetensors", _INDEX]
-        )
+        folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
     except Exception as error:  # Of many unrelated classes: names, network, rights, the cache.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -376,24 +408,27 @@ def _find_folder(path_or_hub_name, revision) -> pathlib.Path:
     return pathlib.Path(folder)
 
 
-def _read_config(folder):
-    """Returns transformers' config, which knows the defaults of fields that files leave out."""
+def _read_config(folder) -> dict:
     path = folder / _CONFIG
     if not path.exists():
         raise UserError(f"{folder} holds no {_CONFIG}; give the folder of a Hugging Face model")
-    fields = _read_json(path)
+    return _read_json(path)
+
+
+def _parse_config(fields, where):
+    """Returns transformers' config, which knows the defaults of fields that files leave out."""
     model_type = fields.get("model_type")
     if model_type not in _MODELS:
         raise UserError(
-            f"{path}: model_type is {model_type!r}; expected one of {', '.join(_MODELS)}"
+            f"{where}: model_type is {model_type!r}; expected one of {', '.join(_MODELS)}"
         )
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        return transformers.CONFIG_MAPPING[model_type].from_dict(fields)
+        return transformers.CONFIG_MAPPING[model_type].from_dict(dict(fields))
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no config of a {model_type}: {error}") from error
+        raise UserError(f"{where} is no config of a {model_type}: {error}") from error
 
 
 def _read_json(path):
@@ -406,7 +441,8 @@ def _read_json(path):
     return content
 
 
-def _build_module(config, path) -> nn.Module:
+def _build_module(fields, path) -> nn.Module:
+    config = _parse_config(fields, path)
     towers = _MODELS[config.model_type].towers
     if len(towers) == 1:
         return _build_tower(towers[0], config, f"{path}: ")
@@ -651,18 +687,36 @@ def _unstack_layers(weights: Mapping[str, Any]) -> dict[str, Any]:
     return unstacked
 
 
-def _resize_images(module, weights: dict[str, np.ndarray], image_size: int) -> nn.Module:
-    """Returns the module for images of that size; interpolates its positions in `weights`."""
-    begin, tower = next(iter(_towers(module).items()))
-    if not isinstance(tower, VisionTower):
+def _with_options(module, image_size, dtype, scan_layers, remat) -> nn.Module:
+    """Returns the module for images of that size, or the checkpoint's, with compute options."""
+
+    def change(tower):
+        if image_size is not None and isinstance(tower, VisionTower):
+            _check_image_size(tower, image_size)
+            tower = tower.clone(image_size=image_size)
+        return tower.clone(dtype=dtype, scan_layers=scan_layers, remat=remat)
+
+    if image_size is not None and not isinstance(next(iter(_towers(module).values())), VisionTower):
         raise UserError(f"image_size is {image_size}, but this model reads no images; leave it out")
+    return _change_towers(module, change)
+
+
+def _check_image_size(tower, image_size):
     if image_size == tower.image_size:
-        return module
+        return
     if image_size < 1 or image_size % tower.patch_size:
         raise UserError(
             f"image_size is {image_size}; expected a multiple of the checkpoint's patch size, "
             f"{tower.patch_size}"
         )
+
+
+def _resize_positions(module, weights: dict[str, np.ndarray], image_size: int) -> None:
+    """Interpolates the image tower's positions in `weights` for images of that size."""
+    begin, tower = next(iter(_towers(module).items()))
+    if not isinstance(tower, VisionTower) or image_size == tower.image_size:
+        return
+    _check_image_size(tower, image_size)
     old, new = tower.image_size // tower.patch_size, image_size // tower.patch_size
     positions = weights[f"{begin}position_embedding"]
     class_tokens = positions.shape[1] - old**2
@@ -677,8 +731,6 @@ def _resize_images(module, weights: dict[str, np.ndarray], image_size: int) -> n
         "from %d x %d of %d",
         *(new, new, image_size, old, old, tower.image_size),
     )
-    resized = tower.clone(image_size=image_size)
-    return module.clone(image=resized) if isinstance(module, DualEncoder) else resized
 
 
 def _cubic_matrix(old: int, new: int) -> np.ndarray:

@@ -25,6 +25,11 @@ class SiglipVision(VisionTower, kw_only=True):
     activation: str = "gelu_pytorch_tanh"
     norm_epsilon: float = 1e-6
 
+    @property
+    def pooled_dim(self) -> int:
+        """Dimension of `pooled`."""
+        return self.width
+
     @nn.compact
     def __call__(self, pixels: jax.Array, *, deterministic: bool = True) -> EncoderOutput:
         """Encodes [batch, height, width, 3] normalised pixels; tokens are patches.
@@ -59,6 +64,11 @@ class SiglipText(TextTower, kw_only=True):
     projection_dim: int
     activation: str = "gelu_pytorch_tanh"
     norm_epsilon: float = 1e-6
+
+    @property
+    def pooled_dim(self) -> int:
+        """Dimension of `pooled`."""
+        return self.projection_dim
 
     @nn.compact
     def __call__(

@@ -216,6 +216,11 @@ class Tower(nn.Module, kw_only=True):
     scan_layers: bool = False
     remat: bool = False
 
+    @property
+    def pooled_dim(self) -> int:
+        """Dimension of the encoder's own `pooled`; 0 where it has none."""
+        return 0
+
     def run_layers(
         self, hidden: jax.Array, mask: jax.Array | None, deterministic: bool, *, pre_norm: bool
     ) -> jax.Array:

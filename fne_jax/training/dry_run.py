@@ -8,7 +8,7 @@ import ml_collections
 from fne_jax.data import captions
 from fne_jax.data.datasets import load_split
 from fne_jax.data.input_pipeline import training_batches
-from fne_jax.encoders.dual_encoder import build_dual_encoder
+from fne_jax.encoders.towers import with_model_defaults
 from fne_jax.training import run, sharding
 from fne_jax.training.loop import batch_order, jitted_steps
 from fne_jax.training.optimizer import learning_rate_schedule
@@ -21,6 +21,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
     Raises:
       UserError: on whatever would stop the run before its first step.
     """
+    config = with_model_defaults(config)
     image_size = config.encoder.image.image_size
     train = load_split(config.data, image_size, "train")
     order = batch_order(config, train)
@@ -33,7 +34,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
         tokenizer = captions.load_tokenizer(config.data.tokenizer)
     tokens = run.tokenize_split(config, tokenizer, train)
     mesh = sharding.create_mesh()
-    module = build_dual_encoder(config.encoder, len(tokenizer))
+    module = run.build_module(config, None, len(tokenizer))
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
     state = run.initial_state(config, module, mesh, schedule)
     batch = next(

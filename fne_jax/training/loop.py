@@ -18,7 +18,7 @@ from fne_jax import configuration
 from fne_jax.command_line import Interrupted
 from fne_jax.data.datasets import KnownTruth, PairDataset, load_split
 from fne_jax.data.input_pipeline import BatchOrder, training_batches
-from fne_jax.encoders.dual_encoder import build_dual_encoder
+from fne_jax.encoders.towers import with_model_defaults
 from fne_jax.errors import UserError
 from fne_jax.retrieval.evaluation import evaluate_split
 from fne_jax.training import checkpointing, objective, run, sharding
@@ -44,6 +44,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
       Interrupted: after Ctrl-C or SIGTERM, with everything saved.
     """
     # Data: everything that may be wrong with it shows before the workdir is touched.
+    config = with_model_defaults(config)
     image_size = config.encoder.image.image_size
     train = load_split(config.data, image_size, "train")
     val = load_split(config.data, image_size, "val")
@@ -66,7 +67,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
 
     # Mesh, model, optimizer, state.
     mesh = sharding.create_mesh()
-    module = build_dual_encoder(config.encoder, len(tokenizer))
+    module = run.build_module(config, workdir, len(tokenizer))
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
     state = run.initial_state(config, module, mesh, schedule)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -81,6 +82,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
         _log.info("resumed from step %d of %s", latest, workdir)
     elif config.init_from:
         state = run.with_weights_of(state, pathlib.Path(config.init_from))
+    else:
+        state = run.with_pretrained_towers(state, config.encoder)
     first_step = int(state.step)
     if first_step >= plan.total_steps:
         _log.info("the run is complete: %d steps are done", first_step)

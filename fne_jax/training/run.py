@@ -17,7 +17,8 @@ import transformers
 from fne_jax import configuration
 from fne_jax.data import captions as caption_lib
 from fne_jax.data.datasets import PairDataset
-from fne_jax.encoders.dual_encoder import DualEncoder, build_dual_encoder
+from fne_jax.encoders import towers
+from fne_jax.encoders.dual_encoder import DualEncoder
 from fne_jax.errors import UserError
 from fne_jax.retrieval.embed import Embedder
 from fne_jax.training import checkpointing, sharding
@@ -77,6 +78,42 @@ def stored_tokenizer(workdir: pathlib.Path) -> transformers.PreTrainedTokenizerB
     if not folder.is_dir():
         raise UserError(f"{folder} is not there: {workdir} is not the workdir of a run")
     return caption_lib.load_tokenizer(str(folder))
+
+
+def build_module(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path | None, vocab_size: int
+) -> DualEncoder:
+    """Returns the model of a run; what it needs of pretrained sources is kept in the workdir.
+
+    Args:
+      config: of the run.
+      workdir: of the run, or None.
+      vocab_size: number of the tokenizer's ids.
+
+    Raises:
+      UserError: if sources, sizes, tokenizer and length of captions do not fit together.
+    """
+    architectures = towers.read_architectures(config.encoder, workdir)
+    module = towers.build_dual_encoder(config.encoder, vocab_size, architectures)
+    if config.data.text_length > module.text.max_length:
+        raise UserError(
+            f"config.data.text_length is {config.data.text_length}, more than the "
+            f"{module.text.max_length} positions of {config.encoder.text.pretrained}"
+        )
+    return module
+
+
+def with_pretrained_towers(state: TrainState, encoder: ml_collections.ConfigDict) -> TrainState:
+    """Returns a state whose encoders, momentum encoders too, start from the config's sources."""
+    if not any(encoder[tower].pretrained for tower in towers.TOWERS):
+        return state
+    loaded = towers.pretrained_params(encoder, state.params)
+
+    def place(like):
+        return jax.tree.map(lambda old, new: jax.device_put(new, old.sharding), like, loaded)
+
+    # Placed twice: a donated state must not hold one buffer under two names.
+    return state.replace(params=place(state.params), momentum_params=place(state.momentum_params))
 
 
 def initial_state(
@@ -146,7 +183,7 @@ def restore_run(workdir: pathlib.Path, checkpoint: str) -> RestoredRun:
     manager = checkpointing.checkpoint_manager(workdir, config.checkpoint)
     step = checkpointing.find_step(manager, checkpoint)
     tokenizer = stored_tokenizer(workdir)
-    module = build_dual_encoder(config.encoder, len(tokenizer))
+    module = build_module(config, workdir, len(tokenizer))
     mesh = sharding.create_mesh()
     # Only the structure of the optimizer's state matters here, not its learning rate.
     like = initial_state(config, module, mesh, optax.constant_schedule(0.0))

@@ -1,0 +1,249 @@
+"""The two towers that a config names: from random weights by their sizes, or pretrained."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import ml_collections
+
+from fne_jax.encoders.bert import Bert
+from fne_jax.encoders.dual_encoder import CHECKPOINT, POOLINGS, DualEncoder
+from fne_jax.encoders.pretrained_weights import (
+    build_from_architecture,
+    load_pretrained,
+    read_architecture,
+)
+from fne_jax.encoders.transformer import TextTower, Tower
+from fne_jax.encoders.vision_transformer import VisionTower, VisionTransformer
+from fne_jax.errors import UserError
+
+TOWERS = ("image", "text")
+# In a run's workdir, so that it is restored without the hub: the config.json of each pretrained
+# tower's source.
+DIRECTORY = "towers"
+# Of the tokens of a caption, where neither config nor checkpoint says (the paper).
+_TEXT_LENGTH = 30
+_OPENAI_PIXELS = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
+
+
+class _ModelDefaults(NamedTuple):
+    """What a config leaves to the type of its pretrained towers.
+
+    Attributes:
+      pooling: of either tower.
+      pixels: mean and standard deviation of the pixels in [0, 1].
+      full_length: whether captions have all the tokens that the text tower has positions for,
+        as in its pretraining, rather than the paper's 30.
+    """
+
+    pooling: str
+    pixels: tuple[tuple[float, ...], tuple[float, ...]]
+    full_length: bool
+
+
+# ViT was pretrained with mean and deviation 0.5; the authors fine-tune it with CLIP's values.
+_DEFAULTS = {
+    "vit": _ModelDefaults("mean", _OPENAI_PIXELS, False),
+    "bert": _ModelDefaults("mean", _OPENAI_PIXELS, False),
+    "clip": _ModelDefaults(CHECKPOINT, _OPENAI_PIXELS, True),
+    "siglip": _ModelDefaults(CHECKPOINT, ((0.5,) * 3, (0.5,) * 3), True),
+}
+_SCRATCH = _ModelDefaults("mean", _OPENAI_PIXELS, False)
+
+
+def with_model_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns a config whose fields left open ("auto", 0, ()) are those of its towers' models.
+
+    These are the poolings, the mean and deviation of the pixels, the tokenizer and the length of
+    captions.
+
+    Raises:
+      UserError: if a pretrained source is not there, or is no model of that kind.
+    """
+    config = copy.deepcopy(config)
+    defaults, architectures = {}, read_architectures(config.encoder, None)
+    for tower in TOWERS:
+        model_type = architectures.get(tower, {}).get("model_type")
+        defaults[tower] = _DEFAULTS.get(model_type, _SCRATCH)
+        if config.encoder[tower].pooling == "auto":
+            config.encoder[tower].pooling = defaults[tower].pooling
+    if not config.image_mean:
+        config.image_mean = defaults["image"].pixels[0]
+    if not config.image_std:
+        config.image_std = defaults["image"].pixels[1]
+    if not config.data.text_length:
+        config.data.text_length = _TEXT_LENGTH
+        if defaults["text"].full_length:
+            text = _tower(config.encoder, "text", architectures["text"], vocab_size=1)
+            config.data.text_length = text.max_length
+    if config.data.tokenizer == "auto":
+        config.data.tokenizer = config.encoder.text.pretrained or "train"
+    return config
+
+
+def read_architectures(
+    encoder: ml_collections.ConfigDict, workdir: pathlib.Path | None
+) -> dict[str, dict[str, Any]]:
+    """Returns the config.json of each pretrained tower, kept in the workdir from the first time.
+
+    Args:
+      encoder: `config.encoder`.
+      workdir: of the run; None keeps nothing.
+    """
+    found = {}
+    for tower in TOWERS:
+        if not encoder[tower].pretrained:
+            continue
+        path = None if workdir is None else workdir / DIRECTORY / f"{tower}.json"
+        if path is not None and path.is_file():
+            found[tower] = json.loads(path.read_text())
+            continue
+        found[tower] = read_architecture(encoder[tower].pretrained)
+        if path is not None:
+            path.parent.mkdir(exist_ok=True)
+            scratch = path.with_suffix(".incomplete")
+            scratch.write_text(json.dumps(found[tower], indent=2) + "\n")
+            os.replace(scratch, path)
+    return found
+
+
+def build_dual_encoder(
+    encoder: ml_collections.ConfigDict,
+    vocab_size: int,
+    architectures: Mapping[str, Mapping[str, Any]] | None = None,
+) -> DualEncoder:
+    """Returns the model that the `encoder` part of a config describes.
+
+    Args:
+      encoder: `config.encoder`, see configs/base.py.
+      vocab_size: number of the tokenizer's ids.
+      architectures: of `read_architectures`, for towers that are pretrained.
+
+    Raises:
+      UserError: naming the field, if the sizes do not fit together or a name is unknown.
+    """
+    architectures = architectures or {}
+    if encoder.compute_dtype not in ("float32", "bfloat16"):
+        raise UserError(
+            f"config.encoder.compute_dtype is {encoder.compute_dtype!r}; "
+            "expected float32 or bfloat16"
+        )
+    image = _tower(encoder, "image", architectures.get("image"), vocab_size)
+    text = _tower(encoder, "text", architectures.get("text"), vocab_size)
+    if text.vocab_size < vocab_size:
+        raise UserError(
+            f"config.data.tokenizer has {vocab_size} token ids, more than the {text.vocab_size} "
+            f"of config.encoder.text.pretrained; take the tokenizer of that model"
+        )
+    for name, tower in (("image", image), ("text", text)):
+        pooling = encoder[name].pooling
+        known = (*POOLINGS, CHECKPOINT) if tower.pooled_dim else tuple(POOLINGS)
+        if pooling not in known:
+            raise UserError(
+                f"config.encoder.{name}.pooling is {pooling!r}; expected one of {', '.join(known)}"
+            )
+    widths = tuple(
+        tower.pooled_dim if encoder[name].pooling == CHECKPOINT else tower.width
+        for name, tower in (("image", image), ("text", text))
+    )
+    if widths[0] != widths[1] and not encoder.projection_dim:
+        raise UserError(
+            f"the towers' widths differ ({widths[0]} and {widths[1]}); make them equal or set "
+            "config.encoder.projection_dim"
+        )
+    return DualEncoder(
+        image=image,
+        text=text,
+        image_pooling=encoder.image.pooling,
+        text_pooling=encoder.text.pooling,
+        projection_dim=encoder.projection_dim,
+    )
+
+
+def pretrained_params(
+    encoder: ml_collections.ConfigDict, params: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns a model's params with those of its pretrained towers, read from their sources.
+
+    Args:
+      encoder: `config.encoder`.
+      params: of the model; what is not pretrained (a projection, a tower from random weights)
+        stays.
+    """
+    params = dict(params)
+    for name in TOWERS:
+        source = encoder[name].pretrained
+        if not source:
+            continue
+        size = encoder.image.image_size if name == "image" else None
+        module, loaded = _load(source, size, encoder.scan_layers)
+        params[name] = loaded[name] if isinstance(module, DualEncoder) else loaded
+    return params
+
+
+def _load(source, image_size, scan_layers):
+    if image_size is None:
+        return load_pretrained(source, scan_layers=scan_layers)
+    return load_pretrained(source, image_size=image_size, scan_layers=scan_layers)
+
+
+def _tower(encoder, name, architecture, vocab_size) -> Tower:
+    settings = encoder[name]
+    shared = {
+        "dtype": jnp.dtype(encoder.compute_dtype),
+        "scan_layers": encoder.scan_layers,
+        "remat": encoder.remat,
+    }
+    if architecture is not None:
+        return _pretrained_tower(name, settings, architecture, shared)
+    if settings.width % settings.heads:
+        raise UserError(
+            f"config.encoder.{name}.width is {settings.width}, "
+            f"which {settings.heads} heads do not divide"
+        )
+    shared |= {
+        "width": settings.width,
+        "layers": settings.layers,
+        "heads": settings.heads,
+        "mlp_width": settings.mlp_width,
+        "dropout": settings.dropout,
+    }
+    if name == "text":
+        return Bert(vocab_size=vocab_size, max_length=settings.max_length, **shared)
+    if settings.image_size % settings.patch_size:
+        raise UserError(
+            f"config.encoder.image.image_size is {settings.image_size}, "
+            f"not a multiple of patch_size {settings.patch_size}"
+        )
+    return VisionTransformer(
+        image_size=settings.image_size, patch_size=settings.patch_size, **shared
+    )
+
+
+def _pretrained_tower(name, settings, architecture, shared) -> Tower:
+    where = f"config.encoder.{name}.pretrained={settings.pretrained}"
+    module = build_from_architecture(architecture, where, **shared)
+    if isinstance(module, DualEncoder):
+        module = getattr(module, name)
+    kind = VisionTower if name == "image" else TextTower
+    if not isinstance(module, kind):
+        raise UserError(
+            f"{where} is of type {architecture['model_type']}, which has no {name} encoder"
+        )
+    if name == "image":
+        if settings.image_size % module.patch_size and settings.image_size != module.image_size:
+            raise UserError(
+                f"config.encoder.image.image_size is {settings.image_size}, not a multiple of the "
+                f"patch size of {settings.pretrained}, {module.patch_size}"
+            )
+        module = module.clone(image_size=settings.image_size)
+    return module.clone(dropout=settings.dropout)
