@@ -41,6 +41,7 @@ __all__ = [
     "hardest_negative_triplet_loss",
     "infonce_loss",
     "load_pretrained",
+    "load_workdir",
     "mined_triplet_loss",
     "random_key",
     "retrieval_metrics",
@@ -52,3 +53,12 @@ __all__ = [
     "sigmoid_loss",
     "update_similarity_statistics",
 ]
+
+
+def __getattr__(name):
+    # Late, because it needs Orbax and transformers, which the strategy alone does not.
+    if name == "load_workdir":
+        from fne_jax.retrieval.trained_model import load_workdir
+
+        return load_workdir
+    raise AttributeError(f"module 'fne_jax' has no attribute {name!r}")

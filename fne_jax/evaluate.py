@@ -1,45 +1,84 @@
-"""Evaluates a run's checkpoint: python -m fne_jax.evaluate --workdir=runs/shapes."""
+"""Evaluates a run's checkpoint, or pretrained towers as they come.
+
+python -m fne_jax.evaluate --workdir=runs/shapes
+python -m fne_jax.evaluate --init=pretrained --config=configs/flickr30k_siglip.py
+"""
 
 from __future__ import annotations
 
+import argparse
 import pathlib
+from typing import TYPE_CHECKING
 
-from fne_jax import command_line
+from fne_jax import command_line, configuration
+from fne_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from fne_jax.training.run import RestoredRun
 
 
 def main(arguments: list[str]) -> None:
-    """Parses the command line, evaluates, prints the table and writes eval_<split>.json."""
+    """Parses the command line, evaluates, prints the table and writes the report."""
     parser = command_line.parser("Evaluates a checkpoint on a split.", "evaluate")
-    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument("--workdir", help="folder of the run")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     parser.add_argument("--split", default="test", help="train, val or test")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--init", choices=["pretrained"], help="score the pretrained towers of --config, untrained"
+    )
+    parser.add_argument("--config", help="with --init; --config.x=y overrides its fields")
+    parser.add_argument(
+        "--out", help="report of --init (a run's is eval_<split>.json in its folder)"
+    )
+    options, overrides = parser.parse_known_args(arguments)
+    evaluated, path = _what_to_evaluate(options, overrides)
 
     from fne_jax.data.datasets import load_split
     from fne_jax.retrieval import evaluation
     from fne_jax.training import run
 
-    workdir = pathlib.Path(options.workdir)
-    restored = run.restore_run(workdir, options.checkpoint)
-    config = restored.config
+    config = evaluated.config
     dataset = load_split(config.data, config.encoder.image.image_size, options.split)
-    tokens = run.tokenize_split(config, restored.tokenizer, dataset)
-    embedder = run.build_embedder(config, restored.module, restored.mesh)
-    metrics, _ = evaluation.evaluate_split(embedder, restored.state.params, dataset, tokens)
+    tokens = run.tokenize_split(config, evaluated.tokenizer, dataset)
+    embedder = run.build_embedder(config, evaluated.module, evaluated.mesh)
+    metrics, _ = evaluation.evaluate_split(embedder, evaluated.params, dataset, tokens)
     about = {
         "split": options.split,
-        "step": int(restored.state.step),
+        "step": evaluated.step,
         "images": len(dataset.image_id),
         "captions": len(dataset.captions),
     }
-    path = workdir / f"eval_{options.split}.json"
-    evaluation.write_report(path, metrics, about)
     print(
         f"step {about['step']}, {options.split}: "
         f"{about['images']} images, {about['captions']} captions\n"
     )
     print(evaluation.format_table(metrics))
-    print(f"\nwritten to {path}")
+    if path is not None:
+        evaluation.write_report(path, metrics, about)
+        print(f"\nwritten to {path}")
+
+
+def _what_to_evaluate(
+    options: argparse.Namespace, overrides: list[str]
+) -> tuple[RestoredRun, pathlib.Path | None]:
+    """Returns the model, and the file to report into."""
+    from fne_jax.training import run
+
+    if options.init is None:
+        for name in ("config", "out"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name} goes with --init=pretrained; a run keeps its own")
+        if overrides:
+            raise UserError(f"unknown argument {overrides[0]!r}; see --help")
+        if options.workdir is None:
+            raise UserError("give the --workdir of a run, or --init=pretrained and a --config")
+        workdir = pathlib.Path(options.workdir)
+        restored = run.restore_run(workdir, options.checkpoint)
+        return restored, workdir / f"eval_{options.split}.json"
+    if options.workdir is not None or options.config is None:
+        raise UserError("--init=pretrained takes a --config and no --workdir")
+    config = configuration.load_config(options.config, overrides)
+    return run.pretrained_run(config), None if options.out is None else pathlib.Path(options.out)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import pathlib
 
+import numpy as np
 import tensorflow as tf
+
+from fne_jax.errors import UserError
 
 # The fractions of the area and the aspect ratios that a training crop may have (the paper's).
 CROP_AREA = (0.5, 1.0)
@@ -17,6 +21,28 @@ _DCT = "INTEGER_ACCURATE"
 def evaluation_image(jpeg: tf.Tensor, size: int) -> tf.Tensor:
     """Returns the whole picture at [size, size, 3] uint8, resized bicubically without a crop."""
     return _resize(tf.io.decode_jpeg(jpeg, channels=3, dct_method=_DCT), size)
+
+
+def resized_pixels(image: np.ndarray, size: int) -> np.ndarray:
+    """Returns [height, width, 3] uint8 pixels as `evaluation_image` resizes a picture."""
+    return _resize(tf.constant(image), size).numpy()
+
+
+def read_picture(path: pathlib.Path, size: int) -> np.ndarray:
+    """Returns a JPEG or PNG file as `evaluation_image` gives it, [size, size, 3] uint8.
+
+    Raises:
+      UserError: if the file cannot be read or decoded.
+    """
+    try:
+        content = path.read_bytes()
+        if tf.io.is_jpeg(content):
+            return evaluation_image(tf.constant(content), size).numpy()
+        return resized_pixels(tf.io.decode_png(content, channels=3).numpy(), size)
+    except (OSError, tf.errors.InvalidArgumentError) as error:
+        raise UserError(
+            f"{path}: cannot be read as a JPEG or PNG: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def cropped_and_flipped_image(jpeg: tf.Tensor, size: int, seed: tf.Tensor) -> tf.Tensor:

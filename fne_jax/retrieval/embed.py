@@ -60,6 +60,14 @@ class Embedder:
         batches = ({"image": images} for images in batches)
         return self._embed(self._encode_images, params, batches, len(dataset.image_id))
 
+    def pixels(self, params: Any, images: np.ndarray) -> np.ndarray:
+        """Returns the [images, dim] float32 embeddings of [images, side, side, 3] uint8."""
+        batches = (
+            {"image": pad_rows(images[start : start + self._batch_size], self._batch_size)}
+            for start in range(0, len(images), self._batch_size)
+        )
+        return self._embed(self._encode_images, params, batches, len(images))
+
     def texts(self, params: Any, tokens: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """Returns the [captions, dim] float32 embeddings of ids and masks [captions, length]."""
         ids, mask = tokens

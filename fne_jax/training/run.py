@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -40,8 +41,17 @@ def tokenize_split(
     dataset: PairDataset,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns ids and masks of all captions of a split, both [pairs, length] int32."""
-    captions = clean_captions(config, dataset.captions)
-    return caption_lib.tokenize(tokenizer, captions, config.data.text_length)
+    return tokenize_captions(config, tokenizer, dataset.captions)
+
+
+def tokenize_captions(
+    config: ml_collections.ConfigDict,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    captions: Sequence[str],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids and masks of raw captions, both [captions, length] int32."""
+    cleaned = clean_captions(config, captions)
+    return caption_lib.tokenize(tokenizer, cleaned, config.data.text_length)
 
 
 def run_tokenizer(
@@ -109,11 +119,13 @@ def with_pretrained_towers(state: TrainState, encoder: ml_collections.ConfigDict
         return state
     loaded = towers.pretrained_params(encoder, state.params)
 
-    def place(like):
-        return jax.tree.map(lambda old, new: jax.device_put(new, old.sharding), like, loaded)
-
-    # Placed twice: a donated state must not hold one buffer under two names.
-    return state.replace(params=place(state.params), momentum_params=place(state.momentum_params))
+    # Computed rather than placed: a donated state must neither hold a buffer twice nor share one
+    # with the arrays that were read.
+    copy = jax.jit(
+        lambda tree: jax.tree.map(jnp.copy, tree),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, state.params),
+    )
+    return state.replace(params=copy(loaded), momentum_params=copy(loaded))
 
 
 def initial_state(
@@ -154,21 +166,25 @@ def build_embedder(
 
 @dataclasses.dataclass(frozen=True)
 class RestoredRun:
-    """A run as its workdir holds it.
+    """A model with what belongs to it, ready to embed.
 
     Attributes:
-      config: the stored config.
-      tokenizer: the stored tokenizer.
+      config: of the run, or that the model was built from.
+      tokenizer: of the captions.
       module: the model.
-      state: the state of the chosen checkpoint, replicated over all devices.
+      params: its parameters, replicated over all devices.
+      step: updates that they have had.
       mesh: of all devices.
+      state: the whole train state; None for pretrained towers as they come.
     """
 
     config: ml_collections.ConfigDict
     tokenizer: transformers.PreTrainedTokenizerBase
     module: DualEncoder
-    state: TrainState
+    params: Any
+    step: int
     mesh: jax.sharding.Mesh
+    state: TrainState | None = None
 
 
 def restore_run(workdir: pathlib.Path, checkpoint: str) -> RestoredRun:
@@ -189,7 +205,33 @@ def restore_run(workdir: pathlib.Path, checkpoint: str) -> RestoredRun:
     like = initial_state(config, module, mesh, optax.constant_schedule(0.0))
     state, _ = checkpointing.restore(manager, step, like)
     manager.close()
-    return RestoredRun(config, tokenizer, module, state, mesh)
+    return RestoredRun(config, tokenizer, module, state.params, step, mesh, state)
+
+
+def pretrained_run(config: ml_collections.ConfigDict) -> RestoredRun:
+    """Returns the pretrained towers of a config as they come, without any training.
+
+    Raises:
+      UserError: if anything of them would be random.
+    """
+    config = towers.with_model_defaults(config)
+    for tower in towers.TOWERS:
+        if not config.encoder[tower].pretrained:
+            raise UserError(
+                f"config.encoder.{tower}.pretrained is empty: from random weights there is nothing "
+                "to score without training"
+            )
+    if config.encoder.projection_dim:
+        raise UserError(
+            f"config.encoder.projection_dim is {config.encoder.projection_dim}: a projection "
+            "starts from random weights, so there is nothing to score without training"
+        )
+    tokenizer = caption_lib.load_tokenizer(config.data.tokenizer)
+    module = build_module(config, None, len(tokenizer))
+    mesh = sharding.create_mesh()
+    params = towers.pretrained_params(config.encoder, {})
+    params = jax.device_put(params, sharding.replicated(mesh))
+    return RestoredRun(config, tokenizer, module, params, 0, mesh)
 
 
 def with_weights_of(state: TrainState, workdir: pathlib.Path) -> TrainState:
