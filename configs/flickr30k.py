@@ -1,0 +1,13 @@
+"""ViT-B/16 and BERT-base on Flickr30K, the paper's setting with our defaults.
+
+python -m fne_jax.train --config=configs/flickr30k.py --workdir=runs/flickr30k --config.data.dir=DIR
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.encoder.image.pretrained = "google/vit-base-patch16-384"
+    config.encoder.text.pretrained = "bert-base-uncased"
+    return config
