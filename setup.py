@@ -40,6 +40,7 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
-        "test": ["pytest>=9.2.0", "ruff>=0.17.5", "scipy>=1.17.1"],
+        "convert": ["torch>=2.13.0"],
+        "test": ["torch>=2.13.0", "pytest>=9.2.0", "ruff>=0.17.5", "scipy>=1.17.1"],
     },
 )

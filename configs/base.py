@@ -84,6 +84,9 @@ def get_config() -> ConfigDict:
     text.dropout = 0.0
     # mean over real tokens; mean_with_padding over all, as the authors; first; checkpoint; or auto.
     text.pooling = "auto"
+    # While training: as `pooling` (auto), or mean_to_longest, over as many tokens as the longest
+    # caption of the batch has, as the authors.
+    text.training_pooling = "auto"
     # Dimension of a learned projection after pooling, 0 for none.
     encoder.projection_dim = 0
     # float32 or bfloat16; parameters, losses and similarities are float32 in any case.
@@ -145,6 +148,9 @@ def get_config() -> ConfigDict:
     warmup.objective = "hardest"
     # Of clip and infonce.
     warmup.temperature = 0.07
+    # Write the memory during the last steps of the warm-up, as many as fill it, so that FNE does
+    # not start on random vectors. The authors do not. (infonce writes it from the first step.)
+    warmup.fill_queue = True
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 2e-5
@@ -170,6 +176,8 @@ def get_config() -> ConfigDict:
     evaluation.per_epoch = 3
     # Images or captions embedded at once over all devices.
     evaluation.batch_size = 256
+    # Tokens of a caption in evaluation; 0 for as many as in training.
+    evaluation.text_length = 0
 
     config.checkpoint = checkpoint = ConfigDict()
     # Newest checkpoints kept, beside the one of best validation rSum.

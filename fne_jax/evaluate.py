@@ -39,7 +39,9 @@ def main(arguments: list[str]) -> None:
 
     config = evaluated.config
     dataset = load_split(config.data, config.encoder.image.image_size, options.split)
-    tokens = run.tokenize_split(config, evaluated.tokenizer, dataset)
+    tokens = run.tokenize_captions(
+        config, evaluated.tokenizer, dataset.captions, config.evaluation.text_length
+    )
     embedder = run.build_embedder(config, evaluated.module, evaluated.mesh)
     metrics, _ = evaluation.evaluate_split(embedder, evaluated.params, dataset, tokens)
     about = {

@@ -26,6 +26,17 @@ def pool_mean_with_padding(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     return hidden.astype(jnp.float32).mean(axis=1)
 
 
+def pool_mean_to_longest(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the mean of as many tokens as the batch's longest text has.
+
+    What `pool_mean_with_padding` gives where batches are padded to their longest text, as the
+    authors' training does, without a length that changes from batch to batch.
+    """
+    longest = mask.sum(axis=1).max()
+    counted = jnp.arange(mask.shape[1])[None, :] < longest
+    return pool_mean(hidden, jnp.broadcast_to(counted, mask.shape))
+
+
 def pool_first(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the first token, the class token of ViT and BERT."""
     del mask
@@ -35,6 +46,7 @@ def pool_first(hidden: jax.Array, mask: jax.Array) -> jax.Array:
 POOLINGS = {
     "mean": pool_mean,
     "mean_with_padding": pool_mean_with_padding,
+    "mean_to_longest": pool_mean_to_longest,
     "first": pool_first,
 }
 # The pooling that takes a tower's own `EncoderOutput.pooled`.

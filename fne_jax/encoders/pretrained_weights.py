@@ -8,6 +8,7 @@ weights are never opened.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -573,35 +574,71 @@ def _join(weights: Mapping[str, np.ndarray], paths, transform) -> np.ndarray:
     return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
+def params_from_tensors(
+    module: nn.Module, tensors: Mapping[str, np.ndarray], where: str
+) -> dict[str, Any]:
+    """Returns a module's params from tensors under transformers' names.
+
+    Args:
+      module: a `VisionTransformer` or a `Bert`.
+      tensors: float arrays; those that no encoder needs may be among them.
+      where: what holds them, for errors.
+
+    Raises:
+      UserError: naming all that are missing, unexpected or of a wrong shape.
+    """
+    entries = ((name, value.shape, "F32", value) for name, value in tensors.items())
+    weights = _collect(module, ((n, s, t, lambda v=v: v) for n, s, t, v in entries), where)
+    if any(tower.scan_layers for tower in _towers(module).values()):
+        weights = _stack_layers(weights, module)
+    params = {path: jnp.array(value) for path, value in weights.items()}
+    return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
 def _read_weights(folder, module) -> dict[str, np.ndarray]:
     """Returns the parameters by path, float32, layers unstacked."""
+    model_type = _model_type(module)
+    where = f"{folder}: the weights are not those of the {model_type} that {_CONFIG} describes"
+    return _collect(module, _entries(_weight_files(folder)), where)
+
+
+def _entries(paths):
+    """Yields name, shape, dtype and reader of every tensor of some files."""
+    for path in paths:
+        try:
+            with safetensors.safe_open(path, framework="np") as file:
+                for key in file.keys():  # noqa: SIM118, the file is no mapping
+                    entry = file.get_slice(key)
+                    yield (
+                        key,
+                        tuple(entry.get_shape()),
+                        entry.get_dtype(),
+                        functools.partial(file.get_tensor, key),
+                    )
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path} is damaged ({error}); fetch it again") from error
+
+
+def _collect(module, entries, where) -> dict[str, np.ndarray]:
+    """Returns the parameters by path, float32, layers unstacked, of entries as `_entries`'s."""
     names = _names(module)
     # Without memory of their own, whatever the sizes.
     blanks = {path: np.broadcast_to(np.float32(0), s) for path, s in _shapes(module).items()}
     expected = {name: _join(blanks, *parts).shape for name, parts in names.items()}
     model_type = _model_type(module)
     found, wrong, weights = {}, [], {}
-    for path in _weight_files(folder):
-        try:
-            with safetensors.safe_open(path, framework="np") as file:
-                for key in file.keys():  # noqa: SIM118, the file is no mapping
-                    name = _plain_name(key, model_type)
-                    if _IGNORED.match(name):
-                        continue
-                    entry = file.get_slice(key)
-                    found[name] = tuple(entry.get_shape())
-                    if entry.get_dtype() not in _FLOATS:
-                        wrong.append(f"{name} is of type {entry.get_dtype()}, no float")
-                    elif found[name] == expected.get(name):
-                        weights.update(_split(file.get_tensor(key), *names[name]))
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path} is damaged ({error}); fetch it again") from error
+    for key, shape, dtype, read in entries:
+        name = _plain_name(key, model_type)
+        if _IGNORED.match(name):
+            continue
+        found[name] = shape
+        if dtype not in _FLOATS:
+            wrong.append(f"{name} is of type {dtype}, no float")
+        elif shape == expected.get(name):
+            weights.update(_split(read(), *names[name]))
     wrong += _differences(found, expected)
     if wrong:
-        raise UserError(
-            f"{folder}: the weights are not those of the {model_type} that {_CONFIG} describes: "
-            f"{'; '.join(wrong)}. Take both files from the same model."
-        )
+        raise UserError(f"{where}: {'; '.join(wrong)}. Take both files from the same model.")
     return weights
 
 

@@ -76,6 +76,8 @@ def with_model_defaults(config: ml_collections.ConfigDict) -> ml_collections.Con
         defaults[tower] = _DEFAULTS.get(model_type, _SCRATCH)
         if config.encoder[tower].pooling == "auto":
             config.encoder[tower].pooling = defaults[tower].pooling
+    if config.encoder.text.training_pooling == "auto":
+        config.encoder.text.training_pooling = config.encoder.text.pooling
     if not config.image_mean:
         config.image_mean = defaults["image"].pixels[0]
     if not config.image_std:
@@ -85,6 +87,8 @@ def with_model_defaults(config: ml_collections.ConfigDict) -> ml_collections.Con
         if defaults["text"].full_length:
             text = _tower(config.encoder, "text", architectures["text"], vocab_size=1)
             config.data.text_length = text.max_length
+    if not config.evaluation.text_length:
+        config.evaluation.text_length = config.data.text_length
     if config.data.tokenizer == "auto":
         config.data.tokenizer = config.encoder.text.pretrained or "train"
     return config
@@ -144,12 +148,15 @@ def build_dual_encoder(
             f"config.data.tokenizer has {vocab_size} token ids, more than the {text.vocab_size} "
             f"of config.encoder.text.pretrained; take the tokenizer of that model"
         )
-    for name, tower in (("image", image), ("text", text)):
-        pooling = encoder[name].pooling
+    for field, pooling, tower in (
+        ("image.pooling", encoder.image.pooling, image),
+        ("text.pooling", encoder.text.pooling, text),
+        ("text.training_pooling", encoder.text.training_pooling, text),
+    ):
         known = (*POOLINGS, CHECKPOINT) if tower.pooled_dim else tuple(POOLINGS)
         if pooling not in known:
             raise UserError(
-                f"config.encoder.{name}.pooling is {pooling!r}; expected one of {', '.join(known)}"
+                f"config.encoder.{field} is {pooling!r}; expected one of {', '.join(known)}"
             )
     widths = tuple(
         tower.pooled_dim if encoder[name].pooling == CHECKPOINT else tower.width

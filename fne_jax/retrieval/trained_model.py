@@ -54,7 +54,9 @@ class TrainedModel:
 
         They are cleaned and cut to the run's length as its captions were.
         """
-        tokens = run.tokenize_captions(self.config, self._restored.tokenizer, texts)
+        tokens = run.tokenize_captions(
+            self.config, self._restored.tokenizer, texts, self.config.evaluation.text_length
+        )
         return self._embedder.texts(self._restored.params, tokens)
 
 

@@ -32,7 +32,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
         )
     else:
         tokenizer = captions.load_tokenizer(config.data.tokenizer)
-    tokens = run.tokenize_split(config, tokenizer, train)
+    tokens = run.tokenize_captions(config, tokenizer, train.captions, config.data.text_length)
     mesh = sharding.create_mesh()
     module = run.build_module(config, None, len(tokenizer))
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)

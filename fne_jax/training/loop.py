@@ -62,8 +62,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
     create_workdir(workdir)
     configuration.store_config(config, workdir)
     tokenizer = run.run_tokenizer(config, workdir, train)
-    train_tokens = run.tokenize_split(config, tokenizer, train)
-    val_tokens = run.tokenize_split(config, tokenizer, val)
+    tokenize = functools.partial(run.tokenize_captions, config, tokenizer)
+    train_tokens = tokenize(train.captions, config.data.text_length)
+    val_tokens = tokenize(val.captions, config.evaluation.text_length)
 
     # Mesh, model, optimizer, state.
     mesh = sharding.create_mesh()

@@ -44,6 +44,7 @@ class RunPlan:
         filling = 0
         if config.warmup.objective != "infonce":
             batches = math.ceil(config.queue_size / config.global_batch_size)
+            batches *= config.warmup.fill_queue
             filling = max(fne_start - batches, 0)
         between = steps_per_epoch / config.evaluation.per_epoch
         regular = (round(n * between) for n in range(1, math.ceil(total / between) + 1))

@@ -35,23 +35,14 @@ def clean_captions(config: ml_collections.ConfigDict, captions: Sequence[str]) -
     return [caption_lib.clean_caption(text, config.data.max_words) for text in captions]
 
 
-def tokenize_split(
-    config: ml_collections.ConfigDict,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    dataset: PairDataset,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids and masks of all captions of a split, both [pairs, length] int32."""
-    return tokenize_captions(config, tokenizer, dataset.captions)
-
-
 def tokenize_captions(
     config: ml_collections.ConfigDict,
     tokenizer: transformers.PreTrainedTokenizerBase,
     captions: Sequence[str],
+    length: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns ids and masks of raw captions, both [captions, length] int32."""
-    cleaned = clean_captions(config, captions)
-    return caption_lib.tokenize(tokenizer, cleaned, config.data.text_length)
+    return caption_lib.tokenize(tokenizer, clean_captions(config, captions), length)
 
 
 def run_tokenizer(
@@ -105,11 +96,12 @@ def build_module(
     """
     architectures = towers.read_architectures(config.encoder, workdir)
     module = towers.build_dual_encoder(config.encoder, vocab_size, architectures)
-    if config.data.text_length > module.text.max_length:
-        raise UserError(
-            f"config.data.text_length is {config.data.text_length}, more than the "
-            f"{module.text.max_length} positions of {config.encoder.text.pretrained}"
-        )
+    for part in ("data", "evaluation"):
+        if config[part].text_length > module.text.max_length:
+            raise UserError(
+                f"config.{part}.text_length is {config[part].text_length}, more than the "
+                f"{module.text.max_length} positions of the text encoder"
+            )
     return module
 
 
@@ -137,10 +129,12 @@ def initial_state(
     """Returns the state before the first step, created on the devices where it stays."""
     tx = build_optimizer(config.optimizer, learning_rate)
 
+    training_module = module.clone(text_pooling=config.encoder.text.training_pooling)
+
     def create(rng):
         return create_train_state(
             rng,
-            module,
+            training_module,
             tx,
             image_size=config.encoder.image.image_size,
             text_length=config.data.text_length,

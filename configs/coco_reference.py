@@ -1,0 +1,11 @@
+"""The authors' own behaviour on COCO; see configs/flickr30k_reference.py.
+
+python -m fne_jax.train --config=configs/coco_reference.py --workdir=runs/coco_reference \\
+    --config.data.dir=DIR
+"""
+
+from configs import flickr30k_reference
+
+
+def get_config():
+    return flickr30k_reference.get_config()

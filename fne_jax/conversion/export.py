@@ -1,0 +1,91 @@
+"""A run's encoders in Hugging Face's layout, with a model card."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from fne_jax.encoders.pretrained_weights import save_pretrained
+from fne_jax.errors import UserError
+from fne_jax.training import run
+
+_CARD = """---
+library_name: transformers
+tags: [image-text-retrieval, false-negative-elimination]
+---
+# Image-text retrieval encoders trained with FNE-JAX
+
+{about}
+
+## Metrics
+
+{metrics}
+
+## Config
+
+```json
+{config}
+```
+"""
+
+
+def export(workdir: pathlib.Path, checkpoint: str, out: pathlib.Path) -> list[pathlib.Path]:
+    """Writes both encoders, the tokenizer and README.md.
+
+    CLIP and SigLIP become one model, in `out` itself; other pairs one model each, in `out/image`
+    and `out/text`. Pooling and L2 normalisation are not part of these models: README.md says which.
+
+    Args:
+      workdir: of the run.
+      checkpoint: best, latest or a step.
+      out: folder to make.
+
+    Returns:
+      The folders that transformers can open.
+
+    Raises:
+      UserError: if the run is not there, or a projection of ours follows its encoders.
+    """
+    restored = run.restore_run(workdir, checkpoint)
+    config, module = restored.config, restored.module
+    if config.encoder.projection_dim:
+        raise UserError(
+            f"{workdir}: its encoders end in a projection of "
+            f"{config.encoder.projection_dim} dimensions, which transformers' models have no place "
+            "for; use fne_jax.load_workdir"
+        )
+    if module.image.pooled_dim and module.text.pooled_dim:
+        folders = [out]
+        save_pretrained(out, module, restored.params)
+    else:
+        folders = [out / "image", out / "text"]
+        save_pretrained(out / "image", module.image, restored.params["image"])
+        save_pretrained(out / "text", module.text, restored.params["text"])
+    restored.tokenizer.save_pretrained(folders[-1])
+    (out / "README.md").write_text(_model_card(workdir, restored))
+    return folders
+
+
+def _model_card(workdir, restored) -> str:
+    config = restored.config
+    about = (
+        f"Step {restored.step}. An embedding is the pooled last hidden state divided by its L2 "
+        f"norm; pooling: images {config.encoder.image.pooling}, texts "
+        f"{config.encoder.text.pooling}. Pixels in [0, 1] are resized to "
+        f"{config.encoder.image.image_size} x {config.encoder.image.image_size} (bicubic) and "
+        f"normalised with mean {tuple(config.image_mean)} and deviation "
+        f"{tuple(config.image_std)}; texts have {config.data.text_length} tokens."
+    )
+    tables = []
+    for path in sorted(workdir.glob("eval_*.json")):
+        report = json.loads(path.read_text())
+        rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in report["metrics"].items())
+        tables.append(
+            f"{report['split']}, step {report['step']}, {report['images']} images, "
+            f"{report['captions']} captions\n\n| metric | value |\n| --- | --- |\n{rows}"
+        )
+    return _CARD.format(
+        about=about,
+        metrics="\n\n".join(tables) or "Not evaluated.",
+        config=json.dumps(json.loads(config.to_json()), indent=2),
+    )

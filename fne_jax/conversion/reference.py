@@ -1,0 +1,148 @@
+"""The checkpoint that the authors' PyTorch code saves, as a run of ours."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import pickle
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from fne_jax import configuration
+from fne_jax.data import captions as caption_lib
+from fne_jax.encoders import towers
+from fne_jax.encoders.pretrained_weights import params_from_tensors
+from fne_jax.errors import UserError
+from fne_jax.objectives.memory_queue import EMPTY_ID, MemoryQueue
+from fne_jax.training import checkpointing, run, sharding
+
+# Beginnings of their names: our tower, and whether it is a momentum encoder.
+_PARTS = {
+    "visual_encoder.": ("image", False),
+    "text_encoder.": ("text", False),
+    "visual_encoder_m.": ("image", True),
+    "text_encoder_m.": ("text", True),
+}
+
+
+def convert(path: pathlib.Path, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
+    """Writes a workdir with the checkpoint's encoders, momentum encoders and memory.
+
+    Their optimizer's state is not in the file, so the run can be evaluated and begun from
+    (`init_from`), not resumed where theirs stopped.
+
+    Args:
+      path: `model_best.pth.tar`.
+      config: names the sources of both encoders, for their sizes, and the tokenizer; the length
+        of the memory and the margin are taken from the file.
+      workdir: folder that is not there yet.
+
+    Returns:
+      The step under which it is saved, their epoch.
+
+    Raises:
+      UserError: if the file is none of theirs, would run code, or does not fit the config.
+    """
+    if workdir.exists() and any(workdir.iterdir()):
+        raise UserError(f"--out={workdir} is there already and not empty; give another")
+    saved = _load(path)
+    tensors = saved["model"][0]
+    config = towers.with_model_defaults(config)
+    for tower in towers.TOWERS:
+        if not config.encoder[tower].pretrained:
+            raise UserError(f"config.encoder.{tower}.pretrained must name the encoder's source")
+    queue = _queue(path, tensors)
+    config.queue_size = queue.size
+    if "margin" in vars(saved["opt"]):
+        config.fne.margin = float(saved["opt"].margin)
+
+    tokenizer = caption_lib.load_tokenizer(config.data.tokenizer)
+    module = run.build_module(config, None, len(tokenizer))
+    params: dict[bool, dict[str, Any]] = {False: {}, True: {}}
+    for begin, (tower, momentum) in _PARTS.items():
+        own = {
+            name.removeprefix(begin): value
+            for name, value in tensors.items()
+            if name.startswith(begin)
+        }
+        params[momentum][tower] = params_from_tensors(
+            getattr(module, tower), own, f"{path}: {begin}* do not fit {tower}"
+        )
+    mesh = sharding.create_mesh()
+    state = run.initial_state(config, module, mesh, optax.constant_schedule(0.0))
+    whole = sharding.replicated(mesh)
+    step = int(saved["epoch"])
+    state = state.replace(
+        step=jax.device_put(jnp.int32(step), whole),
+        params=jax.device_put(params[False], whole),
+        momentum_params=jax.device_put(params[True], whole),
+        queue=jax.device_put(queue, whole),
+    )
+
+    # Nothing was written before all of it was known to fit.
+    workdir.mkdir(parents=True, exist_ok=True)
+    configuration.store_config(config, workdir)
+    towers.read_architectures(config.encoder, workdir)
+    caption_lib.save_tokenizer(tokenizer, workdir / run.TOKENIZER_DIRECTORY)
+    manager = checkpointing.checkpoint_manager(workdir, config.checkpoint)
+    metrics = {checkpointing.BEST_METRIC: float(saved["best_rsum"])}
+    checkpointing.save(manager, state, {}, metrics)
+    manager.close()
+    return step
+
+
+def _load(path) -> dict[str, Any]:
+    """Returns the file's content without running any code from it; tensors as NumPy arrays."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            "reading PyTorch's files needs torch: pip install 'fne-jax[convert]'"
+        ) from error
+    try:
+        # Tensors, plain containers, and the arguments that the authors' code stores; any other
+        # class in the pickle is refused before it is made.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: refused, it holds more than tensors and settings: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a PyTorch checkpoint: {str(error).splitlines()[0]}"
+        ) from error
+    expected = ("model", "opt", "epoch", "best_rsum")
+    if not isinstance(saved, dict) or any(name not in saved for name in expected):
+        raise UserError(
+            f"{path}: not a checkpoint of the authors' code, which holds {', '.join(expected)}"
+        )
+    saved["model"] = [
+        {name: value.numpy() for name, value in part.items()} for part in saved["model"]
+    ]
+    return saved
+
+
+def _queue(path, tensors) -> MemoryQueue:
+    """Returns the memory; theirs holds a column a slot, and -100 for empty."""
+    names = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
+    absent = [name for name in names if name not in tensors]
+    if absent:
+        raise UserError(f"{path}: the memory is missing: {', '.join(absent)}")
+    ids = tensors["idx_queue"].reshape(-1)
+    ids = np.where(ids < 0, EMPTY_ID, ids).astype(np.int32)
+    return MemoryQueue(
+        image=jnp.array(tensors["image_queue"].T),
+        text=jnp.array(tensors["text_queue"].T),
+        image_id=jnp.array(ids),
+        pair_id=jnp.full(ids.shape, EMPTY_ID, jnp.int32),
+        pointer=jnp.int32(int(tensors["queue_ptr"].reshape(-1)[0])),
+    )

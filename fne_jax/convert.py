@@ -1,0 +1,64 @@
+"""Converts checkpoints: the authors' into a run of ours, and a run into models for transformers.
+
+python -m fne_jax.convert reference model_best.pth.tar --out=runs/authors
+python -m fne_jax.convert export --workdir=runs/flickr30k --out=exported
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+from fne_jax import command_line, configuration
+
+REFERENCE_CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "flickr30k_reference.py"
+
+
+def main(arguments: list[str]) -> None:
+    """Parses the command line and converts."""
+    parser = command_line.parser("Converts checkpoints.", "convert")
+    commands = parser.add_subparsers(dest="command", required=True)
+    reference = commands.add_parser("reference", help="the authors' checkpoint into a run of ours")
+    reference.add_argument("checkpoint", help="model_best.pth.tar; needs the extra [convert]")
+    reference.add_argument("--out", required=True, help="workdir to make")
+    reference.add_argument(
+        "--config",
+        default=str(REFERENCE_CONFIG),
+        help="config that names the encoders and the tokenizer it was trained with",
+    )
+    reference.set_defaults(convert=convert_reference)
+    export = commands.add_parser("export", help="a run's two encoders, as transformers opens them")
+    export.add_argument("--workdir", required=True, help="folder of the run")
+    export.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    export.add_argument("--out", required=True, help="folder to make")
+    export.set_defaults(convert=convert_export)
+    options, overrides = parser.parse_known_args(arguments)
+    options.convert(options, overrides)
+
+
+def convert_reference(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Writes a run from the authors' checkpoint."""
+    from fne_jax.conversion import reference
+
+    config = configuration.load_config(options.config, overrides)
+    out = pathlib.Path(options.out)
+    step = reference.convert(pathlib.Path(options.checkpoint), config, out)
+    print(f"written to {out}: step {step}")
+    print(f"python -m fne_jax.evaluate --workdir={out} --split=test")
+
+
+def convert_export(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Writes a run's encoders."""
+    from fne_jax.conversion import export
+    from fne_jax.errors import UserError
+
+    if overrides:
+        raise UserError(f"unknown argument {overrides[0]!r}; see --help")
+    for path in export.export(
+        pathlib.Path(options.workdir), options.checkpoint, pathlib.Path(options.out)
+    ):
+        print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
