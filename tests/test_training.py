@@ -42,6 +42,8 @@ def mesh_of(devices):
 class LinearTowers(nn.Module):
     """Compiles in a fraction of the transformers' time, for tests of what surrounds the towers."""
 
+    text_pooling: str = "mean"
+
     @nn.compact
     def __call__(self, pixels, input_ids, attention_mask, *, deterministic=True):
         del deterministic
