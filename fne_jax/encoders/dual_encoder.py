@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from fne_jax.encoders.attention import check_name
 from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.transformer import KERNEL_INIT, EncoderOutput
 from fne_jax.encoders.vision_transformer import VisionTransformer
@@ -156,8 +157,10 @@ def build_dual_encoder(encoder: ml_collections.ConfigDict, vocab_size: int) -> D
             f"config.encoder.compute_dtype is {encoder.compute_dtype!r}; "
             "expected float32 or bfloat16"
         )
+    check_name(encoder.attention, "config.encoder.attention")
     shared = {
         "dtype": jnp.dtype(encoder.compute_dtype),
+        "attention": encoder.attention,
         "scan_layers": encoder.scan_layers,
         "remat": encoder.remat,
     }
