@@ -91,6 +91,9 @@ def get_config() -> ConfigDict:
     encoder.projection_dim = 0
     # float32 or bfloat16; parameters, losses and similarities are float32 in any case.
     encoder.compute_dtype = "bfloat16"
+    # How attention is computed: auto (what was fastest on this kind of device), xla (anywhere),
+    # cudnn (fused; GPUs in bfloat16), or head_loop (long sequences on a CPU, in little memory).
+    encoder.attention = "auto"
     # Compile one layer and loop over it; recompute activations in the backward pass.
     encoder.scan_layers = False
     encoder.remat = False

@@ -1,8 +1,9 @@
-"""Measures speed: python -m fne_jax.benchmark strategy [--batch 32 --queue 8224 --dim 768]."""
+"""Measures speed: python -m fne_jax.benchmark strategy or encoders; each has its own --help."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,14 @@ from fne_jax.errors import UserError
 STRATEGY_CASES = ((32, 8224, 768), (256, 65536, 768))
 # Keys scored at a time that suit a CPU's cache; measured beside all at once.
 KEY_CHUNK = 1024
+# The configs whose encoders are measured.
+ENCODER_SIZES = {
+    "vit_b16_384": "configs.base",
+    "shapes": "configs.shapes",
+    "flickr8k": "configs.flickr8k",
+}
+# Ids of BERT-base's tokenizer.
+_BERT_IDS = 30522
 
 
 def main(arguments: list[str]) -> None:
@@ -31,6 +40,22 @@ def main(arguments: list[str]) -> None:
     )
     strategy.add_argument("--repeats", type=int, default=9, help="timed calls of each")
     strategy.set_defaults(measure=measure_strategy)
+    encoders = commands.add_parser(
+        "encoders", help="both towers forward and in training, and attention alone"
+    )
+    encoders.add_argument("--batch", type=int, default=8, help="pairs")
+    encoders.add_argument("--repeats", type=int, default=3, help="timed calls of each")
+    encoders.add_argument(
+        "--size",
+        nargs="+",
+        choices=list(ENCODER_SIZES),
+        default=list(ENCODER_SIZES),
+        help="encoders to measure (all by default)",
+    )
+    encoders.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="compute dtype (the config's by default)"
+    )
+    encoders.set_defaults(measure=measure_encoders)
     options = parser.parse_args(arguments)
     for line in options.measure(options):
         print(json.dumps(line), flush=True)
@@ -43,15 +68,9 @@ def measure_strategy(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
       UserError: on numbers that cannot be.
     """
     from fne_jax.benchmarks import strategy
-    from fne_jax.objectives.key_blocks import BLOCK
 
     given = (options.batch, options.queue, options.dim)
-    for name in ("batch", "queue", "dim", "repeats"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; expected a number above 0")
-    if options.key_chunk is not None and (options.key_chunk < 1 or options.key_chunk % BLOCK):
-        raise UserError(f"--key-chunk is {options.key_chunk}; expected a multiple of {BLOCK}")
+    _check_positive(options, "batch", "queue", "dim", "repeats")
     cases = STRATEGY_CASES
     if any(value is not None for value in given):
         cases = (tuple(v or d for v, d in zip(given, STRATEGY_CASES[0], strict=True)),)
@@ -63,6 +82,50 @@ def measure_strategy(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield strategy.strategy(batch, queue_size, dim, key_chunk, options.repeats)
         yield strategy.queue_update(batch, queue_size, dim, options.repeats)
     yield strategy.momentum_update(200_000_000, options.repeats)
+
+
+def measure_encoders(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yields for each size the encoders' line and one for each implementation of attention.
+
+    Raises:
+      UserError: on numbers that cannot be, or if the configs are not there.
+    """
+    from fne_jax.benchmarks import encoders
+    from fne_jax.encoders.attention import ATTENTIONS
+
+    _check_positive(options, "batch", "repeats")
+    for size in options.size:
+        config = _config_of_size(size)
+        encoder, data = config.encoder, config.data
+        encoder.compute_dtype = options.dtype or encoder.compute_dtype
+        vocab_size = _BERT_IDS if size == "vit_b16_384" else data.vocab_size
+        named = {"size": size}
+        yield named | encoders.encoders(
+            encoder, vocab_size, data.text_length, options.batch, options.repeats
+        )
+        for implementation in ATTENTIONS:
+            yield named | encoders.attention(
+                encoder, implementation, options.batch, options.repeats
+            )
+
+
+def _config_of_size(size):
+    from fne_jax.encoders.towers import with_model_defaults
+
+    try:
+        module = importlib.import_module(ENCODER_SIZES[size])
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error}: the sizes are those of configs/; run this from the top of the repository"
+        ) from error
+    return with_model_defaults(module.get_config())
+
+
+def _check_positive(options, *names):
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; expected a number above 0")
 
 
 if __name__ == "__main__":

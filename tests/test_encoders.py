@@ -169,6 +169,11 @@ def test_dropout_is_off_unless_asked_for(pixels):
         ("text.width", 384, "the towers' widths differ"),
         ("text.pooling", "max", "expected one of mean, mean_with_padding, first"),
         ("compute_dtype", "float16", "expected float32 or bfloat16"),
+        (
+            "attention",
+            "flash",
+            "config.encoder.attention is 'flash'; expected one of auto, xla, cudnn, head_loop",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(field, value, message):

@@ -298,7 +298,7 @@ def load_pretrained(
         fit its config (all that do not are named), or `image_size` does not fit its patches.
     """
     folder = _find_folder(path_or_hub_name, revision, [_CONFIG, "model*.safetensors", _INDEX])
-    module = _build_module(_read_config(folder), str(folder / _CONFIG))
+    module = build_from_architecture(_read_config(folder), str(folder / _CONFIG))
     weights = _read_weights(folder, module)
     if image_size is not None:
         _resize_positions(module, weights, image_size)
@@ -318,32 +318,6 @@ def read_architecture(path_or_hub_name: str | os.PathLike, revision: str | None 
     """
     folder = _find_folder(path_or_hub_name, revision, [_CONFIG])
     return _read_config(folder)
-
-
-def build_from_architecture(
-    fields: Mapping[str, Any],
-    where: str,
-    *,
-    image_size: int | None = None,
-    dtype: Any = jnp.float32,
-    scan_layers: bool = False,
-    remat: bool = False,
-) -> nn.Module:
-    """Returns the module that `load_pretrained` would, from `read_architecture`'s fields alone.
-
-    Args:
-      fields: the content of a config.json.
-      where: the file's name, for errors.
-      image_size: see `load_pretrained`, as all below.
-      dtype: see `load_pretrained`.
-      scan_layers: see `load_pretrained`.
-      remat: see `load_pretrained`.
-
-    Raises:
-      UserError: if the model is of another type or size than is supported.
-    """
-    module = _build_module(fields, where)
-    return _with_options(module, image_size, dtype, scan_layers, remat)
 
 
 def save_pretrained(path: str | os.PathLike, module: nn.Module, params: Mapping) -> None:
@@ -442,13 +416,22 @@ def _read_json(path):
     return content
 
 
-def _build_module(fields, path) -> nn.Module:
-    config = _parse_config(fields, path)
+def build_from_architecture(fields: Mapping[str, Any], where: str) -> nn.Module:
+    """Returns the module that `load_pretrained` would, from `read_architecture`'s fields alone.
+
+    Args:
+      fields: the content of a config.json.
+      where: the file's name, for errors.
+
+    Raises:
+      UserError: if the model is of another type or size than is supported.
+    """
+    config = _parse_config(fields, where)
     towers = _MODELS[config.model_type].towers
     if len(towers) == 1:
-        return _build_tower(towers[0], config, f"{path}: ")
+        return _build_tower(towers[0], config, f"{where}: ")
     image, text = (
-        _build_tower(tower, getattr(config, part), f"{path}: {part}.")
+        _build_tower(tower, getattr(config, part), f"{where}: {part}.")
         for tower, part in zip(towers, ("vision_config", "text_config"), strict=True)
     )
     if config.model_type == "clip":

@@ -46,6 +46,7 @@ class SiglipVision(VisionTower, kw_only=True):
             self.activation,
             self.norm_epsilon,
             self.dtype,
+            self.attention,
             name="head",
         )
         return EncoderOutput(hidden, head(hidden))
@@ -99,6 +100,7 @@ class _AttentionPooling(nn.Module):
     activation: str
     norm_epsilon: float
     dtype: Any
+    attention: str
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
@@ -106,7 +108,8 @@ class _AttentionPooling(nn.Module):
         batch, _, width = hidden.shape
         probe = self.param("probe", KERNEL_INIT, (1, 1, width))
         probe = jnp.broadcast_to(probe.astype(self.dtype), (batch, 1, width))
-        pooled = Attention(self.heads, self.dtype, name="attention")(hidden, None, probe)
+        attention = Attention(self.heads, self.dtype, self.attention, name="attention")
+        pooled = attention(hidden, None, probe)
         normed = layer_norm(self.norm_epsilon, self.dtype, "norm")(pooled)
         pooled = pooled + mlp(normed, self.mlp_width, self.activation, self.dtype)
         return pooled[:, 0].astype(jnp.float32)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import ml_collections
 
+from fne_jax.encoders.attention import check_name
 from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.dual_encoder import CHECKPOINT, POOLINGS, DualEncoder
 from fne_jax.encoders.pretrained_weights import (
@@ -141,6 +142,7 @@ def build_dual_encoder(
             f"config.encoder.compute_dtype is {encoder.compute_dtype!r}; "
             "expected float32 or bfloat16"
         )
+    check_name(encoder.attention, "config.encoder.attention")
     image = _tower(encoder, "image", architectures.get("image"), vocab_size)
     text = _tower(encoder, "text", architectures.get("text"), vocab_size)
     if text.vocab_size < vocab_size:
@@ -207,6 +209,7 @@ def _tower(encoder, name, architecture, vocab_size) -> Tower:
     settings = encoder[name]
     shared = {
         "dtype": jnp.dtype(encoder.compute_dtype),
+        "attention": encoder.attention,
         "scan_layers": encoder.scan_layers,
         "remat": encoder.remat,
     }
@@ -238,7 +241,7 @@ def _tower(encoder, name, architecture, vocab_size) -> Tower:
 
 def _pretrained_tower(name, settings, architecture, shared) -> Tower:
     where = f"config.encoder.{name}.pretrained={settings.pretrained}"
-    module = build_from_architecture(architecture, where, **shared)
+    module = build_from_architecture(architecture, where)
     if isinstance(module, DualEncoder):
         module = getattr(module, name)
     kind = VisionTower if name == "image" else TextTower
@@ -253,4 +256,4 @@ def _pretrained_tower(name, settings, architecture, shared) -> Tower:
                 f"patch size of {settings.pretrained}, {module.patch_size}"
             )
         module = module.clone(image_size=settings.image_size)
-    return module.clone(dropout=settings.dropout)
+    return module.clone(dropout=settings.dropout, **shared)

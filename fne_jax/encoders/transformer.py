@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from fne_jax.encoders.attention import AUTO, attend
 from fne_jax.errors import UserError
 
 # Random initialisation follows the original ViT's code rather than BERT's fixed deviation of 0.02,
@@ -53,10 +54,12 @@ class Attention(nn.Module):
     Attributes:
       heads: number of heads; it must divide the width.
       dtype: compute dtype. The softmax is float32 in any case.
+      attention: the implementation, a key of `ATTENTIONS`, or "auto" for the fastest here.
     """
 
     heads: int
     dtype: Any = jnp.float32
+    attention: str = AUTO
 
     @nn.compact
     def __call__(
@@ -71,23 +74,21 @@ class Attention(nn.Module):
 
         Returns:
           [batch, queries, width].
+
+        Raises:
+          UserError: if there is no such implementation, or it cannot run here.
         """
         width = hidden.shape[-1]
         queries = hidden if queries is None else queries
 
         def heads_of(x, name):
             out = _dense(width, self.dtype, name)(x)
-            return out.reshape(*x.shape[:2], self.heads, width // self.heads).swapaxes(1, 2)
+            return out.reshape(*x.shape[:2], self.heads, width // self.heads)
 
         query = heads_of(queries, "query")
         key, value = heads_of(hidden, "key"), heads_of(hidden, "value")
-        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
-        scores *= (width // self.heads) ** -0.5
-        if mask is not None:
-            scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
-        mixed = mixed.swapaxes(1, 2).reshape(queries.shape)
+        mixed = attend(query, key, value, mask, implementation=self.attention)
+        mixed = mixed.reshape(queries.shape)
         return _dense(width, self.dtype, "output")(mixed)
 
 
@@ -102,6 +103,7 @@ class TransformerLayer(nn.Module):
       activation: of the MLP, a key of `ACTIVATIONS`.
       dropout: rate on the output of each part.
       dtype: compute dtype.
+      attention: see `Attention`.
     """
 
     heads: int
@@ -111,6 +113,7 @@ class TransformerLayer(nn.Module):
     activation: str = "gelu"
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    attention: str = AUTO
 
     @nn.compact
     def __call__(
@@ -118,13 +121,13 @@ class TransformerLayer(nn.Module):
     ) -> tuple[jax.Array, None]:
         """[batch, tokens, width] -> the same and None, the pair that `nn.scan` asks for."""
 
-        def attend(x):
-            return Attention(self.heads, self.dtype, name="attention")(x, mask)
+        def mix(x):
+            return Attention(self.heads, self.dtype, self.attention, name="attention")(x, mask)
 
         def transform(x):
             return mlp(x, self.mlp_width, self.activation, self.dtype)
 
-        for part, name in ((attend, "attention_norm"), (transform, "mlp_norm")):
+        for part, name in ((mix, "attention_norm"), (transform, "mlp_norm")):
             norm = layer_norm(self.norm_epsilon, self.dtype, name)
             out = part(norm(hidden) if self.pre_norm else hidden)
             out = nn.Dropout(self.dropout)(out, deterministic=deterministic)
@@ -146,6 +149,7 @@ class TransformerStack(nn.Module):
       activation: see `TransformerLayer`.
       dropout: see `TransformerLayer`.
       dtype: see `TransformerLayer`.
+      attention: see `TransformerLayer`.
     """
 
     layers: int
@@ -156,6 +160,7 @@ class TransformerStack(nn.Module):
     activation: str = "gelu"
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    attention: str = AUTO
     scan_layers: bool = False
     remat: bool = False
 
@@ -174,6 +179,7 @@ class TransformerStack(nn.Module):
             self.activation,
             self.dropout,
             self.dtype,
+            self.attention,
         )
         if self.scan_layers:
             scanned = nn.scan(
@@ -201,6 +207,7 @@ class Tower(nn.Module, kw_only=True):
       norm_epsilon: of the LayerNorms; 1e-12 in Google's ViT and BERT.
       dropout: rate after the embeddings and in the layers.
       dtype: compute dtype; parameters stay float32.
+      attention: see `Attention`.
       scan_layers: see `TransformerStack`.
       remat: see `TransformerStack`.
     """
@@ -213,6 +220,7 @@ class Tower(nn.Module, kw_only=True):
     norm_epsilon: float = 1e-12
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    attention: str = AUTO
     scan_layers: bool = False
     remat: bool = False
 
@@ -235,6 +243,7 @@ class Tower(nn.Module, kw_only=True):
             activation=self.activation,
             dropout=self.dropout,
             dtype=self.dtype,
+            attention=self.attention,
             scan_layers=self.scan_layers,
             remat=self.remat,
             name="encoder",
