@@ -8,7 +8,7 @@ import pytest
 from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.clip import ClipText, ClipVision
 from fne_jax.encoders.dual_encoder import DualEncoder, pool_mean
-from fne_jax.encoders.towers import build_dual_encoder
+from fne_jax.encoders.towers import build_dual_encoder, with_model_defaults
 from fne_jax.encoders.vision_transformer import VisionTransformer, flatten_patches
 from fne_jax.errors import UserError
 
@@ -167,7 +167,7 @@ def test_dropout_is_off_unless_asked_for(pixels):
         ("image.heads", 5, "encoder.image.width is 768, which 5 heads"),
         ("image.image_size", 100, "not a multiple of patch_size 16"),
         ("text.width", 384, "the towers' widths differ"),
-        ("text.pooling", "max", "expected one of mean, mean_with_padding, first"),
+        ("text.pooling", "max", "expected one of mean, mean_with_padding, mean_to_longest, first"),
         ("compute_dtype", "float16", "expected float32 or bfloat16"),
         (
             "attention",
@@ -179,9 +179,7 @@ def test_dropout_is_off_unless_asked_for(pixels):
 def test_sizes_that_do_not_fit_are_named(field, value, message):
     from configs import base
 
-    encoder = base.get_config().encoder
-    encoder.update_from_flattened_dict(
-        {"image.pooling": "mean", "text.pooling": "mean", field: value}
-    )
+    encoder = with_model_defaults(base.get_config()).encoder
+    encoder.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
         build_dual_encoder(encoder, 100)

@@ -86,7 +86,7 @@ def test_both_kinds_of_encoders_start_from_the_sources(golden, scan_layers):
             "clip",
             "clip",
             {"encoder__image__pooling": "max"},
-            "mean_with_padding, first, checkpoint",
+            "mean_to_longest, first, checkpoint",
         ),
         ("nowhere", "clip", {}, "neither a local folder nor a model"),
     ],
