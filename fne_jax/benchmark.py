@@ -91,7 +91,6 @@ def measure_encoders(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
       UserError: on numbers that cannot be, or if the configs are not there.
     """
     from fne_jax.benchmarks import encoders
-    from fne_jax.encoders.attention import ATTENTIONS
 
     _check_positive(options, "batch", "repeats")
     for size in options.size:
@@ -103,10 +102,8 @@ def measure_encoders(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield named | encoders.encoders(
             encoder, vocab_size, data.text_length, options.batch, options.repeats
         )
-        for implementation in ATTENTIONS:
-            yield named | encoders.attention(
-                encoder, implementation, options.batch, options.repeats
-            )
+        for line in encoders.attention(encoder, options.batch, options.repeats):
+            yield named | line
 
 
 def _config_of_size(size):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -89,53 +89,60 @@ def encoders(
 
 
 def attention(
-    encoder: ml_collections.ConfigDict, implementation: str, batch: int, repeats: int
-) -> dict[str, Any]:
+    encoder: ml_collections.ConfigDict, batch: int, repeats: int
+) -> Iterator[dict[str, Any]]:
     """Times attention without its projections, of the image tower's size, on one device.
 
     Args:
       encoder: `config.encoder`, see configs/base.py.
-      implementation: a key of `ATTENTIONS`.
       batch: images.
       repeats: timed calls of each.
 
-    Returns:
-      One benchmark line as `encoders` gives; where the implementation cannot run here, `error`
-      says why in place of its figures. FLOPs are those of two products forward and twice as many
-      backward, also where more are computed to save memory.
+    Yields:
+      For each of `ATTENTIONS`, timed in turns, a benchmark line as `encoders` gives; for one that
+      cannot run here, `error` says why in place of its figures. FLOPs are those of two products
+      forward and twice as many backward, also where more are computed to save memory.
     """
     tokens, heads = _image_tokens(encoder), encoder.image.heads
     dtype = jnp.dtype(encoder.compute_dtype)
     shape = (batch, tokens, heads, encoder.image.width // heads)
     keys = jax.random.split(jax.random.key(0), 4)
     *arrays, grad = (jax.random.normal(key, shape, dtype) for key in keys)
-    run = functools.partial(ATTENTIONS[implementation], mask=None)
 
-    @jax.jit
-    def train(grad, *arrays):
+    def train(run, grad, *arrays):
         out, pull = jax.vjp(run, *arrays)
         return out, pull(grad)
 
-    line = {
-        "benchmark": "attention",
-        "implementation": implementation,
-        "batch": batch,
-        "tokens": tokens,
-        "heads": heads,
-        "dim": shape[-1],
-        "dtype": encoder.compute_dtype,
-    }
-    functions = {
-        "forward": functools.partial(jax.jit(run), *arrays),
-        "train": functools.partial(train, grad, *arrays),
-    }
-    try:
-        seconds, peak = _seconds_and_peak(functions, dtype, repeats)
-    except UserError as error:
-        return {**line, "error": str(error), **machine()}
+    functions, errors = {}, {}
+    for name, implementation in ATTENTIONS.items():
+        run = functools.partial(implementation, mask=None)
+        try:
+            jax.eval_shape(run, *arrays)
+        except UserError as error:
+            errors[name] = str(error)
+            continue
+        functions[f"{name} forward"] = functools.partial(jax.jit(run), *arrays)
+        compiled = jax.jit(functools.partial(train, run))
+        functions[f"{name} train"] = functools.partial(compiled, grad, *arrays)
+    seconds, peak = _seconds_and_peak(functions, dtype, repeats)
     products = batch * _attention_flops(tokens, encoder.image.width)
     flops = {"forward": products, "train": 3 * products}
-    return {**line, **_speeds(flops, seconds, peak), **machine()}
+    for name in ATTENTIONS:
+        if name in errors:
+            figures = {"error": errors[name]}
+        else:
+            figures = _speeds(flops, {kind: seconds[f"{name} {kind}"] for kind in flops}, peak)
+        yield {
+            "benchmark": "attention",
+            "implementation": name,
+            "batch": batch,
+            "tokens": tokens,
+            "heads": heads,
+            "dim": shape[-1],
+            "dtype": encoder.compute_dtype,
+            **figures,
+            **machine(),
+        }
 
 
 def forward_flops(encoder: ml_collections.ConfigDict, text_tokens: int) -> int:
