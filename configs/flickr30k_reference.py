@@ -1,8 +1,8 @@
 """The authors' own behaviour on Flickr30K, where our defaults go past it.
 
-Deliberately different: no dropout (theirs is on in BERT until each epoch's first validation),
-augmentation is crop and flip without RandAugment, and the best checkpoint is chosen among the
-epochs' ends by the same rule as always.
+Deliberately different: no dropout (theirs is on in BERT until each epoch's first validation), and
+BERT's embedding of the padding token learns (in PyTorch it does not). Not there yet: RandAugment;
+augmentation is crop and flip alone.
 
 python -m fne_jax.train --config=configs/flickr30k_reference.py --workdir=runs/reference \\
     --config.data.dir=DIR
