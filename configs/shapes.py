@@ -8,7 +8,7 @@ from configs import base
 
 def get_config():
     config = base.get_config()
-    config.num_epochs = 4.0
+    config.num_epochs = 3.5
     config.global_batch_size = 128
     config.momentum = 0.99
     config.queue_size = 2048
@@ -28,7 +28,7 @@ def get_config():
 
     config.warmup.objective = "clip"
     config.warmup.temperature = 0.05
-    config.fne.start_epoch = 3.0
+    config.fne.start_epoch = 2.5
     config.fne.prior = 0.02  # the share of false negatives that `prepare` prints
 
     config.optimizer.learning_rate = 1e-3

@@ -47,6 +47,21 @@ def test_replays_the_authors_steps(strategy_file):
     arrays = dict(np.load(strategy_file))
     margin, min_count = float(arrays["margin"]), int(arrays["ready_count"])
     stats = SimilarityStatistics.create()
+
+    def loss_fn(image_emb, text_emb, draws, momentum, image_id, queue, stats):
+        return fne_triplet_loss_from_uniform(
+            *draws,
+            image_emb,
+            text_emb,
+            *momentum,
+            image_id,
+            queue,
+            stats,
+            margin=margin,
+            min_count=min_count,
+        )
+
+    differentiate = jax.jit(jax.value_and_grad(loss_fn, (0, 1), has_aux=True))
     trusted_steps = seen_steps = 0
     for step, figures in steps_of(arrays):
         batch = len(figures["image_id"])
@@ -65,24 +80,15 @@ def test_replays_the_authors_steps(strategy_file):
             as_stored(stats), figures["stats"], rtol=TOLERANCE, atol=TOLERANCE, err_msg=str(step)
         )
 
-        def loss_fn(image_emb, text_emb, figures=figures, queue=queue, stats=stats):
-            batch = len(image_emb)
-            return fne_triplet_loss_from_uniform(
-                figures["u_i2t"].astype(np.float32),
-                figures["u_t2i"].astype(np.float32),
-                image_emb,
-                text_emb,
-                figures["image_keys"][:batch],
-                figures["text_keys"][:batch],
-                figures["image_id"].astype(np.int32),
-                queue,
-                stats,
-                margin=margin,
-                min_count=min_count,
-            )
-
-        differentiate = jax.jit(jax.value_and_grad(loss_fn, (0, 1), has_aux=True))
-        (loss, aux), grads = differentiate(image_emb, text_emb)
+        (loss, aux), grads = differentiate(
+            image_emb,
+            text_emb,
+            draws=[figures[name].astype(np.float32) for name in ("u_i2t", "u_t2i")],
+            momentum=(image_keys[:batch], text_keys[:batch]),
+            image_id=figures["image_id"].astype(np.int32),
+            queue=queue,
+            stats=stats,
+        )
         np.testing.assert_array_equal(aux.negative_i2t, figures["negative_i2t"])
         np.testing.assert_array_equal(aux.negative_t2i, figures["negative_t2i"])
         np.testing.assert_allclose(loss, figures["loss"], rtol=TOLERANCE)

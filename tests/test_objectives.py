@@ -409,6 +409,7 @@ def test_gradient_is_that_of_the_chosen_triplets():
     *features, queue = make_batch(2)
     uniforms = np.random.default_rng(2).random((2, 6)).astype(np.float32)
 
+    @jax.jit
     def loss_fn(image, text):
         return fne_jax.fne_triplet_loss_from_uniform(
             *uniforms, image, text, *features[2:], queue, TRUSTED, margin=0.4
@@ -426,7 +427,7 @@ def test_gradient_is_that_of_the_chosen_triplets():
 def test_a_lone_pair_without_memory_has_no_loss():
     rng = np.random.default_rng(0)
     image, text = matching_rows(rng, 1, 5)
-    loss, aux = fne_jax.fne_triplet_loss(
+    loss, aux = jax.jit(fne_jax.fne_triplet_loss)(
         jax.random.key(0), image, text, image, text, np.array([3]), None, TRUSTED
     )
     assert loss == 0 and aux.fallback_fraction == 1
