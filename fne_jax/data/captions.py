@@ -37,30 +37,38 @@ def clean_caption(text: str, max_words: int) -> str:
 def fit_tokenizer(captions: Sequence[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
     """Returns a WordPiece tokenizer fitted to cleaned captions.
 
-    The same captions give the same ids in every process: the trainer numbers its pieces in an
-    order that differs from run to run, so they are renumbered, special tokens first and the
-    others in alphabetical order.
+    The same captions give the same ids in every process: special tokens come first, the other
+    pieces in alphabetical order.
 
     Args:
       captions: cleaned captions.
       vocab_size: most token ids.
     """
     special = list(_SPECIAL.values())
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    learner = _wordpiece(None)
+    # The trainer breaks ties by number, and numbers the letters within words as it meets them, in
+    # an order that differs from run to run; told them beforehand, it learns the same pieces.
+    words = (learner.normalizer.normalize_str(caption) for caption in captions)
+    letters = [f"##{letter}" for letter in sorted(set().union(*words))]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=special, show_progress=False
+        vocab_size=vocab_size, special_tokens=special + letters, show_progress=False
     )
-    tokenizer.train_from_iterator(captions, trainer)
-    pieces = special + sorted(set(tokenizer.get_vocab()) - set(special))
+    learner.train_from_iterator(captions, trainer)
+    pieces = special + sorted(set(learner.get_vocab()) - set(special))
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    tokenizer.model = models.WordPiece(vocabulary, unk_token="[UNK]")
+    tokenizer = _wordpiece(vocabulary)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")],
     )
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL)
+
+
+def _wordpiece(vocabulary):
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
 
 
 def load_tokenizer(name_or_path: str) -> transformers.PreTrainedTokenizerBase:
