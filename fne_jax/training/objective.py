@@ -58,9 +58,9 @@ Objective = Callable[
 ]
 
 
-def fne_objective(rng, features, queue, stats, **settings):
-    """`fne_triplet_loss` as an Objective."""
-    return fne_triplet_loss(
+def key_objective(rng, features, queue, stats, *, loss, **settings):
+    """`fne_triplet_loss`, or a loss that takes and returns the same, as an Objective."""
+    return loss(
         rng,
         features.image,
         features.text,
@@ -109,21 +109,6 @@ def clip_objective(rng, features, queue, stats, *, temperature):
     return loss, None
 
 
-def mined_objective(rng, features, queue, stats, **settings):
-    """`mined_triplet_loss` as an Objective."""
-    return mined_triplet_loss(
-        rng,
-        features.image,
-        features.text,
-        features.momentum_image,
-        features.momentum_text,
-        features.image_id,
-        queue,
-        stats,
-        **settings,
-    )
-
-
 def sigmoid_objective(rng, features, queue, stats, *, temperature, bias):
     """`sigmoid_loss` as an Objective."""
     del rng, queue, stats
@@ -154,16 +139,18 @@ def main_objective(config: ml_collections.ConfigDict) -> Objective:
       UserError: if `config.objective.name` or `config.fne.elimination` is unknown.
     """
     fne, chosen = config.fne, config.objective
-    mined = {"margin": fne.margin, "prior": fne.prior}
-    hardest = functools.partial(mined_objective, rule=hardest_key, **mined)
+    mined = functools.partial(
+        key_objective, loss=mined_triplet_loss, margin=fne.margin, prior=fne.prior
+    )
+    hardest = functools.partial(mined, rule=hardest_key)
     if not chosen.memory:
         # Within the batch, VSE++ compares online embeddings, and both sides learn.
         hardest = functools.partial(hardest_objective, margin=fne.margin)
     objectives = {
-        "fne": functools.partial(fne_objective, **sampling_settings(fne)),
+        "fne": functools.partial(key_objective, loss=fne_triplet_loss, **sampling_settings(fne)),
         "hardest": hardest,
-        "semi_hard": functools.partial(mined_objective, rule=semi_hard_key, **mined),
-        "random": functools.partial(mined_objective, rule=random_key, **mined),
+        "semi_hard": functools.partial(mined, rule=semi_hard_key),
+        "random": functools.partial(mined, rule=random_key),
         "infonce": functools.partial(infonce_objective, temperature=chosen.temperature),
         "sigmoid": functools.partial(
             sigmoid_objective, temperature=chosen.temperature, bias=chosen.bias
