@@ -51,14 +51,13 @@ class _ModelDefaults(NamedTuple):
     full_length: bool
 
 
-# ViT was pretrained with mean and deviation 0.5; the authors fine-tune it with CLIP's values.
+# Of ViT, BERT and towers from random weights. ViT was pretrained with mean and deviation 0.5; the
+# authors fine-tune it with CLIP's values.
+_PAPER = _ModelDefaults("mean", _OPENAI_PIXELS, False)
 _DEFAULTS = {
-    "vit": _ModelDefaults("mean", _OPENAI_PIXELS, False),
-    "bert": _ModelDefaults("mean", _OPENAI_PIXELS, False),
     "clip": _ModelDefaults(CHECKPOINT, _OPENAI_PIXELS, True),
     "siglip": _ModelDefaults(CHECKPOINT, ((0.5,) * 3, (0.5,) * 3), True),
 }
-_SCRATCH = _ModelDefaults("mean", _OPENAI_PIXELS, False)
 
 
 def with_model_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -74,7 +73,7 @@ def with_model_defaults(config: ml_collections.ConfigDict) -> ml_collections.Con
     defaults, architectures = {}, read_architectures(config.encoder, None)
     for tower in TOWERS:
         model_type = architectures.get(tower, {}).get("model_type")
-        defaults[tower] = _DEFAULTS.get(model_type, _SCRATCH)
+        defaults[tower] = _DEFAULTS.get(model_type, _PAPER)
         if config.encoder[tower].pooling == "auto":
             config.encoder[tower].pooling = defaults[tower].pooling
     if config.encoder.text.training_pooling == "auto":
@@ -194,15 +193,9 @@ def pretrained_params(
         if not source:
             continue
         size = encoder.image.image_size if name == "image" else None
-        module, loaded = _load(source, size, encoder.scan_layers)
+        module, loaded = load_pretrained(source, image_size=size, scan_layers=encoder.scan_layers)
         params[name] = loaded[name] if isinstance(module, DualEncoder) else loaded
     return params
-
-
-def _load(source, image_size, scan_layers):
-    if image_size is None:
-        return load_pretrained(source, scan_layers=scan_layers)
-    return load_pretrained(source, image_size=image_size, scan_layers=scan_layers)
 
 
 def _tower(encoder, name, architecture, vocab_size) -> Tower:
