@@ -126,7 +126,7 @@ def _config_of_size(size):
         raise UserError(
             f"{error}: the sizes are those of configs/; run this from the top of the repository"
         ) from error
-    return with_model_defaults(module.get_config())
+    return with_model_defaults(module.get_config(), architectures={})
 
 
 def _check_positive(options, *names):

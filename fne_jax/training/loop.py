@@ -18,7 +18,7 @@ from fne_jax import configuration
 from fne_jax.command_line import Interrupted
 from fne_jax.data.datasets import KnownTruth, PairDataset, load_split
 from fne_jax.data.input_pipeline import BatchOrder, training_batches
-from fne_jax.encoders.towers import with_model_defaults
+from fne_jax.encoders.towers import read_architectures, store_architectures, with_model_defaults
 from fne_jax.errors import UserError
 from fne_jax.retrieval.evaluation import evaluate_split
 from fne_jax.training import checkpointing, objective, run, sharding
@@ -44,7 +44,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
       Interrupted: after Ctrl-C or SIGTERM, with everything saved.
     """
     # Data: everything that may be wrong with it shows before the workdir is touched.
-    config = with_model_defaults(config)
+    architectures = read_architectures(config.encoder, workdir)
+    config = with_model_defaults(config, architectures)
     image_size = config.encoder.image.image_size
     train = load_split(config.data, image_size, "train")
     val = load_split(config.data, image_size, "val")
@@ -61,6 +62,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
     # Workdir.
     create_workdir(workdir)
     configuration.store_config(config, workdir)
+    store_architectures(architectures, workdir)
     tokenizer = run.run_tokenizer(config, workdir, train)
     tokenize = functools.partial(run.tokenize_captions, config, tokenizer)
     train_tokens = tokenize(train.captions, config.data.text_length)
@@ -68,7 +70,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
 
     # Mesh, model, optimizer, state.
     mesh = sharding.create_mesh()
-    module = run.build_module(config, workdir, len(tokenizer))
+    module = run.build_module(config, architectures, len(tokenizer))
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
     state = run.initial_state(config, module, mesh, schedule)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
