@@ -92,6 +92,23 @@ AUGMENTATIONS: dict[str, Draw] = {
 }
 
 
+def draw(
+    augmentation: str, seed: int, epoch: int, pair: int, height: int, width: int
+) -> Augmentation:
+    """Returns what is done to the picture of a pair in an epoch.
+
+    Args:
+      augmentation: a key of `AUGMENTATIONS`.
+      seed: of all draws.
+      epoch: from 0.
+      pair: index of the pair.
+      height: of the picture, in pixels.
+      width: of the picture, in pixels.
+    """
+    rng = np.random.default_rng((seed, epoch, pair))
+    return AUGMENTATIONS[augmentation](rng, height, width)
+
+
 def draw_window(rng: np.random.Generator, height: int, width: int) -> Window:
     """Returns top, left, height and width of a random crop, as torchvision's RandomResizedCrop.
 

@@ -25,21 +25,20 @@ def identity(image: np.ndarray, argument: float) -> np.ndarray:
 def autocontrast(image: np.ndarray, argument: float) -> np.ndarray:
     """Stretches each channel to the whole range, as PIL."""
     del argument
-    low = cv2.reduce(image, 0, cv2.REDUCE_MIN).min(axis=1)[0].astype(np.float64)
-    high = cv2.reduce(image, 0, cv2.REDUCE_MAX).max(axis=1)[0].astype(np.float64)
-    spread = high > low
-    scale = np.where(spread, 255 / np.where(spread, high - low, 1), 1)
-    offset = np.where(spread, -low * scale, 0)
-    table = np.arange(256)[:, None] * scale + offset
-    return cv2.LUT(image, np.clip(table, 0, 255).astype(np.uint8)[:, None])
+    table = np.empty((256, 1, 3), np.uint8)
+    for channel, counts in enumerate(_histograms(image)):
+        low, high = np.flatnonzero(counts)[[0, -1]]
+        scale = 255 / (high - low) if high > low else 1
+        offset = -low * scale if high > low else 0
+        table[:, 0, channel] = np.clip(np.arange(256) * scale + offset, 0, 255)
+    return cv2.LUT(image, table)
 
 
 def equalize(image: np.ndarray, argument: float) -> np.ndarray:
     """Evens out the histogram of each channel, as PIL."""
     del argument
     table = np.empty((256, 1, 3), np.uint8)
-    for channel in range(3):
-        counts = cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
+    for channel, counts in enumerate(_histograms(image)):
         brightest = counts[np.flatnonzero(counts)[-1]]
         step = (counts.sum() - brightest) // 255
         if step == 0:
@@ -52,15 +51,14 @@ def equalize(image: np.ndarray, argument: float) -> np.ndarray:
 
 def brightness(image: np.ndarray, argument: float) -> np.ndarray:
     """Multiplies every level, as PIL."""
-    levels = np.arange(256, dtype=np.float32) * np.float32(argument)
-    return cv2.LUT(image, np.clip(levels, 0, 255).astype(np.uint8))
+    # PIL cuts off what OpenCV rounds, so nearly a half is taken off before.
+    return cv2.convertScaleAbs(image, alpha=argument, beta=-0.499)
 
 
 def sharpness(image: np.ndarray, argument: float) -> np.ndarray:
     """Moves away from a smoothed copy by a factor, as PIL; the outermost pixels stay."""
     smooth = cv2.filter2D(image, -1, _SMOOTH)
-    # PIL cuts off what OpenCV rounds, so nearly a half is taken off before.
-    sharp = cv2.addWeighted(image, argument, smooth, 1 - argument, -0.499)
+    sharp = cv2.addWeighted(image, argument, smooth, 1 - argument, -0.499)  # cut off
     for edge in (0, -1):
         sharp[edge], sharp[:, edge] = image[edge], image[:, edge]
     return sharp
@@ -118,6 +116,13 @@ def apply_operation(image: np.ndarray, operation: int, argument: float) -> np.nd
       argument: of the operation; not read where it takes none.
     """
     return _FUNCTIONS[OPERATIONS[operation]](image, argument)
+
+
+def _histograms(image):
+    """Yields [256] int64 counts of each channel's levels."""
+    for channel in range(3):
+        counts = cv2.calcHist([image], [channel], None, [256], [0, 256])
+        yield counts.ravel().astype(np.int64)
 
 
 def _warp(image, matrix):

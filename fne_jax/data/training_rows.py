@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 from fne_jax.data import image_preprocessing
-from fne_jax.data.augmentation import AUGMENTATIONS, OPERATIONS_PER_IMAGE, Augmentation
+from fne_jax.data.augmentation import OPERATIONS_PER_IMAGE, Augmentation, draw
 from fne_jax.data.image_preprocessing import Picture
 
 # What the device crops from is by this factor larger than what it crops to: a crop of half of the
@@ -145,5 +145,5 @@ def row_maker(augmentation: str, augment_on: str, seed: int, size: int) -> RowMa
 
 
 def _drawn(rows: HostRows | DeviceRows, picture: Picture, epoch: int, pair: int) -> Augmentation:
-    rng = np.random.default_rng((rows.seed, epoch, pair))
-    return AUGMENTATIONS[rows.augmentation](rng, *image_preprocessing.picture_shape(picture))
+    shape = image_preprocessing.picture_shape(picture)
+    return draw(rows.augmentation, rows.seed, epoch, pair, *shape)
