@@ -98,7 +98,7 @@ def fast_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def crop(picture: Picture, window: Window, size: int) -> np.ndarray:
     """Returns a window of a picture, resized to [size, size, 3] uint8.
 
-    A window of twice the size or more is decoded at a fraction.
+    A window of twice the size or more is decoded at a fraction, its edges rounded to pixels there.
 
     Args:
       picture: a JPEG, or [height, width, 3] uint8 pixels.
@@ -118,6 +118,22 @@ def crop(picture: Picture, window: Window, size: int) -> np.ndarray:
         top, crop_height = round(top * rows), round(crop_height * rows)
         left, crop_width = round(left * columns), round(crop_width * columns)
     return fast_resize(picture[top : top + crop_height, left : left + crop_width], size, size)
+
+
+def fitted(picture: Picture, side: int) -> np.ndarray:
+    """Returns the whole picture, [height, width, 3] uint8, shrunk if a side is above `side` pixels.
+
+    Raises:
+      ValueError: if the JPEG is damaged.
+    """
+    height, width = picture_shape(picture)
+    shrink = min(1.0, side / max(height, width))
+    height, width = max(1, round(height * shrink)), max(1, round(width * shrink))
+    if isinstance(picture, bytes):
+        picture = decode_jpeg(picture, height, width)
+    if picture.shape[:2] == (height, width):
+        return picture
+    return fast_resize(picture, height, width)
 
 
 def augmented(image: np.ndarray, augmentation: Augmentation) -> np.ndarray:
