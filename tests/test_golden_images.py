@@ -1,8 +1,8 @@
 """RandAugment's operations and the evaluation resize against the authors' figures.
 
 Mean absolute differences are in levels of 255. What is moved agrees at its borders too: the figures
-blend with the fill there as ours do (PIL's would not). Sharpness leaves the outermost pixels as they
-are in both; inside it differs where the authors' wraps around at 0 and 255 and ours saturates.
+blend with the fill there as ours do (PIL's would not). Sharpness leaves the outermost pixels alone
+in both; inside it differs where the authors' wraps around at 0 and 255 and ours saturates.
 """
 
 import io
@@ -99,9 +99,10 @@ def test_training_resize_is_within_a_level_of_pil(figures):
         cropped = Image.open(stream).crop((left, top, left + width, top + height))
         on_device = jax.jit(device_augmentation.crop_and_resize, static_argnums=2)
         decoded = image_preprocessing.decode_jpeg(stream.getvalue())
-        for size in (90, 120, 140, 170, 230):
+        for size in (90, 120, 140, 230):
             pil = np.asarray(cropped.resize((size, size), Image.Resampling.BICUBIC))
             host = image_preprocessing.crop(stream.getvalue(), window, size)
             assert np.abs(host.astype(int) - pil).mean() < 0.75, size
-            device = np.asarray(on_device(decoded, jnp.array(window, jnp.float32), size))
-            assert np.abs(device.astype(int) - pil).mean() < 0.25, size
+            if size in (90, 230):  # one that shrinks and one that does not
+                device = np.asarray(on_device(decoded, jnp.array(window, jnp.float32), size))
+                assert np.abs(device.astype(int) - pil).mean() < 0.25, size

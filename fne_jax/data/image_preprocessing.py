@@ -37,7 +37,7 @@ def decode_jpeg(jpeg: bytes, min_height: int = 0, min_width: int = 0) -> np.ndar
 
     Args:
       jpeg: the file's content.
-      min_height: if above 0, decode at 1/2, 1/4 or 1/8 where that is still as high,
+      min_height: if above 0, decode at 4/8 or fewer where that is still as high,
       min_width: and as wide.
 
     Raises:
