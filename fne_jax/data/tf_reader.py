@@ -121,17 +121,17 @@ class _Records:
         except Exception:
             # Whatever the reader raises on damage; one by one, to name the record.
             for index in indices:
-                with self.naming(index):
+                with self.naming(index, Exception):
                     self._dataset.images.__getitems__([int(index)])
             raise
         return np.array([record["image"] for record in records], object)
 
     @contextlib.contextmanager
-    def naming(self, index: int) -> Iterator[None]:
-        """Keeps an error as one of the record with this index."""
+    def naming(self, index: int, damage: type[Exception] = ValueError) -> Iterator[None]:
+        """Keeps an error of the kind that damage gives as one of the record with this index."""
         try:
             yield
-        except Exception as error:
+        except damage as error:
             image_id = self._dataset.image_id[index]
             self._failure = self._failure or UserError(
                 f"record {index} of the prepared dataset (image id {image_id}) is damaged: "
