@@ -25,8 +25,12 @@ def get_config() -> ConfigDict:
     data.dir = ""
     # Where prepared datasets are kept.
     data.cache_dir = "~/.cache/fne_jax"
-    # Training augmentation: none, or crop_flip (random resized crop and mirroring).
+    # Training augmentation: none (as in evaluation), crop_flip (random resized crop and mirroring),
+    # or randaugment (both, and RandAugment(2, 7), as in the paper).
     data.augmentation = "crop_flip"
+    # Where it is done: host (all cores, OpenCV), or device (in the train step, from whole pictures
+    # on squares of 4/3 of `image_size`), for hosts with few cores.
+    data.augment_on = "host"
     # Name of a Hugging Face tokenizer, a local folder, "train" to fit one to the captions, or
     # auto: that of the pretrained text tower, and "train" without one.
     data.tokenizer = "auto"

@@ -10,4 +10,5 @@ def get_config():
     config = base.get_config()
     config.encoder.image.pretrained = "google/vit-base-patch16-384"
     config.encoder.text.pretrained = "bert-base-uncased"
+    config.data.augmentation = "randaugment"
     return config

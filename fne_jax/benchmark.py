@@ -1,4 +1,4 @@
-"""Measures speed: python -m fne_jax.benchmark strategy or encoders; each has its own --help."""
+"""Measures speed: python -m fne_jax.benchmark strategy, encoders or input; each has its --help."""
 
 from __future__ import annotations
 
@@ -61,6 +61,14 @@ def main(arguments: list[str]) -> None:
         help="measure the image tower and its parts against PyTorch's instead (CPU, float32)",
     )
     encoders.set_defaults(measure=measure_encoders)
+    images = commands.add_parser(
+        "input", help="training images read, decoded, augmented and batched, beside PIL"
+    )
+    images.add_argument("--pictures", type=int, default=64, help="pictures to draw")
+    images.add_argument("--batch", type=int, default=32, help="images in a batch")
+    images.add_argument("--batches", type=int, default=16, help="in each measurement")
+    images.add_argument("--repeats", type=int, default=5, help="measurements of each pipeline")
+    images.set_defaults(measure=measure_input)
     options = parser.parse_args(arguments)
     for line in options.measure(options):
         print(json.dumps(line), flush=True)
@@ -115,6 +123,19 @@ def measure_encoders(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         )
         for line in encoders.attention(encoder, options.batch, options.repeats):
             yield named | line
+
+
+def measure_input(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yields the lines of this project's pipeline and PIL's, their stages, and devices' needs.
+
+    Raises:
+      UserError: on numbers that cannot be.
+    """
+    from fne_jax.benchmarks import input as input_benchmark
+
+    names = ("pictures", "batch", "batches", "repeats")
+    _check_positive(options, *names)
+    yield from input_benchmark.input_pipeline(*(getattr(options, name) for name in names))
 
 
 def _config_of_size(size):

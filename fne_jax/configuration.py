@@ -14,6 +14,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from fne_jax.data.augmentation import AUGMENTATIONS
 from fne_jax.errors import UserError
 from fne_jax.objectives.key_blocks import BLOCK
 
@@ -140,6 +141,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if not 0 <= config.momentum < 1:
         raise UserError(f"config.momentum is {config.momentum}; expected a number in [0, 1)")
+    choices = {
+        "data.augmentation": ("none", *AUGMENTATIONS),
+        "data.augment_on": ("host", "device"),
+    }
+    for name, values in choices.items():
+        if fields[name] not in values:
+            raise UserError(
+                f"config.{name} is {fields[name]!r}; expected one of {', '.join(values)}"
+            )
     if config.queue_size < config.global_batch_size:
         raise UserError(
             f"config.queue_size is {config.queue_size}, smaller than a batch "

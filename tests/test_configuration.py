@@ -61,6 +61,8 @@ def test_every_field_has_a_comment():
         (["--config.num_epochs=-1"], "config.num_epochs is -1"),
         (["--config.momentum=1.5"], "config.momentum is 1.5"),
         (["--config.data.text_length=600"], "more than config.encoder.text.max_length"),
+        (["--config.data.augmentation=flip"], "'flip'; expected one of none, crop_flip, randaug"),
+        (["--config.data.augment_on=gpu"], "augment_on is 'gpu'; expected one of host, device"),
         (["--workdirs=x"], "unknown argument"),
         (["stray"], "unknown argument"),
     ],

@@ -186,6 +186,7 @@ def test_the_reference_config_differs_where_design_says():
         "encoder.image.dropout": 0.0, "encoder.text.dropout": 0.0, "data.max_words": 30,
         "encoder.image.pretrained": "google/vit-base-patch16-384",
         "encoder.text.pretrained": "bert-base-uncased", "encoder.projection_dim": 0,
+        "data.augmentation": "randaugment",
     }  # fmt: skip
     assert {name: theirs[name] for name in published} == published
 

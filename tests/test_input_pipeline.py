@@ -1,14 +1,20 @@
 """Batches are a function of (seed, step): across epochs, resumes and processes."""
 
+import dataclasses
 import io
+import math
+import os
+import pathlib
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fne_jax.data import input_pipeline, karpathy
-from fne_jax.data.datasets import load_split
+from fne_jax.data.datasets import PairDataset, load_split
 from fne_jax.data.input_pipeline import BatchOrder, evaluation_images, training_batches
+from fne_jax.errors import UserError
 from tests.tiny import tiny_config, write_karpathy
 
 
@@ -85,15 +91,41 @@ def test_reads_the_pairs_that_it_names(prepared):
             assert difference < 2, "as PIL's bicubic, within rounding"
 
 
-def test_resume_and_processes_see_the_same_batches(prepared):
+@pytest.mark.parametrize("augment_on", ["host", "device"])
+def test_resume_and_processes_see_the_same_batches(prepared, augment_on):
+    _, splits = prepared
+    train = splits["train"]  # 13 pairs, which no batch divides
+    order = BatchOrder(5, len(train.captions), 4)
+    where = {"augmentation": "randaugment", "augment_on": augment_on}
+    whole = batches_of(train, order, range(7), **where)
+    for start in (3, 6):
+        assert_same(whole[start:], batches_of(train, order, range(start, 7), **where))
+    parts = [batches_of(train, order, range(7), process=p, processes=4, **where) for p in range(4)]
+    joined = [
+        {name: np.concatenate([part[name] for part in batch]) for name in batch[0]}
+        for batch in zip(*parts, strict=True)
+    ]
+    assert_same(whole, joined)
+
+
+def test_a_pair_is_augmented_alike_in_whatever_batch_it_comes(prepared):
     _, splits = prepared
     train = splits["train"]
-    order = BatchOrder(5, len(train.captions), 4)
-    whole = batches_of(train, order, range(7))
-    assert_same(whole[3:], batches_of(train, order, range(3, 7)))
-    halves = [batches_of(train, order, range(7), process=p, processes=2) for p in range(2)]
-    joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*halves, strict=True)]
-    assert_same(whole, joined)
+
+    def by_pair(batch_size):
+        order = BatchOrder(5, len(train.captions), batch_size)
+        batches = batches_of(train, order, range(order.steps_per_epoch), "randaugment")
+        return {
+            int(pair): image
+            for batch in batches
+            for pair, image in zip(batch["pair_id"], batch["image"], strict=True)
+        }
+
+    threes, fives = by_pair(3), by_pair(5)
+    both = threes.keys() & fives.keys()
+    assert len(both) >= 9
+    for pair in both:
+        np.testing.assert_array_equal(threes[pair], fives[pair])
 
 
 def test_augmentation_differs_between_epochs_of_a_pair(prepared):
@@ -107,24 +139,114 @@ def test_augmentation_differs_between_epochs_of_a_pair(prepared):
     assert all(len(set(images)) > 1 for images in seen.values() if len(images) > 2)
 
 
-def test_evaluation_covers_every_image_once_in_order(prepared):
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_evaluation_covers_every_image_once_in_order(prepared, in_memory, processes):
     _, splits = prepared
-    test = splits["test"]
-    batches = list(evaluation_images(test, 8, 3))
-    assert [len(b) for b in batches] == [3, 3]
-    assert (batches[1][1:] == 0).all()
-    alone = [next(evaluation_images(test, 8, 1)) for _ in range(1)]
-    np.testing.assert_array_equal(batches[0][:1], alone[0])
-    assert len({image.tobytes() for image in np.concatenate(batches)[:4]}) == 4
+    dataset = splits["train"]  # 7 images
+    expected = np.stack(
+        [
+            Image.open(io.BytesIO(dataset.images[n]["image"])).resize((8, 8), Image.BICUBIC)
+            for n in range(7)
+        ]
+    )
+    if in_memory:
+        dataset = dataclasses.replace(dataset, images=expected)
+    for batch_size in (4, 12):
+        parts = [
+            list(evaluation_images(dataset, 8, batch_size, p, processes)) for p in range(processes)
+        ]
+        batches = [np.concatenate(batch) for batch in zip(*parts, strict=True)]
+        assert [len(batch) for batch in batches] == [batch_size] * math.ceil(7 / batch_size)
+        images = np.concatenate(batches)
+        np.testing.assert_array_equal(images[:7], expected)
+        assert (images[7:] == 0).all()
+
+
+def jpeg_bytes(seed, height=375, width=500):
+    small = np.random.default_rng(seed).integers(0, 255, (20, 20, 3)).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(small).resize((width, height)).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+class Jpegs:
+    """Records in memory, as a prepared dataset gives them."""
+
+    def __init__(self, jpegs):
+        self._jpegs = jpegs
+
+    def __getitems__(self, indices):
+        return [{"image": self._jpegs[index]} for index in indices]
+
+
+def dataset_of(jpegs):
+    count = len(jpegs)
+    return PairDataset(
+        captions=["a picture"] * count,
+        caption_image=np.arange(count, dtype=np.int32),
+        image_id=np.arange(count, dtype=np.int32) + 100,
+        images=Jpegs(jpegs),
+    )
+
+
+def test_a_damaged_record_is_named():
+    jpegs = [jpeg_bytes(n, 20, 30) for n in range(6)]
+    jpegs[4] = jpegs[4][:300]
+    dataset = dataset_of(jpegs)
+    message = r"record 4 of the prepared dataset \(image id 104\) is damaged: .*prepare it anew"
+    for augment_on in ("host", "device"):
+        with pytest.raises(UserError, match=message):
+            batches_of(dataset, BatchOrder(0, 6, 3), range(2), augment_on=augment_on)
+    with pytest.raises(UserError, match=message):
+        list(evaluation_images(dataset, 8, 4))
+
+
+def test_a_record_that_cannot_be_read_is_named():
+    class Unreadable(Jpegs):
+        def __getitems__(self, indices):
+            if 2 in indices:
+                raise RuntimeError("checksum")
+            return super().__getitems__(indices)
+
+    dataset = dataclasses.replace(
+        dataset_of([b""] * 5), images=Unreadable([jpeg_bytes(n, 20, 30) for n in range(5)])
+    )
+    with pytest.raises(UserError, match=r"record 2 .*image id 102.* is damaged: checksum"):
+        batches_of(dataset, BatchOrder(0, 5, 5), range(1))
+
+
+def resident_bytes():
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_flat_over_five_epochs():
+    # 96 rows of 442 kB an epoch: keeping one epoch's would show.
+    dataset = dataset_of([jpeg_bytes(n) for n in range(96)])
+    order = BatchOrder(0, 96, 16)
+    ids = np.zeros((96, 3), np.int32)
+    batches = training_batches(
+        dataset, (ids, ids), order, range(30), image_size=384, augmentation="randaugment"
+    )
+    resident = []
+    for step, _ in enumerate(batches):
+        if step % 6 == 5:
+            resident.append(resident_bytes())
+    assert len(resident) == 5
+    assert resident[-1] < 1.05 * resident[0]
 
 
 def test_in_memory_arrays_go_the_same_way():
     config = tiny_config()
     train = load_split(config.data, 8, "train")
     order = BatchOrder(0, len(train.captions), 16)
-    batches = batches_of(train, order, range(4))
-    assert_same(batches[2:], batches_of(train, order, range(2, 4)))
-    for batch in batches:
+    for augment_on in ("host", "device"):
+        batches = batches_of(train, order, range(4), augment_on=augment_on)
+        again = batches_of(train, order, range(2, 4), augment_on=augment_on)
+        assert_same(batches[2:], again)
+    for batch in batches_of(train, order, range(4), "none"):
         np.testing.assert_array_equal(
             batch["image"], train.images[train.caption_image[batch["pair_id"]]]
         )

@@ -70,7 +70,8 @@ def run_steps(config, mesh, steps=STEPS, module=None):
         order,
         range(steps),
         image_size=8,
-        augmentation="none",
+        augmentation=config.data.augmentation,
+        augment_on=config.data.augment_on,
     )
     for step, batch in enumerate(batches):
         state, values, chosen = jitted[plan.phase(step)](state, sharding.to_devices(batch, mesh))
@@ -163,6 +164,19 @@ def test_every_objective_trains_by_the_same_loop(name, memory):
         assert (same_as_hardest == 1) == (name == "hardest")
     else:
         assert negatives[-1] == {}
+
+
+def test_pictures_are_augmented_in_the_step_as_on_the_host():
+    losses = {}
+    for name, augment_on, devices in (
+        ("none", "host", 1), ("randaugment", "host", 1), ("randaugment", "device", 8)
+    ):  # fmt: skip
+        config = tiny_config(data__augmentation=name, data__augment_on=augment_on)
+        _, scalars, _, _ = run_steps(config, mesh_of(devices), 3, LinearTowers())
+        losses[name, augment_on] = [float(s["loss"]) for s in scalars]
+    host, device = losses["randaugment", "host"], losses["randaugment", "device"]
+    np.testing.assert_allclose(device, host, rtol=0.02)
+    assert np.abs(np.subtract(losses["none", "host"], host)).max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,6 @@ class Rows:
     epoch: int
     pair: np.ndarray
 
-    def augmentation_seeds(self, seed: int) -> np.ndarray:
-        """Returns [rows, 2] int32, a function of (seed, epoch, pair)."""
-        mixed = np.random.SeedSequence([seed, self.epoch]).generate_state(1).astype(np.int32)
-        return np.stack([np.broadcast_to(mixed, self.pair.shape), self.pair], axis=1)
-
 
 def training_batches(
     dataset: PairDataset,
@@ -71,6 +66,7 @@ def training_batches(
     *,
     image_size: int,
     augmentation: str,
+    augment_on: str = "host",
     process: int = 0,
     processes: int = 1,
     prefetch: int = 4,
@@ -80,47 +76,92 @@ def training_batches(
     Args:
       dataset: the training split.
       tokens: ids and masks of its captions, both [pairs, length] int32.
-      order: which pairs make up which batch.
+      order: which pairs make up which batch; its seed is also that of the augmentation.
       steps: the steps to yield.
       image_size: pixels of a side.
-      augmentation: a key of `image_preprocessing.AUGMENTATIONS`; in-memory images are not
-        augmented.
+      augmentation: none, or a key of `augmentation.AUGMENTATIONS`.
+      augment_on: host; or device, to which whole pictures go with what to do to them.
       process: index of this process.
       processes: number of processes; each reads its own rows of every batch.
       prefetch: batches prepared ahead.
 
     Yields:
       `image` [rows, side, side, 3] uint8, `input_ids` and `attention_mask` [rows, length] int32,
-      `image_id` [rows] int32, `pair_id` [rows] int32.
+      `image_id` [rows] int32, `pair_id` [rows] int32; and for the device what
+      `training_rows.DeviceRows` adds.
+
+    Raises:
+      UserError: naming a record that cannot be read or decoded.
     """
     rows = order.rows(steps, process, processes)
-    if dataset.in_memory:
+    if dataset.in_memory and augmentation == "none":
         for part in rows:
             image = dataset.images[dataset.caption_image[part.pair]]
             yield {"image": image} | _columns(dataset, tokens, part.pair)
         return
-    seeded = ((part.pair, part.augmentation_seeds(order.seed)) for part in rows)
-    local = order.global_batch_size // processes
-    for pair, image in _read_images(dataset, seeded, local, image_size, augmentation, prefetch):
-        yield {"image": image} | _columns(dataset, tokens, pair)
+    from fne_jax.data import training_rows
 
-
-def evaluation_images(
-    dataset: PairDataset, image_size: int, batch_size: int
-) -> Iterator[np.ndarray]:
-    """Yields every image once, in order, in batches [batch_size, side, side, 3] uint8.
-
-    The last batch is filled up with zeros; the caller knows how many images there are.
-    """
-    count = len(dataset.image_id)
+    make_row = training_rows.row_maker(augmentation, augment_on, order.seed, image_size)
     if dataset.in_memory:
-        for start in range(0, count, batch_size):
-            yield pad_rows(dataset.images[start : start + batch_size], batch_size)
+        for part in rows:
+            made = [
+                make_row(dataset.images[dataset.caption_image[pair]], part.epoch, int(pair))
+                for pair in part.pair
+            ]
+            arrays = {name: np.stack([row[name] for row in made]) for name in made[0]}
+            yield arrays | _columns(dataset, tokens, part.pair)
         return
     from fne_jax.data import tf_reader
 
-    for images in tf_reader.read_evaluation_images(dataset.images, count, image_size, batch_size):
-        yield pad_rows(images, batch_size)
+    for pair, arrays in tf_reader.read_training_rows(
+        dataset,
+        ((dataset.caption_image[part.pair], part.epoch, part.pair) for part in rows),
+        make_row,
+        order.global_batch_size // processes,
+        prefetch,
+    ):
+        yield arrays | _columns(dataset, tokens, pair)
+
+
+def evaluation_images(
+    dataset: PairDataset,
+    image_size: int,
+    batch_size: int,
+    process: int = 0,
+    processes: int = 1,
+) -> Iterator[np.ndarray]:
+    """Yields this process's rows of batches that hold every image once, in order.
+
+    Args:
+      dataset: a split.
+      image_size: pixels of a side.
+      batch_size: images in a batch, over all processes.
+      process: index of this process.
+      processes: number of processes; each reads its own rows of every batch.
+
+    Yields:
+      [batch_size / processes, side, side, 3] uint8. The last batch is filled up with zeros; the
+      caller knows how many images there are.
+
+    Raises:
+      UserError: naming a record that cannot be read or decoded.
+    """
+    count, local = len(dataset.image_id), batch_size // processes
+    parts = local_parts(count, batch_size, process, processes)
+    if dataset.in_memory:
+        for part in parts:
+            yield pad_rows(dataset.images[part], local)
+        return
+    from fne_jax.data import tf_reader
+
+    yield from tf_reader.read_evaluation_images(dataset, parts, image_size, local)
+
+
+def local_parts(count: int, batch_size: int, process: int, processes: int) -> Iterator[slice]:
+    """Yields a process's rows of each batch of 0, 1, ..., count - 1; the last may have fewer."""
+    local = batch_size // processes
+    for start in range(process * local, count + process * local, batch_size):
+        yield slice(min(start, count), min(start + local, count))
 
 
 def pad_rows(array: np.ndarray, rows: int) -> np.ndarray:
@@ -136,16 +177,3 @@ def _columns(dataset, tokens, pair):
         "image_id": dataset.image_id[dataset.caption_image[pair]],
         "pair_id": pair.astype(np.int32),
     }
-
-
-def _read_images(dataset, seeded, local, image_size, augmentation, prefetch):
-    from fne_jax.data import tf_reader
-
-    return tf_reader.read_training_images(
-        dataset.images,
-        ((dataset.caption_image[pair], pair, seeds) for pair, seeds in seeded),
-        local,
-        image_size,
-        augmentation,
-        prefetch,
-    )

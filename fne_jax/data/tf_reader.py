@@ -1,76 +1,150 @@
-"""Reading, decoding and augmenting images with tf.data, deterministically and in parallel."""
+"""Reading, decoding and augmenting images with tf.data, deterministically and in parallel.
+
+The work on a picture is NumPy and OpenCV inside `tf.numpy_function`, several times faster than
+TensorFlow's own operations; both release Python's lock while they work, so that a map over pictures
+uses all cores.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
 
 from fne_jax.data import image_preprocessing
+from fne_jax.data.datasets import PairDataset
+from fne_jax.data.training_rows import RowMaker
+from fne_jax.errors import UserError
 
 
-def read_training_images(
-    source: Sequence[dict[str, Any]],
-    rows: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]],
+def read_training_rows(
+    dataset: PairDataset,
+    rows: Iterator[tuple[np.ndarray, int, np.ndarray]],
+    make_row: RowMaker,
     batch_size: int,
-    image_size: int,
-    augmentation: str,
     prefetch: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the pairs and augmented images of each batch.
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Yields the pairs and the arrays of each batch.
 
     Args:
-      source: random-access records whose `image` is a JPEG.
-      rows: for each batch the images' indices, the pairs' indices and the augmentation's seeds,
-        [batch], [batch] and [batch, 2] int32.
+      dataset: whose `images` are records.
+      rows: for each batch the images' indices [batch], the epoch, and the pairs' indices [batch].
+      make_row: of a JPEG, the epoch and the pair.
       batch_size: rows in a batch.
-      image_size: pixels of a side.
-      augmentation: a key of `image_preprocessing.AUGMENTATIONS`.
       prefetch: batches prepared ahead.
 
     Yields:
-      [batch] int32 pair indices and [batch, side, side, 3] uint8 images.
+      [batch] int32 pair indices, and the rows' arrays with a batch axis before their own.
+
+    Raises:
+      UserError: naming a record that cannot be read or decoded.
     """
-    augment = image_preprocessing.AUGMENTATIONS[augmentation]
-    signature = (
-        tf.TensorSpec([batch_size], tf.int32),
-        tf.TensorSpec([batch_size], tf.int32),
-        tf.TensorSpec([batch_size, 2], tf.int32),
+    records = _Records(dataset)
+    signature = make_row.signature
+    dtypes = [tf.as_dtype(dtype) for _, dtype in signature.values()]
+
+    def made(jpeg, image, epoch, pair):
+        with records.naming(image):
+            row = make_row(jpeg, int(epoch), int(pair))
+            return [row[name] for name in signature]
+
+    def arrays(jpeg, image, epoch, pair):
+        values = tf.numpy_function(made, [jpeg, image, epoch, pair], dtypes, stateful=False)
+        for value, (shape, _) in zip(values, signature.values(), strict=True):
+            value.set_shape(shape)
+        return pair, dict(zip(signature, values, strict=True))
+
+    def split(image, epoch, pair):
+        jpegs = tf.numpy_function(records.read, [image], tf.string, stateful=False)
+        return tf.ensure_shape(jpegs, [batch_size]), image, tf.repeat(epoch, batch_size), pair
+
+    columns = tf.TensorSpec([batch_size], tf.int32)
+    batches = tf.data.Dataset.from_generator(
+        lambda: rows, output_signature=(columns, tf.TensorSpec([], tf.int32), columns)
     )
-    batches = tf.data.Dataset.from_generator(lambda: rows, output_signature=signature)
-    batches = batches.map(
-        lambda image, pair, seeds: (pair, _read_jpegs(source, image, batch_size), seeds),
-        num_parallel_calls=2,
-        deterministic=True,
-    )
-    images = batches.unbatch().map(
-        lambda pair, jpeg, seed: (pair, augment(jpeg, image_size, seed)),
-        num_parallel_calls=tf.data.AUTOTUNE,
-        deterministic=True,
-    )
-    yield from images.batch(batch_size).prefetch(prefetch).as_numpy_iterator()
+    batches = batches.map(split, num_parallel_calls=2, deterministic=True)
+    batches = batches.unbatch().map(arrays, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    yield from records.iterate(batches.batch(batch_size).prefetch(prefetch))
 
 
 def read_evaluation_images(
-    source: Sequence[dict[str, Any]], count: int, image_size: int, batch_size: int
+    dataset: PairDataset, parts: Iterator[slice], image_size: int, batch_size: int
 ) -> Iterator[np.ndarray]:
-    """Yields all images in order, [up to batch_size, side, side, 3] uint8 each time."""
+    """Yields [batch_size, side, side, 3] uint8 images, zeros after those that a part names.
 
-    def read(index):
-        jpeg = _read_jpegs(source, index[None], 1)[0]
-        return image_preprocessing.evaluation_image(jpeg, image_size)
+    Args:
+      dataset: whose `images` are records.
+      parts: the images of each batch, up to batch_size.
+      image_size: pixels of a side.
+      batch_size: rows in a batch.
 
-    images = tf.data.Dataset.range(count).map(
-        read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
-    )
-    yield from images.batch(batch_size).prefetch(2).as_numpy_iterator()
+    Raises:
+      UserError: naming a record that cannot be read or decoded.
+    """
+    records = _Records(dataset)
+
+    def resized(index):
+        if index < 0:
+            return np.zeros((image_size, image_size, 3), np.uint8)
+        jpeg = records.read(index[None])[0]
+        with records.naming(index):
+            return image_preprocessing.evaluation_image(jpeg, image_size)
+
+    def image(index):
+        pixels = tf.numpy_function(resized, [index], tf.uint8, stateful=False)
+        return tf.ensure_shape(pixels, [image_size, image_size, 3])
+
+    def indices():
+        for part in parts:
+            yield from range(part.start, part.stop)
+            yield from [-1] * (batch_size - (part.stop - part.start))
+
+    images = tf.data.Dataset.from_generator(
+        indices, output_signature=tf.TensorSpec([], tf.int64)
+    ).map(image, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    yield from records.iterate(images.batch(batch_size).prefetch(2))
 
 
-def _read_jpegs(source, index, count):
-    def read(index):
-        return np.array([record["image"] for record in source.__getitems__(index.tolist())], object)
+class _Records:
+    """The records of a split, and the first error met while reading them in the background."""
 
-    jpegs = tf.numpy_function(read, [index], tf.string, stateful=False)
-    return tf.ensure_shape(jpegs, [count])
+    def __init__(self, dataset: PairDataset):
+        self._dataset = dataset
+        self._failure: UserError | None = None
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the JPEGs of records."""
+        try:
+            records = self._dataset.images.__getitems__(indices.tolist())
+        except Exception:
+            # Whatever the reader raises on damage; one by one, to name the record.
+            for index in indices:
+                with self.naming(index, Exception):
+                    self._dataset.images.__getitems__([int(index)])
+            raise
+        return np.array([record["image"] for record in records], object)
+
+    @contextlib.contextmanager
+    def naming(self, index: int, damage: type[Exception] = ValueError) -> Iterator[None]:
+        """Keeps an error of the kind that damage gives as one of the record with this index."""
+        try:
+            yield
+        except damage as error:
+            image_id = self._dataset.image_id[index]
+            self._failure = self._failure or UserError(
+                f"record {index} of the prepared dataset (image id {image_id}) is damaged: "
+                f"{error}; delete the dataset's folder in config.data.cache_dir and prepare it "
+                "anew"
+            )
+            raise
+
+    def iterate(self, batches: tf.data.Dataset) -> Iterator[tuple[np.ndarray, ...]]:
+        """Yields NumPy elements; an error in the background comes out as what caused it."""
+        try:
+            yield from batches.as_numpy_iterator()
+        except tf.errors.OpError as error:
+            if self._failure is not None:
+                raise self._failure from error
+            raise

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from fne_jax.data.datasets import PairDataset
-from fne_jax.data.input_pipeline import evaluation_images, pad_rows
+from fne_jax.data.input_pipeline import evaluation_images, local_parts, pad_rows
 from fne_jax.encoders.dual_encoder import DualEncoder
 from fne_jax.training import sharding
 from fne_jax.training.train_step import normalize_pixels
@@ -56,37 +56,34 @@ class Embedder:
 
     def images(self, params: Any, dataset: PairDataset) -> np.ndarray:
         """Returns the [images, dim] float32 embeddings of a split, in order."""
-        batches = evaluation_images(dataset, self._image_size, self._batch_size)
+        where = jax.process_index(), jax.process_count()
+        batches = evaluation_images(dataset, self._image_size, self._batch_size, *where)
         batches = ({"image": images} for images in batches)
         return self._embed(self._encode_images, params, batches, len(dataset.image_id))
 
     def pixels(self, params: Any, images: np.ndarray) -> np.ndarray:
         """Returns the [images, dim] float32 embeddings of [images, side, side, 3] uint8."""
-        batches = (
-            {"image": pad_rows(images[start : start + self._batch_size], self._batch_size)}
-            for start in range(0, len(images), self._batch_size)
-        )
+        batches = ({"image": images[part]} for part in self._parts(len(images)))
         return self._embed(self._encode_images, params, batches, len(images))
 
     def texts(self, params: Any, tokens: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """Returns the [captions, dim] float32 embeddings of ids and masks [captions, length]."""
         ids, mask = tokens
         batches = (
-            {
-                "input_ids": pad_rows(ids[start : start + self._batch_size], self._batch_size),
-                "attention_mask": pad_rows(
-                    mask[start : start + self._batch_size], self._batch_size
-                ),
-            }
-            for start in range(0, len(ids), self._batch_size)
+            {"input_ids": ids[part], "attention_mask": mask[part]} for part in self._parts(len(ids))
         )
         return self._embed(self._encode_texts, params, batches, len(ids))
 
+    def _parts(self, count: int) -> Iterator[slice]:
+        """Yields this process's rows of each batch of `count`; the last may be fewer or none."""
+        yield from local_parts(count, self._batch_size, jax.process_index(), jax.process_count())
+
     def _embed(self, encode, params, batches: Iterable[dict[str, np.ndarray]], count):
-        process, processes = jax.process_index(), jax.process_count()
-        local = self._batch_size // processes
+        """Returns the first `count` rows; each batch holds this process's rows of a global one."""
+        local = self._batch_size // jax.process_count()
         parts = []
         for batch in batches:
-            mine = {k: v[process * local : (process + 1) * local] for k, v in batch.items()}
-            parts.append(encode(params, sharding.to_devices(mine, self._mesh)))
+            padded = {name: pad_rows(array, local) for name, array in batch.items()}
+            # Replicated by `out_shardings`, so that each process can fetch all of it.
+            parts.append(encode(params, sharding.to_devices(padded, self._mesh)))
         return np.concatenate(jax.device_get(parts))[:count]

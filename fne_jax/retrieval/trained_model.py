@@ -44,7 +44,7 @@ class TrainedModel:
                         f"images[{row}]: expected uint8 [height, width, 3], "
                         f"got {image.dtype} {list(image.shape)}"
                     )
-                pixels[row] = image_preprocessing.resized_pixels(image, size)
+                pixels[row] = image_preprocessing.evaluation_image(image, size)
             else:
                 pixels[row] = image_preprocessing.read_picture(pathlib.Path(image), size)
         return self._embedder.pixels(self._restored.params, pixels)

@@ -46,6 +46,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
             range(1),
             image_size=image_size,
             augmentation=config.data.augmentation,
+            augment_on=config.data.augment_on,
         )
     )
     step = jitted_steps(config, plan, mesh, schedule)[Phase.FNE]

@@ -16,6 +16,7 @@ import numpy as np
 
 from fne_jax import configuration
 from fne_jax.command_line import Interrupted
+from fne_jax.data import device_augmentation
 from fne_jax.data.datasets import KnownTruth, PairDataset, load_split
 from fne_jax.data.input_pipeline import BatchOrder, training_batches
 from fne_jax.encoders.towers import read_architectures, store_architectures, with_model_defaults
@@ -27,7 +28,7 @@ from fne_jax.training.metric_log import MetricLog, ScalarWindow
 from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.phases import Phase, RunPlan
 from fne_jax.training.progress import TrainingProgress
-from fne_jax.training.train_step import train_step
+from fne_jax.training.train_step import given_pixels, train_step
 
 _log = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
         range(first_step, plan.total_steps),
         image_size=image_size,
         augmentation=config.data.augmentation,
+        augment_on=config.data.augment_on,
         process=jax.process_index(),
         processes=jax.process_count(),
         prefetch=config.data.prefetch,
@@ -204,6 +206,7 @@ def jitted_steps(
     """Returns the compiled-on-first-use train step of each phase, the state donated."""
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     shared = {
+        "augment": augmentation_in_step(config),
         "momentum": config.momentum,
         "mask_same_image": config.fne.mask_same_image,
         "next_statistics": objective.next_statistics(config.fne, plan.steps_per_epoch),
@@ -226,6 +229,14 @@ def jitted_steps(
         )
         for phase, kind in kinds.items()
     }
+
+
+def augmentation_in_step(config: ml_collections.ConfigDict) -> Callable:
+    """Returns the train step's `augment`."""
+    if config.data.augment_on == "host" or config.data.augmentation == "none":
+        return given_pixels
+    size = config.encoder.image.image_size
+    return functools.partial(device_augmentation.augment_batch, size=size)
 
 
 def settle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
     *,
+    augment: Callable[[dict[str, jax.Array]], jax.Array],
     objective: Objective,
     next_statistics: NextStatistics,
     write_queue: bool,
@@ -33,6 +35,8 @@ def train_step(
       state: donated by the jitted form.
       batch: `image` [batch, side, side, 3] uint8, `input_ids` and `attention_mask` [batch, length]
         int32, `image_id` and `pair_id` [batch] int32.
+      augment: of the batch, the [batch, size, size, 3] uint8 pixels to train on: `given_pixels`, or
+        `device_augmentation.augment_batch`, which reads further arrays of the batch.
       objective: the loss of this phase of the run.
       next_statistics: adds the batch to the similarity statistics.
       write_queue: whether the batch's momentum embeddings enter the memory.
@@ -50,7 +54,7 @@ def train_step(
     rng = jax.random.fold_in(state.key, state.step)
     sampling_rng, dropout_rng = jax.random.split(rng)
     momentum_params = optax.incremental_update(state.params, state.momentum_params, 1 - momentum)
-    pixels = normalize_pixels(batch["image"], image_mean, image_std)
+    pixels = normalize_pixels(augment(batch), image_mean, image_std)
     tokens = batch["input_ids"], batch["attention_mask"]
     momentum_image, momentum_text = state.apply_fn({"params": momentum_params}, pixels, *tokens)
     image_id = batch["image_id"]
@@ -95,6 +99,11 @@ def train_step(
         grads=grads, momentum_params=momentum_params, stats=stats, queue=queue
     )
     return state, scalars, negatives
+
+
+def given_pixels(batch: dict[str, jax.Array]) -> jax.Array:
+    """Returns the batch's pictures as they came; the host augmented them."""
+    return batch["image"]
 
 
 def normalize_pixels(

@@ -1,0 +1,108 @@
+"""RandAugment's operations and the evaluation resize against the authors' figures.
+
+Mean absolute differences are in levels of 255. What is moved agrees at its borders too: the figures
+blend with the fill there as ours do (PIL's would not). Sharpness leaves the outermost pixels alone
+in both; inside it differs where the authors' wraps around at 0 and 255 and ours saturates.
+"""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from fne_jax.data import device_augmentation, image_preprocessing, randaugment
+from fne_jax.data.augmentation import ARGUMENTS, OPERATIONS
+from fne_jax.training.train_step import normalize_pixels
+
+# Names in the figures.
+FIGURES = {
+    "identity": "Identity",
+    "autocontrast": "AutoContrast",
+    "equalize": "Equalize",
+    "brightness": "Brightness",
+    "sharpness": "Sharpness",
+    "shear_x": "ShearX",
+    "shear_y": "ShearY",
+    "translate_x": "TranslateX",
+    "translate_y": "TranslateY",
+    "rotate": "Rotate",
+}
+
+
+@pytest.fixture(scope="module")
+def figures(golden):
+    path = golden / "images.npz"
+    if not path.is_file():
+        # Flickr8K photographs are for research alone and do not lie in the repository.
+        pytest.skip(f"{path} is not there; give its folder with --golden")
+    return np.load(path)
+
+
+@pytest.fixture(scope="module")
+def apply_on_device():
+    compiled = jax.jit(device_augmentation.apply_operation)
+    return lambda image, operation, argument: np.asarray(
+        compiled(image, jnp.int32(operation), jnp.float32(argument))
+    )
+
+
+def cases(figures, name):
+    """Yields the image, the argument and the result of an operation."""
+    number = 0
+    while f"args_{FIGURES[name]}_{number}" in figures:
+        argument = float(figures[f"args_{FIGURES[name]}_{number}"])
+        for image in ("image0", "image1"):
+            yield figures[image], argument, figures[f"{image}_{FIGURES[name]}_{number}"]
+        number += 1
+
+
+def test_the_arguments_are_ours(figures):
+    for name in OPERATIONS:
+        arguments = {abs(argument) for _, argument, _ in cases(figures, name)}
+        assert arguments == {ARGUMENTS.get(name, 0.0)}
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations(figures, apply_on_device, name, where):
+    apply = randaugment.apply_operation if where == "host" else apply_on_device
+    for image, argument, expected in cases(figures, name):
+        ours = apply(image, OPERATIONS.index(name), argument)
+        difference = np.abs(ours.astype(int) - expected)
+        if name == "sharpness":
+            # All of the difference is where theirs wrapped around.
+            assert difference.mean() < 1 and (difference[difference > 1] > 200).all()
+        else:
+            assert difference.mean() < 0.01 and difference.max() <= 1
+
+
+def test_evaluation_resize_and_normalisation(figures):
+    for name in ("image0", "image1"):
+        ours = image_preprocessing.evaluation_image(figures[name], 96)
+        np.testing.assert_array_equal(ours, figures[f"{name}_eval96_uint8"])
+        clip = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+        normalised = np.asarray(normalize_pixels(jnp.asarray(ours[None]), *clip))[0]
+        expected = figures[f"{name}_eval96_normalised"]
+        if expected.shape[0] == 3:
+            expected = expected.transpose(1, 2, 0)
+        np.testing.assert_allclose(normalised, expected, atol=1e-5)
+
+
+def test_training_resize_is_within_a_level_of_pil(figures):
+    top, left, height, width = window = (11, 7, 144, 149)
+    for name in ("image0", "image1"):
+        stream = io.BytesIO()
+        Image.fromarray(figures[name]).save(stream, "JPEG", quality=95)
+        cropped = Image.open(stream).crop((left, top, left + width, top + height))
+        on_device = jax.jit(device_augmentation.crop_and_resize, static_argnums=2)
+        decoded = image_preprocessing.decode_jpeg(stream.getvalue())
+        for size in (90, 120, 140, 230):
+            pil = np.asarray(cropped.resize((size, size), Image.Resampling.BICUBIC))
+            host = image_preprocessing.crop(stream.getvalue(), window, size)
+            assert np.abs(host.astype(int) - pil).mean() < 0.75, size
+            if size in (90, 230):  # one that shrinks and one that does not
+                device = np.asarray(on_device(decoded, jnp.array(window, jnp.float32), size))
+                assert np.abs(device.astype(int) - pil).mean() < 0.25, size
