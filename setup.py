@@ -27,6 +27,7 @@ setuptools.setup(
         "huggingface_hub>=2.4.0",
         "rich>=15.0.0",
         "pillow>=13.0.0",
+        "etils[epath]>=1.15.0",  # paths that may be remote
         # Reading data: only tf.data on the host's CPU is used, never TensorFlow's accelerators.
         'tensorflow-cpu>=2.21.0; sys_platform == "linux" and platform_machine == "x86_64"',
         'tensorflow>=2.21.0; sys_platform != "linux" or platform_machine != "x86_64"',
