@@ -76,7 +76,8 @@ def test_a_few_steps_of_training(prepared, tmp_path):
     run.num_epochs = 4 * 8 / 70
     train_and_evaluate(run, tmp_path / "run")
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 4 and np.isfinite(lines[-1]["loss"])
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert max(losses) == 4 and np.isfinite(list(losses.values())).all()
     assert np.isfinite([line["eval_rsum"] for line in lines if "eval_rsum" in line]).all()
 
 
@@ -128,8 +129,8 @@ def test_a_table_without_splits_is_parted_by_name(tmp_path):
     splits = [pair_tables.split_of_name(name) for name in names]
     for split, share in (("train", 0.9), ("val", 0.05), ("test", 0.05)):
         assert abs(splits.count(split) / 4000 - share) < 0.012
-    # Their SHA-256 begin with 0x5c, 0x0b and 0x19; a twentieth of 256 is 12.8, a tenth 25.6.
-    assert [splits[n] for n in (0, 6, 15)] == ["train", "val", "test"]
+    # Their SHA-256 begin with 0x5c, 0x0b and 0x14; a twentieth of 256 is 12.8, a tenth 25.6.
+    assert [splits[n] for n in (0, 6, 68)] == ["train", "val", "test"]
     rows = [{"image": name, "caption": "words"} for name in names[:300]]
     (tmp_path / "a").mkdir()
     sources.write_csv(tmp_path / "a", rows, ("image", "caption"))

@@ -161,7 +161,7 @@ def _check_picture(path, resize_to):
     """Returns the verdict and, if the picture was converted, its JPEG."""
     size, modified = _stamp(path)
     try:
-        if size < 0 or not path.is_file():
+        if size < 0:
             raise UnusablePicture(f"there is no picture {path}")
         content = path.read_bytes()
         jpeg = usable_jpeg(content, resize_to)
