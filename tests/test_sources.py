@@ -208,6 +208,13 @@ def test_a_missing_download_says_what_to_put_where(tmp_path, source):
         assert part in str(error.value)
 
 
+def test_a_missing_folder_of_pictures_says_what_to_put_where(tmp_path):
+    sources.write_coco(tmp_path)
+    (tmp_path / "images" / "val2014").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"images/val2014 is not there.*by hand.*val2014\.zip"):
+        load_split(config_of("coco", tmp_path, tmp_path / "cache").data, 8, "train")
+
+
 def test_an_unknown_source_lists_the_choices(tmp_path):
     config = config_of("karpaty", tmp_path, tmp_path)
     with pytest.raises(UserError, match=r"'karpaty'; expected one of karpathy, .*jsonl"):

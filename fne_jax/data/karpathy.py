@@ -43,12 +43,8 @@ def find_json(data_dir: str, name: str = ANY) -> epath.Path:
         return source_images.one_file(folder, "dataset*.json", "Karpathy's layout")
     folder = epath.Path(data_dir).expanduser()
     path = folder / f"dataset_{name}.json"
-    if not data_dir or not path.exists() or not source_images.picture_folder(folder).is_dir():
-        raise UserError(
-            f"config.data.dir is {data_dir!r}: {name} is not there, and has to be downloaded by "
-            f"hand. Put into that folder dataset_{name}.json (from {_SPLITS_FROM}) and "
-            f"{PICTURES_FROM[name]}"
-        )
+    if not data_dir or not path.exists():
+        raise UserError(f"config.data.dir is {data_dir!r}: {path.name} is not there{_advice(name)}")
     return path
 
 
@@ -76,12 +72,26 @@ def read_karpathy(json_path: epath.Path) -> dict[str, list[SourceImage]]:
 
 
 def karpathy_source(data_dir: str, name: str = ANY) -> Source:
-    """Returns the dataset of a folder; see `find_json` and `read_karpathy`."""
+    """Returns the dataset of a folder.
+
+    Raises:
+      UserError: as `find_json` and `read_karpathy`, and if a whole folder of pictures is missing.
+    """
     path = find_json(data_dir, name)
-    return Source(
-        name=path.stem.removeprefix("dataset_"),
-        digest=source_images.digest_of([path]),
-        splits=read_karpathy(path),
+    splits = read_karpathy(path)
+    folders = {image.path.parent for images in splits.values() for image in images}
+    missing = [str(folder) for folder in sorted(folders) if not folder.is_dir()]
+    if missing:
+        raise UserError(f"{path}: its pictures' folder {missing[0]} is not there{_advice(name)}")
+    return Source(path.stem.removeprefix("dataset_"), source_images.digest_of([path]), splits)
+
+
+def _advice(name):
+    if name == ANY:
+        return ""
+    return (
+        f". {name} has to be downloaded by hand; put into config.data.dir dataset_{name}.json "
+        f"(from {_SPLITS_FROM}) and {PICTURES_FROM[name]}"
     )
 
 

@@ -83,19 +83,19 @@ class PictureParts:
         Raises:
           UserError: if a picture has changed since it was checked.
         """
-        for start in self._starts:
-            images = self._images[start : start + IMAGES_PER_PART]
-            verdicts, converted = self._read_part(start)
-            for image, verdict, jpeg in zip(images, verdicts, converted, strict=True):
-                if verdict.digest and not verdict.converted:
-                    jpeg = _read_unchanged(image.path, verdict)
-                    if not jpeg:
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in self._starts:
+                images = self._images[start : start + IMAGES_PER_PART]
+                verdicts, converted = self._read_part(start)
+                paths = [image.path for image in images]
+                jpegs = pool.map(_stored_jpeg, paths, verdicts, converted)
+                for path, verdict, jpeg in zip(paths, verdicts, jpegs, strict=True):
+                    if not jpeg and not verdict.reason:
                         self._part(start).unlink()
                         raise UserError(
-                            f"{image.path}: has changed since it was checked; run the same command "
-                            "again"
+                            f"{path}: has changed since it was checked; run the same command again"
                         )
-                yield jpeg
+                    yield jpeg
 
     def _part(self, start):
         return self._scratch / f"part-{start // IMAGES_PER_PART:05}.zip"
@@ -148,8 +148,10 @@ def _stamp(path):
     return stat.length, int(stat.mtime)
 
 
-def _read_unchanged(path, verdict):
-    """Returns the file's bytes, or b"" if they are no longer those that were checked."""
+def _stored_jpeg(path, verdict, converted):
+    """Returns the JPEG of a picture, b"" where there is none or the file is another by now."""
+    if verdict.reason or verdict.converted:
+        return converted
     try:
         content = path.read_bytes()
     except OSError:
