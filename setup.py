@@ -30,6 +30,7 @@ setuptools.setup(
         "opencv-python-headless>=5.0.0.93",
         # Refuses damaged files, which OpenCV would fill with grey.
         "simplejpeg>=1.9.0",
+        "etils[epath]>=1.15.0",  # paths that may be remote
         # Reading data: only tf.data on the host's CPU is used, never TensorFlow's accelerators.
         'tensorflow-cpu>=2.21.0; sys_platform == "linux" and platform_machine == "x86_64"',
         'tensorflow>=2.21.0; sys_platform != "linux" or platform_machine != "x86_64"',

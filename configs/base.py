@@ -19,12 +19,20 @@ def get_config() -> ConfigDict:
     config.init_from = ""
 
     config.data = data = ConfigDict()
-    # karpathy (dataset_*.json and images/ in `dir`), shapes (drawn), npz (`dir`/<split>.npz
-    # arrays), or synthetic (made up in memory).
+    # flickr8k, flickr30k, coco (dataset_<source>.json and images/ in `dir`); karpathy (any
+    # dataset_*.json of that layout); json_lists (the authors' *train*.json, *val*.json and
+    # *test*.json); csv or jsonl (a table of pairs of your own); shapes (drawn); npz
+    # (`dir`/<split>.npz arrays); or synthetic (made up in memory).
     data.source = "karpathy"
+    # Folder of the source, local or remote (gs://...); of csv and jsonl also the table itself.
     data.dir = ""
-    # Where prepared datasets are kept.
+    # Where prepared datasets are kept, local or remote.
     data.cache_dir = "~/.cache/fne_jax"
+    # Pixels that the shorter side of a stored picture is reduced to where it is longer, so that
+    # decoding stays cheap; 0 stores pictures as they are.
+    data.resize_to = 0
+    # Most images and captions that may be left out because they cannot be used.
+    data.max_skipped = 0
     # Training augmentation: none (as in evaluation), crop_flip (random resized crop and mirroring),
     # or randaugment (both, and RandAugment(2, 7), as in the paper).
     data.augmentation = "crop_flip"
@@ -185,6 +193,9 @@ def get_config() -> ConfigDict:
     evaluation.batch_size = 256
     # Tokens of a caption in evaluation; 0 for as many as in training.
     evaluation.text_length = 0
+    # Captions of an image that count in evaluation, its first ones; 0 for all. COCO has images
+    # with 6 or 7, of which the published protocol uses 5.
+    evaluation.captions_per_image = 0
 
     config.checkpoint = checkpoint = ConfigDict()
     # Newest checkpoints kept, beside the one of best validation rSum.

@@ -8,4 +8,6 @@ from configs import flickr30k_reference
 
 
 def get_config():
-    return flickr30k_reference.get_config()
+    config = flickr30k_reference.get_config()
+    config.data.source = "coco"
+    return config

@@ -8,6 +8,7 @@ from configs import base
 
 def get_config():
     config = base.get_config()
+    config.data.source = "flickr30k"
     config.encoder.image.pretrained = "google/vit-base-patch16-384"
     config.encoder.text.pretrained = "bert-base-uncased"
     config.data.augmentation = "randaugment"

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "data.cache_dir",
     "data.dir",
+    "data.max_skipped",
     "data.prefetch",
     "evaluation.batch_size",
     "logging.",
@@ -125,6 +126,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "fne.start_epoch",
         "seed",
         "data.text_length",
+        "data.resize_to",
+        "data.max_skipped",
+        "evaluation.captions_per_image",
     ):
         if not fields[name] >= 0:
             raise UserError(f"config.{name} is {fields[name]}; expected a number of at least 0")

@@ -33,12 +33,15 @@ def main(arguments: list[str]) -> None:
     options, overrides = parser.parse_known_args(arguments)
     evaluated, path = _what_to_evaluate(options, overrides)
 
-    from fne_jax.data.datasets import load_split
+    from fne_jax.data.datasets import load_split, with_captions_per_image
     from fne_jax.retrieval import evaluation
     from fne_jax.training import run
 
     config = evaluated.config
-    dataset = load_split(config.data, config.encoder.image.image_size, options.split)
+    dataset = with_captions_per_image(
+        load_split(config.data, config.encoder.image.image_size, options.split),
+        config.evaluation.captions_per_image,
+    )
     tokens = run.tokenize_captions(
         config, evaluated.tokenizer, dataset.captions, config.evaluation.text_length
     )

@@ -1,30 +1,81 @@
-"""Prepares a dataset: python -m fne_jax.prepare --config=configs/shapes.py."""
+"""Prepares a dataset: python -m fne_jax.prepare --config=configs/shapes.py.
+
+Every picture and caption is checked; what cannot be used is listed in skipped.json. Stopped and
+called again, it goes on where it was.
+"""
 
 from __future__ import annotations
+
+import signal
 
 import numpy as np
 
 from fne_jax import command_line, configuration
+from fne_jax.errors import UserError
 
 
 def main(arguments: list[str]) -> None:
     """Parses the command line, writes the records unless they are there, and prints counts."""
     parser = command_line.parser("Packs a dataset into ArrayRecord files.", "prepare")
     parser.add_argument("--config", required=True, help="config file, e.g. configs/shapes.py")
+    parser.add_argument(
+        "--resize-to", type=int, help="the same as --config.data.resize_to, e.g. 512 (pixels)"
+    )
     options, overrides = parser.parse_known_args(arguments)
+    if options.resize_to is not None:
+        overrides.append(f"--config.data.resize_to={options.resize_to}")
     config = configuration.load_config(options.config, overrides)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
 
-    from fne_jax.data.datasets import SPLITS, load_split
+    from fne_jax.data import datasets
 
-    for split in SPLITS:
-        dataset = load_split(config.data, config.encoder.image.image_size, split)
-        print(f"{split:6}{len(dataset.image_id):9,} images {len(dataset.captions):9,} captions")
-    if dataset.truth is not None:
-        truth = dataset.truth.matrix()
-        images = np.arange(len(truth))[:, None]
-        unlabelled = truth & (images != dataset.caption_image)
-        share = unlabelled.sum() / (truth.size - len(dataset.captions))
-        print(f"false negatives: {share:.2%} of the unlabelled test pairs are true matches")
+    datasets.check_source(config.data)
+    if config.data.source in datasets.IN_MEMORY_SOURCES:
+        raise UserError(
+            f"config.data.source is {config.data.source!r}, which is read as it is: there is "
+            "nothing to prepare"
+        )
+    _prepare(config.data)
+
+
+def _prepare(data):
+    from fne_jax.data import captioned_images, datasets, pair_builder, prepared
+
+    builder = prepared.prepared_builder(data)
+    written = pair_builder.stored_summaries(builder)
+    for split in datasets.SPLITS:
+        read = pair_builder.summarize(prepared.record_source(builder, split))
+        print(
+            f"{split:6}{read.images:9,} images {read.captions:9,} captions"
+            f"   checksum {read.checksum}"
+        )
+        if written and written[split] != read:
+            raise UserError(
+                f"{builder.data_dir}: the split {split} was written with "
+                f"{written[split].images} images and checksum {written[split].checksum}; its files "
+                "have changed. Delete that folder and prepare the dataset again"
+            )
+    if isinstance(builder, captioned_images.CaptionedImages):
+        print(f"skipped: {len(builder.skipped())}, listed in {builder.skipped_path()}")
+    print(f"prepared in {builder.data_dir}")
+    test = prepared.prepared_split(builder, "test")
+    if test.truth is not None:
+        print(_density(test))
+
+
+def _density(test):
+    truth = test.truth.matrix()
+    unlabelled = truth & (np.arange(len(truth))[:, None] != test.caption_image)
+    share = unlabelled.sum() / (truth.size - len(test.captions))
+    return f"false negatives: {share:.2%} of the unlabelled test pairs are true matches"
+
+
+def _stop(number, frame):
+    del frame
+    raise command_line.Interrupted(
+        number, "stopped; the same command goes on with the pictures not checked yet"
+    )
 
 
 if __name__ == "__main__":

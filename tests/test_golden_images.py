@@ -1,5 +1,8 @@
 """RandAugment's operations and the evaluation resize against the authors' figures.
 
+Theirs are of photographs that may not be distributed, so the repository holds figures of drawn
+pictures in the same layout, see plain_operations; `--golden DIR` reads theirs.
+
 Mean absolute differences are in levels of 255. What is moved agrees at its borders too: the figures
 blend with the fill there as ours do (PIL's would not). Sharpness leaves the outermost pixels alone
 in both; inside it differs where the authors' wraps around at 0 and 255 and ours saturates.
@@ -16,29 +19,12 @@ from PIL import Image
 from fne_jax.data import device_augmentation, image_preprocessing, randaugment
 from fne_jax.data.augmentation import ARGUMENTS, OPERATIONS
 from fne_jax.training.train_step import normalize_pixels
-
-# Names in the figures.
-FIGURES = {
-    "identity": "Identity",
-    "autocontrast": "AutoContrast",
-    "equalize": "Equalize",
-    "brightness": "Brightness",
-    "sharpness": "Sharpness",
-    "shear_x": "ShearX",
-    "shear_y": "ShearY",
-    "translate_x": "TranslateX",
-    "translate_y": "TranslateY",
-    "rotate": "Rotate",
-}
+from tests.plain_operations import FIGURES, PIXELS_MEAN, PIXELS_STD
 
 
 @pytest.fixture(scope="module")
 def figures(golden):
-    path = golden / "images.npz"
-    if not path.is_file():
-        # Flickr8K photographs are for research alone and do not lie in the repository.
-        pytest.skip(f"{path} is not there; give its folder with --golden")
-    return np.load(path)
+    return np.load(golden / "images.npz")
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +62,15 @@ def test_operations(figures, apply_on_device, name, where):
             # All of the difference is where theirs wrapped around.
             assert difference.mean() < 1 and (difference[difference > 1] > 200).all()
         else:
-            assert difference.mean() < 0.01 and difference.max() <= 1
+            # Where a plain loop rounds exactly, OpenCV's fixed point may be a level off.
+            assert difference.mean() < 0.3 and difference.max() <= 1
 
 
 def test_evaluation_resize_and_normalisation(figures):
     for name in ("image0", "image1"):
         ours = image_preprocessing.evaluation_image(figures[name], 96)
         np.testing.assert_array_equal(ours, figures[f"{name}_eval96_uint8"])
-        clip = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-        normalised = np.asarray(normalize_pixels(jnp.asarray(ours[None]), *clip))[0]
+        normalised = normalize_pixels(jnp.asarray(ours[None]), PIXELS_MEAN, PIXELS_STD)[0]
         expected = figures[f"{name}_eval96_normalised"]
         if expected.shape[0] == 3:
             expected = expected.transpose(1, 2, 0)

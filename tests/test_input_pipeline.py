@@ -14,6 +14,7 @@ from PIL import Image
 from fne_jax.data import input_pipeline, karpathy
 from fne_jax.data.datasets import PairDataset, load_split
 from fne_jax.data.input_pipeline import BatchOrder, evaluation_images, training_batches
+from fne_jax.data.records import RecordSource
 from fne_jax.errors import UserError
 from tests.tiny import tiny_config, write_karpathy
 
@@ -186,7 +187,9 @@ def dataset_of(jpegs):
         captions=["a picture"] * count,
         caption_image=np.arange(count, dtype=np.int32),
         image_id=np.arange(count, dtype=np.int32) + 100,
-        images=Jpegs(jpegs),
+        images=RecordSource(Jpegs(jpegs), "a list"),
+        caption_id=np.arange(count),
+        source_image_id=[str(number) for number in range(count)],
     )
 
 
@@ -194,7 +197,7 @@ def test_a_damaged_record_is_named():
     jpegs = [jpeg_bytes(n, 20, 30) for n in range(6)]
     jpegs[4] = jpegs[4][:300]
     dataset = dataset_of(jpegs)
-    message = r"record 4 of the prepared dataset \(image id 104\) is damaged: .*prepare it anew"
+    message = r"record 4 of a list is damaged \(.*prepare the dataset again"
     for augment_on in ("host", "device"):
         with pytest.raises(UserError, match=message):
             batches_of(dataset, BatchOrder(0, 6, 3), range(2), augment_on=augment_on)
@@ -209,10 +212,9 @@ def test_a_record_that_cannot_be_read_is_named():
                 raise RuntimeError("checksum")
             return super().__getitems__(indices)
 
-    dataset = dataclasses.replace(
-        dataset_of([b""] * 5), images=Unreadable([jpeg_bytes(n, 20, 30) for n in range(5)])
-    )
-    with pytest.raises(UserError, match=r"record 2 .*image id 102.* is damaged: checksum"):
+    records = Unreadable([jpeg_bytes(n, 20, 30) for n in range(5)])
+    dataset = dataclasses.replace(dataset_of([b""] * 5), images=RecordSource(records, "a list"))
+    with pytest.raises(UserError, match=r"record 2 of a list is damaged \(checksum"):
         batches_of(dataset, BatchOrder(0, 5, 5), range(1))
 
 

@@ -1,17 +1,17 @@
 """RandAugment's operations, on the host and on the device, against PIL and plain loops."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 
 from fne_jax.data import device_augmentation, randaugment
 from fne_jax.data.augmentation import FILL, OPERATIONS
 from fne_jax.data.training_rows import DeviceRows, HostRows
+from tests.plain_operations import slow_move, with_pil
 
 # Uneven, so that a wrong axis shows.
 SHAPE = (37, 52)
@@ -38,51 +38,6 @@ def on_host(image, name, argument=0.0):
 def on_device(image, name, argument=0.0):
     index = jnp.int32(OPERATIONS.index(name))
     return np.asarray(compiled()(image, index, jnp.float32(argument)))
-
-
-def with_pil(name, image, argument):
-    picture = Image.fromarray(image)
-    return np.asarray(
-        {
-            "identity": lambda: picture,
-            "autocontrast": lambda: ImageOps.autocontrast(picture),
-            "equalize": lambda: ImageOps.equalize(picture),
-            "brightness": lambda: ImageEnhance.Brightness(picture).enhance(argument),
-            "sharpness": lambda: ImageEnhance.Sharpness(picture).enhance(argument),
-        }[name]()
-    )
-
-
-def slow_move(image, name, argument):
-    """Bilinear, one pixel at a time, the fill outside."""
-    height, width, _ = image.shape
-    cos, sin = math.cos(math.radians(argument)), math.sin(math.radians(argument))
-    cx, cy = width / 2, height / 2
-    came_from = {
-        "shear_x": lambda x, y: (x - argument * y, y),
-        "shear_y": lambda x, y: (x, y - argument * x),
-        "translate_x": lambda x, y: (x + argument, y),
-        "translate_y": lambda x, y: (x, y + argument),
-        "rotate": lambda x, y: (
-            cos * (x - cx) - sin * (y - cy) + cx,
-            sin * (x - cx) + cos * (y - cy) + cy,
-        ),
-    }[name]
-
-    def at(x, y):
-        inside = 0 <= x < width and 0 <= y < height
-        return image[y, x].astype(float) if inside else np.full(3, FILL, float)
-
-    out = np.empty(image.shape)
-    for y in range(height):
-        for x in range(width):
-            fx, fy = came_from(x, y)
-            left, top = math.floor(fx), math.floor(fy)
-            a, b = fx - left, fy - top
-            upper = (1 - a) * at(left, top) + a * at(left + 1, top)
-            lower = (1 - a) * at(left, top + 1) + a * at(left + 1, top + 1)
-            out[y, x] = (1 - b) * upper + b * lower
-    return out
 
 
 @pytest.mark.parametrize("apply", [on_host, on_device])

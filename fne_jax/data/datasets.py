@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import pathlib
+import io
 import zipfile
 from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
+from etils import epath
 
 from fne_jax.data import shapes_scenes
+from fne_jax.data.source_images import SPLITS
 from fne_jax.errors import UserError
 
-SPLITS = ("train", "val", "test")
+IN_MEMORY_SOURCES = ("npz", "synthetic")
+# Values of config.data.source.
+SOURCES = (
+    *("karpathy", "flickr8k", "flickr30k", "coco", "json_lists", "csv", "jsonl", "shapes"),
+    *IN_MEMORY_SOURCES,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +52,11 @@ class PairDataset:
     Attributes:
       captions: [pairs] raw captions.
       caption_image: [pairs] int32 index of each caption's image.
-      image_id: [images] int32 ids, unique over the whole dataset.
+      image_id: [images] int32 ids, unique over the whole dataset; COCO's own for COCO.
       images: [images, side, side, 3] uint8 pixels in memory, or a random-access source of
         records whose `image` is a JPEG.
+      caption_id: [pairs] int64 ids of the captions; COCO's own (its annotations') for COCO.
+      source_image_id: [images] what the source itself calls each image.
       truth: the matches beyond the labelled ones, where they are known.
     """
 
@@ -56,12 +64,44 @@ class PairDataset:
     caption_image: np.ndarray
     image_id: np.ndarray
     images: np.ndarray | Sequence[dict[str, Any]]
+    caption_id: np.ndarray
+    source_image_id: list[str]
     truth: KnownTruth | None = None
 
     @property
     def in_memory(self) -> bool:
         """True where `images` are pixels."""
         return isinstance(self.images, np.ndarray)
+
+
+def with_captions_per_image(dataset: PairDataset, count: int) -> PairDataset:
+    """Returns a split with at most the first `count` captions of each image, or all for 0."""
+    if not count:
+        return dataset
+    seen = np.zeros(len(dataset.image_id), int)
+    kept = []
+    for pair, image in enumerate(dataset.caption_image):
+        if seen[image] < count:
+            kept.append(pair)
+        seen[image] += 1
+    truth = dataset.truth
+    if truth is not None:
+        truth = dataclasses.replace(truth, facts=truth.facts[kept])
+    return dataclasses.replace(
+        dataset,
+        captions=[dataset.captions[pair] for pair in kept],
+        caption_image=dataset.caption_image[kept],
+        caption_id=dataset.caption_id[kept],
+        truth=truth,
+    )
+
+
+def check_source(data: ml_collections.ConfigDict) -> None:
+    """Raises UserError, listing the choices, if there is no such `config.data.source`."""
+    if data.source not in SOURCES:
+        raise UserError(
+            f"config.data.source is {data.source!r}; expected one of {', '.join(SOURCES)}"
+        )
 
 
 def load_split(data: ml_collections.ConfigDict, image_size: int, split: str) -> PairDataset:
@@ -77,78 +117,15 @@ def load_split(data: ml_collections.ConfigDict, image_size: int, split: str) -> 
     """
     if split not in SPLITS:
         raise UserError(f"the split {split!r} is unknown; expected one of {', '.join(SPLITS)}")
+    check_source(data)
     if data.source == "synthetic":
         return synthetic_split(data.synthetic, image_size, split)
     if data.source == "npz":
         return npz_split(data.dir, image_size, split)
-    return _prepared_split(prepared_builder(data), split)
-
-
-def prepared_builder(data: ml_collections.ConfigDict):
-    """Returns the TFDS builder of a dataset on disk, prepared.
-
-    Raises:
-      UserError: if the source is unknown or cannot be read.
-    """
     # Kept out of the module's imports: training from arrays must work without TensorFlow.
-    from fne_jax.data import pair_builder, tensorflow_host
+    from fne_jax.data import prepared
 
-    tensorflow_host.hide_accelerators()
-    cache = os.path.expanduser(data.cache_dir)
-    if data.source == "shapes":
-        from fne_jax.data import shapes
-
-        settings = data.shapes
-        try:
-            vocabulary = shapes_scenes.Vocabulary(
-                shapes=settings.shapes,
-                colours=settings.colours,
-                max_objects=settings.max_objects,
-            )
-        except ValueError as error:
-            raise UserError(f"config.data.shapes.{error}") from error
-        sizes = (settings.train_images, settings.val_images, settings.test_images)
-        if min(sizes) < 1:
-            raise UserError(f"config.data.shapes: the split sizes {sizes} must be at least 1")
-        builder = shapes.Shapes(
-            data_dir=cache,
-            config=shapes.ShapesConfig(seed=settings.seed, sizes=sizes, vocabulary=vocabulary),
-        )
-    elif data.source == "karpathy":
-        from fne_jax.data import karpathy
-
-        config = karpathy.KarpathyConfig(json_path=karpathy.find_json(data.dir))
-        builder = karpathy.Karpathy(data_dir=cache, config=config)
-    else:
-        raise UserError(
-            f"config.data.source is {data.source!r}; expected shapes, karpathy, npz or synthetic"
-        )
-    try:
-        pair_builder.prepare(builder)
-    except OSError as error:
-        raise UserError(f"config.data.cache_dir is {cache!r}: {error}") from error
-    return builder
-
-
-def _prepared_split(builder, split):
-    import tensorflow_datasets as tfds
-
-    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    records = source.__getitems__(list(range(len(source))))
-    counts = [len(record["captions"]) for record in records]
-    truth = None
-    if "scene" in records[0]:
-        truth = KnownTruth(
-            scenes=np.stack([record["scene"] for record in records]),
-            facts=np.concatenate([record["facts"] for record in records]),
-        )
-    return PairDataset(
-        captions=[text.decode() for record in records for text in record["captions"]],
-        caption_image=np.repeat(np.arange(len(records), dtype=np.int32), counts),
-        image_id=np.array([record["image_id"] for record in records], np.int32),
-        images=source,
-        truth=truth,
-    )
+    return prepared.prepared_split(prepared.prepared_builder(data), split)
 
 
 def synthetic_split(
@@ -179,6 +156,8 @@ def synthetic_split(
         caption_image=np.repeat(np.arange(count, dtype=np.int32), 2),
         image_id=np.arange(count, dtype=np.int32) + SPLITS.index(split) * count,
         images=pixels,
+        caption_id=np.arange(2 * count) + SPLITS.index(split) * 2 * count,
+        source_image_id=[f"{split} {index}" for index in range(count)],
     )
 
 
@@ -191,9 +170,9 @@ def npz_split(folder: str, image_size: int, split: str) -> PairDataset:
     Raises:
       UserError: if the file is not there or an array does not fit.
     """
-    path = pathlib.Path(folder) / f"{split}.npz"
+    path = epath.Path(folder) / f"{split}.npz"
     try:
-        arrays = dict(np.load(path, allow_pickle=False))
+        arrays = dict(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} (config.data.dir): cannot be read as .npz: {error}") from error
     for name in ("images", "captions", "caption_image"):
@@ -209,9 +188,12 @@ def npz_split(folder: str, image_size: int, split: str) -> PairDataset:
         raise UserError(f"{path}: caption_image: expected one index for each caption")
     if len(owner) == 0 or owner.min() < 0 or owner.max() >= len(images):
         raise UserError(f"{path}: caption_image: expected indices from 0 to {len(images) - 1}")
+    image_id = arrays.get("image_id", np.arange(len(images))).astype(np.int32)
     return PairDataset(
         captions=[str(text) for text in arrays["captions"]],
         caption_image=owner.astype(np.int32),
-        image_id=arrays.get("image_id", np.arange(len(images))).astype(np.int32),
+        image_id=image_id,
         images=images,
+        caption_id=np.arange(len(owner)),
+        source_image_id=[str(number) for number in image_id],
     )

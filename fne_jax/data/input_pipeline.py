@@ -114,7 +114,7 @@ def training_batches(
     from fne_jax.data import tf_reader
 
     for pair, arrays in tf_reader.read_training_rows(
-        dataset,
+        dataset.images,
         ((dataset.caption_image[part.pair], part.epoch, part.pair) for part in rows),
         make_row,
         order.global_batch_size // processes,
@@ -154,7 +154,7 @@ def evaluation_images(
         return
     from fne_jax.data import tf_reader
 
-    yield from tf_reader.read_evaluation_images(dataset, parts, image_size, local)
+    yield from tf_reader.read_evaluation_images(dataset.images, parts, image_size, local)
 
 
 def local_parts(count: int, batch_size: int, process: int, processes: int) -> Iterator[slice]:

@@ -6,159 +6,116 @@ A file `dataset_<name>.json` holds `images`, each with `filename`, optionally `f
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import io
-import json
-import pathlib
-from collections.abc import Iterator
-from typing import Any
+from etils import epath
 
-import tensorflow_datasets as tfds
-from PIL import Image
-
-from fne_jax.data.pair_builder import PairBuilder
+from fne_jax.data import source_images
+from fne_jax.data.source_images import SPLIT_OF, Source, SourceImage
 from fne_jax.errors import UserError
 
-# COCO's `restval` images belong to the training split of the published protocol.
-SPLIT_OF = {"train": "train", "restval": "train", "val": "val", "test": "test"}
-JPEG_QUALITY = 95  # of pictures that had to be converted
+_SPLITS_FROM = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+# Where the pictures of the datasets with a name of their own come from.
+PICTURES_FROM = {
+    "flickr8k": "Flickr8K's pictures (request form at "
+    "https://forms.illinois.edu/sec/1713398) as images/*.jpg",
+    "flickr30k": "Flickr30K's pictures (licence form at "
+    "https://shannon.cs.illinois.edu/DenotationGraph/) as images/*.jpg",
+    "coco": "COCO's pictures (http://images.cocodataset.org/zips/train2014.zip and val2014.zip) "
+    "as images/train2014/*.jpg and images/val2014/*.jpg",
+}
+ANY = "karpathy"
+SOURCES = (ANY, *PICTURES_FROM)  # of config.data.source
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageRecord:
-    """One image of a Karpathy file.
+def find_json(data_dir: str, name: str = ANY) -> epath.Path:
+    """Returns the Karpathy file of a folder.
 
-    Attributes:
-      path: the picture.
-      image_id: its id in the source (COCO's `cocoid`), or its place in the file.
-      captions: the raw captions.
-      caption_ids: the captions' `sentid`s.
-    """
-
-    path: pathlib.Path
-    image_id: int
-    captions: list[str]
-    caption_ids: list[int]
-
-
-def find_json(data_dir: str) -> pathlib.Path:
-    """Returns the one `dataset*.json` of a folder.
+    Args:
+      data_dir: the folder.
+      name: a key of `PICTURES_FROM` for `dataset_<name>.json`, or `karpathy` for the one
+        `dataset*.json` that is there.
 
     Raises:
-      UserError: if the folder is not there, or does not hold exactly one such file.
+      UserError: if the folder or the file is not there; for a dataset with a name, with what to
+        download and where to put it.
     """
-    folder = pathlib.Path(data_dir)
-    if not data_dir or not folder.is_dir():
-        raise UserError(
-            f"config.data.dir is {data_dir!r}, which is not a folder; point it at the folder that "
-            "holds dataset_<name>.json and images/"
-        )
-    found = sorted(folder.glob("dataset*.json"))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise UserError(f"{folder}: expected one dataset*.json (Karpathy's layout), found {names}")
-    return found[0]
+    if name == ANY:
+        folder = source_images.existing_folder(data_dir, "dataset_<name>.json and images/")
+        return source_images.one_file(folder, "dataset*.json", "Karpathy's layout")
+    folder = epath.Path(data_dir).expanduser()
+    path = folder / f"dataset_{name}.json"
+    if not data_dir or not path.exists():
+        raise UserError(f"config.data.dir is {data_dir!r}: {path.name} is not there{_advice(name)}")
+    return path
 
 
-def read_karpathy(json_path: pathlib.Path) -> dict[str, list[ImageRecord]]:
-    """Returns the images of each split, in the file's order.
+def read_karpathy(json_path: epath.Path) -> dict[str, list[SourceImage]]:
+    """Returns the images of each split, `restval` counted as train, in the file's order.
+
+    COCO's images and captions keep its own numbers (`cocoid` and `sentid`, its annotations' ids),
+    by which ECCV Caption and CxC name them.
 
     Raises:
-      UserError: naming the file and the entry, if the file is not JSON, a key is missing, a
-        picture is not there, or an image has no caption.
+      UserError: naming the file and the entry, if the file is not JSON, a key is missing, a split
+        is unknown or empty, or an image id is there twice.
     """
-    try:
-        images = json.loads(json_path.read_text("utf-8"))["images"]
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{json_path}: not a JSON file: {error}") from error
-    except (KeyError, TypeError):
-        raise UserError(f"{json_path}: the key 'images' is missing (Karpathy's layout)") from None
-    splits: dict[str, list[ImageRecord]] = {}
-    for index, entry in enumerate(images):
-        split, record = _read_entry(json_path, index, entry)
-        splits.setdefault(split, []).append(record)
-    for split in ("train", "val", "test"):
-        if split not in splits:
-            raise UserError(f"{json_path}: no image of the split {split!r}")
+    json_path = epath.Path(json_path)
+    content = source_images.read_json(json_path)
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise UserError(f"{json_path}: the key 'images' is missing (Karpathy's layout)")
+    pictures = source_images.picture_folder(json_path.parent)
+    splits: dict[str, list[SourceImage]] = {}
+    for index, entry in enumerate(content["images"]):
+        split, image = _read_entry(f"{json_path}: images[{index}]", index, entry, pictures)
+        splits.setdefault(split, []).append(image)
+    source_images.check_listing(str(json_path), splits)
     return splits
 
 
-def _read_entry(json_path, index, entry):
-    where = f"{json_path}: images[{index}]"
-    for key in ("filename", "split", "sentences"):
-        if key not in entry:
+def karpathy_source(data_dir: str, name: str = ANY) -> Source:
+    """Returns the dataset of a folder.
+
+    Raises:
+      UserError: as `find_json` and `read_karpathy`, and if a whole folder of pictures is missing.
+    """
+    path = find_json(data_dir, name)
+    splits = read_karpathy(path)
+    folders = {image.path.parent for images in splits.values() for image in images}
+    missing = [str(folder) for folder in sorted(folders) if not folder.is_dir()]
+    if missing:
+        raise UserError(f"{path}: its pictures' folder {missing[0]} is not there{_advice(name)}")
+    return Source(path.stem.removeprefix("dataset_"), source_images.digest_of([path]), splits)
+
+
+def _advice(name):
+    if name == ANY:
+        return ""
+    return (
+        f". {name} has to be downloaded by hand; put into config.data.dir dataset_{name}.json "
+        f"(from {_SPLITS_FROM}) and {PICTURES_FROM[name]}"
+    )
+
+
+def _read_entry(where, index, entry, pictures):
+    for key, kind in (("filename", str), ("split", str), ("sentences", list)):
+        if not isinstance(entry, dict) or key not in entry:
             raise UserError(f"{where}: the key {key!r} is missing (Karpathy's layout)")
+        if not isinstance(entry[key], kind):
+            raise UserError(
+                f"{where}: {key!r} is {entry[key]!r:.60}; expected a {kind.__name__} "
+                "(Karpathy's layout)"
+            )
     if entry["split"] not in SPLIT_OF:
         raise UserError(
             f"{where}: split is {entry['split']!r}; expected one of {', '.join(SPLIT_OF)}"
         )
-    path = json_path.parent / "images" / entry.get("filepath", "") / entry["filename"]
-    if not path.is_file():
-        raise UserError(f"{where}: there is no picture {path}")
-    if not entry["sentences"]:
-        raise UserError(f"{where} ({entry['filename']}): the list of captions is empty")
-    for number, sentence in enumerate(entry["sentences"]):
-        if not isinstance(sentence.get("raw"), str):
-            raise UserError(f"{where}: sentences[{number}]: the text 'raw' is missing")
-    record = ImageRecord(
-        path=path,
-        image_id=entry.get("cocoid", entry.get("imgid", index)),
-        captions=[sentence["raw"] for sentence in entry["sentences"]],
-        caption_ids=[sentence.get("sentid", -1) for sentence in entry["sentences"]],
+    sentences = [s if isinstance(s, dict) else {"raw": s} for s in entry["sentences"]]
+    image_id = entry.get("cocoid", entry.get("imgid", index))
+    image = SourceImage(
+        path=pictures / str(entry.get("filepath", "")) / entry["filename"],
+        where=where,
+        image_id=image_id,
+        source_id=str(entry.get("cocoid", entry["filename"])),
+        captions=[sentence.get("raw") for sentence in sentences],
+        caption_ids=[sentence.get("sentid", -1) for sentence in sentences],
     )
-    return SPLIT_OF[entry["split"]], record
-
-
-@dataclasses.dataclass(kw_only=True)
-class KarpathyConfig(tfds.core.BuilderConfig):
-    """Where the source lies; a changed JSON file is another dataset.
-
-    Attributes:
-      json_path: the Karpathy file, beside a folder `images`.
-    """
-
-    json_path: pathlib.Path
-    name: str = dataclasses.field(init=False)
-
-    def __post_init__(self):
-        digest = hashlib.sha256(self.json_path.read_bytes()).hexdigest()[:12]
-        self.name = f"{self.json_path.stem.removeprefix('dataset_')}-{digest}"
-
-
-class Karpathy(PairBuilder, skip_registration=True):
-    """Packs the pictures of a Karpathy file, as they are, with their captions."""
-
-    name = "karpathy"
-    builder_config: KarpathyConfig
-
-    def splits(self) -> list[str]:
-        """Returns the file's splits, `restval` counted as train."""
-        return list(self._images())
-
-    def records(self, split: str) -> Iterator[dict[str, Any]]:
-        """Yields the records of a split in the file's order."""
-        for record in self._images()[split]:
-            yield {
-                "image": io.BytesIO(_jpeg_bytes(record.path)),
-                "image_id": record.image_id,
-                "captions": record.captions,
-                "caption_ids": record.caption_ids,
-            }
-
-    def _images(self):
-        return read_karpathy(self.builder_config.json_path)
-
-
-def _jpeg_bytes(path):
-    """Returns a picture's bytes as they are if it is an RGB JPEG, else converted to one."""
-    content = path.read_bytes()
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            if picture.format == "JPEG" and picture.mode == "RGB":
-                return content
-            stream = io.BytesIO()
-            picture.convert("RGB").save(stream, "JPEG", quality=JPEG_QUALITY)
-            return stream.getvalue()
-    except OSError as error:
-        raise UserError(f"{path}: not a picture that can be read: {error}") from error
+    return SPLIT_OF[entry["split"]], image

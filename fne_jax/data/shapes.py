@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,22 +55,22 @@ class Shapes(PairBuilder, skip_registration=True):
             ),
         }
 
-    def splits(self) -> list[str]:
-        """Returns train, val and test."""
-        return list(SPLITS)
+    def sizes(self) -> dict[str, int]:
+        """Returns the images of train, val and test."""
+        return dict(zip(SPLITS, self.builder_config.sizes, strict=True))
 
-    def records(self, split: str) -> Iterator[dict[str, Any]]:
+    def records(self, split: str, rows: range) -> Iterator[dict[str, Any]]:
         """Yields scenes; image ids count on from split to split."""
         config, number = self.builder_config, SPLITS.index(split)
         first_id = sum(config.sizes[:number])
-        for index in range(config.sizes[number]):
+        for index in rows:
             # One generator an image, so that a larger dataset begins with a smaller one's images.
             rng = np.random.default_rng([config.seed, number, index])
             scene = scenes.random_scene(rng, config.vocabulary)
             captions, facts = scenes.random_captions(rng, scene)
             image_id = first_id + index
             yield {
-                "image": io.BytesIO(scenes.draw(rng, scene)),
+                "image": scenes.draw(rng, scene),
                 "image_id": image_id,
                 "captions": captions,
                 "caption_ids": [image_id * len(captions) + i for i in range(len(captions))],

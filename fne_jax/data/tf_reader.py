@@ -14,13 +14,13 @@ import numpy as np
 import tensorflow as tf
 
 from fne_jax.data import image_preprocessing
-from fne_jax.data.datasets import PairDataset
+from fne_jax.data.records import RecordSource
 from fne_jax.data.training_rows import RowMaker
 from fne_jax.errors import UserError
 
 
 def read_training_rows(
-    dataset: PairDataset,
+    source: RecordSource,
     rows: Iterator[tuple[np.ndarray, int, np.ndarray]],
     make_row: RowMaker,
     batch_size: int,
@@ -29,7 +29,7 @@ def read_training_rows(
     """Yields the pairs and the arrays of each batch.
 
     Args:
-      dataset: whose `images` are records.
+      source: of the records.
       rows: for each batch the images' indices [batch], the epoch, and the pairs' indices [batch].
       make_row: of a JPEG, the epoch and the pair.
       batch_size: rows in a batch.
@@ -41,7 +41,7 @@ def read_training_rows(
     Raises:
       UserError: naming a record that cannot be read or decoded.
     """
-    records = _Records(dataset)
+    records = _Records(source)
     signature = make_row.signature
     dtypes = [tf.as_dtype(dtype) for _, dtype in signature.values()]
 
@@ -70,12 +70,12 @@ def read_training_rows(
 
 
 def read_evaluation_images(
-    dataset: PairDataset, parts: Iterator[slice], image_size: int, batch_size: int
+    source: RecordSource, parts: Iterator[slice], image_size: int, batch_size: int
 ) -> Iterator[np.ndarray]:
     """Yields [batch_size, side, side, 3] uint8 images, zeros after those that a part names.
 
     Args:
-      dataset: whose `images` are records.
+      source: of the records.
       parts: the images of each batch, up to batch_size.
       image_size: pixels of a side.
       batch_size: rows in a batch.
@@ -83,7 +83,7 @@ def read_evaluation_images(
     Raises:
       UserError: naming a record that cannot be read or decoded.
     """
-    records = _Records(dataset)
+    records = _Records(source)
 
     def resized(index):
         if index < 0:
@@ -110,35 +110,24 @@ def read_evaluation_images(
 class _Records:
     """The records of a split, and the first error met while reading them in the background."""
 
-    def __init__(self, dataset: PairDataset):
-        self._dataset = dataset
+    def __init__(self, source: RecordSource):
+        self._source = source
         self._failure: UserError | None = None
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Returns the JPEGs of records."""
-        try:
-            records = self._dataset.images.__getitems__(indices.tolist())
-        except Exception:
-            # Whatever the reader raises on damage; one by one, to name the record.
-            for index in indices:
-                with self.naming(index, Exception):
-                    self._dataset.images.__getitems__([int(index)])
-            raise
+        with self._kept():
+            records = self._source.__getitems__(indices.tolist())
         return np.array([record["image"] for record in records], object)
 
     @contextlib.contextmanager
-    def naming(self, index: int, damage: type[Exception] = ValueError) -> Iterator[None]:
-        """Keeps an error of the kind that damage gives as one of the record with this index."""
-        try:
-            yield
-        except damage as error:
-            image_id = self._dataset.image_id[index]
-            self._failure = self._failure or UserError(
-                f"record {index} of the prepared dataset (image id {image_id}) is damaged: "
-                f"{error}; delete the dataset's folder in config.data.cache_dir and prepare it "
-                "anew"
-            )
-            raise
+    def naming(self, index: int) -> Iterator[None]:
+        """Gives the error that a damaged picture causes the name of the record."""
+        with self._kept():
+            try:
+                yield
+            except ValueError as error:
+                raise self._source.damage(int(index), error) from error
 
     def iterate(self, batches: tf.data.Dataset) -> Iterator[tuple[np.ndarray, ...]]:
         """Yields NumPy elements; an error in the background comes out as what caused it."""
@@ -147,4 +136,13 @@ class _Records:
         except tf.errors.OpError as error:
             if self._failure is not None:
                 raise self._failure from error
+            raise
+
+    @contextlib.contextmanager
+    def _kept(self):
+        """Keeps the first error for `iterate`, because tf.data passes on no more than its text."""
+        try:
+            yield
+        except UserError as error:
+            self._failure = self._failure or error
             raise

@@ -17,7 +17,12 @@ import numpy as np
 from fne_jax import configuration
 from fne_jax.command_line import Interrupted
 from fne_jax.data import device_augmentation
-from fne_jax.data.datasets import KnownTruth, PairDataset, load_split
+from fne_jax.data.datasets import (
+    KnownTruth,
+    PairDataset,
+    load_split,
+    with_captions_per_image,
+)
 from fne_jax.data.input_pipeline import BatchOrder, training_batches
 from fne_jax.encoders.towers import read_architectures, store_architectures, with_model_defaults
 from fne_jax.errors import UserError
@@ -49,7 +54,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
     config = with_model_defaults(config, architectures)
     image_size = config.encoder.image.image_size
     train = load_split(config.data, image_size, "train")
-    val = load_split(config.data, image_size, "val")
+    val = with_captions_per_image(
+        load_split(config.data, image_size, "val"), config.evaluation.captions_per_image
+    )
     order = batch_order(config, train)
     plan = RunPlan.of(config, order.steps_per_epoch)
     _log.info(

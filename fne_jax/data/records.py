@@ -1,0 +1,60 @@
+"""Prepared records with random access, and errors that name a damaged one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fne_jax.errors import UserError
+
+# Records that are read at a time where all of them are.
+_CHUNK = 256
+
+
+class RecordSource:
+    """The records of a prepared split; a TFDS data source with errors for users.
+
+    Args:
+      source: TFDS' random-access source of the split.
+      where: the prepared dataset and the split, for messages.
+    """
+
+    def __init__(self, source: Sequence[dict[str, Any]], where: str):
+        self._source, self._where = source, where
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns a record."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Returns records.
+
+        Raises:
+          UserError: naming the first that cannot be read.
+        """
+        try:
+            return self._source.__getitems__(indices)
+        except Exception as error:
+            for index in indices:
+                try:
+                    self._source.__getitems__([index])
+                # ArrayRecord raises RuntimeError, a protocol buffer its own.
+                except Exception as fault:
+                    raise self.damage(index, fault) from fault
+            raise error
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yields all records in order, a few hundred of them in memory."""
+        for start in range(0, len(self), _CHUNK):
+            yield from self.__getitems__(list(range(start, min(start + _CHUNK, len(self)))))
+
+    def damage(self, index: int, fault: Exception) -> UserError:
+        """Returns the error that a record is damaged."""
+        reason = (str(fault).splitlines() or [""])[0]
+        return UserError(
+            f"record {index} of {self._where} is damaged ({reason}); delete that folder and "
+            "prepare the dataset again"
+        )
