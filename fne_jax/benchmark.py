@@ -55,6 +55,11 @@ def main(arguments: list[str]) -> None:
     encoders.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="compute dtype (the config's by default)"
     )
+    encoders.add_argument(
+        "--against-pytorch",
+        action="store_true",
+        help="measure the image tower and its parts against PyTorch's instead (CPU, float32)",
+    )
     encoders.set_defaults(measure=measure_encoders)
     options = parser.parse_args(arguments)
     for line in options.measure(options):
@@ -87,10 +92,12 @@ def measure_strategy(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def measure_encoders(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yields for each size the encoders' line and one for each implementation of attention.
 
+    Against PyTorch, the lines of the image tower and its parts.
+
     Raises:
-      UserError: on numbers that cannot be, or if the configs are not there.
+      UserError: on numbers that cannot be, or if the configs or PyTorch are not there.
     """
-    from fne_jax.benchmarks import encoders
+    from fne_jax.benchmarks import encoders, pytorch_peer
 
     _check_positive(options, "batch", "repeats")
     for size in options.size:
@@ -99,6 +106,10 @@ def measure_encoders(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         encoder.compute_dtype = options.dtype or encoder.compute_dtype
         vocab_size = _BERT_IDS if size == "vit_b16_384" else data.vocab_size
         named = {"size": size}
+        if options.against_pytorch:
+            for line in pytorch_peer.image_tower(encoder, options.batch, options.repeats):
+                yield named | line
+            continue
         yield named | encoders.encoders(
             encoder, vocab_size, data.text_length, options.batch, options.repeats
         )
@@ -115,7 +126,7 @@ def _config_of_size(size):
         raise UserError(
             f"{error}: the sizes are those of configs/; run this from the top of the repository"
         ) from error
-    return with_model_defaults(module.get_config())
+    return with_model_defaults(module.get_config(), architectures={})
 
 
 def _check_positive(options, *names):

@@ -1,5 +1,6 @@
 """The commands as a user calls them: the whole path, and one clear error for each mistake."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import pytest
 
+from fne_jax import evaluate, train
+from fne_jax.errors import UserError
 from tests.conftest import TOP
 from tests.tiny import write_karpathy
 
@@ -23,12 +26,17 @@ def call(command, *arguments, devices=1):
     )  # fmt: skip
 
 
-def assert_user_error(done, *parts):
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    error = done.stderr[done.stderr.index("error: ") :]
+def refused(command, *arguments):
+    """Returns the error of a command that is called in this process, of eight devices."""
+    main = importlib.import_module(f"fne_jax.{command}").main
+    with pytest.raises(UserError) as error:
+        main([str(argument) for argument in arguments])
+    return str(error.value)
+
+
+def assert_all_in(text, *parts):
     for part in parts:
-        assert str(part) in error
+        assert str(part) in text
 
 
 @pytest.fixture(scope="module")
@@ -72,59 +80,69 @@ def test_training_then_evaluating(shapes_run):
     assert again.returncode == 0 and "the run is complete" in again.stderr
 
 
-def test_evaluation_does_not_depend_on_the_devices(shapes_run):
+def test_one_device_and_eight_score_alike(shapes_run):
     workdir, _, _ = shapes_run
+    arguments = (f"--workdir={workdir}", "--split=val", "--checkpoint=latest")
     scores = []
-    for devices in (1, 8):
-        call(
-            "evaluate",
-            f"--workdir={workdir}",
-            "--split=val",
-            "--checkpoint=latest",
-            devices=devices,
-        )
-        scores.append(json.loads((workdir / "eval_val.json").read_text())["metrics"])
-    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+    for evaluate_it in (lambda: call("evaluate", *arguments), lambda: evaluate.main([*arguments])):
+        evaluate_it()
+        scores.append(json.loads((workdir / "eval_val.json").read_text()))
+    assert scores[0]["metrics"] == pytest.approx(scores[1]["metrics"], abs=1e-3)
 
 
 def test_resuming_with_another_config_fails(shapes_run):
     workdir, arguments, _ = shapes_run
-    done = call("train", *arguments, f"--workdir={workdir}", "--config.momentum=0.5")
-    assert_user_error(done, "config.momentum: 0.99 in the run, 0.5 now")
+    batch = ("--config.global_batch_size=48", "--config.momentum=0.5")
+    error = refused("train", *arguments, f"--workdir={workdir}", *batch)
+    assert "config.momentum: 0.99 in the run, 0.5 now" in error
+    assert "config.global_batch_size: 50 in the run, 48 now" in error
 
 
-def test_dry_run_shows_the_run_and_writes_nothing(shapes_run, tmp_path):
+def test_dry_run_shows_the_run_and_writes_nothing(shapes_run, tmp_path, capsys):
     _, arguments, _ = shapes_run
-    done = call("train", *arguments, f"--workdir={tmp_path / 'none'}", "--dry-run")
-    assert done.returncode == 0, done.stderr
+    # The eight devices of this process must divide the batches.
+    batch = ("--config.global_batch_size=48", f"--workdir={tmp_path / 'none'}")
+    train.main([*arguments, *batch, "--dry-run"])
+    out = capsys.readouterr().out
     for part in ("word_embedding", "total", "mesh", "MiB", "input_ids", "first caption", "[CLS]"):
-        assert part in done.stdout
+        assert part in out
     assert not (tmp_path / "none").exists()
 
 
-def test_unknown_checkpoint(shapes_run):
+def test_unknown_checkpoint_and_split(shapes_run):
     workdir, _, _ = shapes_run
-    done = call("evaluate", f"--workdir={workdir}", "--checkpoint=77")
-    assert_user_error(done, "no checkpoint '77'", "best, latest or one of")
-    assert_user_error(call("evaluate", f"--workdir={workdir}", "--split=dev"), "the split 'dev'")
+    error = refused("evaluate", f"--workdir={workdir}", "--checkpoint=77")
+    assert_all_in(error, "no checkpoint '77'", "best, latest or one of")
+    assert "the split 'dev'" in refused("evaluate", f"--workdir={workdir}", "--split=dev")
 
 
 def test_evaluating_an_empty_workdir(tmp_path):
-    assert_user_error(call("evaluate", f"--workdir={tmp_path}"), "not the workdir of a run")
-    assert_user_error(call("evaluate", f"--workdir={tmp_path / 'no'}"), "is not a folder")
+    assert "not the workdir of a run" in refused("evaluate", f"--workdir={tmp_path}")
+    assert "is not a folder" in refused("evaluate", f"--workdir={tmp_path / 'no'}")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "prepare"])
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, command):
+    where = {"evaluate": ["--workdir=nowhere"]}.get(command, ["--config=nowhere.py"])
+    extra = [f"--workdir={tmp_path / 'run'}"] if command == "train" else []
+    done = call(command, *where, *extra)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.iterdir()), "nothing half-written stays behind"
 
 
 def test_wrong_arguments(tmp_path):
     base = f"--config={TOP / 'configs' / 'flickr8k.py'}"
     workdir = f"--workdir={tmp_path / 'run'}"
-    assert_user_error(call("train", base), "--workdir")
-    assert_user_error(call("train", base, workdir, "--config.mommentum=1"), "config.momentum")
-    batch = "--config.global_batch_size=30"
-    assert_user_error(call("train", base, workdir, batch, devices=4), "4 devices do not divide")
-    assert_user_error(call("train", base, workdir, "--config.queue_size=9"), "smaller than a batch")
-    assert_user_error(call("train", base, workdir), "config.data.dir is ''")
-    missing = "--config.data.dir=nowhere"
-    assert_user_error(call("train", base, workdir, missing), "dataset_<name>.json and images/")
+    for arguments, part in (
+        ([], "--workdir"),
+        ([workdir, "--config.mommentum=1"], "config.momentum"),
+        ([workdir, "--config.global_batch_size=30"], "8 devices do not divide"),
+        ([workdir, "--config.queue_size=9"], "smaller than a batch"),
+        ([workdir], "config.data.dir is ''"),
+        ([workdir, "--config.data.dir=nowhere"], "dataset_<name>.json and images/"),
+    ):
+        assert part in refused("train", base, *arguments)
     assert not (tmp_path / "run").exists(), "nothing half-written stays behind"
 
 
@@ -157,13 +175,13 @@ def test_damaged_karpathy_files(tmp_path, break_it, parts):
     content = write_karpathy(tmp_path / "data")
     break_it(content)
     (tmp_path / "data" / "dataset_made-up.json").write_text(json.dumps(content))
-    done = call(
+    error = refused(
         "prepare",
         f"--config={TOP / 'configs' / 'flickr8k.py'}",
         f"--config.data.dir={tmp_path / 'data'}",
         f"--config.data.cache_dir={tmp_path / 'cache'}",
     )
-    assert_user_error(done, "dataset_made-up.json", *parts)
+    assert_all_in(error, "dataset_made-up.json", *parts)
     assert not list((tmp_path / "cache").rglob("*.array_record*"))
 
 
@@ -171,16 +189,16 @@ def test_files_that_are_no_json(tmp_path):
     (tmp_path / "images").mkdir()
     config = f"--config={TOP / 'configs' / 'flickr8k.py'}"
     where = f"--config.data.dir={tmp_path}"
-    assert_user_error(call("prepare", config, where), "expected one dataset*.json", "found none")
+    assert_all_in(refused("prepare", config, where), "expected one dataset*.json", "found none")
     (tmp_path / "dataset_x.json").write_text("{")
-    assert_user_error(call("prepare", config, where), "not a JSON file")
+    assert "not a JSON file" in refused("prepare", config, where)
     (tmp_path / "dataset_x.json").write_text("{}")
-    assert_user_error(call("prepare", config, where), "the key 'images' is missing")
+    assert "the key 'images' is missing" in refused("prepare", config, where)
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path):
     write_karpathy(tmp_path / "data", counts=(60, 3, 3))
-    done = call(
+    error = refused(
         "train",
         f"--config={TOP / 'configs' / 'flickr8k.py'}",
         f"--config.data.dir={tmp_path / 'data'}",
@@ -189,7 +207,7 @@ def test_a_tokenizer_that_is_not_there(tmp_path):
         "--config.data.tokenizer=no/such-tokenizer",
         f"--workdir={tmp_path / 'run'}",
     )
-    assert_user_error(done, "'no/such-tokenizer'", "tokenizer.json", "'train'")
+    assert_all_in(error, "'no/such-tokenizer'", "tokenizer.json", "'train'")
 
 
 def test_prepare_tells_counts_and_density(shapes_run):

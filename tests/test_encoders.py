@@ -179,7 +179,7 @@ def test_dropout_is_off_unless_asked_for(pixels):
 def test_sizes_that_do_not_fit_are_named(field, value, message):
     from configs import base
 
-    encoder = with_model_defaults(base.get_config()).encoder
+    encoder = with_model_defaults(base.get_config(), architectures={}).encoder
     encoder.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
         build_dual_encoder(encoder, 100)

@@ -140,7 +140,9 @@ def wait_for(process, workdir, step):
 
 @pytest.fixture(autouse=True)
 def linear_towers(monkeypatch):
-    monkeypatch.setattr(run, "build_module", lambda config, workdir, vocab_size: LinearTowers())
+    monkeypatch.setattr(
+        run, "build_module", lambda config, architectures, vocab_size: LinearTowers()
+    )
 
 
 @pytest.fixture(scope="module")

@@ -315,7 +315,7 @@ def test_nothing_half_written_stays_behind(golden, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrained_weights, "_config_of", fail)
+        patch.setattr(pretrained_weights, "config_json", fail)
         with pytest.raises(OSError, match="disk full"):
             save_pretrained(tmp_path / "vit", module, params)
     assert not list(tmp_path.iterdir())

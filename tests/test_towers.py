@@ -1,6 +1,7 @@
 """Pretrained towers in a run: named by the config, trained, restored, scored, used."""
 
 import json
+import pathlib
 import shutil
 
 import jax
@@ -9,9 +10,10 @@ import pytest
 from PIL import Image
 
 import fne_jax
-from fne_jax import evaluate
+from fne_jax import configuration, evaluate
 from fne_jax.data import captions
 from fne_jax.data.datasets import load_split
+from fne_jax.encoders.towers import read_architectures
 from fne_jax.errors import UserError
 from fne_jax.training import loop, run, sharding
 from fne_jax.training.optimizer import learning_rate_schedule
@@ -62,7 +64,7 @@ def test_what_a_config_leaves_open_follows_its_towers(golden):
 def test_both_kinds_of_encoders_start_from_the_sources(golden, scan_layers):
     vit, bert = golden / "encoders" / "vit", golden / "encoders" / "bert"
     config = pretrained_config(vit, bert, encoder__scan_layers=scan_layers)
-    module = run.build_module(config, None, 50)
+    module = run.build_module(config, read_architectures(config.encoder), 50)
     mesh = sharding.create_mesh()
     state = run.initial_state(config, module, mesh, learning_rate_schedule(config.optimizer, 3, 6))
     state = run.with_pretrained_towers(state, config.encoder)
@@ -98,13 +100,14 @@ def test_towers_that_do_not_fit_are_named(golden, image, text, fields, message):
         "encoder__text__pretrained": str(golden / text),
     } | fields
     with pytest.raises(UserError, match=message):
-        run.build_module(tiny_config(**fields), None, 50)
+        config = tiny_config(**fields)
+        run.build_module(config, read_architectures(config.encoder), 50)
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(golden):
     config = pretrained_config(golden / "encoders" / "vit", golden / "encoders" / "bert")
     with pytest.raises(UserError, match="has 30000 token ids, more than"):
-        run.build_module(config, None, 30_000)
+        run.build_module(config, read_architectures(config.encoder), 30_000)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +129,14 @@ def trained(golden, tokenizer_folder, tmp_path_factory):
 def test_a_run_is_restored_without_its_sources(trained):
     evaluate.main([f"--workdir={trained}", "--split=val"])
     assert "rsum" in json.loads((trained / "eval_val.json").read_text())["metrics"]
+
+
+def test_a_run_resumes_without_its_sources(trained, caplog):
+    config = configuration.read_config(trained)
+    assert not pathlib.Path(config.encoder.image.pretrained).exists()
+    with caplog.at_level("INFO", logger="fne_jax"):
+        loop.train_and_evaluate(config, trained)
+    assert "the run is complete" in caplog.text
 
 
 def test_a_trained_model_embeds_what_it_is_given(trained, tmp_path):

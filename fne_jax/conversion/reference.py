@@ -52,7 +52,8 @@ def convert(path: pathlib.Path, config: ml_collections.ConfigDict, workdir: path
         raise UserError(f"--out={workdir} is there already and not empty; give another")
     saved = _load(path)
     tensors = saved["model"][0]
-    config = towers.with_model_defaults(config)
+    architectures = towers.read_architectures(config.encoder)
+    config = towers.with_model_defaults(config, architectures)
     for tower in towers.TOWERS:
         if not config.encoder[tower].pretrained:
             raise UserError(f"config.encoder.{tower}.pretrained must name the encoder's source")
@@ -62,7 +63,7 @@ def convert(path: pathlib.Path, config: ml_collections.ConfigDict, workdir: path
         config.fne.margin = float(saved["opt"].margin)
 
     tokenizer = caption_lib.load_tokenizer(config.data.tokenizer)
-    module = run.build_module(config, None, len(tokenizer))
+    module = run.build_module(config, architectures, len(tokenizer))
     params: dict[bool, dict[str, Any]] = {False: {}, True: {}}
     for begin, (tower, momentum) in _PARTS.items():
         own = {
@@ -87,7 +88,7 @@ def convert(path: pathlib.Path, config: ml_collections.ConfigDict, workdir: path
     # Nothing was written before all of it was known to fit.
     workdir.mkdir(parents=True, exist_ok=True)
     configuration.store_config(config, workdir)
-    towers.read_architectures(config.encoder, workdir)
+    towers.store_architectures(architectures, workdir)
     caption_lib.save_tokenizer(tokenizer, workdir / run.TOKENIZER_DIRECTORY)
     manager = checkpointing.checkpoint_manager(workdir, config.checkpoint)
     metrics = {checkpointing.BEST_METRIC: float(saved["best_rsum"])}

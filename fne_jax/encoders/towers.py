@@ -12,14 +12,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import ml_collections
 
+from fne_jax.encoders.architectures import build_from_architecture
 from fne_jax.encoders.attention import check_name
 from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.dual_encoder import CHECKPOINT, POOLINGS, DualEncoder
-from fne_jax.encoders.pretrained_weights import (
-    build_from_architecture,
-    load_pretrained,
-    read_architecture,
-)
+from fne_jax.encoders.hub_files import read_architecture
+from fne_jax.encoders.pretrained_weights import load_pretrained
 from fne_jax.encoders.transformer import TextTower, Tower
 from fne_jax.encoders.vision_transformer import VisionTower, VisionTransformer
 from fne_jax.errors import UserError
@@ -60,17 +58,23 @@ _DEFAULTS = {
 }
 
 
-def with_model_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def with_model_defaults(
+    config: ml_collections.ConfigDict, architectures: Mapping[str, Mapping[str, Any]]
+) -> ml_collections.ConfigDict:
     """Returns a config whose fields left open ("auto", 0, ()) are those of its towers' models.
 
     These are the poolings, the mean and deviation of the pixels, the tokenizer and the length of
     captions.
 
+    Args:
+      config: see configs/base.py.
+      architectures: of `read_architectures`.
+
     Raises:
-      UserError: if a pretrained source is not there, or is no model of that kind.
+      UserError: if a pretrained source is no model of that kind.
     """
     config = copy.deepcopy(config)
-    defaults, architectures = {}, read_architectures(config.encoder, None)
+    defaults = {}
     for tower in TOWERS:
         model_type = architectures.get(tower, {}).get("model_type")
         defaults[tower] = _DEFAULTS.get(model_type, _PAPER)
@@ -95,13 +99,16 @@ def with_model_defaults(config: ml_collections.ConfigDict) -> ml_collections.Con
 
 
 def read_architectures(
-    encoder: ml_collections.ConfigDict, workdir: pathlib.Path | None
+    encoder: ml_collections.ConfigDict, workdir: pathlib.Path | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Returns the config.json of each pretrained tower, kept in the workdir from the first time.
+    """Returns the config.json of each pretrained tower: the run's own copy, else the source's.
 
     Args:
       encoder: `config.encoder`.
-      workdir: of the run; None keeps nothing.
+      workdir: of the run, if there is one.
+
+    Raises:
+      UserError: if a pretrained source is not there.
     """
     found = {}
     for tower in TOWERS:
@@ -110,14 +117,21 @@ def read_architectures(
         path = None if workdir is None else workdir / DIRECTORY / f"{tower}.json"
         if path is not None and path.is_file():
             found[tower] = json.loads(path.read_text())
-            continue
-        found[tower] = read_architecture(encoder[tower].pretrained)
-        if path is not None:
-            path.parent.mkdir(exist_ok=True)
-            scratch = path.with_suffix(".incomplete")
-            scratch.write_text(json.dumps(found[tower], indent=2) + "\n")
-            os.replace(scratch, path)
+        else:
+            found[tower] = read_architecture(encoder[tower].pretrained)
     return found
+
+
+def store_architectures(
+    architectures: Mapping[str, Mapping[str, Any]], workdir: pathlib.Path
+) -> None:
+    """Keeps the towers' config.json in a run's workdir, where `read_architectures` looks."""
+    for tower, architecture in architectures.items():
+        path = workdir / DIRECTORY / f"{tower}.json"
+        path.parent.mkdir(exist_ok=True)
+        scratch = path.with_suffix(".incomplete")
+        scratch.write_text(json.dumps(architecture, indent=2) + "\n")
+        os.replace(scratch, path)
 
 
 def build_dual_encoder(

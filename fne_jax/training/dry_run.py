@@ -8,7 +8,7 @@ import ml_collections
 from fne_jax.data import captions
 from fne_jax.data.datasets import load_split
 from fne_jax.data.input_pipeline import training_batches
-from fne_jax.encoders.towers import with_model_defaults
+from fne_jax.encoders.towers import read_architectures, with_model_defaults
 from fne_jax.training import run, sharding
 from fne_jax.training.loop import batch_order, jitted_steps
 from fne_jax.training.optimizer import learning_rate_schedule
@@ -21,7 +21,8 @@ def describe(config: ml_collections.ConfigDict) -> str:
     Raises:
       UserError: on whatever would stop the run before its first step.
     """
-    config = with_model_defaults(config)
+    architectures = read_architectures(config.encoder)
+    config = with_model_defaults(config, architectures)
     image_size = config.encoder.image.image_size
     train = load_split(config.data, image_size, "train")
     order = batch_order(config, train)
@@ -34,7 +35,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
         tokenizer = captions.load_tokenizer(config.data.tokenizer)
     tokens = run.tokenize_captions(config, tokenizer, train.captions, config.data.text_length)
     mesh = sharding.create_mesh()
-    module = run.build_module(config, None, len(tokenizer))
+    module = run.build_module(config, architectures, len(tokenizer))
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
     state = run.initial_state(config, module, mesh, schedule)
     batch = next(

@@ -20,7 +20,7 @@ from fne_jax import configuration
 from fne_jax.command_line import Interrupted
 from fne_jax.data.datasets import KnownTruth, PairDataset, load_split
 from fne_jax.data.input_pipeline import BatchOrder, training_batches
-from fne_jax.encoders.towers import with_model_defaults
+from fne_jax.encoders.towers import read_architectures, store_architectures, with_model_defaults
 from fne_jax.errors import UserError
 from fne_jax.retrieval.evaluation import evaluate_split
 from fne_jax.training import checkpointing, distributed, objective, run, sharding
@@ -50,7 +50,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
       Interrupted: after Ctrl-C or SIGTERM, with everything saved.
     """
     # Data: everything that may be wrong with it shows before the workdir is touched.
-    config = with_model_defaults(config)
+    architectures = read_architectures(config.encoder, workdir)
+    config = with_model_defaults(config, architectures)
     use_compile_cache(config.compile_cache)
     image_size = config.encoder.image.image_size
     with distributed.first_process_first("data"):
@@ -71,14 +72,15 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
         create_workdir(workdir)
         require_shared(workdir)
         configuration.store_config(config, workdir)
+        store_architectures(architectures, workdir)
         tokenizer = run.run_tokenizer(config, workdir, train)
-        module = run.build_module(config, workdir, len(tokenizer))
     tokenize = functools.partial(run.tokenize_captions, config, tokenizer)
     train_tokens = tokenize(train.captions, config.data.text_length)
     val_tokens = tokenize(val.captions, config.evaluation.text_length)
 
-    # Mesh, optimizer, state.
+    # Mesh, model, optimizer, state.
     mesh = sharding.create_mesh()
+    module = run.build_module(config, architectures, len(tokenizer))
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
     state = run.initial_state(config, module, mesh, schedule)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,19 +82,20 @@ def stored_tokenizer(workdir: pathlib.Path) -> transformers.PreTrainedTokenizerB
 
 
 def build_module(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path | None, vocab_size: int
+    config: ml_collections.ConfigDict,
+    architectures: Mapping[str, Mapping[str, Any]],
+    vocab_size: int,
 ) -> DualEncoder:
-    """Returns the model of a run; what it needs of pretrained sources is kept in the workdir.
+    """Returns the model of a run.
 
     Args:
       config: of the run.
-      workdir: of the run, or None.
+      architectures: of `towers.read_architectures`.
       vocab_size: number of the tokenizer's ids.
 
     Raises:
       UserError: if sources, sizes, tokenizer and length of captions do not fit together.
     """
-    architectures = towers.read_architectures(config.encoder, workdir)
     module = towers.build_dual_encoder(config.encoder, vocab_size, architectures)
     for part in ("data", "evaluation"):
         if config[part].text_length > module.text.max_length:
@@ -197,7 +198,8 @@ def restore_run(workdir: pathlib.Path, checkpoint: str) -> RestoredRun:
     manager = checkpointing.checkpoint_manager(workdir, config.checkpoint, read_only=True)
     step = checkpointing.find_step(manager, checkpoint)
     tokenizer = stored_tokenizer(workdir)
-    module = build_module(config, workdir, len(tokenizer))
+    architectures = towers.read_architectures(config.encoder, workdir)
+    module = build_module(config, architectures, len(tokenizer))
     mesh = sharding.create_mesh()
     # Only the structure of the optimizer's state matters here, not its learning rate.
     like = initial_state(config, module, mesh, optax.constant_schedule(0.0))
@@ -212,7 +214,8 @@ def pretrained_run(config: ml_collections.ConfigDict) -> RestoredRun:
     Raises:
       UserError: if anything of them would be random.
     """
-    config = towers.with_model_defaults(config)
+    architectures = towers.read_architectures(config.encoder)
+    config = towers.with_model_defaults(config, architectures)
     for tower in towers.TOWERS:
         if not config.encoder[tower].pretrained:
             raise UserError(
@@ -225,7 +228,7 @@ def pretrained_run(config: ml_collections.ConfigDict) -> RestoredRun:
             "starts from random weights, so there is nothing to score without training"
         )
     tokenizer = caption_lib.load_tokenizer(config.data.tokenizer)
-    module = build_module(config, None, len(tokenizer))
+    module = build_module(config, architectures, len(tokenizer))
     mesh = sharding.create_mesh()
     params = towers.pretrained_params(config.encoder, {})
     params = jax.device_put(params, sharding.replicated(mesh))

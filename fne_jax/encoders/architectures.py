@@ -1,0 +1,136 @@
+"""Modules from the config.json of Hugging Face's models, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from fne_jax.encoders.dual_encoder import CHECKPOINT, DualEncoder
+from fne_jax.encoders.layouts import LAYOUTS, MODELS
+from fne_jax.encoders.transformer import ACTIVATIONS, Tower
+from fne_jax.errors import UserError
+
+
+def build_from_architecture(fields: Mapping[str, Any], where: str) -> nn.Module:
+    """Returns the module that `load_pretrained` would, from `read_architecture`'s fields alone.
+
+    Args:
+      fields: the content of a config.json.
+      where: the file's name, for errors.
+
+    Raises:
+      UserError: if the model is of another type or size than is supported.
+    """
+    config = _parse_config(fields, where)
+    towers = MODELS[config.model_type].towers
+    if len(towers) == 1:
+        return _build_tower(towers[0], config, f"{where}: ")
+    image, text = (
+        _build_tower(tower, getattr(config, part), f"{where}: {part}.")
+        for tower, part in zip(towers, ("vision_config", "text_config"), strict=True)
+    )
+    if config.model_type == "clip":
+        # That of the parts is for towers published by themselves, and often wrong in a pair.
+        image, text = (tower.clone(projection_dim=config.projection_dim) for tower in (image, text))
+    return DualEncoder(image=image, text=text, image_pooling=CHECKPOINT, text_pooling=CHECKPOINT)
+
+
+def _parse_config(fields, where):
+    """Returns transformers' config, which knows the defaults of fields that files leave out."""
+    model_type = fields.get("model_type")
+    if model_type not in MODELS:
+        raise UserError(
+            f"{where}: model_type is {model_type!r}; expected one of {', '.join(MODELS)}"
+        )
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return transformers.CONFIG_MAPPING[model_type].from_dict(dict(fields))
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(f"{where} is no config of a {model_type}: {error}") from error
+
+
+def _build_tower(tower, config, where) -> Tower:
+    layout = LAYOUTS[tower]
+    for field, value in layout.fixed.items():
+        if getattr(config, field, value) != value:
+            raise UserError(
+                f"{where}{field} is {getattr(config, field)!r}; only {value!r} is supported"
+            )
+    sizes = {ours: getattr(config, field) for ours, field in layout.fields.items()}
+    for name in ("image_size", "patch_size"):
+        # May be stated as height and width.
+        if isinstance(sizes.get(name), list | tuple) and len(set(sizes[name])) == 1:
+            sizes[name] = sizes[name][0]
+    for name, value in sizes.items():
+        if name not in ("activation", "norm_epsilon") and not isinstance(value, int):
+            raise UserError(
+                f"{where}{layout.fields[name]} is {value!r}; only a number is supported"
+            )
+    if sizes["activation"] not in ACTIVATIONS:
+        raise UserError(
+            f"{where}hidden_act is {sizes['activation']!r}; "
+            f"expected one of {', '.join(ACTIVATIONS)}"
+        )
+    if sizes["width"] % sizes["heads"]:
+        raise UserError(
+            f"{where}hidden_size is {sizes['width']}, which {sizes['heads']} heads do not divide"
+        )
+    return tower(**sizes)
+
+
+def model_type_of(module: nn.Module) -> str:
+    """Returns the type that the module can be saved as.
+
+    Raises:
+      UserError: if there is none.
+    """
+    own_projection = isinstance(module, DualEncoder) and module.projection_dim
+    towers = tuple(type(tower) for tower in towers_of(module).values())
+    for name, model in MODELS.items():
+        if towers == model.towers and not own_projection:
+            return name
+    raise UserError(
+        "save_pretrained writes a VisionTransformer, a Bert, or a DualEncoder of CLIP's or "
+        "SigLIP's towers without a projection of its own; got "
+        f"{type(module).__name__} of {', '.join(tower.__name__ for tower in towers)}. Save the "
+        "towers of other pairs one by one."
+    )
+
+
+def config_json(module: nn.Module) -> str:
+    """Returns the content of a module's config.json, as transformers writes it."""
+    import transformers
+
+    model_type = model_type_of(module)
+    parts = [
+        {field: getattr(tower, ours) for ours, field in LAYOUTS[type(tower)].fields.items()}
+        for tower in towers_of(module).values()
+    ]
+    if len(parts) == 1:
+        fields = parts[0]
+    else:
+        fields = dict(zip(("vision_config", "text_config"), parts, strict=True))
+    if model_type == "clip":
+        fields["projection_dim"] = module.image.projection_dim
+    config = transformers.CONFIG_MAPPING[model_type](
+        **fields, architectures=[MODELS[model_type].architecture], dtype="float32"
+    )
+    return config.to_json_string()
+
+
+def towers_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Returns the towers by the beginning of their parameters' paths."""
+    if isinstance(module, DualEncoder):
+        return {"image/": module.image, "text/": module.text}
+    return {"": module}
+
+
+def change_towers(module: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Returns the module with `change` applied to its towers."""
+    if isinstance(module, DualEncoder):
+        return module.clone(image=change(module.image), text=change(module.text))
+    return change(module)

@@ -1,0 +1,141 @@
+"""The files of a model in Hugging Face's layout, from a local folder or the hub.
+
+A folder holds `config.json` and `model.safetensors`, or several files of weights and
+`model.safetensors.index.json`. Pickled weights are never opened.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import safetensors
+
+from fne_jax.errors import UserError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read_architecture(path_or_hub_name: str | os.PathLike, revision: str | None = None) -> dict:
+    """Returns the content of a model's config.json, from a local folder or the hub.
+
+    Raises:
+      UserError: if there is no such model.
+    """
+    folder = find_folder(path_or_hub_name, revision, [CONFIG])
+    return read_config(folder)
+
+
+def find_folder(
+    path_or_hub_name: str | os.PathLike, revision: str | None, patterns: list[str]
+) -> pathlib.Path:
+    """Returns the local folder, or that into which the hub's client has put the files.
+
+    Args:
+      path_or_hub_name: a local folder, or a name on the hub.
+      revision: branch, tag or commit on the hub.
+      patterns: of the files to fetch.
+
+    Raises:
+      UserError: if it is neither.
+    """
+    path = pathlib.Path(path_or_hub_name).expanduser()
+    if path.is_dir():
+        return path
+    name = str(path_or_hub_name)
+    # Heavy, and needed for names only.
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
+    except Exception as error:  # Of many unrelated classes: names, network, rights, the cache.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{name!r} is neither a local folder nor a model that the Hugging Face hub gave "
+            f"({reason}). Give a folder that holds {CONFIG} and {WEIGHTS}; where there is no "
+            f"network, fetch it elsewhere with `hf download NAME --local-dir FOLDER`."
+        ) from error
+    return pathlib.Path(folder)
+
+
+def read_config(folder: pathlib.Path) -> dict:
+    """Returns the content of a folder's config.json.
+
+    Raises:
+      UserError: if it is not there or damaged.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        raise UserError(f"{folder} holds no {CONFIG}; give the folder of a Hugging Face model")
+    return _read_json(path)
+
+
+def _read_json(path):
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (no JSON object); fetch it again")
+    return content
+
+
+def read_tensors(
+    paths: list[pathlib.Path],
+) -> Iterator[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]]:
+    """Yields name, shape, safetensors' name of the dtype, and reader of every tensor of some files.
+
+    Raises:
+      UserError: if a file is damaged.
+    """
+    for path in paths:
+        try:
+            with safetensors.safe_open(path, framework="np") as file:
+                for key in file.keys():  # noqa: SIM118, the file is no mapping
+                    entry = file.get_slice(key)
+                    yield (
+                        key,
+                        tuple(entry.get_shape()),
+                        entry.get_dtype(),
+                        functools.partial(file.get_tensor, key),
+                    )
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path} is damaged ({error}); fetch it again") from error
+
+
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files of weights of a folder.
+
+    Raises:
+      UserError: if there are none, one is missing, or they are pickles.
+    """
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).exists():
+        index = _read_json(folder / INDEX)
+        paths = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+        absent = [path.name for path in paths if not path.exists()]
+        if absent or not paths:
+            raise UserError(
+                f"{folder / INDEX} names files that are not beside it: "
+                f"{', '.join(absent) or 'none at all'}; fetch the model again"
+            )
+        return paths
+    pickled = [name for name in _PICKLES if (folder / name).exists()]
+    raise UserError(
+        f"{folder} holds no {WEIGHTS}"
+        + (
+            f", only {pickled[0]}, a pickle, which could run any code when opened"
+            if pickled
+            else ""
+        )
+        + ". Convert the weights to safetensors, e.g. by save_pretrained of transformers with "
+        "PyTorch, or take a revision of the model that has them."
+    )
