@@ -144,7 +144,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     options, arguments = parser.parse_known_args()
-    run.build_module = lambda config, architectures, vocab_size: LinearTowers()
+    run.build_module = lambda *arguments: LinearTowers()
     different, runs, within_saves = soak(options.workdir, options.kills, options.seed, *arguments)
     print(
         f"{options.kills} kills in {runs} runs, {within_saves} of them within a save; "

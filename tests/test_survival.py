@@ -52,9 +52,7 @@ def linear_towers(monkeypatch):
         (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
     )
     monkeypatch.setattr(sharding, "create_mesh", lambda: mesh)
-    monkeypatch.setattr(
-        run, "build_module", lambda config, architectures, vocab_size: LinearTowers()
-    )
+    monkeypatch.setattr(run, "build_module", lambda *arguments: LinearTowers())
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +362,7 @@ import psutil
 from fne_jax.training import loop, run
 from tests.tiny import LinearTowers, tiny_config
 
-run.build_module = lambda config, architectures, vocab_size: LinearTowers()
+run.build_module = lambda *arguments: LinearTowers()
 settle, sizes = loop.settle, []
 
 def measured(*arguments):

@@ -10,5 +10,5 @@ def get_config():
 
 
 if __name__ == "__main__":
-    run.build_module = lambda config, architectures, vocab_size: LinearTowers()
+    run.build_module = lambda *arguments: LinearTowers()
     command_line.run(lambda arguments: train.main([f"--config={__file__}", *arguments]))
