@@ -17,6 +17,11 @@ def get_config() -> ConfigDict:
     config.global_batch_size = 32
     # Workdir of another run whose best weights this run begins with ("" for none).
     config.init_from = ""
+    # Steps in a row without a finite loss and gradient (none of them applied) that end the run.
+    config.max_bad_steps = 10
+    # Where compiled programs are kept for the next start; "" for nowhere (nor with several CPU
+    # devices).
+    config.compile_cache = "~/.cache/fne_jax/xla"
 
     config.data = data = ConfigDict()
     # flickr8k, flickr30k, coco (dataset_<source>.json and images/ in `dir`); karpathy (any

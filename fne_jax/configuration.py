@@ -23,12 +23,14 @@ FILE_NAME = "config.json"
 # Fields that may change when a run resumes: none alters what the run computes.
 MAY_CHANGE = (
     "checkpoint.",
+    "compile_cache",
     "data.cache_dir",
     "data.dir",
     "data.max_skipped",
     "data.prefetch",
     "evaluation.batch_size",
     "logging.",
+    "max_bad_steps",
 )
 
 
@@ -115,6 +117,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "evaluation.batch_size",
         "checkpoint.keep_latest",
         "logging.every_steps",
+        "max_bad_steps",
     )
     for name in positive:
         if not fields[name] > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -146,9 +146,12 @@ def initial_state(
 
 
 def build_embedder(
-    config: ml_collections.ConfigDict, module: DualEncoder, mesh: jax.sharding.Mesh
+    config: ml_collections.ConfigDict,
+    module: DualEncoder,
+    mesh: jax.sharding.Mesh,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Embedder:
-    """Returns what embeds splits as the config says."""
+    """Returns what embeds splits as the config says; for `before_batch` see `Embedder`."""
     return Embedder(
         module,
         mesh,
@@ -156,6 +159,7 @@ def build_embedder(
         image_size=config.encoder.image.image_size,
         image_mean=config.image_mean,
         image_std=config.image_std,
+        before_batch=before_batch,
     )
 
 
@@ -186,12 +190,12 @@ def restore_run(workdir: pathlib.Path, checkpoint: str) -> RestoredRun:
     """Returns a run with the weights of `best`, `latest` or a step, on the devices that are here.
 
     Raises:
-      UserError: if the folder is not a run's, or the checkpoint is not there.
+      UserError: if the folder is not a run's, or the checkpoint is not there or damaged.
     """
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a folder; give the --workdir of a run")
     config = configuration.read_config(workdir)
-    manager = checkpointing.checkpoint_manager(workdir, config.checkpoint)
+    manager = checkpointing.checkpoint_manager(workdir, config.checkpoint, read_only=True)
     step = checkpointing.find_step(manager, checkpoint)
     tokenizer = stored_tokenizer(workdir)
     architectures = towers.read_architectures(config.encoder, workdir)

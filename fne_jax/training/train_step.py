@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,9 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
     """Updates momentum encoders, statistics, weights and memory with one batch.
 
+    A batch whose loss, gradient or momentum embeddings are not finite changes nothing but the step:
+    the counts within the optimizer, which schedule the learning rate, stay behind with the rest.
+
     Args:
       state: donated by the jitted form.
       batch: `image` [batch, side, side, 3] uint8, `input_ids` and `attention_mask` [batch, length]
@@ -47,7 +51,8 @@ def train_step(
       learning_rate: for the log; the optimizer has its own.
 
     Returns:
-      The new state, scalars, and the negatives: empty, or [batch] int32 pair ids of the anchors,
+      The new state, scalars (`applied` is 0 where the batch was not), and the negatives: empty, or
+      [batch] int32 pair ids of the anchors,
       of the chosen and of the hardest candidates (`anchor`, `negative_i2t`, `negative_t2i`,
       `hardest_i2t`, `hardest_t2i`), -1 where the memory's slot was empty.
     """
@@ -76,12 +81,17 @@ def train_step(
         return loss, (stats, aux)
 
     (loss, (stats, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    gradient_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    finite &= jnp.isfinite(momentum_image).all() & jnp.isfinite(momentum_text).all()
     queue = state.queue
     if write_queue:
-        queue = queue.enqueue(momentum_image, momentum_text, image_id, batch["pair_id"])
+        rows = momentum_image, momentum_text, image_id, batch["pair_id"]
+        queue = queue.enqueue(*rows, where=finite)
     scalars = {
         "loss": loss,
-        "gradient_norm": optax.tree.norm(grads),
+        "applied": finite,
+        "gradient_norm": gradient_norm,
         "learning_rate": learning_rate(state.step),
         **statistics_scalars(stats),
         "queue_filled": (queue.image_id >= 0).mean(),
@@ -95,10 +105,19 @@ def train_step(
             "hinge_active": aux.active_fraction,
         }
         negatives = _negative_pairs(aux, jnp.concatenate([batch["pair_id"], state.queue.pair_id]))
-    state = state.apply_gradients(
+    new = state.apply_gradients(
         grads=grads, momentum_params=momentum_params, stats=stats, queue=queue
     )
-    return state, scalars, negatives
+    held = {
+        name: jax.tree.map(functools.partial(jnp.where, finite), getattr(new, name), value)
+        for name, value in (
+            ("params", state.params),
+            ("momentum_params", state.momentum_params),
+            ("opt_state", state.opt_state),
+            ("stats", state.stats),
+        )
+    }
+    return new.replace(**held), scalars, negatives
 
 
 def given_pixels(batch: dict[str, jax.Array]) -> jax.Array:
