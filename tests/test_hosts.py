@@ -161,7 +161,7 @@ def assert_follows(workdir, single):
         if jax.numpy.issubdtype(a.dtype, jax.numpy.integer):
             np.testing.assert_array_equal(a, b)
         else:
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=3e-4)
     ours, theirs = read_metrics(workdir), read_metrics(single)
     assert [(m["step"], m.keys()) for m in ours] == [(m["step"], m.keys()) for m in theirs]
     for mine, other in zip(ours, theirs, strict=True):
