@@ -166,7 +166,7 @@ def assert_follows(workdir, single):
     assert [(m["step"], m.keys()) for m in ours] == [(m["step"], m.keys()) for m in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         for name in mine.keys() - set(soak_kill.TIMED):
-            assert mine[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
+            assert mine[name] == pytest.approx(other[name], rel=1e-2, abs=1e-3), name
 
 
 @pytest.fixture(scope="module")
