@@ -84,7 +84,7 @@ def free_port(first=SLURM_FIRST_PORT):
     raise AssertionError("no free port")
 
 
-def start_all(workdir, count, devices, kind):
+def start_all(workdir, count, devices, kind, heartbeat=100):
     """Returns the started processes of one run, and their logs as they grow.
 
     Each is told its place by flags, by SLURM's variables, or by those of a JobSet.
@@ -92,7 +92,7 @@ def start_all(workdir, count, devices, kind):
     port = free_port()
     started = []
     for index in range(count):
-        flags, variables = ["--heartbeat-timeout=20"], {}
+        flags, variables = [f"--heartbeat-timeout={heartbeat}"], {}
         if kind == "flags":
             flags += [f"--coordinator=localhost:{port}", f"--processes={count}"]
             flags += [f"--process-index={index}"]
@@ -161,12 +161,12 @@ def assert_follows(workdir, single):
         if jax.numpy.issubdtype(a.dtype, jax.numpy.integer):
             np.testing.assert_array_equal(a, b)
         else:
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=3e-4)
     ours, theirs = read_metrics(workdir), read_metrics(single)
     assert [(m["step"], m.keys()) for m in ours] == [(m["step"], m.keys()) for m in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         for name in mine.keys() - set(soak_kill.TIMED):
-            assert mine[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
+            assert mine[name] == pytest.approx(other[name], rel=1e-2, abs=1e-3), name
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def broken_run(tmp_path_factory):
     wait_for(started[0][0], workdir, 2)
     started[1][0].send_signal(signal.SIGTERM)
     stopped = ends_of(started)
-    started = start_all(workdir, 2, 4, "slurm")
+    started = start_all(workdir, 2, 4, "slurm", heartbeat=20)
     steps = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
     wait_for(started[0][0], workdir, max(steps) + 2)
     started[1][0].kill()

@@ -79,6 +79,8 @@ def initialize(options: argparse.Namespace) -> None:
             return  # no cluster after all: one machine
         raise UserError(f"cannot join the other processes: {error}") from error
     except RuntimeError as error:
+        if place is None and "must be called before" in str(error):
+            return  # called by a program that has used JAX already, alone
         reason = str(error).splitlines()[0]
         raise UserError(
             f"cannot join the other processes: {reason}; check --coordinator, --processes and "
