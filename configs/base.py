@@ -15,8 +15,17 @@ def get_config() -> ConfigDict:
     config.num_epochs = 25.0
     # Pairs in a batch over all devices and processes.
     config.global_batch_size = 32
+    # Parts in which a batch goes through the encoders, one after the other, to save memory; the
+    # negatives are those of the whole batch all the same.
+    config.micro_batches = 1
     # Workdir of another run whose best weights this run begins with ("" for none).
     config.init_from = ""
+
+    # Devices along the two axes of the mesh, -1 for what the other leaves: batches are split over
+    # both, parameters, their momentum and Adam's moments over `fsdp`.
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1
+    mesh.fsdp = 1
 
     config.data = data = ConfigDict()
     # karpathy (dataset_*.json and images/ in `dir`), shapes (drawn), npz (`dir`/<split>.npz

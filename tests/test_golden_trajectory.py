@@ -16,6 +16,7 @@ from fne_jax import MemoryQueue, SimilarityStatistics, load_pretrained
 from fne_jax.encoders.dual_encoder import DualEncoder
 from fne_jax.objectives.similarity_statistics import update_similarity_statistics
 from fne_jax.objectives.triplet_loss import fne_triplet_loss_from_uniform
+from fne_jax.training.encoder_passes import WholeBatch
 from fne_jax.training.objective import hardest_objective
 from fne_jax.training.optimizer import build_optimizer
 from fne_jax.training.train_state import TrainState
@@ -108,6 +109,7 @@ def build_step(arrays, *, warmup):
         return train_step(
             name_by_place(state, batch),
             batch,
+            passes=WholeBatch(),
             objective=objective,
             next_statistics=add_batch,
             write_queue=not warmup,

@@ -32,11 +32,8 @@ from tests.tiny import tiny_config
 STEPS = 12
 
 
-def mesh_of(devices):
-    return jax.make_mesh(
-        (devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),
-        devices=jax.devices()[:devices],
-    )  # fmt: skip
+def mesh_of(data, fsdp=1):
+    return sharding.create_mesh(data, fsdp, jax.devices()[: data * fsdp])
 
 
 class LinearTowers(nn.Module):
@@ -62,7 +59,7 @@ def run_steps(config, mesh, steps=STEPS, module=None):
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
     module = module or build_dual_encoder(config.encoder, 30)
     state = run.initial_state(config, module, mesh, schedule)
-    jitted = loop.jitted_steps(config, plan, mesh, schedule)
+    jitted = loop.jitted_steps(config, plan, mesh, schedule, state)
     scalars, negatives = [], []
     batches = training_batches(
         train,

@@ -40,7 +40,8 @@ class Embedder:
     ):
         self._mesh, self._batch_size, self._image_size = mesh, batch_size, image_size
         rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        jit = functools.partial(jax.jit, in_shardings=(whole, rows), out_shardings=whole)
+        # Parameters are taken as they lie, split or whole.
+        jit = functools.partial(jax.jit, in_shardings=(None, rows), out_shardings=whole)
 
         @jit
         def encode_images(params, batch):

@@ -10,14 +10,25 @@ import optax
 
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.objectives.triplet_loss import TripletAux
+from fne_jax.training.encoder_passes import EncoderPasses
 from fne_jax.training.objective import Features, NextStatistics, Objective
 from fne_jax.training.train_state import TrainState
+
+# Scopes that name each part's operations in the compiled program; what lies in neither of these
+# three is the cost of the training strategy (fne_jax/planning).
+ONLINE_ENCODERS = "online_encoders"
+MOMENTUM_ENCODERS = "momentum_encoders"
+OPTIMIZER = "optimizer"
+MOMENTUM_UPDATE = "momentum_update"
+OBJECTIVE = "objective"
+MEMORY = "memory"
 
 
 def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
     *,
+    passes: EncoderPasses,
     objective: Objective,
     next_statistics: NextStatistics,
     write_queue: bool,
@@ -33,6 +44,7 @@ def train_step(
       state: donated by the jitted form.
       batch: `image` [batch, side, side, 3] uint8, `input_ids` and `attention_mask` [batch, length]
         int32, `image_id` and `pair_id` [batch] int32.
+      passes: how the batch goes through the encoders.
       objective: the loss of this phase of the run.
       next_statistics: adds the batch to the similarity statistics.
       write_queue: whether the batch's momentum embeddings enter the memory.
@@ -49,35 +61,50 @@ def train_step(
     """
     rng = jax.random.fold_in(state.key, state.step)
     sampling_rng, dropout_rng = jax.random.split(rng)
-    momentum_params = optax.incremental_update(state.params, state.momentum_params, 1 - momentum)
-    pixels = normalize_pixels(batch["image"], image_mean, image_std)
-    tokens = batch["input_ids"], batch["attention_mask"]
-    momentum_image, momentum_text = state.apply_fn({"params": momentum_params}, pixels, *tokens)
+    with jax.named_scope(MOMENTUM_UPDATE):
+        momentum_params = optax.incremental_update(
+            state.params, state.momentum_params, 1 - momentum
+        )
     image_id = batch["image_id"]
     same_image = jnp.eye(image_id.shape[0], dtype=bool)
     if mask_same_image:
         same_image = image_id[:, None] == image_id[None, :]
 
-    def loss_fn(params):
-        image, text = state.apply_fn(
+    def encode(params, inputs, dropout_rng):
+        pixels = normalize_pixels(inputs["image"], image_mean, image_std)
+        return state.apply_fn(
             {"params": params},
             pixels,
-            *tokens,
-            deterministic=False,
-            rngs={"dropout": dropout_rng},
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            deterministic=dropout_rng is None,
+            rngs=None if dropout_rng is None else {"dropout": dropout_rng},
         )
+
+    inputs = {name: batch[name] for name in ("image", "input_ids", "attention_mask")}
+    with jax.named_scope(MOMENTUM_ENCODERS):
+        momentum_image, momentum_text = passes.embed(encode, momentum_params, inputs)
+
+    @jax.named_scope(OBJECTIVE)
+    def loss_fn(image, text):
         features = Features(image, text, momentum_image, momentum_text, image_id, same_image)
         stats = next_statistics(state.stats, state.step, features)
         loss, aux = objective(sampling_rng, features, state.queue, stats)
         return loss, (stats, aux)
 
-    (loss, (stats, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    with jax.named_scope(ONLINE_ENCODERS):
+        (loss, (stats, aux)), grads = passes.loss_and_gradients(
+            encode, state.params, inputs, dropout_rng, loss_fn
+        )
     queue = state.queue
     if write_queue:
-        queue = queue.enqueue(momentum_image, momentum_text, image_id, batch["pair_id"])
+        with jax.named_scope(MEMORY):
+            queue = queue.enqueue(momentum_image, momentum_text, image_id, batch["pair_id"])
+    with jax.named_scope(OPTIMIZER):
+        gradient_norm = optax.tree.norm(grads)
     scalars = {
         "loss": loss,
-        "gradient_norm": optax.tree.norm(grads),
+        "gradient_norm": gradient_norm,
         "learning_rate": learning_rate(state.step),
         **statistics_scalars(stats),
         "queue_filled": (queue.image_id >= 0).mean(),
@@ -91,9 +118,10 @@ def train_step(
             "hinge_active": aux.active_fraction,
         }
         negatives = _negative_pairs(aux, jnp.concatenate([batch["pair_id"], state.queue.pair_id]))
-    state = state.apply_gradients(
-        grads=grads, momentum_params=momentum_params, stats=stats, queue=queue
-    )
+    with jax.named_scope(OPTIMIZER):
+        state = state.apply_gradients(
+            grads=grads, momentum_params=momentum_params, stats=stats, queue=queue
+        )
     return state, scalars, negatives
 
 
