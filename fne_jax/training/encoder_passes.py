@@ -58,11 +58,11 @@ class MicroBatches:
 
     Attributes:
       count: number of parts; it must divide the batch.
-      rows: sharding of [part, row, ...]; None on a single device.
+      rows: sharding of [part, row, ...], which divides each part's rows over the devices.
     """
 
     count: int
-    rows: jax.sharding.Sharding | None = None
+    rows: jax.sharding.Sharding
 
     def embed(self, encode, params, inputs):
         """See `EncoderPasses`."""
@@ -95,11 +95,11 @@ class MicroBatches:
         # part, and none of them moves.
         def split(array):
             parts = array.reshape(-1, self.count, *array.shape[1:]).swapaxes(0, 1)
-            return parts if self.rows is None else jax.lax.with_sharding_constraint(parts, self.rows)
+            return (
+                parts if self.rows is None else jax.lax.with_sharding_constraint(parts, self.rows)
+            )
 
         return jax.tree.map(split, tree)
 
     def _join(self, tree):
-        return jax.tree.map(
-            lambda parts: parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:]), tree
-        )
+        return jax.tree.map(lambda parts: parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:]), tree)

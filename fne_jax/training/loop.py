@@ -224,6 +224,7 @@ def jitted_steps(
         passes = MicroBatches(config.micro_batches, sharding.micro_batch_sharding(mesh))
     shared = {
         "passes": passes,
+        "layout": sharding.StepLayout(mesh),
         "momentum": config.momentum,
         "mask_same_image": config.fne.mask_same_image,
         "next_statistics": objective.next_statistics(config.fne, plan.steps_per_epoch),

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,9 +29,7 @@ SHARDED_FIELDS = ("params", "momentum_params", "opt_state")
 MIN_SHARDED_SIZE = 2**16
 
 
-def create_mesh(
-    data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def create_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh of devices along the two axes.
 
     Args:
@@ -112,3 +111,38 @@ def place(array: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
     if isinstance(array, jax.Array):
         return array
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class StepLayout:
+    """Where a train step wants its arrays; without it the compiler may split products anyhow.
+
+    Attributes:
+      mesh: the devices.
+    """
+
+    mesh: Mesh
+
+    def whole(self, tree: Any) -> Any:
+        """Returns arrays that every device holds whole."""
+        return jax.lax.with_sharding_constraint(tree, replicated(self.mesh))
+
+    def rows(self, tree: Any) -> Any:
+        """Returns arrays of which each device holds its rows of the batch."""
+        return jax.lax.with_sharding_constraint(tree, batch_sharding(self.mesh))
+
+    def whole_parameters(self, params: Any) -> Any:
+        """Returns parameters whole on every device, to be used; their gradients are split again."""
+
+        @jax.custom_vjp
+        def use(params):
+            return self.whole(params)
+
+        def split(_, gradients):
+            places = jax.tree.map(lambda g: parameter_sharding(self.mesh, g.shape), gradients)
+            # Summed over the devices first: told to split alone, the compiler splits what goes into
+            # the sum, and moves activations to do so.
+            return (jax.lax.with_sharding_constraint(self.whole(gradients), places),)
+
+        use.defvjp(lambda params: (use(params), None), split)
+        return use(params)

@@ -12,6 +12,7 @@ from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.objectives.triplet_loss import TripletAux
 from fne_jax.training.encoder_passes import EncoderPasses
 from fne_jax.training.objective import Features, NextStatistics, Objective
+from fne_jax.training.sharding import StepLayout
 from fne_jax.training.train_state import TrainState
 
 # Scopes that name each part's operations in the compiled program; what lies in neither of these
@@ -29,6 +30,7 @@ def train_step(
     batch: dict[str, jax.Array],
     *,
     passes: EncoderPasses,
+    layout: StepLayout,
     objective: Objective,
     next_statistics: NextStatistics,
     write_queue: bool,
@@ -45,6 +47,7 @@ def train_step(
       batch: `image` [batch, side, side, 3] uint8, `input_ids` and `attention_mask` [batch, length]
         int32, `image_id` and `pair_id` [batch] int32.
       passes: how the batch goes through the encoders.
+      layout: of the arrays over the devices.
       objective: the loss of this phase of the run.
       next_statistics: adds the batch to the similarity statistics.
       write_queue: whether the batch's momentum embeddings enter the memory.
@@ -65,25 +68,29 @@ def train_step(
         momentum_params = optax.incremental_update(
             state.params, state.momentum_params, 1 - momentum
         )
-    image_id = batch["image_id"]
+    # Ids and keys are whole on every device, as the memory is: each scores its own anchors.
+    image_id, pair_id = layout.whole((batch["image_id"], batch["pair_id"]))
     same_image = jnp.eye(image_id.shape[0], dtype=bool)
     if mask_same_image:
         same_image = image_id[:, None] == image_id[None, :]
 
     def encode(params, inputs, dropout_rng):
         pixels = normalize_pixels(inputs["image"], image_mean, image_std)
-        return state.apply_fn(
-            {"params": params},
+        embeddings = state.apply_fn(
+            {"params": layout.whole_parameters(params)},
             pixels,
             inputs["input_ids"],
             inputs["attention_mask"],
             deterministic=dropout_rng is None,
             rngs=None if dropout_rng is None else {"dropout": dropout_rng},
         )
+        return layout.rows(embeddings)
 
     inputs = {name: batch[name] for name in ("image", "input_ids", "attention_mask")}
     with jax.named_scope(MOMENTUM_ENCODERS):
-        momentum_image, momentum_text = passes.embed(encode, momentum_params, inputs)
+        momentum_embeddings = passes.embed(encode, momentum_params, inputs)
+    with jax.named_scope(MEMORY):
+        momentum_image, momentum_text = layout.whole(momentum_embeddings)
 
     @jax.named_scope(OBJECTIVE)
     def loss_fn(image, text):
@@ -99,7 +106,7 @@ def train_step(
     queue = state.queue
     if write_queue:
         with jax.named_scope(MEMORY):
-            queue = queue.enqueue(momentum_image, momentum_text, image_id, batch["pair_id"])
+            queue = queue.enqueue(momentum_image, momentum_text, image_id, pair_id)
     with jax.named_scope(OPTIMIZER):
         gradient_norm = optax.tree.norm(grads)
     scalars = {
@@ -117,7 +124,7 @@ def train_step(
             "sampled_posterior": aux.posterior,
             "hinge_active": aux.active_fraction,
         }
-        negatives = _negative_pairs(aux, jnp.concatenate([batch["pair_id"], state.queue.pair_id]))
+        negatives = _negative_pairs(aux, jnp.concatenate([pair_id, state.queue.pair_id]))
     with jax.named_scope(OPTIMIZER):
         state = state.apply_gradients(
             grads=grads, momentum_params=momentum_params, stats=stats, queue=queue
