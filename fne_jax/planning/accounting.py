@@ -176,18 +176,19 @@ class _Counter:
             if channel.group(1) in self.channels:
                 return
             self.channels.add(channel.group(1))
-        taken = sum(
-            array.bytes
-            for operand in instruction.operands
-            for array in self.arrays_of(computation, operand)
-        )
+        taken = collections.Counter()
+        scopes = self.scopes_of(computation, scope)
+        for operand in instruction.operands:
+            # XLA joins small collectives under the name of one of them.
+            source = scope if len(instruction.operands) == 1 else scopes[operand]
+            taken[source] += sum(a.bytes for a in self.arrays_of(computation, operand))
         given = sum(array.bytes for array in instruction.arrays)
-        if kind == "all-gather":
-            # The output of a start lists what it takes as well.
-            size = given - (taken if instruction.opcode.endswith("-start") else 0)
-        else:
-            size = taken
-        self.collectives.append(Collective(kind, scope, size, times))
+        if instruction.opcode.endswith("-start"):
+            given -= taken.total()  # its output lists what it takes as well
+        gathers = kind == "all-gather" and taken.total()
+        for source, size in taken.items():
+            size = size * given // taken.total() if gathers else size
+            self.collectives.append(Collective(kind, source, size, times))
 
     def traffic(self, instruction, computation):
         """Returns the bytes of the main memory that an instruction reads and writes."""
