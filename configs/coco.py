@@ -27,7 +27,5 @@ def get_config():
     config.optimizer.warmup_epochs = 0.5
 
     # Parameters, momentum and Adam's moments take 3.2 GB, so each chip has all of them: batches
-    # alone are split. `config.mesh.fsdp=4` keeps a quarter of them on each.
-    config.encoder.scan_layers = True
-    config.encoder.remat = True
+    # alone are split. `--config.mesh.fsdp=4` keeps a quarter of them on each.
     return config

@@ -226,6 +226,22 @@ def test_the_command_prints_one_object(capsys):
     assert found["fits"] and found["global_batch_size"] == 8 and found["training_pairs"] is None
 
 
+def test_a_program_that_does_not_fit():
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (66.48G) exceeds available HBM (15.75G)."
+    )
+    assert program.out_of_memory(message) == (int(66.48 * 2**30), int(15.75 * 2**30))
+    assert program.out_of_memory("Used 512.5M of 0.25G hbm") == (int(512.5 * 2**20), 2**28)
+    assert program.out_of_memory("INTERNAL: something else") is None
+    config = tiny_config()
+    machine = topology.Topology("made-up", jax.devices()[:1], None)
+    compiled = program.Program(config, mesh_of(1), program_state(), {}, 3, None, False, 2, None)
+    found = report.summarize(compiled, machine, 48, 3)
+    assert not found["fits"] and found["hbm_limit_bytes_per_chip"] == 2
+    assert "fits: NO, at least 3 B of 2 B a device" in report.render(found)
+
+
 @pytest.mark.parametrize("name", ["v5e", "v4:2x2x1", "v5e:0x4", "cpu:0", "cpu:4x4", "gpu:8", ""])
 def test_unknown_machines(name):
     with pytest.raises(UserError, match=r"there is no such machine; expected one as v5e:4x4"):

@@ -21,8 +21,12 @@ from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.phases import Phase, RunPlan
 from fne_jax.training.train_state import TrainState
 
-# How XLA says that a program does not fit, and by how much.
-_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+# How XLA says that a program does not fit: "... HLO temporaries (66.48G) exceeds available HBM
+# (15.75G)", or "Used 20.00G of 15.75G hbm".
+_OUT_OF_MEMORY = re.compile(
+    r"(?:HLO temporaries \(|Used )([\d.]+)([KMGT])\)? (?:exceeds available HBM \(|of )"
+    r"([\d.]+)([KMGT])"
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -35,7 +39,7 @@ class Program:
       mesh: of the devices.
       state: shapes, dtypes and shardings of the train state.
       batch: the same of a batch.
-      memory: bytes of the main memory that a device needs.
+      memory: bytes of the main memory that a device needs; at least, if it does not fit.
       scratch: bytes of it that are neither state nor batch; None if the program does not fit.
       fits: whether the compiler could place it.
       limit: bytes that it may take, if the compiler said so.
@@ -83,11 +87,10 @@ def compile_step(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _OUT_OF_MEMORY.search(str(error))
-        if needed is None:
+        found = out_of_memory(str(error))
+        if found is None:
             raise
-        memory, limit = (int(float(needed[n]) * _UNITS[needed[n + 1]]) for n in (1, 3))
-        return Program(resolved, mesh, state, batch, memory, None, False, limit, None)
+        return Program(resolved, mesh, state, batch, found[0], None, False, found[1], None)
     sizes = compiled.memory_analysis()
     memory = (
         sizes.argument_size_in_bytes
@@ -97,6 +100,22 @@ def compile_step(
     )
     scratch = sizes.temp_size_in_bytes
     return Program(resolved, mesh, state, batch, memory, scratch, True, None, compiled.as_text())
+
+
+def out_of_memory(message: str) -> tuple[int, int] | None:
+    """Returns the bytes that a program would need at least, and that it may have.
+
+    Args:
+      message: of the compiler's error.
+
+    Returns:
+      None if the error is another.
+    """
+    found = _OUT_OF_MEMORY.search(message)
+    if found is None:
+        return None
+    needed, limit = (int(float(found[n]) * _UNITS[found[n + 1]]) for n in (1, 3))
+    return needed, limit
 
 
 def _vocabulary(config):

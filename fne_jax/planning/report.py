@@ -136,7 +136,7 @@ def render(plan: dict[str, Any]) -> str:
         f"{plan['topology']}: {plan['devices']} devices, mesh {mesh}",
         f"batch {plan['global_batch_size']:,} in {plan['micro_batches']} part(s), "
         f"memory of {plan['queue_size']:,}",
-        f"fits: {'yes' if plan['fits'] else 'NO'}, "
+        f"fits: {'yes, ' if plan['fits'] else 'NO, at least '}"
         f"{_size(plan['hbm_bytes_per_chip'])}{of} a device",
     ]
     for kind, size in plan["bytes_per_chip"].items():

@@ -41,6 +41,15 @@ CHIPS = {
     "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
     "v6e": Chip(918e12, 32e9, 1638e9, 400e9),
 }
+# No TPU is touched: libtpu is neither to ask a Cloud TPU's metadata server, nor to log that there
+# is none, nor to refuse because another process uses it.
+_LIBTPU_SETTINGS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 _EXAMPLES = "expected one as v5e:4x4, v6e:2x4, v5p:2x2x1 or cpu:8"
 
 
@@ -91,11 +100,8 @@ def _cpu_devices(count):
 
 
 def _tpu_devices(name, shape):
-    # libtpu asks a Cloud TPU's metadata server, and logs that there is none, unless told not to.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    for variable, value in _LIBTPU_SETTINGS.items():
+        os.environ.setdefault(variable, value)
     # Slices are made of hosts of 2x2 chips, which libtpu has to be told when there are fewer.
     single = set(shape.split("x")) == {"1"}
     bounds = {"chips_per_host_bounds": [1, 1, 1]} if single else {}
