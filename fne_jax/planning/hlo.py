@@ -149,6 +149,67 @@ def parse(text: str) -> Module:
     return Module(computations, entry)
 
 
+def branches(instruction: Instruction) -> list[str]:
+    """Returns the computations that a conditional chooses from."""
+    listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+    if listed:
+        return [name.strip().lstrip("%") for name in listed.group(1).split(",")]
+    return [instruction.called(f"{which}_computation") for which in ("true", "false")]
+
+
+def trip_count(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Returns how often a loop runs, as XLA says, or as its condition compares a counter.
+
+    Args:
+      module: the program.
+      computation: that holds the loop.
+      instruction: the loop.
+
+    Raises:
+      ValueError: if neither can be read.
+    """
+    known = re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.attributes)
+    if known:
+        return int(known.group(1))
+    condition = module.computations[instruction.called("condition")]
+    compared = _comparison(module, condition)
+    if compared is None:
+        raise ValueError(f"{instruction.name}: the loop's trip count cannot be read")
+    index, limit = compared
+    start = _initial_value(computation, instruction.operands[0], index)
+    return max(limit - start, 0)
+
+
+def _comparison(module, condition):
+    """Returns the number of the counter in the loop's state, and what it stays below."""
+    for instruction in condition.instructions.values():
+        inner, names = condition, instruction.operands
+        if instruction.opcode == "fusion":
+            inner = module.computations[instruction.called("calls")]
+            instruction = inner.instructions[inner.root]
+            by_name = {p.name: names[number] for number, p in inner.parameters.items()}
+            names = tuple(by_name.get(name, name) for name in instruction.operands)
+        if instruction.opcode != "compare" or "direction=LT" not in instruction.attributes:
+            continue
+        known = {**inner.instructions, **condition.instructions}
+        counter, limit = (known[name] for name in names)
+        if counter.opcode == "get-tuple-element" and limit.opcode == "constant":
+            index = int(re.search(r"index=(\d+)", counter.attributes).group(1))
+            return index, int(limit.text)
+    return None
+
+
+def _initial_value(computation, name, index):
+    state = computation.instructions[name]
+    if state.opcode == "tuple":
+        value = computation.instructions[state.operands[index]]
+        while value.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+            value = computation.instructions[value.operands[0]]
+        if value.opcode == "constant":
+            return int(value.text)
+    return 0
+
+
 def _instruction(name, rest):
     output, rest = _first_term(rest)
     opcode, _, rest = rest.partition("(")
