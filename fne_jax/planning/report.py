@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from typing import Any
 
 import jax
@@ -22,6 +23,24 @@ SCOPES = (
 )
 # All else is the strategy's: the objective, the memory, the momentum update and what is unnamed.
 _NOT_STRATEGY = (*ENCODERS, train_step.OPTIMIZER)
+# Read from the program and from the chip's peak figures; None where there is neither.
+_COUNTED = (
+    "flops_per_chip",
+    "flops",
+    "hbm_traffic_bytes_per_chip",
+    "work_per_chip",
+    "strategy_flops_per_chip",
+    "strategy_bytes_per_chip",
+    "strategy_flop_share",
+    "strategy_byte_share",
+    "collectives",
+    "collective_bytes_per_chip",
+    "roofline_seconds",
+    "roofline_step_seconds",
+    "roofline_bound_by",
+    "roofline_pairs_per_second",
+    "roofline_hours",
+)
 # Times that a device sends what a ring's collective gives it; others once.
 _SENT_TWICE = ("all-reduce",)
 
@@ -62,6 +81,7 @@ def summarize(
         "training_pairs": pairs,
         "steps_per_epoch": steps_per_epoch,
         "epochs": config.num_epochs,
+        **dict.fromkeys(_COUNTED),
     }
     if program.text is None:
         return plan
@@ -105,14 +125,10 @@ def summarize(
 
 
 def _bytes_per_device(tree):
-    def size(leaf):
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        count = 1
-        for side in shape:
-            count *= side
-        return count * leaf.dtype.itemsize
-
-    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def _grouped(collectives):
@@ -141,7 +157,7 @@ def render(plan: dict[str, Any]) -> str:
     ]
     for kind, size in plan["bytes_per_chip"].items():
         lines.append(f"  {kind:18}{_size(size) if size is not None else 'unknown':>12}")
-    if "flops" not in plan:
+    if plan["flops"] is None:
         return "\n".join(lines)
     flops, traffic = plan["flops_per_chip"], plan["hbm_traffic_bytes_per_chip"]
     lines.append(
@@ -162,7 +178,7 @@ def render(plan: dict[str, Any]) -> str:
     for one in plan["collectives"]:
         counted = f"{one['count']:>5} times{_size(one['bytes']):>12} in all"
         lines.append(f"  {one['kind']:20}{one['scope']:18}{counted}")
-    if "roofline_hours" not in plan:
+    if plan["roofline_seconds"] is None:
         lines.append("no roofline: the peak figures of CPUs are not known")
         return "\n".join(lines)
     bounds = ", ".join(f"{k} {v * 1e3:.1f} ms" for k, v in plan["roofline_seconds"].items())
