@@ -45,6 +45,8 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "convert": ["torch>=2.13.0"],
+        # Compiles for TPUs that are not there; jax[tpu] names the versions that go with jax.
+        "plan": ["jax[tpu]>=0.10.2"],
         "test": [
             "torch>=2.13.0",
             "pytest>=9.2.0",

@@ -290,8 +290,8 @@ def test_a_bad_batch_changes_nothing_but_the_step(monkeypatch):
     plan = RunPlan.of(config, 7)
     schedule = learning_rate_schedule(config.optimizer, 7, plan.total_steps)
     poison(monkeypatch, [100])
-    step = loop.jitted_steps(config, plan, mesh, schedule)[Phase.FNE]
     state = run.initial_state(config, LinearTowers(), mesh, schedule)
+    step = loop.jitted_steps(config, plan, mesh, schedule, state)[Phase.FNE]
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 255, (16, 8, 8, 3)).astype(np.uint8),

@@ -27,14 +27,11 @@ from fne_jax.training.phases import Phase, RunPlan
 from tests.conftest import TOP
 from tests.tiny import LinearTowers, tiny_config
 
-STEPS = 12
+STEPS = 20
 
 
-def mesh_of(devices):
-    return jax.make_mesh(
-        (devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),
-        devices=jax.devices()[:devices],
-    )  # fmt: skip
+def mesh_of(data, fsdp=1):
+    return sharding.create_mesh(data, fsdp, jax.devices()[: data * fsdp])
 
 
 def run_steps(config, mesh, steps=STEPS, module=None):
@@ -47,7 +44,7 @@ def run_steps(config, mesh, steps=STEPS, module=None):
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
     module = module or build_dual_encoder(config.encoder, 30)
     state = run.initial_state(config, module, mesh, schedule)
-    jitted = loop.jitted_steps(config, plan, mesh, schedule)
+    jitted = loop.jitted_steps(config, plan, mesh, schedule, state)
     scalars, negatives = [], []
     batches = training_batches(
         train,
@@ -76,12 +73,15 @@ def one_device():
     return run_steps(tiny_config(), mesh_of(1))
 
 
-def test_eight_devices_do_what_one_does(one_device):
-    state, scalars, negatives, _ = run_steps(tiny_config(), mesh_of(8))
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2), (2, 4)])
+def test_every_mesh_does_what_one_device_does(one_device, monkeypatch, data, fsdp):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    state, scalars, negatives, _ = run_steps(tiny_config(), mesh_of(data, fsdp))
     for ours, theirs in zip(scalars, one_device[1], strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours:
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-3, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=3e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
     for ours, theirs in zip(negatives, one_device[2], strict=True):
         for name in ours:
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
@@ -89,10 +89,28 @@ def test_eight_devices_do_what_one_does(one_device):
         np.testing.assert_array_equal(
             getattr(state.queue, name), getattr(one_device[0].queue, name)
         )
-    np.testing.assert_allclose(state.queue.image, one_device[0].queue.image, atol=1e-4)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), state.params, one_device[0].params
-    )
+    for side in ("image", "text"):
+        memory = getattr(one_device[0].queue, side)
+        np.testing.assert_allclose(getattr(state.queue, side), memory, atol=5e-6)
+    # Adam divides by the size of the gradient: where that is tiny, its last bits decide.
+    for name, tolerance in (("params", 1e-3), ("momentum_params", 1e-4)):
+        jax.tree.map(
+            lambda a, b, atol=tolerance: np.testing.assert_allclose(a, b, atol=atol),
+            getattr(state, name),
+            getattr(one_device[0], name),
+        )
+
+
+def test_a_step_in_micro_batches_is_the_plain_step(one_device, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    _, scalars, negatives, _ = run_steps(tiny_config(micro_batches=2), mesh_of(2, 4), steps=10)
+    for step in range(10):
+        for name, value in scalars[step].items():
+            np.testing.assert_allclose(
+                value, one_device[1][step][name], rtol=2e-3, atol=1e-5, err_msg=name
+            )
+        for name, value in negatives[step].items():
+            np.testing.assert_array_equal(value, one_device[2][step][name], err_msg=name)
 
 
 def test_nothing_recompiles(one_device):
@@ -338,6 +356,20 @@ def test_interrupted_run_ends_as_one_never_stopped(whole_run, tmp_path, monkeypa
     for name in ("params", "momentum_params", "opt_state", "queue", "stats", "step"):
         jax.tree.map(np.testing.assert_array_equal, getattr(ours, name), getattr(theirs, name))
     assert without_times(tmp_path) == without_times(whole_run)
+
+
+def test_a_run_is_restored_on_another_mesh(whole_run, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    state = run.restore_run(whole_run, "latest", mesh_of(2, 4)).state
+    kernel = state.params["image"]["encoder"]["layer_0"]["mlp_in"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size / 4
+    jax.tree.map(np.testing.assert_array_equal, state.params, parameters_of(whole_run).params)
+
+
+def test_the_loop_copies_nothing_to_the_devices_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "to_devices", lambda batch, mesh: batch)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        loop.train_and_evaluate(tiny_config(), tmp_path)
 
 
 def test_a_complete_run_is_left_alone(whole_run):

@@ -44,17 +44,23 @@ class Embedder:
         self._mesh, self._batch_size, self._image_size = mesh, batch_size, image_size
         self._before_batch = before_batch
         rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        jit = functools.partial(jax.jit, in_shardings=(whole, rows), out_shardings=whole)
+        layout = sharding.StepLayout(mesh)
+        # Parameters are taken as they lie, split or whole, and used whole.
+        jit = functools.partial(jax.jit, in_shardings=(None, rows), out_shardings=whole)
 
         @jit
         def encode_images(params, batch):
             pixels = normalize_pixels(batch["image"], image_mean, image_std)
-            return module.apply({"params": params}, pixels, method=module.encode_image)
+            return module.apply(
+                {"params": layout.whole(params)}, pixels, method=module.encode_image
+            )
 
         @jit
         def encode_texts(params, batch):
             tokens = batch["input_ids"], batch["attention_mask"]
-            return module.apply({"params": params}, *tokens, method=module.encode_text)
+            return module.apply(
+                {"params": layout.whole(params)}, *tokens, method=module.encode_text
+            )
 
         self._encode_images, self._encode_texts = encode_images, encode_texts
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+import optax
 
 from fne_jax import configuration
 from fne_jax.command_line import Interrupted
@@ -32,6 +33,7 @@ from fne_jax.retrieval.evaluation import evaluate_split
 from fne_jax.training import checkpointing, distributed, objective, run, sharding
 from fne_jax.training.bad_steps import BadSteps
 from fne_jax.training.compile_cache import use_compile_cache
+from fne_jax.training.encoder_passes import MicroBatches, WholeBatch
 from fne_jax.training.interruption import Stopped, StopRequest
 from fne_jax.training.metric_log import EVALUATED, MetricLog, ScalarWindow
 from fne_jax.training.optimizer import learning_rate_schedule
@@ -87,7 +89,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
     val_tokens = tokenize(val.captions, config.evaluation.text_length)
 
     # Mesh, model, optimizer, state.
-    mesh = sharding.create_mesh()
+    mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
     module = run.build_module(config, architectures, len(tokenizer))
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
     state = run.initial_state(config, module, mesh, schedule)
@@ -183,7 +185,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
             if plan.phase(step) is not phase:
                 phase = plan.phase(step)
                 _log.info("step %d: %s", step, phase.value)
-            state, scalars, negatives = steps[phase](state, sharding.to_devices(batch, mesh))
+            # Nothing but the batch is copied to the devices, which would stall every step.
+            with jax.transfer_guard_host_to_device("disallow"):
+                state, scalars, negatives = steps[phase](state, sharding.to_devices(batch, mesh))
             pending.append((step, scalars, negatives))
             done = step + 1
             logs = done % config.logging.every_steps == 0 or done == plan.total_steps
@@ -266,12 +270,30 @@ def require_shared(workdir: pathlib.Path) -> None:
 
 
 def jitted_steps(
-    config: ml_collections.ConfigDict, plan: RunPlan, mesh: jax.sharding.Mesh, schedule
+    config: ml_collections.ConfigDict,
+    plan: RunPlan,
+    mesh: jax.sharding.Mesh,
+    schedule: optax.Schedule,
+    state: TrainState,
 ) -> dict[Phase, Callable]:
-    """Returns the compiled-on-first-use train step of each phase, the state donated."""
+    """Returns the compiled-on-first-use train step of each phase, the state donated.
+
+    Args:
+      config: of the run.
+      plan: its step counts.
+      mesh: its devices.
+      schedule: its learning rate.
+      state: concrete or abstract, for the structure and the shardings of its arrays.
+    """
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    placed = sharding.state_shardings(mesh, state)
+    passes = WholeBatch()
+    if config.micro_batches > 1:
+        passes = MicroBatches(config.micro_batches, sharding.micro_batch_sharding(mesh))
     shared = {
         "augment": augmentation_in_step(config),
+        "passes": passes,
+        "layout": sharding.StepLayout(mesh),
         "momentum": config.momentum,
         "mask_same_image": config.fne.mask_same_image,
         "next_statistics": objective.next_statistics(config.fne, plan.steps_per_epoch),
@@ -288,8 +310,8 @@ def jitted_steps(
     return {
         phase: jax.jit(
             functools.partial(train_step, **kind, **shared),
-            in_shardings=(whole, rows),
-            out_shardings=whole,
+            in_shardings=(placed, rows),
+            out_shardings=(placed, whole, whole),
             donate_argnums=0,
         )
         for phase, kind in kinds.items()
@@ -323,7 +345,7 @@ def compiled_steps(
       batch: this process's rows of any batch.
     """
     rows = sharding.to_devices(batch, mesh)
-    jitted = jitted_steps(config, plan, mesh, schedule)
+    jitted = jitted_steps(config, plan, mesh, schedule, state)
     phases = {plan.phase(step) for step in range(int(state.step), plan.total_steps)}
     return {phase: jitted[phase].lower(state, rows).compile() for phase in phases}
 
