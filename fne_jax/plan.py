@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
 
     from fne_jax.planning import program, report
 
-    for tower in architectures.published_towers(config):
+    for tower in architectures.published_towers(config.encoder):
         _log.info("%s: architecture as published, nothing is read", tower)
     steps = None if pairs is None else max(pairs // config.global_batch_size, 1)
     _log.info("compiling for %d devices; minutes for encoders of base size", len(machine.devices))

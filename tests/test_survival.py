@@ -48,10 +48,8 @@ def compile_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def linear_towers(monkeypatch):
     """One device and towers that compile fast."""
-    mesh = jax.make_mesh(
-        (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
-    )
-    monkeypatch.setattr(sharding, "create_mesh", lambda: mesh)
+    mesh = sharding.create_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "create_mesh", lambda *sizes: mesh)
     monkeypatch.setattr(run, "build_module", lambda *arguments: LinearTowers())
 
 

@@ -52,3 +52,9 @@ def read_architectures(encoder: ml_collections.ConfigDict) -> dict[str, dict[str
         tower: PUBLISHED[name] if name in PUBLISHED else read_architecture(name)
         for tower, name in names.items()
     }
+
+
+def published_towers(encoder: ml_collections.ConfigDict) -> list[str]:
+    """Returns the names of the config's towers whose architecture is known here."""
+    names = (encoder[tower].pretrained for tower in TOWERS)
+    return [name for name in names if name in PUBLISHED]

@@ -186,8 +186,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
                 phase = plan.phase(step)
                 _log.info("step %d: %s", step, phase.value)
             # Nothing but the batch is copied to the devices, which would stall every step.
+            rows = sharding.to_devices(batch, mesh)
             with jax.transfer_guard_host_to_device("disallow"):
-                state, scalars, negatives = steps[phase](state, sharding.to_devices(batch, mesh))
+                state, scalars, negatives = steps[phase](state, rows)
             pending.append((step, scalars, negatives))
             done = step + 1
             logs = done % config.logging.every_steps == 0 or done == plan.total_steps
