@@ -14,7 +14,8 @@ from fne_jax.encoders.towers import build_dual_encoder, read_architectures, with
 from fne_jax.errors import UserError
 from fne_jax.planning.accounting import account
 from fne_jax.planning.report import SCOPES
-from fne_jax.training import loop, run, sharding
+from fne_jax.training import run, sharding
+from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.encoder_passes import MicroBatches
 from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.phases import Phase, RunPlan
@@ -91,7 +92,7 @@ def split_step():
             "pair_id": np.arange(16, dtype=np.int32),
         }
         batch = sharding.to_devices(batch, mesh)
-        step = loop.jitted_steps(config, plan, mesh, schedule, state)[Phase.FNE]
+        step = jitted_steps(config, plan, mesh, schedule, state)[Phase.FNE]
         compiled = step.lower(state, batch).compile()
         after, _, _ = compiled(state, batch)
         return compiled.as_text(), state, after

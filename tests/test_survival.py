@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from fne_jax.command_line import Interrupted
 from fne_jax.errors import UserError
-from fne_jax.training import checkpointing, loop, run, sharding
+from fne_jax.training import checkpointing, compiled_steps, loop, run, sharding
 from fne_jax.training.bad_steps import BadSteps
 from fne_jax.training.metric_log import MetricLog, read_metrics
 from fne_jax.training.optimizer import learning_rate_schedule
@@ -276,9 +276,11 @@ def poisoned(objective, image_ids):
 
 def poison(monkeypatch, image_ids):
     for name in ("warmup_objective", "main_objective"):
-        make = getattr(loop.objective, name)
+        make = getattr(compiled_steps.objective, name)
         monkeypatch.setattr(
-            loop.objective, name, lambda config, make=make: poisoned(make(config), image_ids)
+            compiled_steps.objective,
+            name,
+            lambda config, make=make: poisoned(make(config), image_ids),
         )
 
 
@@ -289,7 +291,7 @@ def test_a_bad_batch_changes_nothing_but_the_step(monkeypatch):
     schedule = learning_rate_schedule(config.optimizer, 7, plan.total_steps)
     poison(monkeypatch, [100])
     state = run.initial_state(config, LinearTowers(), mesh, schedule)
-    step = loop.jitted_steps(config, plan, mesh, schedule, state)[Phase.FNE]
+    step = compiled_steps.jitted_steps(config, plan, mesh, schedule, state)[Phase.FNE]
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 255, (16, 8, 8, 3)).astype(np.uint8),

@@ -20,10 +20,12 @@ from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import UserError
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.training import loop, objective, run, sharding
+from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.interruption import StopRequest
 from fne_jax.training.metric_log import MetricLog, ScalarWindow, read_metrics
 from fne_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from fne_jax.training.phases import Phase, RunPlan
+from fne_jax.training.step_results import true_false_negative_rates
 from tests.conftest import TOP
 from tests.tiny import LinearTowers, tiny_config
 
@@ -44,7 +46,7 @@ def run_steps(config, mesh, steps=STEPS, module=None):
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
     module = module or build_dual_encoder(config.encoder, 30)
     state = run.initial_state(config, module, mesh, schedule)
-    jitted = loop.jitted_steps(config, plan, mesh, schedule, state)
+    jitted = jitted_steps(config, plan, mesh, schedule, state)
     scalars, negatives = [], []
     batches = training_batches(
         train,
@@ -276,7 +278,7 @@ def test_true_false_negative_rates():
         def is_true(self, caption, image):
             return np.array([truth[i][c] for c, i in zip(caption, image, strict=True)])
 
-    rates = loop.true_false_negative_rates(
+    rates = true_false_negative_rates(
         Known(scenes=None, facts=None),
         np.array([0, 0, 1]),
         {

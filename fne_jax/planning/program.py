@@ -17,7 +17,7 @@ from fne_jax.encoders.towers import with_model_defaults
 from fne_jax.planning.architectures import read_architectures
 from fne_jax.planning.topology import CPU, Topology
 from fne_jax.training import run, sharding
-from fne_jax.training.loop import jitted_steps
+from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.phases import Phase, RunPlan
 from fne_jax.training.train_state import TrainState

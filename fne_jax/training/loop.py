@@ -8,20 +8,15 @@ import functools
 import itertools
 import logging
 import pathlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
-import optax
 
 from fne_jax import configuration
 from fne_jax.command_line import Interrupted
-from fne_jax.data import device_augmentation
 from fne_jax.data.datasets import (
-    KnownTruth,
     PairDataset,
     load_split,
     with_captions_per_image,
@@ -30,17 +25,17 @@ from fne_jax.data.input_pipeline import BatchOrder, training_batches
 from fne_jax.encoders.towers import read_architectures, store_architectures, with_model_defaults
 from fne_jax.errors import UserError
 from fne_jax.retrieval.evaluation import evaluate_split
-from fne_jax.training import checkpointing, distributed, objective, run, sharding
+from fne_jax.training import checkpointing, distributed, run, sharding
 from fne_jax.training.bad_steps import BadSteps
 from fne_jax.training.compile_cache import use_compile_cache
-from fne_jax.training.encoder_passes import MicroBatches, WholeBatch
+from fne_jax.training.compiled_steps import compiled_steps
+from fne_jax.training.data_clock import DataClock
 from fne_jax.training.interruption import Stopped, StopRequest
 from fne_jax.training.metric_log import EVALUATED, MetricLog, ScalarWindow
 from fne_jax.training.optimizer import learning_rate_schedule
-from fne_jax.training.phases import Phase, RunPlan
+from fne_jax.training.phases import RunPlan
 from fne_jax.training.progress import TrainingProgress
-from fne_jax.training.train_state import TrainState
-from fne_jax.training.train_step import given_pixels, train_step
+from fne_jax.training.step_results import settle
 
 _log = logging.getLogger(__name__)
 
@@ -270,145 +265,6 @@ def require_shared(workdir: pathlib.Path) -> None:
         )
 
 
-def jitted_steps(
-    config: ml_collections.ConfigDict,
-    plan: RunPlan,
-    mesh: jax.sharding.Mesh,
-    schedule: optax.Schedule,
-    state: TrainState,
-) -> dict[Phase, Callable]:
-    """Returns the compiled-on-first-use train step of each phase, the state donated.
-
-    Args:
-      config: of the run.
-      plan: its step counts.
-      mesh: its devices.
-      schedule: its learning rate.
-      state: concrete or abstract, for the structure and the shardings of its arrays.
-    """
-    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    placed = sharding.state_shardings(mesh, state)
-    passes = WholeBatch()
-    if config.micro_batches > 1:
-        passes = MicroBatches(config.micro_batches, sharding.micro_batch_sharding(mesh))
-    shared = {
-        "augment": augmentation_in_step(config),
-        "passes": passes,
-        "layout": sharding.StepLayout(mesh),
-        "momentum": config.momentum,
-        "mask_same_image": config.fne.mask_same_image,
-        "next_statistics": objective.next_statistics(config.fne, plan.steps_per_epoch),
-        "image_mean": config.image_mean,
-        "image_std": config.image_std,
-        "learning_rate": schedule,
-    }
-    warmup, main = objective.warmup_objective(config), objective.main_objective(config)
-    kinds = {
-        Phase.WARMUP: {"objective": warmup, "write_queue": False},
-        Phase.WARMUP_FILLING: {"objective": warmup, "write_queue": True},
-        Phase.FNE: {"objective": main, "write_queue": True},
-    }
-    return {
-        phase: jax.jit(
-            functools.partial(train_step, **kind, **shared),
-            in_shardings=(placed, rows),
-            out_shardings=(placed, whole, whole),
-            donate_argnums=0,
-        )
-        for phase, kind in kinds.items()
-    }
-
-
-def augmentation_in_step(config: ml_collections.ConfigDict) -> Callable:
-    """Returns the train step's `augment`."""
-    if config.data.augment_on == "host" or config.data.augmentation == "none":
-        return given_pixels
-    size = config.encoder.image.image_size
-    return functools.partial(device_augmentation.augment_batch, size=size)
-
-
-def compiled_steps(
-    config: ml_collections.ConfigDict,
-    plan: RunPlan,
-    mesh: jax.sharding.Mesh,
-    schedule,
-    state: TrainState,
-    batch: dict[str, np.ndarray],
-) -> dict[Phase, Callable]:
-    """Returns the train step of each phase that is still to come, compiled.
-
-    Args:
-      config: see configs/base.py.
-      plan: of the run.
-      mesh: of all devices.
-      schedule: the learning rate.
-      state: before the next step.
-      batch: this process's rows of any batch.
-    """
-    rows = sharding.to_devices(batch, mesh)
-    jitted = jitted_steps(config, plan, mesh, schedule, state)
-    phases = {plan.phase(step) for step in range(int(state.step), plan.total_steps)}
-    return {phase: jitted[phase].lower(state, rows).compile() for phase in phases}
-
-
-def settle(
-    window: ScalarWindow,
-    bad_steps: BadSteps,
-    step: int,
-    scalars: dict[str, jax.Array],
-    negatives: dict[str, jax.Array],
-    order: BatchOrder,
-    train: PairDataset,
-) -> None:
-    """Waits for a step's results and adds them, with the true false-negative rates if known.
-
-    Those of a batch that was not applied are left out, and its pairs logged.
-    """
-    values = jax.device_get(scalars)
-    applied = bool(values.pop("applied"))
-    bad_steps.add(applied)
-    if not applied:
-        pairs = next(order.rows(range(step, step + 1))).pair
-        _log.warning(
-            "step %d is not applied: loss %s, gradient norm %s; pairs %s",
-            step,
-            values["loss"],
-            values["gradient_norm"],
-            " ".join(map(str, pairs)),
-        )
-        return
-    if train.truth is not None and negatives:
-        values |= true_false_negative_rates(
-            train.truth, train.caption_image, jax.device_get(negatives)
-        )
-    window.add(values)
-
-
-def true_false_negative_rates(
-    truth: KnownTruth, caption_image: np.ndarray, negatives: dict[str, np.ndarray]
-) -> dict[str, float]:
-    """Returns the share of chosen, and of hardest, negatives that are in truth matches.
-
-    Args:
-      truth: of the training split.
-      caption_image: [pairs] the image of each caption.
-      negatives: [batch] pair ids, `anchor` and those that the train step names; -1 (an empty
-        slot of the memory) is no match.
-    """
-    anchor = negatives["anchor"]
-    rates = {}
-    for kind in ("negative", "hardest"):
-        texts, images = negatives[f"{kind}_i2t"], negatives[f"{kind}_t2i"]
-        matches = np.concatenate(
-            [
-                truth.is_true(texts, caption_image[anchor]) & (texts >= 0),
-                truth.is_true(anchor, caption_image[images]) & (images >= 0),
-            ]
-        )
-        rates[f"{'sampled' if kind == 'negative' else kind}_false_negative_rate"] = matches.mean()
-    return rates
-
-
 def profile_hooks(profile_step: int, workdir: pathlib.Path) -> list[Callable[[int], None]]:
     """Returns clu's profiler, which writes for TensorBoard, if the config asks for it."""
     if not profile_step or jax.process_index() != 0:
@@ -420,63 +276,3 @@ def profile_hooks(profile_step: int, workdir: pathlib.Path) -> list[Callable[[in
             logdir=str(workdir), num_profile_steps=5, first_profile=profile_step
         )
     ]
-
-
-class DataClock:
-    """Iterates over batches and measures how long the loop waits for them."""
-
-    def __init__(self, batches: Iterator[Any]):
-        self._batches = iter(batches)
-        self._started = self._window_started = time.monotonic()
-        self._waited = self._window_waited = 0.0
-        self._window_batches = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yields the batches."""
-        while True:
-            before = time.monotonic()
-            try:
-                batch = next(self._batches)
-            except StopIteration:
-                return
-            waited = time.monotonic() - before
-            self._waited += waited
-            self._window_waited += waited
-            self._window_batches += 1
-            yield batch
-
-    @property
-    def waiting_share(self) -> float:
-        """Share of the time since the start spent waiting."""
-        return self._waited / max(time.monotonic() - self._started, 1e-9)
-
-    def paused(self):
-        """Returns a context whose time does not count."""
-        return _Pause(self)
-
-    def take_rates(self, batch_size: int) -> dict[str, float]:
-        """Returns pairs a second and the waiting share since the last call."""
-        elapsed = max(time.monotonic() - self._window_started, 1e-9)
-        rates = {
-            "pairs_per_s": self._window_batches * batch_size / elapsed,
-            "data_wait_share": self._window_waited / elapsed,
-        }
-        self._window_started = time.monotonic()
-        self._window_waited, self._window_batches = 0.0, 0
-        return rates
-
-    def shift(self, seconds: float) -> None:
-        """Leaves a span of time out of all rates."""
-        self._started += seconds
-        self._window_started += seconds
-
-
-class _Pause:
-    def __init__(self, clock: DataClock):
-        self._clock = clock
-
-    def __enter__(self):
-        self._before = time.monotonic()
-
-    def __exit__(self, *exception):
-        self._clock.shift(time.monotonic() - self._before)
