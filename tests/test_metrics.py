@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fne_jax import retrieval_metrics
-from fne_jax.retrieval import metrics
+from fne_jax.retrieval import metrics, ranked_lists, ranks
 from fne_jax.retrieval.evaluation import format_table
 
 
@@ -48,9 +48,11 @@ def test_blocks_do_not_show(monkeypatch):
     truth = rng.random((23, 46)) < 0.1
     truth[owner, np.arange(46)] = True
     whole = retrieval_metrics(image, text, owner) | metrics.complete_metrics(image, text, truth)
-    monkeypatch.setattr(metrics, "_BLOCK_ROWS", 5)
+    monkeypatch.setattr(ranked_lists, "_BLOCK_ROWS", 5)
+    monkeypatch.setattr(ranks, "_TILE_IMAGES", 5)
+    monkeypatch.setattr(ranks, "_TILE_TEXTS", 7)
     parts = retrieval_metrics(image, text, owner) | metrics.complete_metrics(image, text, truth)
-    assert whole == pytest.approx(parts)
+    assert whole == pytest.approx(parts, rel=1e-12)
 
 
 def test_complete_metrics_are_their_definitions():
