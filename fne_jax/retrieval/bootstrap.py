@@ -13,7 +13,7 @@ from fne_jax.retrieval.query_scores import QueryScores
 RESAMPLES = 1000
 LEVEL = 95.0
 _SEED = 0
-# Resamples whose ranks are held at once.
+# Resamples held at once.
 _BLOCK = 64
 
 
@@ -26,14 +26,17 @@ def resampled(scores: QueryScores, stream: int = 0) -> dict[str, np.ndarray]:
       stream: another number draws otherwise, for another fold.
     """
     images, group = np.unique(scores.image, return_inverse=True)
-    weights = _draw(len(images), stream)
-    size = weights @ np.bincount(group)
-    metrics = {
-        name: weights @ np.bincount(group, values) / size for name, values in scores.means.items()
-    }
-    if scores.ranks is not None:
-        metrics["medr"] = _median_ranks(scores.ranks, group, weights)
-    return metrics
+    queries = np.bincount(group)
+    totals = {name: np.bincount(group, values) for name, values in scores.means.items()}
+    rng = np.random.default_rng([_SEED, stream])
+    blocks = []
+    for start in range(0, RESAMPLES, _BLOCK):
+        weights = _draw(rng, min(_BLOCK, RESAMPLES - start), len(images))
+        block = {name: weights @ total / (weights @ queries) for name, total in totals.items()}
+        if scores.ranks is not None:
+            block["medr"] = _median_ranks(scores.ranks, weights[:, group])
+        blocks.append(block)
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:
@@ -42,22 +45,20 @@ def interval(samples: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _draw(images, stream):
+def _draw(rng, resamples, images):
     """Returns [resamples, images], how often each image is drawn."""
-    rng = np.random.default_rng([_SEED, stream])
-    drawn = rng.integers(0, images, (RESAMPLES, images))
-    drawn += images * np.arange(RESAMPLES)[:, None]
-    return np.bincount(drawn.ravel(), minlength=RESAMPLES * images).reshape(RESAMPLES, images)
+    drawn = rng.integers(0, images, (resamples, images))
+    drawn += images * np.arange(resamples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
 
 
-def _median_ranks(ranks, group, weights):
-    """Returns the median rank, as `QueryScores.metrics` has it, of each resample."""
+def _median_ranks(ranks, weights):
+    """Returns `QueryScores.metrics`' median rank of each resample, of weights [resamples, queries].
+
+    The median of a resample lies where the weights, summed in the order of the ranks, pass half.
+    """
     order = np.argsort(ranks)
-    ranks, group = ranks[order], group[order]
-    medians = []
-    for start in range(0, len(weights), _BLOCK):
-        upto = np.cumsum(weights[start : start + _BLOCK, group], axis=1)
-        middle = [(upto[:, -1:] - 1) // 2, upto[:, -1:] // 2]
-        low, high = (ranks[(upto > position).argmax(axis=1)] for position in middle)
-        medians.append(np.floor((low + high) / 2) + 1)
-    return np.concatenate(medians)
+    ranks, upto = ranks[order], np.cumsum(weights[:, order], axis=1)
+    middle = ((upto[:, -1:] - 1) // 2, upto[:, -1:] // 2)
+    low, high = (ranks[(upto > position).argmax(axis=1)] for position in middle)
+    return np.floor((low + high) / 2) + 1
