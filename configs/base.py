@@ -15,8 +15,22 @@ def get_config() -> ConfigDict:
     config.num_epochs = 25.0
     # Pairs in a batch over all devices and processes.
     config.global_batch_size = 32
+    # Parts in which a batch goes through the encoders, one after the other, to save memory; the
+    # negatives are those of the whole batch all the same.
+    config.micro_batches = 1
     # Workdir of another run whose best weights this run begins with ("" for none).
     config.init_from = ""
+    # Steps in a row without a finite loss and gradient (none of them applied) that end the run.
+    config.max_bad_steps = 10
+    # Where compiled programs are kept for the next start; "" for nowhere (nor with several CPU
+    # devices).
+    config.compile_cache = "~/.cache/fne_jax/xla"
+
+    # Devices along the two axes of the mesh, -1 for what the other leaves: batches are split over
+    # both, parameters, their momentum and Adam's moments over `fsdp`.
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1
+    mesh.fsdp = 1
 
     config.data = data = ConfigDict()
     # flickr8k, flickr30k, coco (dataset_<source>.json and images/ in `dir`); karpathy (any

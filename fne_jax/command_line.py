@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -52,3 +53,6 @@ def run(main: Callable[[list[str]], None]) -> None:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; there was nothing to save", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

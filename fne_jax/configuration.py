@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fne_jax.data.augmentation import AUGMENTATIONS
+from fne_jax.encoders.dual_encoder import LONGEST_POOLING
 from fne_jax.errors import UserError
 from fne_jax.objectives.key_blocks import BLOCK
 
@@ -23,12 +24,15 @@ FILE_NAME = "config.json"
 # Fields that may change when a run resumes: none alters what the run computes.
 MAY_CHANGE = (
     "checkpoint.",
+    "compile_cache",
     "data.cache_dir",
     "data.dir",
     "data.max_skipped",
     "data.prefetch",
     "evaluation.batch_size",
     "logging.",
+    "max_bad_steps",
+    "mesh.",
 )
 
 
@@ -104,6 +108,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     positive = (
         "num_epochs",
         "global_batch_size",
+        "micro_batches",
         "queue_size",
         "data.vocab_size",
         "data.max_words",
@@ -115,6 +120,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "evaluation.batch_size",
         "checkpoint.keep_latest",
         "logging.every_steps",
+        "max_bad_steps",
     )
     for name in positive:
         if not fields[name] > 0:
@@ -159,18 +165,35 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.queue_size is {config.queue_size}, smaller than a batch "
             f"(config.global_batch_size is {config.global_batch_size}); make it at least as large"
         )
-    for name in ("global_batch_size", "evaluation.batch_size"):
-        if fields[name] % jax.device_count():
-            raise UserError(
-                f"config.{name} is {fields[name]}, which the {jax.device_count()} devices do not "
-                f"divide; take a multiple of {jax.device_count()}"
-            )
+    for name in ("mesh.data", "mesh.fsdp"):
+        if fields[name] < 1 and fields[name] != -1:
+            raise UserError(f"config.{name} is {fields[name]}; expected a number above 0, or -1")
+    poolings = (config.encoder.text.pooling, config.encoder.text.training_pooling)
+    if config.micro_batches > 1 and LONGEST_POOLING in poolings:
+        raise UserError(
+            f"config.micro_batches is {config.micro_batches}, but config.encoder.text's pooling, "
+            f"{LONGEST_POOLING}, looks at the whole batch; make micro_batches 1 or take another"
+        )
+    check_batches(config, jax.device_count())
     from_sizes = not config.encoder.text.pretrained
     if from_sizes and config.data.text_length > config.encoder.text.max_length:
         raise UserError(
             f"config.data.text_length is {config.data.text_length}, more than "
             f"config.encoder.text.max_length, {config.encoder.text.max_length}"
         )
+
+
+def check_batches(config: ml_collections.ConfigDict, devices: int) -> None:
+    """Raises UserError, naming the field, unless batches can be split over so many devices."""
+    parts = {"global_batch_size": config.micro_batches, "evaluation.batch_size": 1}
+    for name, count in parts.items():
+        size = flatten(config)[name]
+        if size % (devices * count):
+            micro = f" in config.micro_batches={count} parts" if count > 1 else ""
+            raise UserError(
+                f"config.{name} is {size}, which the {devices} devices do not divide{micro}; "
+                f"take a multiple of {devices * count}"
+            )
 
 
 def store_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

@@ -10,8 +10,12 @@ import argparse
 import pathlib
 from typing import TYPE_CHECKING
 
+import jax
+
 from fne_jax import command_line, configuration
 from fne_jax.errors import UserError
+from fne_jax.training import distributed
+from fne_jax.training.compile_cache import use_compile_cache
 
 if TYPE_CHECKING:
     from fne_jax.training.run import RestoredRun
@@ -30,7 +34,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--out", help="report of --init (a run's is eval_<split>.json in its folder)"
     )
+    distributed.add_arguments(parser)
     options, overrides = parser.parse_known_args(arguments)
+    distributed.initialize(options)
     evaluated, path = _what_to_evaluate(options, overrides)
 
     from fne_jax.data.datasets import load_split, with_captions_per_image
@@ -38,6 +44,7 @@ def main(arguments: list[str]) -> None:
     from fne_jax.training import run
 
     config = evaluated.config
+    use_compile_cache(config.compile_cache)
     dataset = with_captions_per_image(
         load_split(config.data, config.encoder.image.image_size, options.split),
         config.evaluation.captions_per_image,
@@ -47,6 +54,8 @@ def main(arguments: list[str]) -> None:
     )
     embedder = run.build_embedder(config, evaluated.module, evaluated.mesh)
     metrics, _ = evaluation.evaluate_split(embedder, evaluated.params, dataset, tokens)
+    if jax.process_index() != 0:
+        return
     about = {
         "split": options.split,
         "step": evaluated.step,

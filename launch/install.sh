@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv at the top level and installs the project into it.
 # usage: install_project EXTRAS   (e.g. "" or "[test]"); PYTHON names the interpreter to use.
 install_project() {

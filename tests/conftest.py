@@ -10,6 +10,8 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Commands under test neither read nor fill the user's own cache of compiled programs.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import pathlib
 

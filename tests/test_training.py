@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,6 @@ from fne_jax import configuration
 from fne_jax.command_line import Interrupted
 from fne_jax.data.datasets import KnownTruth, load_split
 from fne_jax.data.input_pipeline import training_batches
-from fne_jax.encoders.dual_encoder import unit
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import UserError
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
@@ -27,29 +25,13 @@ from fne_jax.training.metric_log import MetricLog, ScalarWindow, read_metrics
 from fne_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from fne_jax.training.phases import Phase, RunPlan
 from tests.conftest import TOP
-from tests.tiny import tiny_config
+from tests.tiny import LinearTowers, tiny_config
 
-STEPS = 12
-
-
-def mesh_of(devices):
-    return jax.make_mesh(
-        (devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),
-        devices=jax.devices()[:devices],
-    )  # fmt: skip
+STEPS = 20
 
 
-class LinearTowers(nn.Module):
-    """Compiles in a fraction of the transformers' time, for tests of what surrounds the towers."""
-
-    text_pooling: str = "mean"
-
-    @nn.compact
-    def __call__(self, pixels, input_ids, attention_mask, *, deterministic=True):
-        del deterministic
-        words = jax.nn.one_hot(input_ids, 30) * attention_mask[..., None]
-        image = nn.Dense(16, name="image")(pixels.reshape(pixels.shape[0], -1))
-        return unit(image), unit(nn.Dense(16, name="text")(words.sum(axis=1)))
+def mesh_of(data, fsdp=1):
+    return sharding.create_mesh(data, fsdp, jax.devices()[: data * fsdp])
 
 
 def run_steps(config, mesh, steps=STEPS, module=None):
@@ -62,7 +44,7 @@ def run_steps(config, mesh, steps=STEPS, module=None):
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
     module = module or build_dual_encoder(config.encoder, 30)
     state = run.initial_state(config, module, mesh, schedule)
-    jitted = loop.jitted_steps(config, plan, mesh, schedule)
+    jitted = loop.jitted_steps(config, plan, mesh, schedule, state)
     scalars, negatives = [], []
     batches = training_batches(
         train,
@@ -91,12 +73,15 @@ def one_device():
     return run_steps(tiny_config(), mesh_of(1))
 
 
-def test_eight_devices_do_what_one_does(one_device):
-    state, scalars, negatives, _ = run_steps(tiny_config(), mesh_of(8))
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2), (2, 4)])
+def test_every_mesh_does_what_one_device_does(one_device, monkeypatch, data, fsdp):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    state, scalars, negatives, _ = run_steps(tiny_config(), mesh_of(data, fsdp))
     for ours, theirs in zip(scalars, one_device[1], strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours:
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-3, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=3e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
     for ours, theirs in zip(negatives, one_device[2], strict=True):
         for name in ours:
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
@@ -104,10 +89,28 @@ def test_eight_devices_do_what_one_does(one_device):
         np.testing.assert_array_equal(
             getattr(state.queue, name), getattr(one_device[0].queue, name)
         )
-    np.testing.assert_allclose(state.queue.image, one_device[0].queue.image, atol=1e-4)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), state.params, one_device[0].params
-    )
+    for side in ("image", "text"):
+        memory = getattr(one_device[0].queue, side)
+        np.testing.assert_allclose(getattr(state.queue, side), memory, atol=5e-6)
+    # Adam divides by the size of the gradient: where that is tiny, its last bits decide.
+    for name, tolerance in (("params", 1e-3), ("momentum_params", 1e-4)):
+        jax.tree.map(
+            lambda a, b, atol=tolerance: np.testing.assert_allclose(a, b, atol=atol),
+            getattr(state, name),
+            getattr(one_device[0], name),
+        )
+
+
+def test_a_step_in_micro_batches_is_the_plain_step(one_device, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    _, scalars, negatives, _ = run_steps(tiny_config(micro_batches=2), mesh_of(2, 4), steps=10)
+    for step in range(10):
+        for name, value in scalars[step].items():
+            np.testing.assert_allclose(
+                value, one_device[1][step][name], rtol=2e-3, atol=1e-5, err_msg=name
+            )
+        for name, value in negatives[step].items():
+            np.testing.assert_array_equal(value, one_device[2][step][name], err_msg=name)
 
 
 def test_nothing_recompiles(one_device):
@@ -355,6 +358,20 @@ def test_interrupted_run_ends_as_one_never_stopped(whole_run, tmp_path, monkeypa
     assert without_times(tmp_path) == without_times(whole_run)
 
 
+def test_a_run_is_restored_on_another_mesh(whole_run, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    state = run.restore_run(whole_run, "latest", mesh_of(2, 4)).state
+    kernel = state.params["image"]["encoder"]["layer_0"]["mlp_in"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size / 4
+    jax.tree.map(np.testing.assert_array_equal, state.params, parameters_of(whole_run).params)
+
+
+def test_the_loop_copies_nothing_to_the_devices_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "to_devices", lambda batch, mesh: batch)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        loop.train_and_evaluate(tiny_config(), tmp_path)
+
+
 def test_a_complete_run_is_left_alone(whole_run):
     before = without_times(whole_run)
     loop.train_and_evaluate(tiny_config(), whole_run)
@@ -372,11 +389,6 @@ def test_a_run_begins_with_another_runs_weights(whole_run, tmp_path):
         loop.train_and_evaluate(wider, tmp_path / "wider")
 
 
-def test_a_loss_that_is_no_number_stops_the_run():
-    with pytest.raises(UserError, match="loss is nan at step 7"):
-        loop.require_finite({"loss": float("nan"), "gradient_norm": 1.0}, 7)
-
-
 def test_a_second_signal_is_not_held_back():
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -392,7 +404,7 @@ for name in ("tensorflow", "tensorflow_datasets", "clu"):
 import pathlib
 import fne_jax
 from fne_jax.training.loop import train_and_evaluate
-from tests.tiny import tiny_config
+from tests.tiny import LinearTowers, tiny_config
 train_and_evaluate(tiny_config(num_epochs=0.2), pathlib.Path(sys.argv[1]))
 """
 

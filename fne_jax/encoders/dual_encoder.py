@@ -43,10 +43,12 @@ def pool_first(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     return hidden[:, 0].astype(jnp.float32)
 
 
+# The pooling of a text that depends on the other texts of its batch.
+LONGEST_POOLING = "mean_to_longest"
 POOLINGS = {
     "mean": pool_mean,
     "mean_with_padding": pool_mean_with_padding,
-    "mean_to_longest": pool_mean_to_longest,
+    LONGEST_POOLING: pool_mean_to_longest,
     "first": pool_first,
 }
 # The pooling that takes a tower's own `EncoderOutput.pooled`.

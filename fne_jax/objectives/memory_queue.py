@@ -65,6 +65,7 @@ class MemoryQueue:
         text_emb: jax.Array,
         image_id: jax.Array,
         pair_id: jax.Array | None = None,
+        where: jax.Array | bool = True,
     ) -> MemoryQueue:
         """Writes a batch at the pointer, over the oldest slots, wrapping around at the end.
 
@@ -73,6 +74,7 @@ class MemoryQueue:
           text_emb: [batch, dim] momentum text embeddings.
           image_id: [batch] non-negative integer image ids.
           pair_id: [batch] integer pair ids, if the caller wants to name its negatives.
+          where: [] bool; where it is False, the queue stays as it is.
 
         Raises:
           ValueError: on a wrong shape or dtype, or a batch larger than the queue.
@@ -90,6 +92,8 @@ class MemoryQueue:
 
         def write(buffer, rows):
             rows = jax.lax.stop_gradient(rows).astype(buffer.dtype)
+            # Chosen among the rows written: among whole buffers it would move all of the memory.
+            rows = jnp.where(where, rows, buffer[slots])
             return buffer.at[slots].set(rows, unique_indices=True)
 
         return MemoryQueue(
@@ -97,5 +101,5 @@ class MemoryQueue:
             text=write(self.text, text_emb),
             image_id=write(self.image_id, image_id),
             pair_id=write(self.pair_id, pair_id),
-            pointer=(self.pointer + batch) % self.size,
+            pointer=jnp.where(where, self.pointer + batch, self.pointer) % self.size,
         )

@@ -51,8 +51,8 @@ class GaussianStatistics:
         """Adds the values where `mask` holds.
 
         Args:
-          values: [n] float32.
-          mask: [n] bool.
+          values: float32, any shape.
+          mask: bool, shaped as `values`.
           keep: share of the old count, sum and deviation that is kept, in (0, 1].
         """
         values = jnp.where(mask, values, 0.0)
@@ -124,10 +124,10 @@ def update_similarity_statistics(
     index = jnp.arange(batch)
     mutual = (competitors.argmax(axis=1) == index) & (competitors.argmax(axis=0) == index)
     negatives = jnp.where(same_image | own, 0.0, similarity)
-    hardest = jnp.concatenate([negatives.max(axis=1), negatives.max(axis=0)])
+    hardest = jnp.stack([negatives.max(axis=1), negatives.max(axis=0)])
     return SimilarityStatistics(
         positive=stats.positive.update(jnp.diagonal(similarity), mutual, keep),
-        negative=stats.negative.update(hardest, jnp.concatenate([mutual, mutual]), keep),
+        negative=stats.negative.update(hardest, jnp.stack([mutual, mutual]), keep),
     )
 
 

@@ -248,14 +248,15 @@ def triplet_loss_of_choices(
     queue_image = None if queue is None else queue.image
     hinge_i2t, negative_i2t = direction(i2t, image_emb, momentum_text_emb, queue_text)
     hinge_t2i, negative_t2i = direction(t2i, text_emb, momentum_image_emb, queue_image)
-    hinge = jnp.concatenate([hinge_i2t, hinge_t2i])
+    # Stacked rather than joined: rows that are split over devices then stay where they are.
+    hinge = jnp.stack([hinge_i2t, hinge_t2i])
     aux = TripletAux(
         negative_i2t=i2t.index,
         negative_t2i=t2i.index,
         hardest_i2t=i2t.hardest,
         hardest_t2i=t2i.hardest,
-        fallback_fraction=1 - jnp.concatenate([i2t.sampled, t2i.sampled]).mean(),
-        posterior=posterior(jnp.concatenate([negative_i2t, negative_t2i])).mean(),
+        fallback_fraction=1 - jnp.stack([i2t.sampled, t2i.sampled]).mean(),
+        posterior=posterior(jnp.stack([negative_i2t, negative_t2i])).mean(),
         active_fraction=(hinge > 0).mean(),
     )
     return hinge.sum() / image_emb.shape[0], aux

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ class Embedder:
       image_size: pixels of a side.
       image_mean: of the pixels in [0, 1], by channel.
       image_std: of the pixels in [0, 1], by channel.
+      before_batch: called before each batch; what it raises ends the embedding.
     """
 
     def __init__(
@@ -37,20 +39,28 @@ class Embedder:
         image_size: int,
         image_mean: tuple[float, ...],
         image_std: tuple[float, ...],
+        before_batch: Callable[[], None] = lambda: None,
     ):
         self._mesh, self._batch_size, self._image_size = mesh, batch_size, image_size
+        self._before_batch = before_batch
         rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        jit = functools.partial(jax.jit, in_shardings=(whole, rows), out_shardings=whole)
+        layout = sharding.StepLayout(mesh)
+        # Parameters are taken as they lie, split or whole, and used whole.
+        jit = functools.partial(jax.jit, in_shardings=(None, rows), out_shardings=whole)
 
         @jit
         def encode_images(params, batch):
             pixels = normalize_pixels(batch["image"], image_mean, image_std)
-            return module.apply({"params": params}, pixels, method=module.encode_image)
+            return module.apply(
+                {"params": layout.whole(params)}, pixels, method=module.encode_image
+            )
 
         @jit
         def encode_texts(params, batch):
             tokens = batch["input_ids"], batch["attention_mask"]
-            return module.apply({"params": params}, *tokens, method=module.encode_text)
+            return module.apply(
+                {"params": layout.whole(params)}, *tokens, method=module.encode_text
+            )
 
         self._encode_images, self._encode_texts = encode_images, encode_texts
 
@@ -81,9 +91,13 @@ class Embedder:
     def _embed(self, encode, params, batches: Iterable[dict[str, np.ndarray]], count):
         """Returns the first `count` rows; each batch holds this process's rows of a global one."""
         local = self._batch_size // jax.process_count()
-        parts = []
+        parts, running = [], collections.deque()
         for batch in batches:
+            self._before_batch()
             padded = {name: pad_rows(array, local) for name, array in batch.items()}
             # Replicated by `out_shardings`, so that each process can fetch all of it.
-            parts.append(encode(params, sharding.to_devices(padded, self._mesh)))
-        return np.concatenate(jax.device_get(parts))[:count]
+            running.append(encode(params, sharding.to_devices(padded, self._mesh)))
+            # Two stay in flight: more would hold the devices' memory, and back what stops this.
+            if len(running) > 2:
+                parts.append(jax.device_get(running.popleft()))
+        return np.concatenate([*parts, *jax.device_get(list(running))])[:count]

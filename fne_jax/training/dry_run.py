@@ -34,10 +34,10 @@ def describe(config: ml_collections.ConfigDict) -> str:
     else:
         tokenizer = captions.load_tokenizer(config.data.tokenizer)
     tokens = run.tokenize_captions(config, tokenizer, train.captions, config.data.text_length)
-    mesh = sharding.create_mesh()
+    mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
     module = run.build_module(config, architectures, len(tokenizer))
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
-    state = run.initial_state(config, module, mesh, schedule)
+    state = run.abstract_state(config, module, mesh, schedule)
     batch = next(
         training_batches(
             train,
@@ -49,7 +49,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
             augment_on=config.data.augment_on,
         )
     )
-    step = jitted_steps(config, plan, mesh, schedule)[Phase.FNE]
+    step = jitted_steps(config, plan, mesh, schedule, state)[Phase.FNE]
     compiled = step.lower(state, sharding.to_devices(batch, mesh)).compile()
     memory = compiled.memory_analysis()
     lines = ["parameters"]

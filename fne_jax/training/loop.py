@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
+import itertools
 import logging
 import pathlib
 import time
@@ -13,6 +15,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+import optax
 
 from fne_jax import configuration
 from fne_jax.command_line import Interrupted
@@ -27,12 +30,16 @@ from fne_jax.data.input_pipeline import BatchOrder, training_batches
 from fne_jax.encoders.towers import read_architectures, store_architectures, with_model_defaults
 from fne_jax.errors import UserError
 from fne_jax.retrieval.evaluation import evaluate_split
-from fne_jax.training import checkpointing, objective, run, sharding
-from fne_jax.training.interruption import StopRequest
-from fne_jax.training.metric_log import MetricLog, ScalarWindow
+from fne_jax.training import checkpointing, distributed, objective, run, sharding
+from fne_jax.training.bad_steps import BadSteps
+from fne_jax.training.compile_cache import use_compile_cache
+from fne_jax.training.encoder_passes import MicroBatches, WholeBatch
+from fne_jax.training.interruption import Stopped, StopRequest
+from fne_jax.training.metric_log import EVALUATED, MetricLog, ScalarWindow
 from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.phases import Phase, RunPlan
 from fne_jax.training.progress import TrainingProgress
+from fne_jax.training.train_state import TrainState
 from fne_jax.training.train_step import given_pixels, train_step
 
 _log = logging.getLogger(__name__)
@@ -46,17 +53,20 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
       workdir: folder of the run; see README.md for what it holds afterwards.
 
     Raises:
-      UserError: on wrong input, or when the loss is no longer a number.
+      UserError: on wrong input, when too many steps in a row had no finite loss or gradient, or
+        when a checkpoint cannot be written.
       Interrupted: after Ctrl-C or SIGTERM, with everything saved.
     """
     # Data: everything that may be wrong with it shows before the workdir is touched.
     architectures = read_architectures(config.encoder, workdir)
     config = with_model_defaults(config, architectures)
+    use_compile_cache(config.compile_cache)
     image_size = config.encoder.image.image_size
-    train = load_split(config.data, image_size, "train")
-    val = with_captions_per_image(
-        load_split(config.data, image_size, "val"), config.evaluation.captions_per_image
-    )
+    with distributed.first_process_first("data"):
+        train = load_split(config.data, image_size, "train")
+        val = with_captions_per_image(
+            load_split(config.data, image_size, "val"), config.evaluation.captions_per_image
+        )
     order = batch_order(config, train)
     plan = RunPlan.of(config, order.steps_per_epoch)
     _log.info(
@@ -68,16 +78,18 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
     )
 
     # Workdir.
-    create_workdir(workdir)
-    configuration.store_config(config, workdir)
-    store_architectures(architectures, workdir)
-    tokenizer = run.run_tokenizer(config, workdir, train)
+    with distributed.first_process_first("workdir"):
+        create_workdir(workdir)
+        require_shared(workdir)
+        configuration.store_config(config, workdir)
+        store_architectures(architectures, workdir)
+        tokenizer = run.run_tokenizer(config, workdir, train)
     tokenize = functools.partial(run.tokenize_captions, config, tokenizer)
     train_tokens = tokenize(train.captions, config.data.text_length)
     val_tokens = tokenize(val.captions, config.evaluation.text_length)
 
     # Mesh, model, optimizer, state.
-    mesh = sharding.create_mesh()
+    mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
     module = run.build_module(config, architectures, len(tokenizer))
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
     state = run.initial_state(config, module, mesh, schedule)
@@ -87,34 +99,59 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
     # Restore.
     manager = checkpointing.checkpoint_manager(workdir, config.checkpoint)
     position: dict[str, Any] = {}
-    latest = manager.latest_step()
-    if latest is not None:
-        state, position = checkpointing.restore(manager, latest, state)
+    restored = checkpointing.restore_newest(manager, state)
+    if restored is not None:
+        latest, state, position = restored
         _log.info("resumed from step %d of %s", latest, workdir)
     elif config.init_from:
         state = run.with_weights_of(state, pathlib.Path(config.init_from))
     else:
         state = run.with_pretrained_towers(state, config.encoder)
     first_step = int(state.step)
-    if first_step >= plan.total_steps:
+    # A signal may have come before or during the validation of a step that was then saved.
+    validated = first_step not in plan.validation_steps or manager.metrics(first_step) is not None
+    if first_step >= plan.total_steps and validated:
         _log.info("the run is complete: %d steps are done", first_step)
         return
 
-    # Jitted steps.
-    steps = jitted_steps(config, plan, mesh, schedule)
-    embedder = run.build_embedder(config, module, mesh)
-    log = MetricLog(workdir, first_step)
+    # What a run counts and shows.
+    stop = StopRequest()
+    embedder = run.build_embedder(config, module, mesh, before_batch=stop.check)
+    log = MetricLog(workdir, first_step, validated)
     window = ScalarWindow(position.get("window"))
+    bad_steps = BadSteps.of(position.get("bad_steps"))
 
-    def validate(step: int) -> dict[str, float]:
-        metrics, samples = evaluate_split(embedder, state.params, val, val_tokens)
-        log.write(step, {f"eval_{name}": value for name, value in metrics.items()})
+    def validate(step: int) -> dict[str, float] | None:
+        """Returns the metrics, or None if a signal came first."""
+        try:
+            metrics, samples = evaluate_split(embedder, state.params, val, val_tokens)
+        except Stopped:
+            return None
+        log.write(step, {f"{EVALUATED}{name}": value for name, value in metrics.items()})
         log.write_histograms(step, {f"similarity_{k}": v for k, v in samples.items()})
         _log.info("step %d: validation rSum %.1f", step, metrics["rsum"])
         return metrics
 
     def save(metrics: dict[str, float] | None = None) -> None:
-        checkpointing.save(manager, state, {"window": window.stored()}, metrics)
+        position = {"window": window.stored(), "bad_steps": bad_steps.stored()}
+        checkpointing.save(manager, state, position, metrics)
+
+    def finish() -> None:
+        checkpointing.finish(manager)
+        log.flush()
+
+    def interrupted(step: int) -> Interrupted:
+        return Interrupted(
+            stop.poll(), f"stopped at step {step}, saved; the same command goes on from there"
+        )
+
+    if not validated:
+        with stop:
+            metrics = validate(first_step)
+        if metrics is None:
+            finish()
+            raise interrupted(first_step)
+        checkpointing.add_metrics(manager, first_step, metrics)
 
     # Loop.
     batches = training_batches(
@@ -129,52 +166,68 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
         processes=jax.process_count(),
         prefetch=config.data.prefetch,
     )
+    # Compiled before a signal is held back, and before an hour of training can be lost to a program
+    # of a later phase that does not fit the devices.
+    first_batch = next(batches, None)
+    steps = {}
+    if first_batch is not None:
+        steps = compiled_steps(config, plan, mesh, schedule, state, first_batch)
+        batches = itertools.chain([first_batch], batches)
     clock = DataClock(batches)
     progress = TrainingProgress(
         first_step, plan.total_steps, config.global_batch_size, config.logging.progress_seconds
     )
     hooks = profile_hooks(config.logging.profile_step, workdir)
-    pending = collections.deque()  # scalars of steps that may still be running
+    pending = collections.deque()  # steps that may still be running, with their results
     phase = None
-    with StopRequest() as stop:
+    with stop, contextlib.closing(progress):
         for step, batch in enumerate(clock, start=first_step):
             if plan.phase(step) is not phase:
                 phase = plan.phase(step)
                 _log.info("step %d: %s", step, phase.value)
-            state, scalars, negatives = steps[phase](state, sharding.to_devices(batch, mesh))
-            pending.append((scalars, negatives))
+            # Nothing but the batch is copied to the devices, which would stall every step.
+            with jax.transfer_guard_host_to_device("disallow"):
+                state, scalars, negatives = steps[phase](state, sharding.to_devices(batch, mesh))
+            pending.append((step, scalars, negatives))
             done = step + 1
             logs = done % config.logging.every_steps == 0 or done == plan.total_steps
             validates = done in plan.validation_steps
             saves = config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0
+            stops = stop.poll() is not None
             # Two steps stay in flight, enough to keep the device busy and memory bounded.
-            settle_all = logs or validates or saves or stop.signal_number is not None
-            while len(pending) > (0 if settle_all else 2):
-                settle(window, *pending.popleft(), train)
+            settle_all = logs or validates or saves or stops
+            while len(pending) > (0 if settle_all or bad_steps.in_a_row else 2):
+                settle(window, bad_steps, *pending.popleft(), order, train)
             for hook in hooks:
                 hook(done)
+            means = {}
             if logs:
                 means = window.take_means()
-                log.write(done, means | clock.take_rates(config.global_batch_size))
-                require_finite(means, done)
-            progress.update(done, means["loss"] if logs else None, clock.waiting_share)
+                rates = clock.take_rates(config.global_batch_size)
+                log.write(done, means | {"bad_steps": bad_steps.total} | rates)
+                checkpointing.check(manager)
+            progress.update(done, means.get("loss"), clock.waiting_share)
+            if bad_steps.in_a_row >= config.max_bad_steps:
+                in_a_row, bad_steps.in_a_row = bad_steps.in_a_row, 0  # for the next try
+                save()
+                finish()
+                raise UserError(
+                    f"the last {in_a_row} steps to step {done} had a loss or gradient that is no "
+                    "finite number (config.max_bad_steps); the state before them is saved. Look at "
+                    "their pairs in the log, or begin anew with a lower "
+                    "config.optimizer.learning_rate"
+                )
             if validates:
                 with clock.paused():
-                    save(validate(done))
-            elif saves:
+                    metrics = validate(done)
+                save(metrics)
+                stops = metrics is None or (stops and done < plan.total_steps)
+            elif saves or stops:
                 save()
-            if stop.signal_number is not None and done < plan.total_steps:
-                save()
-                manager.close()
-                progress.close()
-                log.flush()
-                raise Interrupted(
-                    stop.signal_number,
-                    f"stopped at step {done}, saved; the same command goes on from there",
-                )
-    progress.close()
-    manager.close()
-    log.flush()
+            if stops:
+                finish()
+                raise interrupted(done)
+        finish()
     _log.info("the run is complete: %d steps", plan.total_steps)
 
 
@@ -207,13 +260,40 @@ def create_workdir(workdir: pathlib.Path) -> None:
         raise UserError(f"--workdir={workdir}: cannot be written to: {error}") from error
 
 
+def require_shared(workdir: pathlib.Path) -> None:
+    """Raises UserError on a process that does not see the workdir that process 0 has begun."""
+    if jax.process_index() != 0 and not (workdir / configuration.FILE_NAME).exists():
+        raise UserError(
+            f"--workdir={workdir}: process {jax.process_index()} does not find there what process "
+            "0 wrote; give a folder on a file system that all processes share"
+        )
+
+
 def jitted_steps(
-    config: ml_collections.ConfigDict, plan: RunPlan, mesh: jax.sharding.Mesh, schedule
+    config: ml_collections.ConfigDict,
+    plan: RunPlan,
+    mesh: jax.sharding.Mesh,
+    schedule: optax.Schedule,
+    state: TrainState,
 ) -> dict[Phase, Callable]:
-    """Returns the compiled-on-first-use train step of each phase, the state donated."""
+    """Returns the compiled-on-first-use train step of each phase, the state donated.
+
+    Args:
+      config: of the run.
+      plan: its step counts.
+      mesh: its devices.
+      schedule: its learning rate.
+      state: concrete or abstract, for the structure and the shardings of its arrays.
+    """
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    placed = sharding.state_shardings(mesh, state)
+    passes = WholeBatch()
+    if config.micro_batches > 1:
+        passes = MicroBatches(config.micro_batches, sharding.micro_batch_sharding(mesh))
     shared = {
         "augment": augmentation_in_step(config),
+        "passes": passes,
+        "layout": sharding.StepLayout(mesh),
         "momentum": config.momentum,
         "mask_same_image": config.fne.mask_same_image,
         "next_statistics": objective.next_statistics(config.fne, plan.steps_per_epoch),
@@ -230,8 +310,8 @@ def jitted_steps(
     return {
         phase: jax.jit(
             functools.partial(train_step, **kind, **shared),
-            in_shardings=(whole, rows),
-            out_shardings=whole,
+            in_shardings=(placed, rows),
+            out_shardings=(placed, whole, whole),
             donate_argnums=0,
         )
         for phase, kind in kinds.items()
@@ -246,15 +326,61 @@ def augmentation_in_step(config: ml_collections.ConfigDict) -> Callable:
     return functools.partial(device_augmentation.augment_batch, size=size)
 
 
+def compiled_steps(
+    config: ml_collections.ConfigDict,
+    plan: RunPlan,
+    mesh: jax.sharding.Mesh,
+    schedule,
+    state: TrainState,
+    batch: dict[str, np.ndarray],
+) -> dict[Phase, Callable]:
+    """Returns the train step of each phase that is still to come, compiled.
+
+    Args:
+      config: see configs/base.py.
+      plan: of the run.
+      mesh: of all devices.
+      schedule: the learning rate.
+      state: before the next step.
+      batch: this process's rows of any batch.
+    """
+    rows = sharding.to_devices(batch, mesh)
+    jitted = jitted_steps(config, plan, mesh, schedule, state)
+    phases = {plan.phase(step) for step in range(int(state.step), plan.total_steps)}
+    return {phase: jitted[phase].lower(state, rows).compile() for phase in phases}
+
+
 def settle(
-    window: ScalarWindow, scalars: dict[str, Any], negatives: dict[str, Any], train: PairDataset
+    window: ScalarWindow,
+    bad_steps: BadSteps,
+    step: int,
+    scalars: dict[str, jax.Array],
+    negatives: dict[str, jax.Array],
+    order: BatchOrder,
+    train: PairDataset,
 ) -> None:
-    """Waits for a step's results and adds them, with the true false-negative rates if known."""
+    """Waits for a step's results and adds them, with the true false-negative rates if known.
+
+    Those of a batch that was not applied are left out, and its pairs logged.
+    """
+    values = jax.device_get(scalars)
+    applied = bool(values.pop("applied"))
+    bad_steps.add(applied)
+    if not applied:
+        pairs = next(order.rows(range(step, step + 1))).pair
+        _log.warning(
+            "step %d is not applied: loss %s, gradient norm %s; pairs %s",
+            step,
+            values["loss"],
+            values["gradient_norm"],
+            " ".join(map(str, pairs)),
+        )
+        return
     if train.truth is not None and negatives:
-        scalars = scalars | true_false_negative_rates(
+        values |= true_false_negative_rates(
             train.truth, train.caption_image, jax.device_get(negatives)
         )
-    window.add(scalars)
+    window.add(values)
 
 
 def true_false_negative_rates(
@@ -280,16 +406,6 @@ def true_false_negative_rates(
         )
         rates[f"{'sampled' if kind == 'negative' else kind}_false_negative_rate"] = matches.mean()
     return rates
-
-
-def require_finite(means: dict[str, float], step: int) -> None:
-    """Raises UserError if the loss or the gradient norm is no longer a number."""
-    for name in ("loss", "gradient_norm"):
-        if not np.isfinite(means[name]):
-            raise UserError(
-                f"{name} is {means[name]} at step {step}; lower config.optimizer.learning_rate or "
-                "config.optimizer.clip_norm, and start from the last checkpoint"
-            )
 
 
 def profile_hooks(profile_step: int, workdir: pathlib.Path) -> list[Callable[[int], None]]:

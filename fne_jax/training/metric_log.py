@@ -16,6 +16,7 @@ import numpy as np
 from fne_jax.errors import UserError
 
 FILE_NAME = "metrics.jsonl"
+EVALUATED = "eval_"  # begins the names of what a validation measured
 _log = logging.getLogger(__name__)
 
 
@@ -54,15 +55,20 @@ class MetricLog:
 
     metrics.jsonl holds one line a write and no step twice: lines beyond the step that a run
     resumes from are dropped. TensorBoard is left out, with a warning, where clu is not installed.
+
+    Args:
+      workdir: the run's folder.
+      resumed_step: step that the run resumes from, or 0.
+      validated: whether the validation at that step stands; if not, its line is dropped too.
     """
 
-    def __init__(self, workdir: pathlib.Path, resumed_step: int):
+    def __init__(self, workdir: pathlib.Path, resumed_step: int, validated: bool = True):
         self._path = workdir / FILE_NAME
         self._writer = None
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        self._drop_after(resumed_step)
+        self._drop_after(resumed_step, validated)
         try:
             from clu import metric_writers
         except ImportError:
@@ -98,13 +104,15 @@ class MetricLog:
         if self._writer is not None:
             self._writer.flush()
 
-    def _drop_after(self, step):
+    def _drop_after(self, step, validated):
         if not self._path.exists():
             return
         kept = []
         for line in self._path.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                values = json.loads(line)
+                redone = not validated and any(name.startswith(EVALUATED) for name in values)
+                if values["step"] < step or (values["step"] == step and not redone):
                     kept.append(line)
             except ValueError:  # a line cut off by a crash
                 break

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 
+import jax
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 _log = logging.getLogger("fne_jax.progress")
@@ -19,7 +20,7 @@ class TrainingProgress:
         self._every = every_seconds
         self._started = self._last_line = time.monotonic()
         self._bar = self._task = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and jax.process_index() == 0:
             self._bar = Progress(
                 TextColumn("{task.completed}/{task.total}"),
                 BarColumn(),

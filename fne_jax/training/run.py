@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -110,15 +111,14 @@ def with_pretrained_towers(state: TrainState, encoder: ml_collections.ConfigDict
     """Returns a state whose encoders, momentum encoders too, start from the config's sources."""
     if not any(encoder[tower].pretrained for tower in towers.TOWERS):
         return state
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
     loaded = towers.pretrained_params(encoder, state.params)
+    placed = jax.tree.map(sharding.place, loaded, shardings)
 
     # Computed rather than placed: a donated state must neither hold a buffer twice nor share one
     # with the arrays that were read.
-    copy = jax.jit(
-        lambda tree: jax.tree.map(jnp.copy, tree),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, state.params),
-    )
-    return state.replace(params=copy(loaded), momentum_params=copy(loaded))
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
+    return state.replace(params=copy(placed), momentum_params=copy(placed))
 
 
 def initial_state(
@@ -128,27 +128,46 @@ def initial_state(
     learning_rate: optax.Schedule,
 ) -> TrainState:
     """Returns the state before the first step, created on the devices where it stays."""
-    tx = build_optimizer(config.optimizer, learning_rate)
+    create = _creation(config, module, learning_rate)
+    rng = jax.random.key(config.seed)
+    shardings = sharding.state_shardings(mesh, jax.eval_shape(create, rng))
+    return jax.jit(create, out_shardings=shardings)(rng)
 
-    training_module = module.clone(text_pooling=config.encoder.text.training_pooling)
 
-    def create(rng):
-        return create_train_state(
-            rng,
-            training_module,
-            tx,
-            image_size=config.encoder.image.image_size,
-            text_length=config.data.text_length,
-            queue_size=config.queue_size,
-        )
+def abstract_state(
+    config: ml_collections.ConfigDict,
+    module: DualEncoder,
+    mesh: jax.sharding.Mesh,
+    learning_rate: optax.Schedule,
+) -> TrainState:
+    """Returns `initial_state`'s shapes, dtypes and shardings; nothing is allocated."""
+    state = jax.eval_shape(_creation(config, module, learning_rate), jax.random.key(config.seed))
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        state,
+        sharding.state_shardings(mesh, state),
+    )
 
-    return jax.jit(create, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed))
+
+def _creation(config, module, learning_rate):
+    """Returns a function from a key to the state before the first step."""
+    return functools.partial(
+        create_train_state,
+        module=module.clone(text_pooling=config.encoder.text.training_pooling),
+        tx=build_optimizer(config.optimizer, learning_rate),
+        image_size=config.encoder.image.image_size,
+        text_length=config.data.text_length,
+        queue_size=config.queue_size,
+    )
 
 
 def build_embedder(
-    config: ml_collections.ConfigDict, module: DualEncoder, mesh: jax.sharding.Mesh
+    config: ml_collections.ConfigDict,
+    module: DualEncoder,
+    mesh: jax.sharding.Mesh,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Embedder:
-    """Returns what embeds splits as the config says."""
+    """Returns what embeds splits as the config says; for `before_batch` see `Embedder`."""
     return Embedder(
         module,
         mesh,
@@ -156,6 +175,7 @@ def build_embedder(
         image_size=config.encoder.image.image_size,
         image_mean=config.image_mean,
         image_std=config.image_std,
+        before_batch=before_batch,
     )
 
 
@@ -167,7 +187,7 @@ class RestoredRun:
       config: of the run, or that the model was built from.
       tokenizer: of the captions.
       module: the model.
-      params: its parameters, replicated over all devices.
+      params: its parameters, on `mesh`.
       step: updates that they have had.
       mesh: of all devices.
       state: the whole train state; None for pretrained towers as they come.
@@ -182,23 +202,30 @@ class RestoredRun:
     state: TrainState | None = None
 
 
-def restore_run(workdir: pathlib.Path, checkpoint: str) -> RestoredRun:
+def restore_run(
+    workdir: pathlib.Path, checkpoint: str, mesh: jax.sharding.Mesh | None = None
+) -> RestoredRun:
     """Returns a run with the weights of `best`, `latest` or a step, on the devices that are here.
 
+    Args:
+      workdir: of the run.
+      checkpoint: `best`, `latest` or a step.
+      mesh: whose shardings the state takes; None for a whole copy on each device.
+
     Raises:
-      UserError: if the folder is not a run's, or the checkpoint is not there.
+      UserError: if the folder is not a run's, or the checkpoint is not there or damaged.
     """
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a folder; give the --workdir of a run")
     config = configuration.read_config(workdir)
-    manager = checkpointing.checkpoint_manager(workdir, config.checkpoint)
+    manager = checkpointing.checkpoint_manager(workdir, config.checkpoint, read_only=True)
     step = checkpointing.find_step(manager, checkpoint)
     tokenizer = stored_tokenizer(workdir)
     architectures = towers.read_architectures(config.encoder, workdir)
     module = build_module(config, architectures, len(tokenizer))
-    mesh = sharding.create_mesh()
+    mesh = sharding.create_mesh() if mesh is None else mesh
     # Only the structure of the optimizer's state matters here, not its learning rate.
-    like = initial_state(config, module, mesh, optax.constant_schedule(0.0))
+    like = abstract_state(config, module, mesh, optax.constant_schedule(0.0))
     state, _ = checkpointing.restore(manager, step, like)
     manager.close()
     return RestoredRun(config, tokenizer, module, state.params, step, mesh, state)
@@ -234,10 +261,12 @@ def pretrained_run(config: ml_collections.ConfigDict) -> RestoredRun:
 def with_weights_of(state: TrainState, workdir: pathlib.Path) -> TrainState:
     """Returns the state with both encoders' weights from another run's best checkpoint.
 
+    They are read into the shardings of the state's mesh.
+
     Raises:
       UserError: if that run's weights have other names or shapes.
     """
-    other = restore_run(workdir, "best").state
+    other = restore_run(workdir, "best", state.step.sharding.mesh).state
     ours, theirs = _shapes(state.params), _shapes(other.params)
     if ours != theirs:
         different = [

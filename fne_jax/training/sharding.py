@@ -1,29 +1,100 @@
-"""The device mesh, and where each array lives on it: the one place that decides."""
+"""The device mesh, and where each array lives on it: the one place that decides.
+
+- The rows of a batch are split over both axes.
+- Parameters, momentum parameters and Adam's moments are split over `fsdp`, each along the largest
+  of its dimensions that the axis divides; small arrays are whole on every device.
+- All else of the train state (memory, statistics, step, key) is whole on every device, so that each
+  scores its own anchors against the whole memory without asking another.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from fne_jax.errors import UserError
+
 DATA_AXIS = "data"
+FSDP_AXIS = "fsdp"
+BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
+# Fields of the train state that are split over `fsdp`.
+SHARDED_FIELDS = ("params", "momentum_params", "opt_state")
+# Elements below which an array stays whole: biases and norms, also those of stacked layers, whose
+# gathering would cost more than the memory that it saves.
+MIN_SHARDED_SIZE = 2**16
 
 
-def create_mesh() -> Mesh:
-    """Returns a mesh of all devices along the data axis."""
+def create_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh of devices along the two axes.
+
+    Args:
+      data: size of the axis over which only batches are split; -1 for what `fsdp` leaves.
+      fsdp: size of the axis over which parameters are split too; -1 for what `data` leaves.
+      devices: all of this run by default.
+
+    Raises:
+      UserError: if the sizes do not make up the devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes, count = {DATA_AXIS: data, FSDP_AXIS: fsdp}, len(devices)
+    for axis, other in (BATCH_AXES, BATCH_AXES[::-1]):
+        if sizes[axis] == -1:
+            sizes[axis] = count // max(sizes[other], 1)
+    if sizes[DATA_AXIS] * sizes[FSDP_AXIS] != count:
+        raise UserError(
+            f"config.mesh has data={data} and fsdp={fsdp}, which do not divide the {count} "
+            "device(s); their product must be that number, and -1 fills one of them"
+        )
     # Auto axes: with the default Explicit ones, writing sharded embeddings into the replicated
     # memory is an error rather than a gather.
-    return jax.make_mesh((jax.device_count(),), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices,
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of the train state: a whole copy on each device."""
+    """Returns the sharding of an array of which each device has a whole copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of batches: rows over the data axis."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    """Returns the sharding of batches: rows over both axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of [micro-batch, row, ...]: rows over both axes."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+
+def parameter_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Returns the sharding of a parameter of this shape, of its momentum and of Adam's moments."""
+    fsdp = mesh.shape[FSDP_AXIS]
+    divisible = [size if size % fsdp == 0 else 0 for size in shape]
+    if fsdp == 1 or np.prod(shape) < MIN_SHARDED_SIZE or not any(divisible):
+        return replicated(mesh)
+    spec = [None] * len(shape)
+    spec[int(np.argmax(divisible))] = FSDP_AXIS
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """Returns a tree shaped as a train state, concrete or abstract, of each array's sharding."""
+
+    def of(path, leaf):
+        if path[0].name in SHARDED_FIELDS:
+            return parameter_sharding(mesh, leaf.shape)
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(of, state)
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -33,3 +104,45 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in batch.items()
     }
+
+
+def place(array: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Returns a host's array on the devices, each given its own part; an array there as it is."""
+    if isinstance(array, jax.Array):
+        return array
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class StepLayout:
+    """Where a train step wants its arrays; without it the compiler may split products anyhow.
+
+    Attributes:
+      mesh: the devices.
+    """
+
+    mesh: Mesh
+
+    def whole(self, tree: Any) -> Any:
+        """Returns arrays that every device holds whole."""
+        return jax.lax.with_sharding_constraint(tree, replicated(self.mesh))
+
+    def rows(self, tree: Any) -> Any:
+        """Returns arrays of which each device holds its rows of the batch."""
+        return jax.lax.with_sharding_constraint(tree, batch_sharding(self.mesh))
+
+    def whole_parameters(self, params: Any) -> Any:
+        """Returns parameters whole on every device, to be used; their gradients are split again."""
+
+        @jax.custom_vjp
+        def use(params):
+            return self.whole(params)
+
+        def split(_, gradients):
+            places = jax.tree.map(lambda g: parameter_sharding(self.mesh, g.shape), gradients)
+            # Summed over the devices first: told to split alone, the compiler splits what goes into
+            # the sum, and moves activations to do so.
+            return (jax.lax.with_sharding_constraint(self.whole(gradients), places),)
+
+        use.defvjp(lambda params: (use(params), None), split)
+        return use(params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,19 @@ import optax
 
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.objectives.triplet_loss import TripletAux
+from fne_jax.training.encoder_passes import EncoderPasses
 from fne_jax.training.objective import Features, NextStatistics, Objective
+from fne_jax.training.sharding import StepLayout
 from fne_jax.training.train_state import TrainState
+
+# Scopes that name each part's operations in the compiled program; what lies in neither of these
+# three is the cost of the training strategy (fne_jax/planning).
+ONLINE_ENCODERS = "online_encoders"
+MOMENTUM_ENCODERS = "momentum_encoders"
+OPTIMIZER = "optimizer"
+MOMENTUM_UPDATE = "momentum_update"
+OBJECTIVE = "objective"
+MEMORY = "memory"
 
 
 def train_step(
@@ -20,6 +32,8 @@ def train_step(
     batch: dict[str, jax.Array],
     *,
     augment: Callable[[dict[str, jax.Array]], jax.Array],
+    passes: EncoderPasses,
+    layout: StepLayout,
     objective: Objective,
     next_statistics: NextStatistics,
     write_queue: bool,
@@ -31,12 +45,17 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
     """Updates momentum encoders, statistics, weights and memory with one batch.
 
+    A batch whose loss, gradient or momentum embeddings are not finite changes nothing but the step:
+    the counts within the optimizer, which schedule the learning rate, stay behind with the rest.
+
     Args:
       state: donated by the jitted form.
       batch: `image` [batch, side, side, 3] uint8, `input_ids` and `attention_mask` [batch, length]
         int32, `image_id` and `pair_id` [batch] int32.
       augment: of the batch, the [batch, size, size, 3] uint8 pixels to train on: `given_pixels`, or
         `device_augmentation.augment_batch`, which reads further arrays of the batch.
+      passes: how the batch goes through the encoders.
+      layout: of the arrays over the devices.
       objective: the loss of this phase of the run.
       next_statistics: adds the batch to the similarity statistics.
       write_queue: whether the batch's momentum embeddings enter the memory.
@@ -47,41 +66,65 @@ def train_step(
       learning_rate: for the log; the optimizer has its own.
 
     Returns:
-      The new state, scalars, and the negatives: empty, or [batch] int32 pair ids of the anchors,
+      The new state, scalars (`applied` is 0 where the batch was not), and the negatives: empty, or
+      [batch] int32 pair ids of the anchors,
       of the chosen and of the hardest candidates (`anchor`, `negative_i2t`, `negative_t2i`,
       `hardest_i2t`, `hardest_t2i`), -1 where the memory's slot was empty.
     """
     rng = jax.random.fold_in(state.key, state.step)
     sampling_rng, dropout_rng = jax.random.split(rng)
-    momentum_params = optax.incremental_update(state.params, state.momentum_params, 1 - momentum)
-    pixels = normalize_pixels(augment(batch), image_mean, image_std)
-    tokens = batch["input_ids"], batch["attention_mask"]
-    momentum_image, momentum_text = state.apply_fn({"params": momentum_params}, pixels, *tokens)
-    image_id = batch["image_id"]
+    with jax.named_scope(MOMENTUM_UPDATE):
+        momentum_params = optax.incremental_update(
+            state.params, state.momentum_params, 1 - momentum
+        )
+    # Ids and keys are whole on every device, as the memory is: each scores its own anchors.
+    image_id, pair_id = layout.whole((batch["image_id"], batch["pair_id"]))
     same_image = jnp.eye(image_id.shape[0], dtype=bool)
     if mask_same_image:
         same_image = image_id[:, None] == image_id[None, :]
 
-    def loss_fn(params):
-        image, text = state.apply_fn(
-            {"params": params},
+    def encode(params, inputs, dropout_rng):
+        pixels = normalize_pixels(inputs["image"], image_mean, image_std)
+        embeddings = state.apply_fn(
+            {"params": layout.whole_parameters(params)},
             pixels,
-            *tokens,
-            deterministic=False,
-            rngs={"dropout": dropout_rng},
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            deterministic=dropout_rng is None,
+            rngs=None if dropout_rng is None else {"dropout": dropout_rng},
         )
+        return layout.rows(embeddings)
+
+    inputs = {"image": augment(batch)} | {k: batch[k] for k in ("input_ids", "attention_mask")}
+    with jax.named_scope(MOMENTUM_ENCODERS):
+        momentum_embeddings = passes.embed(encode, momentum_params, inputs)
+    with jax.named_scope(MEMORY):
+        momentum_image, momentum_text = layout.whole(momentum_embeddings)
+
+    @jax.named_scope(OBJECTIVE)
+    def loss_fn(image, text):
         features = Features(image, text, momentum_image, momentum_text, image_id, same_image)
         stats = next_statistics(state.stats, state.step, features)
         loss, aux = objective(sampling_rng, features, state.queue, stats)
         return loss, (stats, aux)
 
-    (loss, (stats, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    with jax.named_scope(ONLINE_ENCODERS):
+        (loss, (stats, aux)), grads = passes.loss_and_gradients(
+            encode, state.params, inputs, dropout_rng, loss_fn
+        )
+    with jax.named_scope(OPTIMIZER):
+        gradient_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        finite &= jnp.isfinite(momentum_image).all() & jnp.isfinite(momentum_text).all()
     queue = state.queue
     if write_queue:
-        queue = queue.enqueue(momentum_image, momentum_text, image_id, batch["pair_id"])
+        with jax.named_scope(MEMORY):
+            rows = momentum_image, momentum_text, image_id, pair_id
+            queue = queue.enqueue(*rows, where=finite)
     scalars = {
         "loss": loss,
-        "gradient_norm": optax.tree.norm(grads),
+        "applied": finite,
+        "gradient_norm": gradient_norm,
         "learning_rate": learning_rate(state.step),
         **statistics_scalars(stats),
         "queue_filled": (queue.image_id >= 0).mean(),
@@ -94,11 +137,21 @@ def train_step(
             "sampled_posterior": aux.posterior,
             "hinge_active": aux.active_fraction,
         }
-        negatives = _negative_pairs(aux, jnp.concatenate([batch["pair_id"], state.queue.pair_id]))
-    state = state.apply_gradients(
-        grads=grads, momentum_params=momentum_params, stats=stats, queue=queue
-    )
-    return state, scalars, negatives
+        negatives = _negative_pairs(aux, jnp.concatenate([pair_id, state.queue.pair_id]))
+    with jax.named_scope(OPTIMIZER):
+        new = state.apply_gradients(
+            grads=grads, momentum_params=momentum_params, stats=stats, queue=queue
+        )
+        held = {
+            name: jax.tree.map(functools.partial(jnp.where, finite), getattr(new, name), value)
+            for name, value in (
+                ("params", state.params),
+                ("momentum_params", state.momentum_params),
+                ("opt_state", state.opt_state),
+                ("stats", state.stats),
+            )
+        }
+    return new.replace(**held), scalars, negatives
 
 
 def given_pixels(batch: dict[str, jax.Array]) -> jax.Array:

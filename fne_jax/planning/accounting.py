@@ -1,0 +1,178 @@
+"""Work of a compiled program: floating-point operations, bytes of main memory, collectives.
+
+XLA's own figures count a loop's body once; here it counts as often as it runs. Operations are
+those of one device. All are told apart by the scope (`jax.named_scope`) that they come from.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+
+from fne_jax.planning import hlo, operations, traffic
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
+
+
+@dataclasses.dataclass
+class Work:
+    """What one scope costs a device in a step.
+
+    Attributes:
+      flops: operations, a multiplication and an addition as two.
+      matrix_passes: operations of matrix products alone, each as often as a matrix unit of
+        bfloat16 takes it: six times at the highest precision of float32.
+      bytes: read and written of the main memory.
+    """
+
+    flops: float = 0.0
+    matrix_passes: float = 0.0
+    bytes: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A communication.
+
+    Attributes:
+      kind: one of COLLECTIVES.
+      scope: that it comes from.
+      bytes: of what it gives each device (of what it takes, for a reduce-scatter), each time.
+      count: of its runs in a step.
+    """
+
+    kind: str
+    scope: str
+    bytes: int
+    count: int
+
+
+@dataclasses.dataclass
+class Account:
+    """The work of a program.
+
+    Attributes:
+      work: by scope.
+      collectives: all that it holds.
+    """
+
+    work: dict[str, Work]
+    collectives: list[Collective]
+
+
+def account(text: str, scopes: tuple[str, ...], other: str = "other") -> Account:
+    """Returns the work of a compiled program.
+
+    Where a scope lies within another, the inner one counts. An instruction that XLA made up, and
+    so has no name, belongs to what reads it.
+
+    Args:
+      text: of `compiled.as_text()`.
+      scopes: names to tell apart.
+      other: name of all else.
+
+    Raises:
+      ValueError: if a loop's trip count cannot be read.
+    """
+    counter = _Counter(hlo.parse(text), scopes, other)
+    counter.visit(counter.module.entry, 1, other)
+    return Account(dict(counter.work), counter.collectives)
+
+
+class _Counter:
+    def __init__(self, module, scopes, other):
+        self.module, self.other = module, other
+        self.scope_pattern = re.compile("|".join(rf"(?<!\w){re.escape(s)}(?!\w)" for s in scopes))
+        self.work = collections.defaultdict(Work)
+        self.collectives, self.channels = [], set()
+
+    def visit(self, name, times, outer):
+        """Adds what a computation does when it runs so many times within a scope."""
+        computation = self.module.computations[name]
+        scopes = self.scopes_of(computation, outer)
+        for instruction in computation.instructions.values():
+            scope, opcode = scopes[instruction.name], instruction.opcode
+            for source, size in traffic.main_memory(self.module, computation, instruction).items():
+                self.work[self.scope_of_name(source) or scope].bytes += times * size
+            if opcode == "fusion":
+                self.add_operations(instruction.called("calls"), times, scope)
+            else:
+                self.add_operation(instruction, computation, times, scope)
+            if opcode == "while":
+                trips = hlo.trip_count(self.module, computation, instruction)
+                self.visit(instruction.called("body"), times * trips, scope)
+            elif opcode == "call":
+                self.visit(instruction.called("to_apply"), times, scope)
+            elif opcode == "async-start":
+                self.visit(instruction.called("calls"), times, scope)
+            elif opcode == "conditional":
+                for branch in hlo.branches(instruction):
+                    self.visit(branch, times, scope)
+
+    def add_operations(self, name, times, outer):
+        """Adds the operations of a fused computation; its memory is counted at the fusion."""
+        computation = self.module.computations[name]
+        scopes = self.scopes_of(computation, outer)
+        for instruction in computation.instructions.values():
+            scope = scopes[instruction.name]
+            if instruction.opcode == "fusion":
+                self.add_operations(instruction.called("calls"), times, scope)
+            else:
+                self.add_operation(instruction, computation, times, scope)
+
+    def add_operation(self, instruction, computation, times, scope):
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            self.add_collective(kind, instruction, computation, times, scope)
+            return
+        work, done = self.work[scope], operations.count(computation, instruction)
+        work.flops += times * done.flops
+        work.matrix_passes += times * done.matrix_passes
+
+    def add_collective(self, kind, instruction, computation, times, scope):
+        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+        if channel:
+            # A collective that overlaps with other work is written into each of its fusions.
+            if channel.group(1) in self.channels:
+                return
+            self.channels.add(channel.group(1))
+        taken = collections.Counter()
+        scopes = self.scopes_of(computation, scope)
+        for operand in instruction.operands:
+            # XLA joins small collectives under the name of one of them.
+            source = scope if len(instruction.operands) == 1 else scopes[operand]
+            taken[source] += sum(a.bytes for a in computation.instructions[operand].arrays)
+        given = sum(array.bytes for array in instruction.arrays)
+        if instruction.opcode.endswith("-start"):
+            given -= taken.total()  # its output lists what it takes as well
+        gathers = kind == "all-gather" and taken.total()
+        for source, size in taken.items():
+            size = size * given // taken.total() if gathers else size
+            self.collectives.append(Collective(kind, source, size, times))
+
+    def scopes_of(self, computation, outer):
+        """Returns the scope of each instruction of a computation."""
+        named = {i.name: self.scope_of_name(i.op_name) for i in computation.instructions.values()}
+        # Backwards, so that a chain of unnamed instructions takes what reads its end.
+        for instruction in reversed(list(computation.instructions.values())):
+            if named[instruction.name] is None:
+                readers = (named[user.name] for user in computation.users[instruction.name])
+                named[instruction.name] = next(filter(None, readers), None)
+        for instruction in computation.instructions.values():
+            if named[instruction.name] is None:
+                read = (named.get(operand) for operand in instruction.operands)
+                named[instruction.name] = next(filter(None, read), None)
+        return {name: scope or outer for name, scope in named.items()}
+
+    def scope_of_name(self, op_name):
+        found = self.scope_pattern.findall(op_name)
+        return found[-1] if found else None

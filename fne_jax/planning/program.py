@@ -1,0 +1,143 @@
+"""The real train step of a run, compiled for devices that need not be there."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from fne_jax import configuration
+from fne_jax.data.training_rows import row_maker
+from fne_jax.encoders.attention import AUTO
+from fne_jax.encoders.towers import with_model_defaults
+from fne_jax.planning.architectures import read_architectures
+from fne_jax.planning.topology import CPU, Topology
+from fne_jax.training import run, sharding
+from fne_jax.training.loop import jitted_steps
+from fne_jax.training.optimizer import learning_rate_schedule
+from fne_jax.training.phases import Phase, RunPlan
+from fne_jax.training.train_state import TrainState
+
+# How XLA says that a program does not fit: "... HLO temporaries (66.48G) exceeds available HBM
+# (15.75G)", or "Used 20.00G of 15.75G hbm".
+_OUT_OF_MEMORY = re.compile(
+    r"(?:HLO temporaries \(|Used )([\d.]+)([KMGT])\)? (?:exceeds available HBM \(|of )"
+    r"([\d.]+)([KMGT])"
+)
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled train step.
+
+    Attributes:
+      config: with what its towers leave open filled in.
+      mesh: of the devices.
+      state: shapes, dtypes and shardings of the train state.
+      batch: the same of a batch.
+      memory: bytes of the main memory that a device needs; at least, if it does not fit.
+      scratch: bytes of it that are neither state nor batch; None if the program does not fit.
+      fits: whether the compiler could place it.
+      limit: bytes that it may take, if the compiler said so.
+      text: the program; None if it does not fit.
+    """
+
+    config: ml_collections.ConfigDict
+    mesh: jax.sharding.Mesh
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+    memory: int
+    scratch: int | None
+    fits: bool
+    limit: int | None
+    text: str | None
+
+
+def compile_step(
+    config: ml_collections.ConfigDict, topology: Topology, steps_per_epoch: int
+) -> Program:
+    """Returns the compiled FNE step of a config; no array is allocated.
+
+    Args:
+      config: of the run.
+      topology: the machine.
+      steps_per_epoch: which the program holds as constants.
+
+    Raises:
+      UserError: if the config does not suit the machine.
+    """
+    if topology.devices[0].platform != CPU and config.encoder.attention == AUTO:
+        # What "auto" stands for there; it looks at the devices that are here.
+        config = config.copy_and_resolve_references()
+        config.encoder.attention = "xla"
+    configuration.check_batches(config, len(topology.devices))
+    mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, topology.devices)
+    architectures = read_architectures(config.encoder)
+    resolved = with_model_defaults(config, architectures)
+    module = run.build_module(resolved, architectures, _vocabulary(resolved))
+    plan = RunPlan.of(resolved, steps_per_epoch)
+    schedule = learning_rate_schedule(resolved.optimizer, plan.steps_per_epoch, plan.total_steps)
+    state = run.abstract_state(resolved, module, mesh, schedule)
+    batch = _abstract_batch(resolved, mesh)
+    lowered = jitted_steps(resolved, plan, mesh, schedule, state)[Phase.FNE].lower(state, batch)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = out_of_memory(str(error))
+        if found is None:
+            raise
+        return Program(resolved, mesh, state, batch, found[0], None, False, found[1], None)
+    sizes = compiled.memory_analysis()
+    memory = (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes
+        + sizes.temp_size_in_bytes
+    )
+    scratch = sizes.temp_size_in_bytes
+    return Program(resolved, mesh, state, batch, memory, scratch, True, None, compiled.as_text())
+
+
+def out_of_memory(message: str) -> tuple[int, int] | None:
+    """Returns the bytes that a program would need at least, and that it may have.
+
+    Args:
+      message: of the compiler's error.
+
+    Returns:
+      None if the error is another.
+    """
+    found = _OUT_OF_MEMORY.search(message)
+    if found is None:
+        return None
+    needed, limit = (int(float(found[n]) * _UNITS[found[n + 1]]) for n in (1, 3))
+    return needed, limit
+
+
+def _vocabulary(config):
+    """Returns the ids of the tokenizer: at most as many as the pretrained text tower has."""
+    # A fitted tokenizer has no more than this; a pretrained tower has its own.
+    return 1 if config.encoder.text.pretrained else config.data.vocab_size
+
+
+def _abstract_batch(config, mesh) -> dict[str, Any]:
+    batch, side = config.global_batch_size, config.encoder.image.image_size
+    tokens = (batch, config.data.text_length)
+    make_row = row_maker(config.data.augmentation, config.data.augment_on, 0, side)
+    shapes = {name: ((batch, *shape), dtype) for name, (shape, dtype) in make_row.signature.items()}
+    shapes |= {
+        "input_ids": (tokens, jnp.int32),
+        "attention_mask": (tokens, jnp.int32),
+        "image_id": ((batch,), jnp.int32),
+        "pair_id": ((batch,), jnp.int32),
+    }
+    rows = sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        for name, (shape, dtype) in shapes.items()
+    }

@@ -1,0 +1,204 @@
+"""What a compiled train step takes of a machine, as one dict and as text."""
+
+from __future__ import annotations
+
+import collections
+import math
+from typing import Any
+
+import jax
+
+from fne_jax.planning.accounting import account
+from fne_jax.planning.program import Program
+from fne_jax.planning.topology import Topology
+from fne_jax.training import train_step
+
+ENCODERS = (train_step.ONLINE_ENCODERS, train_step.MOMENTUM_ENCODERS)
+SCOPES = (
+    *ENCODERS,
+    train_step.OPTIMIZER,
+    train_step.MOMENTUM_UPDATE,
+    train_step.OBJECTIVE,
+    train_step.MEMORY,
+)
+# All else is the strategy's: the objective, the memory, the momentum update and what is unnamed.
+_NOT_STRATEGY = (*ENCODERS, train_step.OPTIMIZER)
+# Read from the program and from the chip's peak figures; None where there is neither.
+_COUNTED = (
+    "flops_per_chip",
+    "flops",
+    "hbm_traffic_bytes_per_chip",
+    "work_per_chip",
+    "strategy_flops_per_chip",
+    "strategy_bytes_per_chip",
+    "strategy_flop_share",
+    "strategy_byte_share",
+    "collectives",
+    "collective_bytes_per_chip",
+    "roofline_seconds",
+    "roofline_step_seconds",
+    "roofline_bound_by",
+    "roofline_pairs_per_second",
+    "roofline_hours",
+)
+# Times that a device sends what a ring's collective gives it; others once.
+_SENT_TWICE = ("all-reduce",)
+
+
+def summarize(
+    program: Program, topology: Topology, pairs: int | None, steps_per_epoch: int | None
+) -> dict[str, Any]:
+    """Returns the plan as JSON-able values; what cannot be known is None.
+
+    Args:
+      program: the compiled step.
+      topology: the machine that it is compiled for.
+      pairs: training pairs; None if unknown.
+      steps_per_epoch: of the run; None if unknown.
+    """
+    config, chip = program.config, topology.chip
+    state = program.state
+    kinds = {
+        "parameters": state.params,
+        "momentum": state.momentum_params,
+        "adam": state.opt_state,
+        "queue": state.queue,
+        "batch": program.batch,
+    }
+    sizes = {kind: _bytes_per_device(tree) for kind, tree in kinds.items()}
+    limit = program.limit or (chip.main_memory if chip else None)
+    plan = {
+        "topology": topology.name,
+        "devices": len(topology.devices),
+        "mesh": dict(program.mesh.shape),
+        "global_batch_size": config.global_batch_size,
+        "micro_batches": config.micro_batches,
+        "queue_size": config.queue_size,
+        "fits": program.fits and (limit is None or program.memory <= limit),
+        "hbm_bytes_per_chip": program.memory,
+        "hbm_limit_bytes_per_chip": limit and int(limit),
+        "bytes_per_chip": {**sizes, "activations": program.scratch},
+        "training_pairs": pairs,
+        "steps_per_epoch": steps_per_epoch,
+        "epochs": config.num_epochs,
+        **dict.fromkeys(_COUNTED),
+    }
+    if program.text is None:
+        return plan
+    found = account(program.text, SCOPES)
+    total = {
+        field: sum(getattr(work, field) for work in found.work.values())
+        for field in ("flops", "matrix_passes", "bytes")
+    }
+    strategy = [work for scope, work in found.work.items() if scope not in _NOT_STRATEGY]
+    sent = sum(c.bytes * c.count * (1 + (c.kind in _SENT_TWICE)) for c in found.collectives)
+    plan |= {
+        "flops_per_chip": total["flops"],
+        "flops": total["flops"] * len(topology.devices),
+        "hbm_traffic_bytes_per_chip": total["bytes"],
+        "work_per_chip": {
+            scope: {"flops": work.flops, "bytes": work.bytes} for scope, work in found.work.items()
+        },
+        "strategy_flops_per_chip": sum(work.flops for work in strategy),
+        "strategy_bytes_per_chip": sum(work.bytes for work in strategy),
+        "strategy_flop_share": sum(work.flops for work in strategy) / total["flops"],
+        "strategy_byte_share": sum(work.bytes for work in strategy) / total["bytes"],
+        "collectives": _grouped(found.collectives),
+        "collective_bytes_per_chip": sent,
+    }
+    if chip is None:
+        return plan
+    bounds = {
+        "matrix products": total["matrix_passes"] / chip.flops,
+        "memory": total["bytes"] / chip.memory_bandwidth,
+        "links": sent / chip.link_bandwidth,
+    }
+    bound_by = max(bounds, key=bounds.get)
+    seconds = bounds[bound_by]
+    return plan | {
+        "roofline_seconds": bounds,
+        "roofline_step_seconds": seconds,
+        "roofline_bound_by": bound_by,
+        "roofline_pairs_per_second": config.global_batch_size / seconds,
+        "roofline_hours": steps_per_epoch and config.num_epochs * steps_per_epoch * seconds / 3600,
+    }
+
+
+def _bytes_per_device(tree):
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _grouped(collectives):
+    """Returns the collectives by kind and scope, those of the most bytes first."""
+    sizes, counts = collections.Counter(), collections.Counter()
+    for one in collectives:
+        sizes[one.kind, one.scope] += one.bytes * one.count
+        counts[one.kind, one.scope] += one.count
+    return [
+        {"kind": kind, "scope": scope, "count": counts[kind, scope], "bytes": size}
+        for (kind, scope), size in sizes.most_common()
+    ]
+
+
+def render(plan: dict[str, Any]) -> str:
+    """Returns the plan as text."""
+    mesh = " x ".join(f"{name} {size}" for name, size in plan["mesh"].items())
+    limit = plan["hbm_limit_bytes_per_chip"]
+    of = f" of {_size(limit)}" if limit else ""
+    lines = [
+        f"{plan['topology']}: {plan['devices']} devices, mesh {mesh}",
+        f"batch {plan['global_batch_size']:,} in {plan['micro_batches']} part(s), "
+        f"memory of {plan['queue_size']:,}",
+        f"fits: {'yes, ' if plan['fits'] else 'NO, at least '}"
+        f"{_size(plan['hbm_bytes_per_chip'])}{of} a device",
+    ]
+    for kind, size in plan["bytes_per_chip"].items():
+        lines.append(f"  {kind:18}{_size(size) if size is not None else 'unknown':>12}")
+    if plan["flops"] is None:
+        return "\n".join(lines)
+    flops, traffic = plan["flops_per_chip"], plan["hbm_traffic_bytes_per_chip"]
+    lines.append(
+        f"a step, each device: {flops / 1e12:.3f} TFLOP, {_size(traffic)} of memory traffic"
+    )
+    for scope, work in sorted(plan["work_per_chip"].items(), key=lambda item: -item[1]["flops"]):
+        lines.append(
+            f"  {scope:18}{work['flops'] / 1e12:>10.4f} TFLOP {work['flops'] / flops:>7.2%}"
+            f"{_size(work['bytes']):>14}{work['bytes'] / traffic:>8.2%}"
+        )
+    lines.append(
+        f"strategy (all but encoders and optimizer): {plan['strategy_flop_share']:.2%} of the "
+        f"FLOPs, {plan['strategy_byte_share']:.2%} of the memory traffic"
+    )
+    lines.append(
+        f"collectives, each device: {_size(plan['collective_bytes_per_chip'])} sent a step"
+    )
+    for one in plan["collectives"]:
+        counted = f"{one['count']:>5} times{_size(one['bytes']):>12} in all"
+        lines.append(f"  {one['kind']:20}{one['scope']:18}{counted}")
+    if plan["roofline_seconds"] is None:
+        lines.append("no roofline: the peak figures of CPUs are not known")
+        return "\n".join(lines)
+    bounds = ", ".join(f"{k} {v * 1e3:.1f} ms" for k, v in plan["roofline_seconds"].items())
+    lines += [
+        f"roofline, a bound that no run can beat: {bounds}",
+        f"  a step: {plan['roofline_step_seconds'] * 1e3:.1f} ms, bound by "
+        f"{plan['roofline_bound_by']}; {plan['roofline_pairs_per_second']:,.0f} pairs/s",
+    ]
+    if plan["roofline_hours"] is None:
+        lines.append("  hours: unknown without the number of training pairs, --pairs")
+    else:
+        lines.append(
+            f"  {plan['epochs']:g} epochs of {plan['training_pairs']:,} pairs "
+            f"({plan['steps_per_epoch']:,} steps): {plan['roofline_hours']:.2f} hours"
+        )
+    return "\n".join(lines)
+
+
+def _size(count):
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count:.0f} B"

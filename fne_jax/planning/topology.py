@@ -1,0 +1,119 @@
+"""Machines by name: their devices, to compile for, and the peak figures of their chips."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from fne_jax.errors import UserError
+
+CPU = "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peak figures of one chip.
+
+    Attributes:
+      flops: of bfloat16 matrix products, a second.
+      main_memory: bytes.
+      memory_bandwidth: bytes a second.
+      link_bandwidth: bytes a second that it sends to other chips, all links together.
+    """
+
+    flops: float
+    main_memory: float
+    memory_bandwidth: float
+    link_bandwidth: float
+
+
+# Google Cloud's "System architecture" pages of each TPU (cloud.google.com/tpu/docs/v5e, /v5p and
+# /v6e; interconnects are given there in both directions, so half is taken). The programs' limit is
+# a little below the memory's size, which the compiler knows. v4 is left out: its devices are halves
+# of chips.
+CHIPS = {
+    "v5e": Chip(197e12, 16e9, 819e9, 200e9),
+    "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
+    "v6e": Chip(918e12, 32e9, 1638e9, 400e9),
+}
+# No TPU is touched: libtpu is neither to ask a Cloud TPU's metadata server, nor to log that there
+# is none, nor to refuse because another process uses it.
+_LIBTPU_SETTINGS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+_EXAMPLES = "expected one as v5e:4x4, v6e:2x4, v5p:2x2x1 or cpu:8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A machine.
+
+    Attributes:
+      name: as given.
+      devices: to compile for; they need not be there.
+      chip: figures of each; None for CPUs.
+    """
+
+    name: str
+    devices: list[jax.Device]
+    chip: Chip | None
+
+
+def find(name: str) -> Topology:
+    """Returns the machine of a name such as `v5e:4x4` or `cpu:8`.
+
+    Call it before anything else uses JAX: virtual CPU devices cannot be added later.
+
+    Raises:
+      UserError: if there is no such machine, or libtpu is missing.
+    """
+    kind, _, shape = name.partition(":")
+    if kind == CPU and re.fullmatch(r"[1-9]\d*", shape):
+        return Topology(name, _cpu_devices(int(shape)), None)
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+        raise UserError(
+            f"--topology={name}: there is no such machine; {_EXAMPLES} "
+            f"(known chips: {', '.join(CHIPS)})"
+        )
+    return Topology(name, _tpu_devices(name, shape), CHIPS[kind])
+
+
+def _cpu_devices(count):
+    with contextlib.suppress(RuntimeError):  # JAX has its devices already
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices(CPU)
+    if len(devices) < count:
+        raise UserError(
+            f"--topology=cpu:{count}: JAX has {len(devices)} CPU device(s); remove "
+            "xla_force_host_platform_device_count from XLA_FLAGS, or raise it"
+        )
+    return devices[:count]
+
+
+def _tpu_devices(name, shape):
+    for variable, value in _LIBTPU_SETTINGS.items():
+        os.environ.setdefault(variable, value)
+    # Slices are made of hosts of 2x2 chips, which libtpu has to be told when there are fewer.
+    single = set(shape.split("x")) == {"1"}
+    bounds = {"chips_per_host_bounds": [1, 1, 1]} if single else {}
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds)
+    except Exception as error:  # JAX raises whatever the plugin or its loading did
+        raise UserError(
+            f"--topology={name}: {_first_line(error)}; TPU programs are compiled by libtpu: "
+            f"pip install 'fne-jax[plan]', and {_EXAMPLES}"
+        ) from error
+    return list(described.devices)
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,185 @@
+"""Several processes as one run: how they find each other, take turns, and agree."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fne_jax.errors import UserError
+
+HEARTBEAT_TIMEOUT_SECONDS = 100  # jax.distributed's own default
+_FLAGS = ("coordinator", "processes", "process_index")
+# What launch/jobset.yaml sets where JAX finds nothing by itself, and the flags that they stand for.
+_VARIABLES = {
+    "coordinator": ("JAX_COORDINATOR_ADDRESS",),
+    "processes": ("JAX_PROCESS_COUNT",),
+    "process_index": ("JAX_PROCESS_INDEX", "JOB_COMPLETION_INDEX"),
+}
+_log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that make one run of several processes."""
+    group = parser.add_argument_group(
+        "several processes",
+        "found by themselves on Cloud TPU, GKE and SLURM; elsewhere give the first three",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process-index", type=int, metavar="I", help="this one, from 0")
+    group.add_argument(
+        "--heartbeat-timeout",
+        type=int,
+        metavar="SECONDS",
+        default=HEARTBEAT_TIMEOUT_SECONDS,
+        help="after which a silent process is taken for dead and the others exit (%(default)s)",
+    )
+
+
+def initialize(options: argparse.Namespace) -> None:
+    """Joins the run's processes, if there are several; call it before JAX sees its devices.
+
+    Args:
+      options: what `add_arguments` parsed.
+
+    Raises:
+      UserError: if flags or variables do not fit together, or the others cannot be reached.
+    """
+    if options.heartbeat_timeout < 1:
+        raise UserError(
+            f"--heartbeat-timeout is {options.heartbeat_timeout}; expected at least 1 second"
+        )
+    place = explicit_place(options, os.environ)
+    if place is None and not may_be_cluster(os.environ):
+        return
+    # Signals are answered by the training loop (interruption.py); JAX's own notice of SIGTERM
+    # would swallow those that come while no loop runs.
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with warnings.catch_warnings():
+            # A pod outside of any Job is a plain machine; JAX would recommend a package there.
+            warnings.filterwarnings("ignore", message="(?s).*Kubernetes environment detected")
+            jax.distributed.initialize(
+                **(place or {}),
+                heartbeat_timeout_seconds=options.heartbeat_timeout,
+                shutdown_timeout_seconds=options.heartbeat_timeout,
+                cluster_detection_method=None if place is None else "deactivate",
+            )
+    except ValueError as error:
+        if place is None and "should be defined" in str(error):
+            return  # no cluster after all: one machine
+        raise UserError(f"cannot join the other processes: {error}") from error
+    except RuntimeError as error:
+        if place is None and "must be called before" in str(error):
+            return  # called by a program that has used JAX already, alone
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"cannot join the other processes: {reason}; check --coordinator, --processes and "
+            "--process-index, and that process 0 runs"
+        ) from error
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    if jax.process_index() == 0:
+        _log.info("%d processes, %d devices", jax.process_count(), jax.device_count())
+    else:
+        # One log tells of the run; the others of what is wrong with their process.
+        logging.getLogger("fne_jax").setLevel(logging.WARNING)
+
+
+def explicit_place(
+    options: argparse.Namespace, environment: Mapping[str, str]
+) -> dict[str, str | int] | None:
+    """Returns what flags, or else variables, say of this process; None if they say nothing.
+
+    Raises:
+      UserError: if they say a part, or what cannot be.
+    """
+    values = {name: getattr(options, name) for name in _FLAGS}
+    names = {name: "--" + name.replace("_", "-") for name in _FLAGS}
+    if all(value is None for value in values.values()):
+        # The number of processes is the variable that nothing but our launchers sets.
+        if "JAX_PROCESS_COUNT" not in environment:
+            return None
+        names = {name: " or ".join(variables) for name, variables in _VARIABLES.items()}
+        values = {
+            name: next((environment[v] for v in variables if v in environment), None)
+            for name, variables in _VARIABLES.items()
+        }
+    missing = [names[name] for name, value in values.items() if value is None]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)} missing: {', '.join(names.values())} go together, "
+            "or give none of them"
+        )
+    try:
+        processes, index = int(values["processes"]), int(values["process_index"])
+    except ValueError:
+        raise UserError(
+            f"{names['processes']} is {values['processes']!r} and {names['process_index']} is "
+            f"{values['process_index']!r}; expected whole numbers"
+        ) from None
+    host, _, port = str(values["coordinator"]).rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"{names['coordinator']} is {values['coordinator']!r}; expected HOST:PORT")
+    if not 0 <= index < processes:
+        raise UserError(
+            f"{names['process_index']} is {index} of {processes} processes; expected 0 to "
+            f"{processes - 1}"
+        )
+    return {
+        "coordinator_address": values["coordinator"],
+        "num_processes": processes,
+        "process_id": index,
+    }
+
+
+def may_be_cluster(environment: Mapping[str, str]) -> bool:
+    """Returns whether JAX should look for the other processes by itself.
+
+    A SLURM step of one task has none; a Kubernetes pod has some if it belongs to an indexed Job
+    or a TPU slice. On any other machine JAX looks for TPU chips, which takes no time without them.
+    """
+    if "SLURM_PROCID" in environment:
+        return int(environment.get("SLURM_NTASKS", 1)) > 1
+    if "KUBERNETES_SERVICE_HOST" in environment:
+        return "JOB_COMPLETION_INDEX" in environment or "TPU_WORKER_HOSTNAMES" in environment
+    return True
+
+
+@contextlib.contextmanager
+def first_process_first(what: str) -> Iterator[None]:
+    """Runs its body on process 0, and then on all others, which find what it wrote.
+
+    Args:
+      what: the same name on all processes, another for each use.
+    """
+    if jax.process_index() != 0:
+        barrier(what)
+    try:
+        yield
+    finally:
+        # Also after an error, which the others are then to meet themselves rather than wait.
+        if jax.process_index() == 0:
+            barrier(what)
+
+
+def barrier(what: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def all_agree(value: bool) -> bool:
+    """Returns whether the value is true on all processes; waits for them."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.array(value))))
