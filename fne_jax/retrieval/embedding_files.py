@@ -1,15 +1,13 @@
 """Embeddings of a split as a folder of arrays, to give away and to take from other models.
 
-| file | what |
-| --- | --- |
-| `image_embeddings.npy` | [images, dim] floats |
-| `text_embeddings.npy` | [captions, dim] floats |
-| `caption_image.npy` | [captions] integers, the row of each caption's image |
-| `image_id.npy`, `caption_id.npy` | [images] and [captions] integers; read if there, else the rows |
-| `matches.npy` | [images, captions] bool, every true match, where it is known; read if there |
-| `top50.npz` | `i2t` [images, 50] rows of captions and `t2i` [captions, 50] rows of images, the \
-most similar first, with `i2t_similarity` and `t2i_similarity`; written, never read |
-| `names.json` | `images`, what the source calls them, and the raw `captions`; written, never read |
+`image_embeddings.npy` is [images, dim] floats, `text_embeddings.npy` [captions, dim] floats, and
+`caption_image.npy` [captions] integers, the row of each caption's image. Further files are read if
+they are there: `image_id.npy` [images] and `caption_id.npy` [captions] integers (else the rows),
+and `matches.npy` [images, captions] bool, every true match.
+
+Two more are written and never read: `top50.npz` with `i2t` [images, 50] rows of captions and `t2i`
+[captions, 50] rows of images, the most similar first, and `i2t_similarity` and `t2i_similarity`;
+and `names.json` with `images`, what the source calls them, and the raw `captions`.
 """
 
 from __future__ import annotations
