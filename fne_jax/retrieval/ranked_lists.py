@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fne_jax.objectives.similarity_statistics import cosine
 
 # Queries whose similarities to the whole gallery are held at once.
 _BLOCK_ROWS = 256
-_similarities = jax.jit(cosine)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +58,20 @@ def first_hits(
       depth: length of the lists that is needed, at least.
 
     Yields:
-      The rows of the block, and [rows, at most depth or the most matches of a query] bool, from
-      the most similar item on; a query's list is at least as long as its matches, if the gallery
-      is.
+      The rows of the block, and [rows, length] bool, from the most similar item on; the length is
+      `depth` or the most matches of a query, whichever is more, as far as the gallery goes.
     """
-    for part, similarity in _blocks(queries, gallery):
+    length = min(len(gallery), max(depth, int(matches.count.max())))
+    gallery = jax.device_put(gallery)
+    for part in _blocks(len(queries)):
         relevant = matches.block(part, len(gallery))
-        length = min(len(gallery), max(depth, int(matches.count[part].max())))
-        # One sort orders by similarity first, by the lowest bit (does not match) second.
-        first = _first(_as_integers(similarity) * 2 + ~relevant, length)
-        yield part, first % 2 == 0
+        found = jax.device_get(_first_items(queries[part], gallery, relevant, length))
+        similarity, hits, tied_misses = found
+        hits = np.take_along_axis(hits, np.lexsort((hits, -similarity), axis=1), axis=1)
+        # The list may end among equals: then those that do not match are the ones in it.
+        tied = similarity == similarity[:, -1:]
+        hits = np.where(tied, np.cumsum(tied, axis=1) > tied_misses[:, None], hits)
+        yield part, hits
 
 
 def top_lists(
@@ -84,32 +89,32 @@ def top_lists(
       among equals; and their [queries, length] float32 similarities.
     """
     length = min(length, len(gallery))
-    rows = np.zeros((len(queries), length), np.int32)
-    similarities = np.zeros((len(queries), length), np.float32)
-    last = len(gallery) - 1
-    for part, similarity in _blocks(queries, gallery):
-        keys = _as_integers(similarity) * 2**32 + (last - np.arange(len(gallery)))
-        rows[part] = last - _first(keys, length) % 2**32
-        similarities[part] = np.take_along_axis(similarity, rows[part], axis=1)
+    gallery = jax.device_put(gallery)
+    blocks = [
+        jax.device_get(_top(queries[part], gallery, length)) for part in _blocks(len(queries))
+    ]
+    similarities, rows = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
     return rows, similarities
 
 
-def _blocks(queries, gallery):
-    gallery = jax.device_put(gallery)
-    for start in range(0, len(queries), _BLOCK_ROWS):
-        part = slice(start, start + _BLOCK_ROWS)
-        yield part, np.asarray(_similarities(queries[part], gallery))
+def _blocks(queries):
+    return [slice(start, start + _BLOCK_ROWS) for start in range(0, queries, _BLOCK_ROWS)]
 
 
-def _as_integers(similarity):
-    """Returns int64 numbers in the order of float32 ones, equal where they are equal."""
-    bits = (similarity + np.float32(0)).view(np.int32).astype(np.int64)  # -0.0 + 0 is 0.0
-    return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+@functools.partial(jax.jit, static_argnames="length")
+def _top(queries, gallery, length):
+    # + 0 turns -0 into 0, which `top_k` would not count as its equal.
+    return jax.lax.top_k(cosine(queries, gallery) + 0.0, length)
 
 
-def _first(keys, length):
-    """Returns the `length` highest keys of each row, highest first."""
-    keys = -keys
-    if length < keys.shape[1]:
-        keys = np.partition(keys, length - 1, axis=1)[:, :length]
-    return -np.sort(keys, axis=1)
+@functools.partial(jax.jit, static_argnames="length")
+def _first_items(queries, gallery, relevant, length):
+    """Returns the first items' similarities and whether they match, both [queries, length].
+
+    And how many items, in the list or not, are as similar as its last one and do not match.
+    """
+    similarity = cosine(queries, gallery) + 0.0
+    # Without the barrier XLA sees that only a slice of `first` is used below, and sorts whole rows.
+    first, rows = jax.lax.optimization_barrier(jax.lax.top_k(similarity, length))
+    tied_misses = (~relevant & (similarity == first[:, -1:])).sum(axis=1, dtype=jnp.int32)
+    return first, jnp.take_along_axis(relevant, rows, axis=1), tied_misses
