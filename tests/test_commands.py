@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from fne_jax import evaluate, train
@@ -89,6 +90,25 @@ def test_one_device_and_eight_score_alike(shapes_run):
         evaluate_it()
         scores.append(read_values(json.loads((workdir / "eval_val.json").read_text())))
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+def test_momentum_encoders_are_scored_beside_the_run(shapes_run, tmp_path):
+    workdir, _, _ = shapes_run
+    scores = {}
+    for weights in ("online", "momentum"):
+        dump = tmp_path / weights
+        arguments = ["--split=val", f"--weights={weights}", f"--dump={dump}"]
+        evaluate.main([f"--workdir={workdir}", *arguments])
+        suffix = {"online": "", "momentum": "_momentum"}[weights]
+        report = json.loads((workdir / f"eval_val{suffix}.json").read_text())
+        assert report["weights"] == weights
+        scores[weights] = read_values(report)
+        evaluate.main([f"--embeddings={dump}", f"--out={tmp_path / 'again.json'}"])
+        again = json.loads((tmp_path / "again.json").read_text())
+        assert again["metrics"] == report["metrics"] and "complete_i2t_r1" in again["metrics"]
+    image_emb = [np.load(tmp_path / w / "image_embeddings.npy") for w in ("online", "momentum")]
+    assert not np.allclose(*image_emb)
+    assert scores["online"] != scores["momentum"]
 
 
 def test_resuming_with_another_config_fails(shapes_run):
