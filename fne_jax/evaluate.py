@@ -1,98 +1,161 @@
-"""Evaluates a run's checkpoint, or pretrained towers as they come.
+"""Evaluates a run's checkpoint, pretrained towers as they come, or anyone's embeddings.
 
 python -m fne_jax.evaluate --workdir=runs/shapes
 python -m fne_jax.evaluate --init=pretrained --config=configs/flickr30k_siglip.py
+python -m fne_jax.evaluate --embeddings=DIR --protocol=all
 """
 
 from __future__ import annotations
 
 import argparse
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from fne_jax import command_line, configuration
 from fne_jax.errors import UserError
+from fne_jax.retrieval import embedding_files, protocols
+from fne_jax.retrieval.embedded_split import EmbeddedSplit
 from fne_jax.training import distributed
 from fne_jax.training.compile_cache import use_compile_cache
 
 if TYPE_CHECKING:
+    from fne_jax.data.datasets import PairDataset
     from fne_jax.training.run import RestoredRun
+
+# Where the model comes from; the options that each of these takes.
+_SOURCES = {
+    "workdir": {"checkpoint", "split", "weights"},
+    "init": {"config", "out", "split"},
+    "embeddings": {"out"},
+}
 
 
 def main(arguments: list[str]) -> None:
     """Parses the command line, evaluates, prints the table and writes the report."""
     parser = command_line.parser("Evaluates a checkpoint on a split.", "evaluate")
     parser.add_argument("--workdir", help="folder of the run")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
-    parser.add_argument("--split", default="test", help="train, val or test")
+    parser.add_argument("--checkpoint", help="of the run: best (by default), latest or a step")
+    parser.add_argument(
+        "--weights", choices=["online", "momentum"], help="of the run's encoders (online)"
+    )
+    parser.add_argument("--split", help="train, val or test (by default)")
     parser.add_argument(
         "--init", choices=["pretrained"], help="score the pretrained towers of --config, untrained"
     )
     parser.add_argument("--config", help="with --init; --config.x=y overrides its fields")
+    parser.add_argument("--embeddings", help="folder of embeddings, as --dump writes, to score")
     parser.add_argument(
-        "--out", help="report of --init (a run's is eval_<split>.json in its folder)"
+        "--out",
+        help="report of --init or --embeddings (a run's is eval_<split>.json in its folder)",
     )
+    parser.add_argument(
+        "--protocol",
+        choices=[*protocols.PROTOCOLS, protocols.ALL],
+        default="flickr30k",
+        help="flickr30k: the whole split (by default); all: each that the split allows",
+    )
+    parser.add_argument("--dump", help="folder to write embeddings, ids and top-50 lists into")
     distributed.add_arguments(parser)
     options, overrides = parser.parse_known_args(arguments)
+    source = _source(options, overrides)
     distributed.initialize(options)
-    evaluated, path = _what_to_evaluate(options, overrides)
 
-    from fne_jax.data.datasets import load_split, with_captions_per_image
-    from fne_jax.retrieval import evaluation
-    from fne_jax.training import run
-
-    config = evaluated.config
-    use_compile_cache(config.compile_cache)
-    dataset = with_captions_per_image(
-        load_split(config.data, config.encoder.image.image_size, options.split),
-        config.evaluation.captions_per_image,
-    )
-    tokens = run.tokenize_captions(
-        config, evaluated.tokenizer, dataset.captions, config.evaluation.text_length
-    )
-    embedder = run.build_embedder(config, evaluated.module, evaluated.mesh)
-    metrics, _ = evaluation.evaluate_split(embedder, evaluated.params, dataset, tokens)
-    if jax.process_index() != 0:
-        return
-    about = {
-        "split": options.split,
-        "step": evaluated.step,
-        "images": len(dataset.image_id),
-        "captions": len(dataset.captions),
-    }
-    print(
-        f"step {about['step']}, {options.split}: "
-        f"{about['images']} images, {about['captions']} captions\n"
-    )
-    print(evaluation.format_table(metrics))
-    if path is not None:
-        evaluation.write_report(path, metrics, about)
-        print(f"\nwritten to {path}")
+    if source == "embeddings":
+        split, dataset = embedding_files.read_embeddings(pathlib.Path(options.embeddings)), None
+        protocols.check_suits(options.protocol, split.image_id, split.caption_id)
+        about = {"embeddings": options.embeddings}
+        path = _out(options)
+    else:
+        evaluated, path = _model(options, overrides)
+        split, dataset, about = _embedded(evaluated, options)
+    if jax.process_index() == 0:
+        _report(split, dataset, about, path, options)
 
 
-def _what_to_evaluate(
+def _source(options: argparse.Namespace, overrides: list[str]) -> str:
+    """Returns the key of `_SOURCES` that the options name."""
+    given = {name for name, value in vars(options).items() if value is not None}
+    sources = [name for name in _SOURCES if name in given]
+    if len(sources) != 1:
+        raise UserError(
+            "give one of the --workdir of a run, --init=pretrained with a --config, or the folder "
+            "of --embeddings"
+        )
+    source = sources[0]
+    for name in sorted(given & set().union(*_SOURCES.values()) - _SOURCES[source]):
+        owners = " or ".join(f"--{other}" for other in _SOURCES if name in _SOURCES[other])
+        raise UserError(f"--{name} goes with {owners}, not with --{source}")
+    if source == "init" and options.config is None:
+        raise UserError("--init=pretrained takes a --config")
+    if source != "init" and overrides:
+        raise UserError(f"unknown argument {overrides[0]!r}; see --help")
+    return source
+
+
+def _model(
     options: argparse.Namespace, overrides: list[str]
 ) -> tuple[RestoredRun, pathlib.Path | None]:
     """Returns the model, and the file to report into."""
     from fne_jax.training import run
 
-    if options.init is None:
-        for name in ("config", "out"):
-            if getattr(options, name) is not None:
-                raise UserError(f"--{name} goes with --init=pretrained; a run keeps its own")
-        if overrides:
-            raise UserError(f"unknown argument {overrides[0]!r}; see --help")
-        if options.workdir is None:
-            raise UserError("give the --workdir of a run, or --init=pretrained and a --config")
-        workdir = pathlib.Path(options.workdir)
-        restored = run.restore_run(workdir, options.checkpoint)
-        return restored, workdir / f"eval_{options.split}.json"
-    if options.workdir is not None or options.config is None:
-        raise UserError("--init=pretrained takes a --config and no --workdir")
-    config = configuration.load_config(options.config, overrides)
-    return run.pretrained_run(config), None if options.out is None else pathlib.Path(options.out)
+    if options.init is not None:
+        config = configuration.load_config(options.config, overrides)
+        return run.pretrained_run(config), _out(options)
+    workdir = pathlib.Path(options.workdir)
+    suffix = "_momentum" if options.weights == "momentum" else ""
+    path = workdir / f"eval_{options.split or 'test'}{suffix}.json"
+    return run.restore_run(workdir, options.checkpoint or "best"), path
+
+
+def _out(options):
+    return None if options.out is None else pathlib.Path(options.out)
+
+
+def _embedded(
+    evaluated: RestoredRun, options: argparse.Namespace
+) -> tuple[EmbeddedSplit, PairDataset, dict[str, Any]]:
+    """Returns a split as the model embeds it, the split itself, and what the report says of it."""
+    from fne_jax.data.datasets import load_split, with_captions_per_image
+    from fne_jax.retrieval import evaluation
+    from fne_jax.training import run
+
+    config, name = evaluated.config, options.split or "test"
+    use_compile_cache(config.compile_cache)
+    dataset = with_captions_per_image(
+        load_split(config.data, config.encoder.image.image_size, name),
+        config.evaluation.captions_per_image,
+    )
+    protocols.check_suits(options.protocol, dataset.image_id, dataset.caption_id)
+    tokens = run.tokenize_captions(
+        config, evaluated.tokenizer, dataset.captions, config.evaluation.text_length
+    )
+    embedder = run.build_embedder(config, evaluated.module, evaluated.mesh)
+    weights = options.weights or "online"
+    params = evaluated.state.momentum_params if weights == "momentum" else evaluated.params
+    split = evaluation.embed_split(embedder, params, dataset, tokens)
+    return split, dataset, {"split": name, "step": evaluated.step, "weights": weights}
+
+
+def _report(split, dataset, about, path, options):
+    """Writes the dump, prints the table and writes the report."""
+    from fne_jax.retrieval import evaluation
+
+    if options.dump is not None:
+        embedding_files.write_embeddings(pathlib.Path(options.dump), split, dataset)
+    measured, left_out = protocols.measure(split, options.protocol)
+    about |= {"images": len(split.image_emb), "captions": len(split.text_emb)}
+    where = f"step {about['step']}, {about['split']}" if "step" in about else about["embeddings"]
+    print(f"{where}: {about['images']} images, {about['captions']} captions\n")
+    print(evaluation.format_table(measured))
+    if left_out:
+        print("\nleft out: " + "\n          ".join(left_out.values()))
+    if options.dump is not None:
+        print(f"\nembeddings written to {options.dump}")
+    if path is not None:
+        evaluation.write_report(path, measured, about)
+        print(f"\nwritten to {path}")
 
 
 if __name__ == "__main__":

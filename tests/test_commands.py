@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from fne_jax import evaluate, train
 from fne_jax.errors import UserError
+from fne_jax.retrieval.evaluation import read_values
 from tests.conftest import TOP
 from tests.tiny import write_karpathy
 
@@ -74,8 +76,8 @@ def test_training_then_evaluating(shapes_run):
     assert done.returncode == 0, done.stderr
     report = json.loads((workdir / "eval_test.json").read_text())
     assert (report["images"], report["captions"]) == (11, 55)
-    assert f"rSum {report['metrics']['rsum']:.1f}" in done.stdout
-    assert report["metrics"]["complete_t2i_r1"] >= report["metrics"]["t2i_r1"]
+    assert f"rSum {report['metrics']['rsum']['value']:.1f}" in done.stdout
+    assert read_values(report)["complete_t2i_r1"] >= read_values(report)["t2i_r1"]
     again = call("train", *arguments, f"--workdir={workdir}")
     assert again.returncode == 0 and "the run is complete" in again.stderr
 
@@ -86,8 +88,27 @@ def test_one_device_and_eight_score_alike(shapes_run):
     scores = []
     for evaluate_it in (lambda: call("evaluate", *arguments), lambda: evaluate.main([*arguments])):
         evaluate_it()
-        scores.append(json.loads((workdir / "eval_val.json").read_text()))
-    assert scores[0]["metrics"] == pytest.approx(scores[1]["metrics"], abs=1e-3)
+        scores.append(read_values(json.loads((workdir / "eval_val.json").read_text())))
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+def test_momentum_encoders_are_scored_beside_the_run(shapes_run, tmp_path):
+    workdir, _, _ = shapes_run
+    scores = {}
+    for weights in ("online", "momentum"):
+        dump = tmp_path / weights
+        arguments = ["--split=val", f"--weights={weights}", f"--dump={dump}"]
+        evaluate.main([f"--workdir={workdir}", *arguments])
+        suffix = {"online": "", "momentum": "_momentum"}[weights]
+        report = json.loads((workdir / f"eval_val{suffix}.json").read_text())
+        assert report["weights"] == weights
+        scores[weights] = read_values(report)
+        evaluate.main([f"--embeddings={dump}", f"--out={tmp_path / 'again.json'}"])
+        again = json.loads((tmp_path / "again.json").read_text())
+        assert again["metrics"] == report["metrics"] and "complete_i2t_r1" in again["metrics"]
+    image_emb = [np.load(tmp_path / w / "image_embeddings.npy") for w in ("online", "momentum")]
+    assert not np.allclose(*image_emb)
+    assert scores["online"] != scores["momentum"]
 
 
 def test_resuming_with_another_config_fails(shapes_run):

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from fne_jax import retrieval_metrics
-from fne_jax.retrieval import metrics
-from fne_jax.retrieval.evaluation import format_table
+from fne_jax.retrieval import metrics, ranked_lists, ranks
 
 
 def unit(rng, rows, dim=6):
@@ -37,6 +36,41 @@ def test_ties_count_against_the_model():
     assert scores["rsum"] == 0 and scores["i2t_meanr"] == 20
 
 
+def plain_ranks(similarity, owner):
+    """The definition, loop by loop: how many others are at least as similar as the (best) own."""
+    i2t = [
+        sum(row[j] >= row[owner == i].max() for j in range(len(owner)) if owner[j] != i)
+        for i, row in enumerate(similarity)
+    ]
+    t2i = [
+        sum(similarity[i, j] >= similarity[own, j] for i in range(len(similarity)) if i != own)
+        for j, own in enumerate(owner)
+    ]
+    return i2t, t2i
+
+
+@pytest.mark.parametrize("tile", [(3, 4), (8, 64), (256, 2560)])
+def test_ranks_are_their_definition_for_duplicates_too(monkeypatch, tile):
+    monkeypatch.setattr(ranks, "_TILE_IMAGES", tile[0])
+    monkeypatch.setattr(ranks, "_TILE_TEXTS", tile[1])
+    rng = np.random.default_rng(3)
+    # Small integers: every product is exact, and many are equal.
+    image, text = rng.integers(-1, 2, (13, 3)), rng.integers(-1, 2, (41, 3))
+    owner = rng.permutation(np.concatenate([np.arange(13), rng.integers(0, 13, 28)]))
+    found = ranks.match_ranks(image, text, owner)
+    i2t, t2i = plain_ranks(image @ text.T, owner)
+    np.testing.assert_array_equal(found.i2t, i2t)
+    np.testing.assert_array_equal(found.t2i, t2i)
+
+
+def test_equal_embeddings_tie_in_every_tile():
+    row = unit(np.random.default_rng(4), 1, dim=96)
+    images, captions = 300, 2700
+    owner = np.random.default_rng(5).permutation(np.arange(captions) % images)
+    found = ranks.match_ranks(np.tile(row, (images, 1)), np.tile(row, (captions, 1)), owner)
+    assert set(found.i2t) == {captions - captions // images} and set(found.t2i) == {images - 1}
+
+
 def test_one_image_is_always_found():
     one = np.array([[1.0, 0.0]], np.float32)
     assert retrieval_metrics(one, one, np.array([0]))["rsum"] == 600
@@ -48,9 +82,11 @@ def test_blocks_do_not_show(monkeypatch):
     truth = rng.random((23, 46)) < 0.1
     truth[owner, np.arange(46)] = True
     whole = retrieval_metrics(image, text, owner) | metrics.complete_metrics(image, text, truth)
-    monkeypatch.setattr(metrics, "_BLOCK_ROWS", 5)
+    monkeypatch.setattr(ranked_lists, "_BLOCK_ROWS", 5)
+    monkeypatch.setattr(ranks, "_TILE_IMAGES", 5)
+    monkeypatch.setattr(ranks, "_TILE_TEXTS", 7)
     parts = retrieval_metrics(image, text, owner) | metrics.complete_metrics(image, text, truth)
-    assert whole == pytest.approx(parts)
+    assert whole == pytest.approx(parts, rel=1e-12)
 
 
 def test_complete_metrics_are_their_definitions():
@@ -100,14 +136,26 @@ def test_a_query_without_a_match_is_named():
         metrics.complete_metrics(np.eye(3), np.eye(3), truth)
 
 
-def test_table_shows_both_truths():
-    names = [f"{d}_{k}" for d in ("i2t", "t2i") for k in ("r1", "r5", "r10", "medr", "meanr")]
-    complete = [
-        f"complete_{d}_{k}"
-        for d in ("i2t", "t2i")
-        for k in ("r1", "r5", "r10", "r_precision", "map_at_r")
-    ]
-    scores = {name: float(n) for n, name in enumerate([*names, "rsum", *complete])}
-    table = format_table(scores)
-    assert "rSum 10.0" in table and "20.0" in table and "complete truth" in table
-    assert "complete" not in format_table({k: v for k, v in scores.items() if "comp" not in k})
+def test_top_lists_are_sorted_and_the_lower_row_goes_first(monkeypatch):
+    monkeypatch.setattr(ranked_lists, "_BLOCK_ROWS", 4)
+    rng = np.random.default_rng(6)
+    # Small integers over 4: many equal similarities, positive, negative and zero of both signs.
+    queries = rng.integers(-1, 2, (11, 3)).astype(np.float32) / 4
+    gallery = rng.integers(-1, 2, (30, 3)).astype(np.float32)
+    rows, similarities = ranked_lists.top_lists(queries, gallery, 9)
+    expected = np.argsort(-(queries @ gallery.T), axis=1, kind="stable")[:, :9]
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(
+        similarities, np.take_along_axis(queries @ gallery.T, expected, axis=1)
+    )
+    assert ranked_lists.top_lists(queries, gallery, 50)[0].shape == (11, 30)
+
+
+def test_equally_similar_items_that_do_not_match_come_first():
+    queries, gallery = np.ones((1, 1), np.float32), np.ones((6, 1), np.float32)
+    gallery[5] = 0.5
+    matches = ranked_lists.Matches([np.array([0, 2, 5])], np.array([3]))
+    ((_, hits),) = ranked_lists.first_hits(queries, gallery, matches, 6)
+    assert hits.tolist() == [[False, False, False, True, True, True]]
+    ((_, hits),) = ranked_lists.first_hits(queries, gallery, matches, 1)
+    assert hits.tolist() == [[False, False, False]]  # as long as there are matches

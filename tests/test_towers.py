@@ -15,6 +15,7 @@ from fne_jax.data import captions
 from fne_jax.data.datasets import load_split
 from fne_jax.encoders.towers import read_architectures
 from fne_jax.errors import UserError
+from fne_jax.retrieval.evaluation import read_values
 from fne_jax.training import loop, run, sharding
 from fne_jax.training.optimizer import learning_rate_schedule
 from tests.tiny import tiny_config
@@ -147,7 +148,7 @@ def test_a_trained_model_embeds_what_it_is_given(trained, tmp_path):
     np.testing.assert_allclose(np.linalg.norm(image_emb, axis=1), 1, rtol=1e-5)
     metrics = fne_jax.retrieval_metrics(image_emb, text_emb, val.caption_image)
     evaluate.main([f"--workdir={trained}", "--split=val"])
-    stored = json.loads((trained / "eval_val.json").read_text())["metrics"]
+    stored = read_values(json.loads((trained / "eval_val.json").read_text()))
     assert metrics["rsum"] == pytest.approx(stored["rsum"])
 
     Image.fromarray(val.images[3]).save(tmp_path / "picture.png")
@@ -181,10 +182,12 @@ def test_pretrained_towers_are_scored_without_training(golden, tokenizer_folder,
     ]
     evaluate.main(arguments)
     report = json.loads((tmp_path / "scores.json").read_text())
-    assert report["step"] == 0 and report["metrics"]["rsum"] > 0
+    assert report["step"] == 0 and read_values(report)["rsum"] > 0
     with pytest.raises(UserError, match=r"encoder.text.pretrained is empty"):
         evaluate.main([a for a in arguments if "text.pretrained" not in a])
-    with pytest.raises(UserError, match="takes a --config and no --workdir"):
+    with pytest.raises(UserError, match="give one of the --workdir"):
         evaluate.main(["--init=pretrained", "--workdir=x"])
-    with pytest.raises(UserError, match="--out goes with --init"):
+    with pytest.raises(
+        UserError, match="--out goes with --init or --embeddings, not with --workdir"
+    ):
         evaluate.main(["--workdir=x", "--out=y"])

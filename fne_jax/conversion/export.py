@@ -7,6 +7,7 @@ import pathlib
 
 from fne_jax.encoders.pretrained_weights import save_pretrained
 from fne_jax.errors import UserError
+from fne_jax.retrieval.evaluation import read_values
 from fne_jax.training import run
 
 _CARD = """---
@@ -79,7 +80,7 @@ def _model_card(workdir, restored) -> str:
     tables = []
     for path in sorted(workdir.glob("eval_*.json")):
         report = json.loads(path.read_text())
-        rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in report["metrics"].items())
+        rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in read_values(report).items())
         tables.append(
             f"{report['split']}, step {report['step']}, {report['images']} images, "
             f"{report['captions']} captions\n\n| metric | value |\n| --- | --- |\n{rows}"

@@ -5,13 +5,62 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from fne_jax.data.datasets import PairDataset
+from fne_jax.errors import UserError
+from fne_jax.retrieval import bootstrap
 from fne_jax.retrieval.embed import Embedder
+from fne_jax.retrieval.embedded_split import EmbeddedSplit
 from fne_jax.retrieval.metrics import complete_metrics, retrieval_metrics
+from fne_jax.retrieval.protocols import Measurement
+
+# By prefix of the metrics' names.
+_TITLES = {
+    "": "",
+    "complete_": "against the complete truth",
+    "coco_1k_": "COCO 1K, mean of 5 folds",
+    "eccv_": "ECCV Caption",
+    "cxc_": "CxC",
+}
+_COLUMNS = {
+    "r1": "R@1",
+    "r5": "R@5",
+    "r10": "R@10",
+    "r_precision": "R-Prec",
+    "map_at_r": "mAP@R",
+    "medr": "median",
+    "meanr": "mean rank",
+}
+
+
+def embed_split(
+    embedder: Embedder, params: Any, dataset: PairDataset, tokens: tuple[np.ndarray, np.ndarray]
+) -> EmbeddedSplit:
+    """Returns a split's embeddings by the model, with its ids and its truth where it is known.
+
+    Raises:
+      UserError: naming the images or captions whose embeddings are not finite.
+    """
+    split = EmbeddedSplit(
+        embedder.images(params, dataset),
+        embedder.texts(params, tokens),
+        dataset.caption_image,
+        dataset.image_id,
+        dataset.caption_id,
+        None if dataset.truth is None else dataset.truth.matrix(),
+    )
+    for kind, rows in (("images", split.image_emb), ("captions", split.text_emb)):
+        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if len(bad):
+            raise UserError(
+                f"the model's embeddings of {len(bad)} {kind} are not finite, first rows "
+                f"{bad[:10].tolist()}; its training diverged, or a picture is damaged"
+            )
+    return split
 
 
 def evaluate_split(
@@ -22,43 +71,73 @@ def evaluate_split(
     Where the complete truth is known, the metrics against it come under `complete_...`. The
     samples, for histograms, are of the `positive` pairs (a caption with its image) and of
     `negative` ones (with the next image).
+
+    Raises:
+      UserError: as `embed_split`.
     """
-    image_emb = embedder.images(params, dataset)
-    text_emb = embedder.texts(params, tokens)
-    metrics = retrieval_metrics(image_emb, text_emb, dataset.caption_image)
-    if dataset.truth is not None:
-        metrics |= complete_metrics(image_emb, text_emb, dataset.truth.matrix())
-    following = (dataset.caption_image + 1) % len(image_emb)
+    split = embed_split(embedder, params, dataset, tokens)
+    image_emb, text_emb, owner = split.image_emb, split.text_emb, split.caption_image
+    metrics = retrieval_metrics(image_emb, text_emb, owner)
+    if split.truth is not None:
+        metrics |= complete_metrics(image_emb, text_emb, split.truth)
+    following = (owner + 1) % len(image_emb)
     samples = {
-        "positive": (text_emb * image_emb[dataset.caption_image]).sum(axis=1),
+        "positive": (text_emb * image_emb[owner]).sum(axis=1),
         "negative": (text_emb * image_emb[following]).sum(axis=1),
     }
     return metrics, samples
 
 
-def write_report(path: pathlib.Path, metrics: dict[str, float], about: dict[str, Any]) -> None:
-    """Writes `{"metrics": ..., **about}` as JSON; the file is always whole."""
+def write_report(
+    path: pathlib.Path, measured: Mapping[str, Measurement], about: Mapping[str, Any]
+) -> None:
+    """Writes `{"metrics": {name: {"value", "low", "high", ...}}, **about}` as JSON.
+
+    The file is always whole. `read_values` reads its metrics.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    report = {
+        "metrics": {name: one.as_json() for name, one in measured.items()},
+        **about,
+        "intervals": {
+            "percent": bootstrap.LEVEL,
+            "method": "bootstrap percentiles; images are drawn, with their captions",
+            "resamples": bootstrap.RESAMPLES,
+        },
+    }
     scratch = path.with_suffix(".incomplete")
-    scratch.write_text(json.dumps({"metrics": metrics, **about}, indent=2) + "\n")
-    os.replace(scratch, path)
+    try:
+        scratch.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
 
 
-def format_table(metrics: dict[str, float]) -> str:
-    """Returns recalls and ranks of both directions as lines for a terminal."""
-    columns = ("R@1", "R@5", "R@10", "median", "mean rank")
-    lines = [f"{'':28}" + "".join(f"{name:>11}" for name in columns)]
-    names = (("i2t", "image to text"), ("t2i", "text to image"))
-    for direction, title in names:
-        values = [metrics[f"{direction}_{k}"] for k in ("r1", "r5", "r10", "medr", "meanr")]
-        lines.append(f"{title:28}" + "".join(f"{value:11.1f}" for value in values))
-    lines.append(f"rSum {metrics['rsum']:.1f}")
-    if "complete_i2t_r1" in metrics:
-        columns = ("R@1", "R@5", "R@10", "R-Prec", "mAP@R")
-        lines.append(
-            f"\n{'against the complete truth':28}" + "".join(f"{name:>11}" for name in columns)
-        )
-        keys = ("r1", "r5", "r10", "r_precision", "map_at_r")
-        for direction, title in names:
-            values = [metrics[f"complete_{direction}_{key}"] for key in keys]
-            lines.append(f"{title:28}" + "".join(f"{value:11.1f}" for value in values))
-    return "\n".join(lines)
+def read_values(report: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the metrics of a read report as numbers, with or without intervals."""
+    return {
+        name: entry["value"] if isinstance(entry, Mapping) else entry
+        for name, entry in report["metrics"].items()
+    }
+
+
+def format_table(measured: Mapping[str, Measurement]) -> str:
+    """Returns each protocol's metrics and intervals, both directions, as lines for a terminal."""
+    tables = []
+    for prefix, title in _TITLES.items():
+        keys = [key for key in _COLUMNS if f"{prefix}i2t_{key}" in measured]
+        if not keys:
+            continue
+        lines = [f"{title:28}" + "".join(f"{_COLUMNS[key]:>13}" for key in keys)]
+        for direction, name in (("i2t", "image to text"), ("t2i", "text to image")):
+            row = [measured[f"{prefix}{direction}_{key}"] for key in keys]
+            lines.append(f"{name:28}" + "".join(f"{one.value:13.1f}" for one in row))
+            spans = (f"{one.low:.1f}-{one.high:.1f}" for one in row)
+            lines.append(f"{'  95 % interval':28}" + "".join(f"{span:>13}" for span in spans))
+        if f"{prefix}rsum" in measured:
+            one = measured[f"{prefix}rsum"]
+            lines.append(f"rSum {one.value:.1f} ({one.low:.1f}-{one.high:.1f})")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)

@@ -1,0 +1,64 @@
+"""What ranking a test split costs beside the bare product of its embeddings."""
+
+from __future__ import annotations
+
+import functools
+import resource
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from fne_jax.benchmarks.timing import machine, median_seconds
+from fne_jax.objectives.similarity_statistics import cosine
+from fne_jax.retrieval.metrics import retrieval_metrics
+
+
+def retrieval(images: int, captions: int, dim: int, repeats: int) -> dict[str, Any]:
+    """Times the standard metrics against the one product of all images and all captions.
+
+    Args:
+      images: of the split.
+      captions: of the split, dealt out to the images in turn.
+      dim: of the embeddings.
+      repeats: timed calls of each.
+
+    Returns:
+      One benchmark line. `product_s` is the product with nothing kept of it, a block of images at
+      a time; `peak_mib` the most memory that the process, JAX and the embeddings included, had
+      held after the metrics were computed and before the product was.
+    """
+    rng = np.random.default_rng(0)
+    image_emb, text_emb = _unit_rows(rng, images, dim), _unit_rows(rng, captions, dim)
+    owner = np.sort(np.arange(captions) % images)
+    rank = functools.partial(retrieval_metrics, image_emb, text_emb, owner)
+    rank()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    on_device = jax.device_put(text_emb)
+    blocks = [jax.device_put(image_emb[start : start + 256]) for start in range(0, images, 256)]
+    product = jax.jit(cosine)
+
+    def products():
+        for block in blocks:
+            product(block, on_device).block_until_ready()
+
+    seconds = median_seconds({"retrieval": rank, "product": products}, repeats)
+    return {
+        "benchmark": "retrieval",
+        "images": images,
+        "captions": captions,
+        "dim": dim,
+        "retrieval_s": seconds["retrieval"],
+        "product_s": seconds["product"],
+        "ratio": seconds["retrieval"] / seconds["product"],
+        # In bytes on macOS, in KiB elsewhere.
+        "peak_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),
+        **machine(),
+    }
+
+
+def _unit_rows(rng, rows, dim):
+    vectors = rng.standard_normal((rows, dim), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors

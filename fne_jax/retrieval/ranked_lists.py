@@ -1,0 +1,120 @@
+"""The first matches of each query, in an order that equal similarities cannot blur."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fne_jax.objectives.similarity_statistics import cosine
+
+# Queries whose similarities to the whole gallery are held at once.
+_BLOCK_ROWS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Matches:
+    """What is true of each query, labelled or not.
+
+    Attributes:
+      rows: [queries] of integer arrays, the rows of the gallery that match the query.
+      count: [queries] int, the query's number of matches; more than it has rows where some are
+        not in the gallery, as two captions of ECCV Caption.
+    """
+
+    rows: Sequence[np.ndarray]
+    count: np.ndarray
+
+    @classmethod
+    def of_matrix(cls, matches: np.ndarray) -> Matches:
+        """Returns those of a [queries, gallery] bool matrix."""
+        rows = [np.flatnonzero(row) for row in matches]
+        return cls(rows, np.array([len(row) for row in rows]))
+
+    def block(self, part: slice, gallery: int) -> np.ndarray:
+        """Returns some queries' matches as [queries of the part, gallery] bool."""
+        rows = self.rows[part]
+        matrix = np.zeros((len(rows), gallery), bool)
+        for query, matching in enumerate(rows):
+            matrix[query, matching] = True
+        return matrix
+
+
+def first_hits(
+    queries: np.ndarray, gallery: np.ndarray, matches: Matches, depth: int
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields for block after block which of the first items match.
+
+    Among equally similar items those that do not match come first.
+
+    Args:
+      queries: [queries, dim] L2-normalised embeddings.
+      gallery: [gallery, dim] L2-normalised embeddings.
+      matches: of the queries.
+      depth: length of the lists that is needed, at least.
+
+    Yields:
+      The rows of the block, and [rows, length] bool, from the most similar item on; the length is
+      `depth` or the most matches of a query, whichever is more, as far as the gallery goes.
+    """
+    length = min(len(gallery), max(depth, int(matches.count.max())))
+    gallery = jax.device_put(gallery)
+    for part in _blocks(len(queries)):
+        relevant = matches.block(part, len(gallery))
+        found = jax.device_get(_first_items(queries[part], gallery, relevant, length))
+        similarity, hits, tied_misses = found
+        hits = np.take_along_axis(hits, np.lexsort((hits, -similarity), axis=1), axis=1)
+        # The list may end among equals: then those that do not match are the ones in it.
+        tied = similarity == similarity[:, -1:]
+        hits = np.where(tied, np.cumsum(tied, axis=1) > tied_misses[:, None], hits)
+        yield part, hits
+
+
+def top_lists(
+    queries: np.ndarray, gallery: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the most similar items of each query.
+
+    Args:
+      queries: [queries, dim] L2-normalised embeddings.
+      gallery: [gallery, dim] L2-normalised embeddings.
+      length: of the lists; they are shorter where the gallery is.
+
+    Returns:
+      [queries, length] int32 rows of the gallery, the most similar first and the lower row first
+      among equals; and their [queries, length] float32 similarities.
+    """
+    length = min(length, len(gallery))
+    gallery = jax.device_put(gallery)
+    blocks = [
+        jax.device_get(_top(queries[part], gallery, length)) for part in _blocks(len(queries))
+    ]
+    similarities, rows = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    return rows, similarities
+
+
+def _blocks(queries):
+    return [slice(start, start + _BLOCK_ROWS) for start in range(0, queries, _BLOCK_ROWS)]
+
+
+@functools.partial(jax.jit, static_argnames="length")
+def _top(queries, gallery, length):
+    # + 0 turns -0 into 0, which `top_k` would not count as its equal.
+    return jax.lax.top_k(cosine(queries, gallery) + 0.0, length)
+
+
+@functools.partial(jax.jit, static_argnames="length")
+def _first_items(queries, gallery, relevant, length):
+    """Returns the first items' similarities and whether they match, both [queries, length].
+
+    And how many items, in the list or not, are as similar as its last one and do not match.
+    """
+    similarity = cosine(queries, gallery) + 0.0
+    # Without the barrier XLA sees that only a slice of `first` is used below, and sorts whole rows.
+    first, rows = jax.lax.optimization_barrier(jax.lax.top_k(similarity, length))
+    tied_misses = (~relevant & (similarity == first[:, -1:])).sum(axis=1, dtype=jnp.int32)
+    return first, jnp.take_along_axis(relevant, rows, axis=1), tied_misses
