@@ -7,6 +7,7 @@ python -m fne_jax.evaluate --init=pretrained --config=configs/flickr30k_siglip.p
 from __future__ import annotations
 
 import argparse
+import logging
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from fne_jax.errors import UserError
 
 if TYPE_CHECKING:
     from fne_jax.training.run import RestoredRun
+
+_log = logging.getLogger(__name__)
 
 
 def main(arguments: list[str]) -> None:
@@ -46,7 +49,8 @@ def main(arguments: list[str]) -> None:
         config, evaluated.tokenizer, dataset.captions, config.evaluation.text_length
     )
     embedder = run.build_embedder(config, evaluated.module, evaluated.mesh)
-    metrics, _ = evaluation.evaluate_split(embedder, evaluated.params, dataset, tokens)
+    embeddings = evaluation.embed_split(embedder, evaluated.params, dataset, tokens)
+    metrics = evaluation.split_metrics(*embeddings, dataset)
     about = {
         "split": options.split,
         "step": evaluated.step,
@@ -61,6 +65,19 @@ def main(arguments: list[str]) -> None:
     if path is not None:
         evaluation.write_report(path, metrics, about)
         print(f"\nwritten to {path}")
+    if evaluated.state is not None:
+        _write_page(path.parent, evaluated, dataset, embeddings, metrics, options.split)
+
+
+def _write_page(workdir, evaluated, dataset, embeddings, metrics, split):
+    try:
+        from fne_jax.report.run_report import write_run_report
+    except ImportError as error:
+        _log.warning("no report.html: pip install %s", error.name)
+        return
+    print(
+        f"written to {write_run_report(workdir, evaluated, dataset, *embeddings, metrics, split)}"
+    )
 
 
 def _what_to_evaluate(

@@ -19,21 +19,33 @@ def evaluate_split(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Returns a split's metrics and samples of its similarities.
 
-    Where the complete truth is known, the metrics against it come under `complete_...`. The
-    samples, for histograms, are of the `positive` pairs (a caption with its image) and of
+    The samples, for histograms, are of the `positive` pairs (a caption with its image) and of
     `negative` ones (with the next image).
     """
-    image_emb = embedder.images(params, dataset)
-    text_emb = embedder.texts(params, tokens)
-    metrics = retrieval_metrics(image_emb, text_emb, dataset.caption_image)
-    if dataset.truth is not None:
-        metrics |= complete_metrics(image_emb, text_emb, dataset.truth.matrix())
+    image_emb, text_emb = embed_split(embedder, params, dataset, tokens)
     following = (dataset.caption_image + 1) % len(image_emb)
     samples = {
         "positive": (text_emb * image_emb[dataset.caption_image]).sum(axis=1),
         "negative": (text_emb * image_emb[following]).sum(axis=1),
     }
-    return metrics, samples
+    return split_metrics(image_emb, text_emb, dataset), samples
+
+
+def embed_split(
+    embedder: Embedder, params: Any, dataset: PairDataset, tokens: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the [images, dim] and [captions, dim] embeddings of a split."""
+    return embedder.images(params, dataset), embedder.texts(params, tokens)
+
+
+def split_metrics(
+    image_emb: np.ndarray, text_emb: np.ndarray, dataset: PairDataset
+) -> dict[str, float]:
+    """Returns a split's metrics; `complete_...` are those against the complete truth, if known."""
+    metrics = retrieval_metrics(image_emb, text_emb, dataset.caption_image)
+    if dataset.truth is not None:
+        metrics |= complete_metrics(image_emb, text_emb, dataset.truth.matrix())
+    return metrics
 
 
 def write_report(path: pathlib.Path, metrics: dict[str, float], about: dict[str, Any]) -> None:
