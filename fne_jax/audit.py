@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 # Pairs that the precision is measured over, and drawn ones that it is compared with.
 _PRECISION_AT, _DRAWN = 100, 100_000
+_RANKINGS = {
+    "lead": "by how far the caption is more similar to that image than to its own",
+    "posterior": "by posterior",
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -46,36 +50,42 @@ def main(arguments: list[str]) -> None:
     )
     embedder = run.build_embedder(config, restored.module, restored.mesh)
     image_emb, text_emb = evaluation.embed_split(embedder, restored.params, dataset, tokens)
-    pairs = unlabelled.most_similar_unlabelled(
-        image_emb, text_emb, dataset.caption_image, options.per_query
+    pairs = unlabelled.unlabelled_pairs(
+        image_emb,
+        text_emb,
+        dataset.caption_image,
+        per_query=options.per_query,
+        relative=options.rank_by == "lead",
     )
     # Monotone, whatever the run trained with: a more similar pair is not a worse suspect.
     posterior = np.asarray(
         false_negative_posterior(pairs.similarity, stats, config.fne.prior, monotone=True)
     )
-    likely = int((posterior >= options.min_posterior).sum())
-    count = min(likely, options.limit)
+    least = options.min_posterior
+    least = config.fne.posterior_threshold if least is None else least
+    pairs, posterior = pairs[posterior >= least], posterior[posterior >= least]
     print(
         f"step {restored.step}, {options.split}: {len(dataset.captions):,} captions, "
         f"{len(dataset.image_id):,} images\n"
-        f"{likely:,} unlabelled pairs of posterior {options.min_posterior:g} or more "
-        f"among the {options.per_query} most similar of each caption and image"
+        f"{len(posterior):,} unlabelled pairs of posterior {least:g} or more among the "
+        f"{options.per_query} best of each caption and image"
     )
-    if dataset.truth is not None:
-        print(_precision(dataset, pairs))
+    if dataset.truth is not None and len(posterior):
+        print(_precision(dataset, pairs[:_PRECISION_AT]))
     out = pathlib.Path(options.out) if options.out else workdir / f"audit_{options.split}"
     about = {
         "run": workdir.resolve().name,
         "step": restored.step,
         "split": options.split,
-        "likely": likely,
-        "min_posterior": options.min_posterior,
+        "suspected": len(posterior),
+        "least": least,
         "per_query": options.per_query,
+        "rank_by": _RANKINGS[options.rank_by],
         "prior": config.fne.prior,
     }
-    rows = audit_pages.rows(dataset, pairs.first(count), posterior[:count])
+    rows = audit_pages.rows(dataset, pairs[: options.limit], posterior[: options.limit])
     audit_pages.write(out, dataset, rows, about)
-    print(f"the first {count:,} are in {out}: open {audit_pages.page_name(1)}")
+    print(f"the first {len(rows):,} are in {out}: open {audit_pages.page_name(1)}")
 
 
 def _parse(arguments):
@@ -89,7 +99,15 @@ def _parse(arguments):
     )
     parser.add_argument("--limit", type=int, default=1000, help="most pairs written")
     parser.add_argument(
-        "--min-posterior", type=float, default=0.5, help="least posterior of a pair, in [0, 1]"
+        "--min-posterior",
+        type=float,
+        help="least posterior of a pair; config.fne.posterior_threshold by default",
+    )
+    parser.add_argument(
+        "--rank-by",
+        choices=list(_RANKINGS),
+        default="lead",
+        help="; ".join(f"{name}: {meaning}" for name, meaning in _RANKINGS.items()),
     )
     options = parser.parse_args(arguments)
     for name in ("per_query", "limit"):
@@ -97,15 +115,14 @@ def _parse(arguments):
             raise UserError(
                 f"--{name.replace('_', '-')} is {getattr(options, name)}; expected at least 1"
             )
-    if not 0 <= options.min_posterior <= 1:
+    if options.min_posterior is not None and not 0 <= options.min_posterior <= 1:
         raise UserError(f"--min-posterior is {options.min_posterior}; expected 0 to 1")
     return options
 
 
 def _precision(dataset: PairDataset, pairs: UnlabelledPairs) -> str:
-    """Returns what share of the first pairs, and of drawn ones, is in truth a match."""
-    first = pairs.first(_PRECISION_AT)
-    right = dataset.truth.is_true(first.caption, first.image)
+    """Returns what share of some pairs, and of drawn ones, is in truth a match."""
+    right = dataset.truth.is_true(pairs.caption, pairs.image)
     rng = np.random.default_rng(0)
     caption = rng.integers(len(dataset.captions), size=_DRAWN)
     image = rng.integers(len(dataset.image_id), size=_DRAWN)

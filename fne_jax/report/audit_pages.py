@@ -40,6 +40,7 @@ def rows(dataset: PairDataset, pairs: UnlabelledPairs, posterior: np.ndarray) ->
             "rank": index + 1,
             "posterior": round(float(posterior[index]), 6),
             "similarity": round(float(pairs.similarity[index]), 6),
+            "labelled_similarity": round(float(pairs.own_similarity[index]), 6),
             "caption_index": int(caption),
             "caption_id": int(dataset.caption_id[caption]),
             "caption": dataset.captions[caption],
