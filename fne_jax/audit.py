@@ -106,7 +106,7 @@ def _parse(arguments):
     parser.add_argument(
         "--rank-by",
         choices=list(_RANKINGS),
-        default="lead",
+        default="posterior",
         help="; ".join(f"{name}: {meaning}" for name, meaning in _RANKINGS.items()),
     )
     options = parser.parse_args(arguments)

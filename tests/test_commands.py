@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from fne_jax import evaluate, train
+from fne_jax import audit, evaluate, train
 from fne_jax.errors import UserError
+from fne_jax.report import audit_pages
 from tests.conftest import TOP
 from tests.tiny import write_karpathy
 
@@ -76,6 +77,7 @@ def test_training_then_evaluating(shapes_run):
     assert (report["images"], report["captions"]) == (11, 55)
     assert f"rSum {report['metrics']['rsum']:.1f}" in done.stdout
     assert report["metrics"]["complete_t2i_r1"] >= report["metrics"]["t2i_r1"]
+    assert "in truth" in (workdir / "report.html").read_text()
     again = call("train", *arguments, f"--workdir={workdir}")
     assert again.returncode == 0 and "the run is complete" in again.stderr
 
@@ -88,6 +90,19 @@ def test_one_device_and_eight_score_alike(shapes_run):
         evaluate_it()
         scores.append(json.loads((workdir / "eval_val.json").read_text()))
     assert scores[0]["metrics"] == pytest.approx(scores[1]["metrics"], abs=1e-3)
+
+
+def test_audit_lists_likely_false_negatives(shapes_run, capsys, tmp_path):
+    workdir, _, _ = shapes_run
+    arguments = (f"--workdir={workdir}", "--split=train", "--checkpoint=latest")
+    audit.main([*arguments, "--min-posterior=0", "--limit=70", f"--out={tmp_path}"])
+    assert_all_in(capsys.readouterr().out, "200 captions, 40 images", "precision at 100: ")
+    rows = [json.loads(line) for line in (tmp_path / audit_pages.JSONL_NAME).open()]
+    assert len(rows) == 70
+    posteriors = [row["posterior"] for row in rows]
+    assert posteriors == sorted(posteriors, reverse=True)
+    assert all(row["image_id"] != row["labelled_image_id"] for row in rows)
+    assert (tmp_path / "page_2.html").exists()
 
 
 def test_resuming_with_another_config_fails(shapes_run):

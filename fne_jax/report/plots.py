@@ -132,8 +132,8 @@ def as_svg(figure: Figure, name: str) -> str:
     # Its page labels it, and gives it the width that there is.
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 aria-hidden="true"', text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    # Names that matplotlib repeats in each figure; nothing refers to them.
-    return re.sub(r'<g id="[a-z]+(\d|_)[^"]*"', "<g", text)
+    # Groups have names that repeat from figure to figure; nothing refers to them.
+    return re.sub(r'<g id="[^"]*"', "<g", text)
 
 
 def as_pixels(figure: Figure) -> np.ndarray:
@@ -142,14 +142,6 @@ def as_pixels(figure: Figure) -> np.ndarray:
     figure.set_facecolor("white")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def statistics_images(
-    stats: SimilarityStatistics, fne: ml_collections.ConfigDict
-) -> dict[str, np.ndarray]:
-    """Returns `statistics_figures` as [1, height, width, 3] uint8, as TensorBoard takes them."""
-    figures = statistics_figures(stats, fne)
-    return {name: as_pixels(figure)[None] for name, figure in figures.items()}
 
 
 def _new_figure():

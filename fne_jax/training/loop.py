@@ -26,6 +26,7 @@ from fne_jax.data.datasets import (
 from fne_jax.data.input_pipeline import BatchOrder, training_batches
 from fne_jax.encoders.towers import read_architectures, store_architectures, with_model_defaults
 from fne_jax.errors import UserError
+from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.retrieval.evaluation import evaluate_split
 from fne_jax.training import checkpointing, objective, run, sharding
 from fne_jax.training.interruption import StopRequest
@@ -110,6 +111,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
         metrics, samples = evaluate_split(embedder, state.params, val, val_tokens)
         log.write(step, {f"eval_{name}": value for name, value in metrics.items()})
         log.write_histograms(step, {f"similarity_{k}": v for k, v in samples.items()})
+        log.write_images(step, functools.partial(statistics_images, state.stats, config.fne))
         _log.info("step %d: validation rSum %.1f", step, metrics["rsum"])
         return metrics
 
@@ -280,6 +282,24 @@ def true_false_negative_rates(
         )
         rates[f"{'sampled' if kind == 'negative' else kind}_false_negative_rate"] = matches.mean()
     return rates
+
+
+def statistics_images(
+    stats: SimilarityStatistics, fne: ml_collections.ConfigDict
+) -> dict[str, np.ndarray]:
+    """Returns figures of the statistics for TensorBoard; none, with a warning, if that cannot be.
+
+    Args:
+      stats: of the state.
+      fne: `config.fne`.
+    """
+    try:
+        from fne_jax.report import plots
+    except ImportError as error:
+        _log.warning("no figures in TensorBoard: pip install %s", error.name)
+        return {}
+    figures = plots.statistics_figures(jax.device_get(stats), fne)
+    return {name: plots.as_pixels(figure)[None] for name, figure in figures.items()}
 
 
 def require_finite(means: dict[str, float], step: int) -> None:
