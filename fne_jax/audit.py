@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     from fne_jax.data.datasets import load_split
     from fne_jax.objectives.similarity_statistics import false_negative_posterior
     from fne_jax.report import audit_pages
-    from fne_jax.retrieval import evaluation, unlabelled
+    from fne_jax.retrieval import unlabelled
     from fne_jax.training import run
 
     workdir = pathlib.Path(options.workdir)
@@ -49,10 +49,9 @@ def main(arguments: list[str]) -> None:
         config, restored.tokenizer, dataset.captions, config.evaluation.text_length
     )
     embedder = run.build_embedder(config, restored.module, restored.mesh)
-    image_emb, text_emb = evaluation.embed_split(embedder, restored.params, dataset, tokens)
     pairs = unlabelled.unlabelled_pairs(
-        image_emb,
-        text_emb,
+        embedder.images(restored.params, dataset),
+        embedder.texts(restored.params, tokens),
         dataset.caption_image,
         per_query=options.per_query,
         relative=options.rank_by == "lead",

@@ -1,5 +1,6 @@
 """The commands as a user calls them: the whole path, and one clear error for each mistake."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -11,7 +12,9 @@ import pytest
 from fne_jax import audit, evaluate, train
 from fne_jax.errors import UserError
 from fne_jax.report import audit_pages
+from fne_jax.training import run
 from tests.conftest import TOP
+from tests.test_report import statistics
 from tests.tiny import write_karpathy
 
 
@@ -92,15 +95,24 @@ def test_one_device_and_eight_score_alike(shapes_run):
     assert scores[0]["metrics"] == pytest.approx(scores[1]["metrics"], abs=1e-3)
 
 
-def test_audit_lists_likely_false_negatives(shapes_run, capsys, tmp_path):
+def test_audit_lists_likely_false_negatives(shapes_run, capsys, tmp_path, monkeypatch):
     workdir, _, _ = shapes_run
     arguments = (f"--workdir={workdir}", "--split=train", "--checkpoint=latest")
+    # In so short a run, hardly any pair is each other's first choice.
+    assert "statistics of fewer than two pairs" in refused("audit", *arguments)
+    restore_run = run.restore_run
+
+    def restore_with_statistics(*arguments):
+        restored = restore_run(*arguments)
+        return dataclasses.replace(restored, state=restored.state.replace(stats=statistics()))
+
+    monkeypatch.setattr(run, "restore_run", restore_with_statistics)
     audit.main([*arguments, "--min-posterior=0", "--limit=70", f"--out={tmp_path}"])
     assert_all_in(capsys.readouterr().out, "200 captions, 40 images", "precision at 100: ")
     rows = [json.loads(line) for line in (tmp_path / audit_pages.JSONL_NAME).open()]
     assert len(rows) == 70
     posteriors = [row["posterior"] for row in rows]
-    assert posteriors == sorted(posteriors, reverse=True)
+    assert posteriors == sorted(posteriors, reverse=True) and posteriors[0] > posteriors[-1]
     assert all(row["image_id"] != row["labelled_image_id"] for row in rows)
     assert (tmp_path / "page_2.html").exists()
 
