@@ -20,8 +20,7 @@ from fne_jax.objectives.similarity_statistics import (
     SimilarityStatistics,
     false_negative_posterior,
 )
-from fne_jax.report import examples, plots, run_report
-from fne_jax.training import loop
+from fne_jax.report import examples, plots, run_report, tensorboard
 from fne_jax.training.metric_log import MetricLog
 from fne_jax.training.objective import candidate_settings
 from fne_jax.training.run import RestoredRun
@@ -252,7 +251,7 @@ def test_without_matplotlib_there_is_a_warning_and_no_page(
     split = hostile_split()
     with caplog.at_level(logging.WARNING):
         evaluate._write_page(tmp_path, evaluated, split, embeddings(split), {}, "test")
-        assert loop.statistics_images(statistics(), evaluated.config.fne) == {}
+        assert tensorboard.statistics_images(statistics(), evaluated.config.fne) == {}
     assert [record.getMessage() for record in caplog.records] == [
         "no report.html: pip install matplotlib",
         "no figures in TensorBoard: pip install matplotlib",
@@ -262,7 +261,7 @@ def test_without_matplotlib_there_is_a_warning_and_no_page(
 
 def test_tensorboard_gets_the_figures(tmp_path, monkeypatch):
     log = MetricLog(tmp_path, 0)
-    log.write_images(7, lambda: loop.statistics_images(statistics(), tiny_config().fne))
+    log.write_images(7, lambda: tensorboard.statistics_images(statistics(), tiny_config().fne))
     log.flush()
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
     assert set(events.Tags()["tensors"]) == {"similarity_distributions", "sampling_weights"}

@@ -26,7 +26,7 @@ from fne_jax.data.datasets import (
 from fne_jax.data.input_pipeline import BatchOrder, training_batches
 from fne_jax.encoders.towers import read_architectures, store_architectures, with_model_defaults
 from fne_jax.errors import UserError
-from fne_jax.objectives.similarity_statistics import SimilarityStatistics
+from fne_jax.report.tensorboard import statistics_images
 from fne_jax.retrieval.evaluation import evaluate_split
 from fne_jax.training import checkpointing, objective, run, sharding
 from fne_jax.training.interruption import StopRequest
@@ -282,24 +282,6 @@ def true_false_negative_rates(
         )
         rates[f"{'sampled' if kind == 'negative' else kind}_false_negative_rate"] = matches.mean()
     return rates
-
-
-def statistics_images(
-    stats: SimilarityStatistics, fne: ml_collections.ConfigDict
-) -> dict[str, np.ndarray]:
-    """Returns figures of the statistics for TensorBoard; none, with a warning, if that cannot be.
-
-    Args:
-      stats: of the state.
-      fne: `config.fne`.
-    """
-    try:
-        from fne_jax.report import plots
-    except ImportError as error:
-        _log.warning("no figures in TensorBoard: pip install %s", error.name)
-        return {}
-    figures = plots.statistics_figures(jax.device_get(stats), fne)
-    return {name: plots.as_pixels(figure)[None] for name, figure in figures.items()}
 
 
 def require_finite(means: dict[str, float], step: int) -> None:
