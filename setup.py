@@ -13,6 +13,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["fne_jax", "fne_jax.*"]),
+    package_data={"fne_jax.report": ["templates/*.html"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
@@ -40,6 +41,10 @@ setuptools.setup(
         # Writing TensorBoard logs.
         "clu>=0.0.12",
         "tensorboard>=2.21.0",  # imported by clu.metric_writers, not declared by it
+        # Writing reports.
+        "matplotlib>=3.11.2",
+        "Jinja2>=3.1.6",
+        "MarkupSafe>=3.0.4",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],

@@ -8,6 +8,7 @@ python -m fne_jax.evaluate --embeddings=DIR --protocol=all
 from __future__ import annotations
 
 import argparse
+import logging
 import pathlib
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ _SOURCES = {
     "init": {"config", "out", "split"},
     "embeddings": {"out"},
 }
+
+_log = logging.getLogger(__name__)
 
 
 def main(arguments: list[str]) -> None:
@@ -71,7 +74,22 @@ def main(arguments: list[str]) -> None:
         evaluated, path = _model(options, overrides)
         split, dataset, about = _embedded(evaluated, options)
     if jax.process_index() == 0:
-        _report(split, dataset, about, path, options)
+        measured = _report(split, dataset, about, path, options)
+        # The page is about the weights that the run goes by.
+        if source == "workdir" and about["weights"] == "online":
+            _write_page(path.parent, evaluated, dataset, split, measured, about["split"])
+
+
+def _write_page(workdir, evaluated, dataset, split, measured, name):
+    try:
+        from fne_jax.report.run_report import write_run_report
+    except ImportError as error:
+        _log.warning("no report.html: pip install %s", error.name)
+        return
+    metrics = {key: one.as_json() for key, one in measured.items()}
+    embeddings = split.image_emb, split.text_emb
+    path = write_run_report(workdir, evaluated, dataset, *embeddings, metrics, name)
+    print(f"written to {path}")
 
 
 def _source(options: argparse.Namespace, overrides: list[str]) -> str:
@@ -139,7 +157,7 @@ def _embedded(
 
 
 def _report(split, dataset, about, path, options):
-    """Writes the dump, prints the table and writes the report."""
+    """Writes the dump, prints the table and writes the report; returns what was measured."""
     from fne_jax.retrieval import evaluation
 
     if options.dump is not None:
@@ -156,6 +174,7 @@ def _report(split, dataset, about, path, options):
     if path is not None:
         evaluation.write_report(path, measured, about)
         print(f"\nwritten to {path}")
+    return measured
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The commands as a user calls them: the whole path, and one clear error for each mistake."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -9,10 +10,13 @@ import sys
 import numpy as np
 import pytest
 
-from fne_jax import evaluate, train
+from fne_jax import audit, evaluate, train
 from fne_jax.errors import UserError
+from fne_jax.report import audit_pages
 from fne_jax.retrieval.evaluation import read_values
+from fne_jax.training import run
 from tests.conftest import TOP
+from tests.test_report import statistics
 from tests.tiny import write_karpathy
 
 
@@ -78,6 +82,7 @@ def test_training_then_evaluating(shapes_run):
     assert (report["images"], report["captions"]) == (11, 55)
     assert f"rSum {report['metrics']['rsum']['value']:.1f}" in done.stdout
     assert read_values(report)["complete_t2i_r1"] >= read_values(report)["t2i_r1"]
+    assert "in truth" in (workdir / "report.html").read_text()
     again = call("train", *arguments, f"--workdir={workdir}")
     assert again.returncode == 0 and "the run is complete" in again.stderr
 
@@ -109,6 +114,28 @@ def test_momentum_encoders_are_scored_beside_the_run(shapes_run, tmp_path):
     image_emb = [np.load(tmp_path / w / "image_embeddings.npy") for w in ("online", "momentum")]
     assert not np.allclose(*image_emb)
     assert scores["online"] != scores["momentum"]
+
+
+def test_audit_lists_likely_false_negatives(shapes_run, capsys, tmp_path, monkeypatch):
+    workdir, _, _ = shapes_run
+    arguments = (f"--workdir={workdir}", "--split=train", "--checkpoint=latest")
+    # In so short a run, hardly any pair is each other's first choice.
+    assert "statistics of fewer than two pairs" in refused("audit", *arguments)
+    restore_run = run.restore_run
+
+    def restore_with_statistics(*arguments):
+        restored = restore_run(*arguments)
+        return dataclasses.replace(restored, state=restored.state.replace(stats=statistics()))
+
+    monkeypatch.setattr(run, "restore_run", restore_with_statistics)
+    audit.main([*arguments, "--min-posterior=0", "--limit=70", f"--out={tmp_path}"])
+    assert_all_in(capsys.readouterr().out, "200 captions, 40 images", "precision at 100: ")
+    rows = [json.loads(line) for line in (tmp_path / audit_pages.JSONL_NAME).open()]
+    assert len(rows) == 70
+    posteriors = [row["posterior"] for row in rows]
+    assert posteriors == sorted(posteriors, reverse=True) and posteriors[0] > posteriors[-1]
+    assert all(row["image_id"] != row["labelled_image_id"] for row in rows)
+    assert (tmp_path / "page_2.html").exists()
 
 
 def test_resuming_with_another_config_fails(shapes_run):

@@ -68,8 +68,7 @@ def evaluate_split(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Returns a split's metrics and samples of its similarities.
 
-    Where the complete truth is known, the metrics against it come under `complete_...`. The
-    samples, for histograms, are of the `positive` pairs (a caption with its image) and of
+    The samples, for histograms, are of the `positive` pairs (a caption with its image) and of
     `negative` ones (with the next image).
 
     Raises:

@@ -24,6 +24,7 @@ from fne_jax.data.datasets import (
 from fne_jax.data.input_pipeline import BatchOrder, training_batches
 from fne_jax.encoders.towers import read_architectures, store_architectures, with_model_defaults
 from fne_jax.errors import UserError
+from fne_jax.report.tensorboard import statistics_images
 from fne_jax.retrieval.evaluation import evaluate_split
 from fne_jax.training import checkpointing, distributed, run, sharding
 from fne_jax.training.bad_steps import BadSteps
@@ -124,6 +125,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
             return None
         log.write(step, {f"{EVALUATED}{name}": value for name, value in metrics.items()})
         log.write_histograms(step, {f"similarity_{k}": v for k, v in samples.items()})
+        log.write_images(step, functools.partial(statistics_images, state.stats, config.fne))
         _log.info("step %d: validation rSum %.1f", step, metrics["rsum"])
         return metrics
 

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ class ScalarWindow:
 
 
 class MetricLog:
-    """Writes scalars and histograms, on process 0 alone.
+    """Writes scalars, histograms and images, on process 0 alone.
 
     metrics.jsonl holds one line a write and no step twice: lines beyond the step that a run
     resumes from are dropped. TensorBoard is left out, with a warning, where clu is not installed.
@@ -98,6 +98,11 @@ class MetricLog:
         """Writes histograms to TensorBoard."""
         if self._writer is not None:
             self._writer.write_histograms(step, arrays)
+
+    def write_images(self, step: int, draw: Callable[[], Mapping[str, np.ndarray]]) -> None:
+        """Writes [1, height, width, 3] uint8 images to TensorBoard; without it, none is drawn."""
+        if self._writer is not None:
+            self._writer.write_images(step, draw())
 
     def flush(self) -> None:
         """Makes TensorBoard's file current."""

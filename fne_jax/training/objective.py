@@ -161,7 +161,16 @@ def main_objective(config: ml_collections.ConfigDict) -> Objective:
 
 
 def sampling_settings(fne: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns `fne_triplet_loss`'s settings, its parts switched on or off as `config.fne` says.
+    """Returns `fne_triplet_loss`'s settings, as `config.fne` says.
+
+    Raises:
+      UserError: if `config.fne.elimination` is unknown.
+    """
+    return candidate_settings(fne) | {"key_chunk": fne.key_chunk or None}
+
+
+def candidate_settings(fne: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns `sampling_weights`'s settings, its parts switched on or off as `config.fne` says.
 
     Raises:
       UserError: if `config.fne.elimination` is unknown.
@@ -179,7 +188,6 @@ def sampling_settings(fne: ml_collections.ConfigDict) -> dict[str, Any]:
         "prior": fne.prior,
         "min_count": fne.min_count,
         "monotone": fne.monotone,
-        "key_chunk": fne.key_chunk or None,
     }
 
 

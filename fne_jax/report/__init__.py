@@ -1,0 +1,1 @@
+"""Pages and figures that show what a run did and what its data hides."""

@@ -1,0 +1,94 @@
+"""Self-contained pages from the templates: everything escaped, pictures and figures inside."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+import markupsafe
+from PIL import Image
+
+from fne_jax.data import image_preprocessing
+from fne_jax.data.datasets import PairDataset
+from fne_jax.errors import UserError
+
+# Pixels of a picture's longer side in a page.
+_THUMBNAIL = 144
+_JPEG_QUALITY = 75
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fne_jax.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = _percent
+    environment.filters["posterior"] = _posterior_text
+    return environment
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """Returns a page.
+
+    Args:
+      template: name of a file in templates/.
+      values: what it shows; text in it is escaped, unless it is `svg_markup`'s.
+    """
+    return _environment().get_template(template).render(values)
+
+
+def svg_markup(svg: str) -> markupsafe.Markup:
+    """Marks an SVG that matplotlib wrote, which holds no text of the dataset, as safe."""
+    return markupsafe.Markup(svg)
+
+
+def picture_uri(dataset: PairDataset, image: int) -> str:
+    """Returns a small copy of a split's picture as a `data:` address.
+
+    Args:
+      dataset: the split.
+      image: index of the image.
+    """
+    picture = dataset.images[image] if dataset.in_memory else dataset.images[image]["image"]
+    if isinstance(picture, bytes):
+        picture = image_preprocessing.decode_jpeg(picture, _THUMBNAIL, _THUMBNAIL)
+    small = Image.fromarray(picture)
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=_JPEG_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file that is always whole.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    scratch = path.with_name(path.name + ".incomplete")
+    try:
+        scratch.write_text(text, encoding="utf-8", newline="")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
+
+
+def _percent(share):
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+
+
+def _posterior_text(probability):
+    """Percent, with the ends told apart from certainty."""
+    if probability > 0.999:
+        return "> " + _percent(0.999)
+    return "< " + _percent(0.001) if probability < 0.001 else _percent(probability)

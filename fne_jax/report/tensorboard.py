@@ -1,0 +1,33 @@
+"""Figures of a run for TensorBoard."""
+
+from __future__ import annotations
+
+import logging
+
+import jax
+import ml_collections
+import numpy as np
+
+from fne_jax.objectives.similarity_statistics import SimilarityStatistics
+
+_log = logging.getLogger(__name__)
+
+
+def statistics_images(
+    stats: SimilarityStatistics, fne: ml_collections.ConfigDict
+) -> dict[str, np.ndarray]:
+    """Returns `plots.statistics_figures` as [1, height, width, 3] uint8, as TensorBoard takes them.
+
+    None, with a warning, where matplotlib is not installed.
+
+    Args:
+      stats: of the state.
+      fne: `config.fne`.
+    """
+    try:
+        from fne_jax.report import plots
+    except ImportError as error:
+        _log.warning("no figures in TensorBoard: pip install %s", error.name)
+        return {}
+    figures = plots.statistics_figures(jax.device_get(stats), fne)
+    return {name: plots.as_pixels(figure)[None] for name, figure in figures.items()}
