@@ -6,6 +6,7 @@ called again, it goes on where it was.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 
 import numpy as np
@@ -25,8 +26,6 @@ def main(arguments: list[str]) -> None:
     if options.resize_to is not None:
         overrides.append(f"--config.data.resize_to={options.resize_to}")
     config = configuration.load_config(options.config, overrides)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
 
     from fne_jax.data import datasets
 
@@ -36,7 +35,8 @@ def main(arguments: list[str]) -> None:
             f"config.data.source is {config.data.source!r}, which is read as it is: there is "
             "nothing to prepare"
         )
-    _prepare(config.data)
+    with _stopping_in_good_order():
+        _prepare(config.data)
 
 
 def _prepare(data):
@@ -69,6 +69,18 @@ def _density(test):
     unlabelled = truth & (np.arange(len(truth))[:, None] != test.caption_image)
     share = unlabelled.sum() / (truth.size - len(test.captions))
     return f"false negatives: {share:.2%} of the unlabelled test pairs are true matches"
+
+
+@contextlib.contextmanager
+def _stopping_in_good_order():
+    """Lets SIGINT and SIGTERM end the command by an exception, so that what is half-made goes."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, _stop) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _stop(number, frame):
