@@ -34,7 +34,7 @@ class PlainRows:
     @property
     def signature(self) -> Signature:
         """Shape and dtype of each array of a row."""
-        return {"image": ((self.size, self.size, 3), np.uint8)}
+        return _pixels(self.size)
 
     def __call__(self, picture: Picture, epoch: int, pair: int) -> Row:
         """Returns the row of a pair; `picture` is a JPEG or [height, width, 3] uint8 pixels.
@@ -63,7 +63,7 @@ class HostRows:
     @property
     def signature(self) -> Signature:
         """Shape and dtype of each array of a row."""
-        return {"image": ((self.size, self.size, 3), np.uint8)}
+        return _pixels(self.size)
 
     def __call__(self, picture: Picture, epoch: int, pair: int) -> Row:
         """Returns the row of a pair; `picture` is a JPEG or [height, width, 3] uint8 pixels.
@@ -98,7 +98,7 @@ class DeviceRows:
     def signature(self) -> Signature:
         """Shape and dtype of each array of a row."""
         return {
-            "image": ((self.side, self.side, 3), np.uint8),
+            **_pixels(self.side),
             "crop": ((4,), np.float32),
             "mirrored": ((), np.bool_),
             "operations": ((OPERATIONS_PER_IMAGE,), np.int32),
@@ -129,6 +129,10 @@ class DeviceRows:
             "operations": np.array(drawn.operations, np.int32),
             "arguments": np.array(drawn.arguments, np.float32),
         }
+
+
+def _pixels(side) -> Signature:
+    return {"image": ((side, side, 3), np.uint8)}
 
 
 RowMaker = PlainRows | HostRows | DeviceRows
