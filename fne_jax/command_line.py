@@ -22,8 +22,11 @@ class Interrupted(Exception):
     """
 
     def __init__(self, signal_number: int, message: str):
-        super().__init__(message)
+        super().__init__(signal_number, message)
         self.exit_code = 128 + signal_number
+
+    def __str__(self):
+        return self.args[1]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,15 +39,20 @@ def parser(description: str, command: str) -> argparse.ArgumentParser:
     return _Parser(prog=f"python -m fne_jax.{command}", description=description, allow_abbrev=False)
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Calls a command's main function and exits: 0, 2 for a user's error, 128 + signal."""
+def set_up_logging(level: int) -> None:
+    """Lets this package log from a level up, and quiets what it builds on."""
     # TensorFlow and transformers greet on import otherwise; a user's own settings stand.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("fne_jax").setLevel(logging.INFO)
+    logging.getLogger("fne_jax").setLevel(level)
     logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Calls a command's main function and exits: 0, 2 for a user's error, 128 + signal."""
+    set_up_logging(logging.INFO)
     try:
         main(sys.argv[1:])
     except UserError as error:

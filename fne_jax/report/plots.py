@@ -24,10 +24,10 @@ from fne_jax.training.objective import candidate_settings
 # Text and axes: dark on TensorBoard's white, the page's text colour in an SVG.
 _INK = "#1f2329"
 # Of lines and areas; each is readable on white and on near-black.
-_BLUE, _ORANGE, _GREEN, _GREY = "#3b82c4", "#d9662b", "#2f9e62", "#8a8f98"
+BLUE, ORANGE, GREEN, GREY = "#3b82c4", "#d9662b", "#2f9e62", "#8a8f98"
 # Inches. Small, so that the text stays readable where a page is as narrow as a phone.
 _SIZE = (4.2, 3.0)
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "text.color": _INK,
     "axes.labelcolor": _INK,
@@ -62,7 +62,7 @@ CURVES = (
 )
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def learning_curves(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
     """Returns a figure for each entry of `CURVES` that was logged, by title.
 
@@ -81,11 +81,11 @@ def learning_curves(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
         if not logged:
             continue
         figure, axes = _new_figure()
-        for colour, (label, points) in zip((_BLUE, _ORANGE), logged.items(), strict=False):
+        for colour, (label, points) in zip((BLUE, ORANGE), logged.items(), strict=False):
             mark = "o" if len(points) < 40 else ""
             axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=mark, ms=3)
         if after_warmup:
-            axes.axvline(after_warmup[0], color=_GREY, ls=":", label="after the warm-up")
+            axes.axvline(after_warmup[0], color=GREY, ls=":", label="after the warm-up")
         axes.set_xlabel("step")
         if title.startswith("Negatives"):
             axes.set_ylim(bottom=0)
@@ -94,7 +94,7 @@ def learning_curves(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
     return figures
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def statistics_figures(
     stats: SimilarityStatistics, fne: ml_collections.ConfigDict
 ) -> dict[str, Figure]:
@@ -125,7 +125,7 @@ def as_svg(figure: Figure, name: str) -> str:
     """
     stream = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure.savefig(stream, format="svg", transparent=True, metadata=metadata)
     text = stream.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
@@ -169,19 +169,19 @@ def _distributions(stats, fne):
     figure, axes = _new_figure()
     similarity = _similarity_range(stats)
     for gaussian, colour, label in (
-        (stats.negative, _ORANGE, "hardest negatives"),
-        (stats.positive, _BLUE, "matching pairs"),
+        (stats.negative, ORANGE, "hardest negatives"),
+        (stats.positive, BLUE, "matching pairs"),
     ):
         density = _density(similarity, gaussian)
         axes.fill_between(similarity, density, color=colour, alpha=0.35, lw=0, label=label)
         axes.plot(similarity, density, color=colour, lw=1)
     cut = float(stats.positive.mean) - fne.margin
-    axes.axvline(cut, color=_GREY, ls="--", label="margin cut")
+    axes.axvline(cut, color=GREY, ls="--", label="margin cut")
     axes.set(xlabel="cosine similarity", ylabel="density", ylim=(0, None))
     probability = axes.twinx()
     probability.spines["right"].set_visible(True)
     posterior = false_negative_posterior(similarity, stats, fne.prior, monotone=fne.monotone)
-    probability.plot(similarity, posterior, color=_GREEN, lw=2, label="posterior (right)")
+    probability.plot(similarity, posterior, color=GREEN, lw=2, label="posterior (right)")
     probability.set(ylabel="probability of a false negative", ylim=(0, 1.02))
     handles = [*axes.get_legend_handles_labels()[0], *probability.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside upper center", ncols=2)
@@ -193,9 +193,9 @@ def _weights(stats, fne):
     similarity = _similarity_range(stats)
     mean, deviation = float(stats.positive.mean), float(stats.positive.variance) ** 0.5
     for shift, colour, label in (
-        (-1, _ORANGE, "a deviation below the mean"),
-        (0, _BLUE, "at the mean"),
-        (1, _GREEN, "a deviation above the mean"),
+        (-1, ORANGE, "a deviation below the mean"),
+        (0, BLUE, "at the mean"),
+        (1, GREEN, "a deviation above the mean"),
     ):
         positive = mean + shift * deviation
         weight = candidate_weight(

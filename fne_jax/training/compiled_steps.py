@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import ml_collections
@@ -78,6 +78,7 @@ def augmentation_in_step(config: ml_collections.ConfigDict) -> Callable:
 def compiled_steps(
     config: ml_collections.ConfigDict,
     plan: RunPlan,
+    phases: Collection[Phase],
     mesh: jax.sharding.Mesh,
     schedule: optax.Schedule,
     state: TrainState,
@@ -88,6 +89,7 @@ def compiled_steps(
     Args:
       config: see configs/base.py.
       plan: of the run.
+      phases: that are still to come.
       mesh: of all devices.
       schedule: the learning rate.
       state: before the next step.
@@ -95,5 +97,4 @@ def compiled_steps(
     """
     rows = sharding.to_devices(batch, mesh)
     jitted = jitted_steps(config, plan, mesh, schedule, state)
-    phases = {plan.phase(step) for step in range(int(state.step), plan.total_steps)}
     return {phase: jitted[phase].lower(state, rows).compile() for phase in phases}

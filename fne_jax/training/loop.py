@@ -41,12 +41,16 @@ from fne_jax.training.step_results import settle
 _log = logging.getLogger(__name__)
 
 
-def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+def train_and_evaluate(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, *, warmup_only: bool = False
+) -> None:
     """Trains, validates and checkpoints a run; resumes the one that the workdir holds.
 
     Args:
       config: see configs/base.py.
       workdir: folder of the run; see README.md for what it holds afterwards.
+      warmup_only: stop, saved, where the warm-up ends, for runs that go on from there in copies of
+        the folder.
 
     Raises:
       UserError: on wrong input, when too many steps in a row had no finite loss or gradient, or
@@ -65,6 +69,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
         )
     order = batch_order(config, train)
     plan = RunPlan.of(config, order.steps_per_epoch)
+    last_step = min(plan.fne_start_step, plan.total_steps) if warmup_only else plan.total_steps
     _log.info(
         "data: %d training pairs, %d steps an epoch, %d in all; FNE from step %d",
         len(train.captions),
@@ -106,7 +111,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
     first_step = int(state.step)
     # A signal may have come before or during the validation of a step that was then saved.
     validated = first_step not in plan.validation_steps or manager.metrics(first_step) is not None
-    if first_step >= plan.total_steps and validated:
+    if first_step >= last_step and validated:
         _log.info("the run is complete: %d steps are done", first_step)
         return
 
@@ -155,7 +160,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
         train,
         train_tokens,
         order,
-        range(first_step, plan.total_steps),
+        range(first_step, last_step),
         image_size=image_size,
         augmentation=config.data.augmentation,
         augment_on=config.data.augment_on,
@@ -168,11 +173,12 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
     first_batch = next(batches, None)
     steps = {}
     if first_batch is not None:
-        steps = compiled_steps(config, plan, mesh, schedule, state, first_batch)
+        phases = {plan.phase(step) for step in range(first_step, last_step)}
+        steps = compiled_steps(config, plan, phases, mesh, schedule, state, first_batch)
         batches = itertools.chain([first_batch], batches)
     clock = DataClock(batches)
     progress = TrainingProgress(
-        first_step, plan.total_steps, config.global_batch_size, config.logging.progress_seconds
+        first_step, last_step, config.global_batch_size, config.logging.progress_seconds
     )
     hooks = profile_hooks(config.logging.profile_step, workdir)
     pending = collections.deque()  # steps that may still be running, with their results
@@ -191,6 +197,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
             logs = done % config.logging.every_steps == 0 or done == plan.total_steps
             validates = done in plan.validation_steps
             saves = config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0
+            saves |= done == last_step
             stops = stop.poll() is not None
             # Two steps stay in flight, enough to keep the device busy and memory bounded.
             settle_all = logs or validates or saves or stops
@@ -219,14 +226,14 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
                 with clock.paused():
                     metrics = validate(done)
                 save(metrics)
-                stops = metrics is None or (stops and done < plan.total_steps)
+                stops = metrics is None or (stops and done < last_step)
             elif saves or stops:
                 save()
             if stops:
                 finish()
                 raise interrupted(done)
         finish()
-    _log.info("the run is complete: %d steps", plan.total_steps)
+    _log.info("the run is complete: %d steps", last_step)
 
 
 def batch_order(config: ml_collections.ConfigDict, train: PairDataset) -> BatchOrder:

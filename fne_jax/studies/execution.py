@@ -1,0 +1,137 @@
+"""The work of a study: shared warm-ups, the runs that go on from them, and what they measured."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+
+from fne_jax import configuration
+from fne_jax.data.datasets import load_split, with_captions_per_image
+from fne_jax.retrieval.evaluation import embed_split
+from fne_jax.retrieval.metrics import complete_metrics, retrieval_metrics
+from fne_jax.studies.cells import Run
+from fne_jax.studies.detector import detection_scores, judged_candidates
+from fne_jax.training import run as run_lib
+from fne_jax.training.loop import train_and_evaluate
+from fne_jax.training.metric_log import read_metrics
+
+RESULT_NAME = "study.json"
+LOG_NAME = "study.log"
+# Written into a warm-up's folder when it is whole.
+_DONE_NAME = "warmup.json"
+
+
+def warmup_is_done(run: Run) -> bool:
+    """Returns whether the run needs no warm-up any more."""
+    begun = (run.workdir / configuration.FILE_NAME).exists()
+    return run.warmup is None or begun or (run.warmup / _DONE_NAME).exists()
+
+
+def train_warmup(run: Run) -> None:
+    """Trains the warm-up that the run shares with others.
+
+    Raises:
+      UserError: as `train_and_evaluate`.
+    """
+    with _logging_to(run.warmup / LOG_NAME):
+        train_and_evaluate(run.warmup_config, run.warmup, warmup_only=True)
+    _write_json(run.warmup / _DONE_NAME, {"of": str(run.workdir)})
+
+
+def train_and_measure(run: Run) -> None:
+    """Trains a run from where its warm-up ended, tests its last weights, and writes the result.
+
+    Equal to the bit to training it alone: the warm-up depends on nothing that sets it apart.
+
+    Raises:
+      UserError: as `train_and_evaluate`.
+    """
+    if run.warmup is not None and not run.workdir.exists():
+        _copy_warmup(run)
+    with _logging_to(run.workdir / LOG_NAME):
+        train_and_evaluate(run.config, run.workdir)
+    _write_json(run.workdir / RESULT_NAME, measured(run))
+
+
+def read_result(run: Run) -> dict[str, Any] | None:
+    """Returns what `measured` did, or None of a run that is still to come.
+
+    Raises:
+      UserError: if the folder holds a run of another config.
+    """
+    if not (run.workdir / RESULT_NAME).exists():
+        return None
+    configuration.store_config(run.config, run.workdir)
+    return json.loads((run.workdir / RESULT_NAME).read_text())
+
+
+def measured(run: Run) -> dict[str, Any]:
+    """Returns the test metrics of a trained run's last weights and how it treated its negatives.
+
+    Beside the metrics: `sampled_false_negative_rate` and `hardest_false_negative_rate`, means over
+    the steps after the warm-up, and what `detection_scores` gives; each where it is known.
+    """
+    restored = run_lib.restore_run(run.workdir, "latest")
+    config = restored.config
+    test = with_captions_per_image(
+        load_split(config.data, config.encoder.image.image_size, "test"),
+        config.evaluation.captions_per_image,
+    )
+    tokens = run_lib.tokenize_captions(
+        config, restored.tokenizer, test.captions, config.evaluation.text_length
+    )
+    embedder = run_lib.build_embedder(config, restored.module, restored.mesh)
+    split = embed_split(embedder, restored.params, test, tokens)
+    result = retrieval_metrics(split.image_emb, split.text_emb, split.caption_image)
+    if split.truth is not None:
+        result |= complete_metrics(split.image_emb, split.text_emb, split.truth)
+    lines = read_metrics(run.workdir)
+    for name in ("sampled_false_negative_rate", "hardest_false_negative_rate"):
+        logged = [line[name] for line in lines if name in line]
+        if logged:
+            result[name] = float(np.mean(logged))
+    train = load_split(config.data, config.encoder.image.image_size, "train")
+    if train.truth is not None:
+        result |= detection_scores(*judged_candidates(restored, train))
+    return result
+
+
+def _copy_warmup(run):
+    """Makes the run's folder from its warm-up's; there whole, or not at all."""
+    incomplete = run.workdir.with_name(run.workdir.name + ".incomplete")
+    shutil.rmtree(incomplete, ignore_errors=True)
+    shutil.copytree(run.warmup, incomplete)
+    for own in (configuration.FILE_NAME, _DONE_NAME, LOG_NAME):
+        (incomplete / own).unlink()
+    configuration.store_config(run.config, incomplete)
+    os.replace(incomplete, run.workdir)
+
+
+@contextlib.contextmanager
+def _logging_to(path):
+    """Sends the package's log to a file, which a restart goes on with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logger = logging.getLogger("fne_jax")
+    handler, propagate = logging.FileHandler(path), logger.propagate
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.propagate = propagate
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    scratch = path.with_suffix(".incomplete")
+    scratch.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(scratch, path)

@@ -1,0 +1,93 @@
+"""A study in one picture."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from fne_jax.report.plots import BLUE, GREEN, GREY, ORANGE, STYLE
+from fne_jax.studies.summary import Results, estimate
+
+# Title of a panel, and its points: metric, colour, legend, factor.
+_PANELS = (
+    (
+        "R@1 by the complete truth, %",
+        (
+            ("complete_i2t_r1", BLUE, "image to text", 1),
+            ("complete_t2i_r1", ORANGE, "text to image", 1),
+        ),
+    ),
+    (
+        "R@1 by the labels, %",
+        (("i2t_r1", BLUE, "image to text", 1), ("t2i_r1", ORANGE, "text to image", 1)),
+    ),
+    (
+        "Negatives that are in truth matches, %",
+        (
+            ("sampled_false_negative_rate", BLUE, "chosen", 100),
+            ("hardest_false_negative_rate", GREY, "hardest candidate", 100),
+        ),
+    ),
+    (
+        "The posterior as a detector",
+        (("roc_auc", BLUE, "ROC AUC", 1), ("average_precision", GREEN, "average precision", 1)),
+    ),
+)
+
+
+@matplotlib.rc_context(STYLE)
+def study_figure(results: Results) -> Figure:
+    """Returns the figure: a dot a seed, a line at their mean, and the posterior's calibration."""
+    known = [
+        (title, shown)
+        for title, points in _PANELS
+        if (shown := [point for point in points if _is_known(results, point[0])])
+    ]
+    calibrated = any("calibration" in run for of in results.values() for run in of.values())
+    count = len(known) + calibrated
+    height = 1.6 + 0.3 * len(results)
+    figure = Figure(figsize=(4.6 * count, height), dpi=110, layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for place, (panel, (title, points)) in enumerate(zip(axes, known, strict=False)):
+        _draw_dots(panel, results, points, labelled=place == 0)
+        panel.set_title(title, fontsize=10)
+    if calibrated:
+        _draw_calibration(axes[-1], results)
+    return figure
+
+
+def _is_known(results, metric):
+    return any(estimate(results, cell, metric) is not None for cell in results)
+
+
+def _draw_dots(axes, results, points, labelled):
+    rows = np.arange(len(results))[::-1]
+    for metric, colour, label, factor in points:
+        for row, (cell, of) in zip(rows, results.items(), strict=True):
+            values = [run[metric] * factor for run in of.values() if run.get(metric) is not None]
+            axes.plot(values, [row] * len(values), "o", color=colour, ms=4, alpha=0.6, label=label)
+            label = "_again"
+            found = estimate(results, cell, metric)
+            if found is not None:
+                axes.plot([found.mean * factor] * 2, [row - 0.3, row + 0.3], color=colour, lw=2)
+    axes.set_yticks(rows, [cell.name for cell in results] if labelled else [])
+    axes.grid(axis="x", color=GREY, alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+
+
+def _draw_calibration(axes, results):
+    axes.plot([0, 1], [0, 1], color=GREY, ls=":", label="calibrated")
+    colours = matplotlib.colormaps["tab10"].colors
+    for number, (cell, of) in enumerate(results.items()):
+        curves = [run["calibration"] for run in of.values() if "calibration" in run]
+        for curve in curves:
+            posterior, share, _ = zip(*curve, strict=True)
+            colour = colours[number % len(colours)]
+            axes.plot(posterior, share, color=colour, lw=1, marker=".", label=cell.name)
+            cell = None  # named once
+    handles, labels = axes.get_legend_handles_labels()
+    named = [(h, n) for h, n in zip(handles, labels, strict=True) if n != "None"]
+    axes.legend(*zip(*named, strict=True), fontsize=7)
+    axes.set(xlabel="posterior", ylabel="share that is true", xlim=(0, 1), ylim=(0, 1))
+    axes.set_title("Calibration of the posterior", fontsize=10)

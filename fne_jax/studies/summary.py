@@ -1,0 +1,213 @@
+"""A study's results over its seeds: means, spreads, differences to a baseline, and tables."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from fne_jax.studies.cells import Cell
+
+# Of the intervals of differences, in percent.
+LEVEL = 95
+
+# Name in the results, heading, decimals, and factor before it is shown.
+COLUMNS = (
+    ("rsum", "rSum", 1, 1),
+    ("i2t_r1", "R@1 i2t", 1, 1),
+    ("t2i_r1", "R@1 t2i", 1, 1),
+    ("complete_i2t_r1", "true R@1 i2t", 1, 1),
+    ("complete_t2i_r1", "true R@1 t2i", 1, 1),
+    ("complete_i2t_map_at_r", "mAP@R i2t", 1, 1),
+    ("complete_t2i_map_at_r", "mAP@R t2i", 1, 1),
+    ("sampled_false_negative_rate", "false negatives, %", 1, 100),
+    ("roc_auc", "AUC", 3, 1),
+    ("average_precision", "AP", 3, 1),
+    ("density", "density, %", 2, 100),
+    ("mean_posterior", "mean posterior, %", 2, 100),
+)
+# Of these the table of differences tells.
+_COMPARED = (
+    *("rsum", "complete_i2t_r1", "complete_t2i_r1"),
+    *("complete_i2t_map_at_r", "complete_t2i_map_at_r", "sampled_false_negative_rate"),
+)
+
+# The result of each seed, of each cell.
+Results = Mapping[Cell, Mapping[int, Mapping[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A metric over the seeds.
+
+    Attributes:
+      mean: over the seeds.
+      deviation: standard deviation of a seed (n - 1), NaN for a single one.
+      half_width: of the mean's 95 % t-interval, NaN for a single seed.
+      count: number of seeds.
+    """
+
+    mean: float
+    deviation: float
+    half_width: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """Returns the estimate from one value a seed, at least one."""
+        count = len(values)
+        if count == 1:
+            return cls(float(values[0]), math.nan, math.nan, 1)
+        deviation = float(np.std(values, ddof=1))
+        quantile = scipy.stats.t.ppf(0.5 + LEVEL / 200, count - 1)
+        half_width = float(quantile * deviation / math.sqrt(count))
+        return cls(float(np.mean(values)), deviation, half_width, count)
+
+    @property
+    def tells(self) -> bool:
+        """True where zero is outside of the interval."""
+        return abs(self.mean) > self.half_width
+
+
+def estimate(results: Results, cell: Cell, metric: str) -> Estimate | None:
+    """Returns a cell's metric, None where no run knows it."""
+    values = [of.get(metric) for of in results.get(cell, {}).values()]
+    known = [value for value in values if value is not None]
+    return Estimate.of(known) if known else None
+
+
+def difference(results: Results, cell: Cell, other: Cell, metric: str) -> Estimate | None:
+    """Returns how much higher a cell's metric is than another's, paired by seed, or None."""
+    ours, theirs = results.get(cell, {}), results.get(other, {})
+    pairs = [
+        (ours[seed].get(metric), theirs[seed].get(metric)) for seed in sorted(ours.keys() & theirs)
+    ]
+    known = [a - b for a, b in pairs if a is not None and b is not None]
+    return Estimate.of(known) if known else None
+
+
+def markdown(results: Results, baseline: str) -> str:
+    """Returns both tables, of the metrics and of the differences to the baseline."""
+    shown = [column for column in COLUMNS if _known(results, column[0])]
+    seeds = max(len(of) for of in results.values())
+    lines = [
+        f"Test metrics of the last weights: mean ± standard deviation over {seeds} seeds.",
+        "R@1 and rSum are by the labels; `true` and mAP@R by the complete truth; false negatives",
+        "are those among the negatives that the loss chose after the warm-up; AUC and AP (average",
+        "precision) are the posterior's as a detector of false negatives in the memory.",
+        "",
+    ]
+    lines += _table(
+        ["", *(heading for _, heading, _, _ in shown)],
+        [
+            [cell.name]
+            + [
+                _shown(estimate(results, cell, name), digits, factor)
+                for name, _, digits, factor in shown
+            ]
+            for cell in results
+        ],
+    )
+    compared = [column for column in shown if column[0] in _COMPARED]
+    rows = []
+    for cell in results:
+        other = cell.baseline(baseline)
+        if other == cell:
+            continue
+        found = [difference(results, cell, other, name) for name, *_ in compared]
+        if any(one is not None for one in found):
+            values = [
+                _shown_difference(one, digits, factor)
+                for one, (_, _, digits, factor) in zip(found, compared, strict=True)
+            ]
+            rows.append([f"{cell.name} less {other.name}", *values])
+    if rows:
+        lines += [
+            "",
+            f"Differences, paired by seed, with {LEVEL} % t-intervals. Those without a * are within"
+            " the spread of",
+            "the seeds (or of a single seed): they say nothing.",
+            "",
+        ]
+        lines += _table(["", *(heading for _, heading, _, _ in compared)], rows)
+    return "\n".join(lines) + "\n"
+
+
+def runs_csv(results: Results) -> str:
+    """Returns a line for each run: objective, variant, seed and every metric that is a number."""
+    names = sorted(
+        {
+            name
+            for of in results.values()
+            for result in of.values()
+            for name, value in result.items()
+            if isinstance(value, (int, float))
+        }
+    )
+    rows = [
+        [cell.objective, cell.variant, seed, *(result.get(name) for name in names)]
+        for cell, of in results.items()
+        for seed, result in sorted(of.items())
+    ]
+    return _csv(["objective", "variant", "seed", *names], rows)
+
+
+def summary_csv(results: Results, baseline: str) -> str:
+    """Returns a line for each cell and metric: its estimate, and its difference to the baseline."""
+    rows = []
+    for cell in results:
+        for name, *_ in COLUMNS:
+            value = estimate(results, cell, name)
+            if value is None:
+                continue
+            row = [cell.objective, cell.variant, name, value.mean, value.deviation, value.count]
+            other = cell.baseline(baseline)
+            gap = None if other == cell else difference(results, cell, other, name)
+            rows.append(row + ([None] * 2 if gap is None else [gap.mean, gap.half_width]))
+    header = ["objective", "variant", "metric", "mean", "deviation", "seeds"]
+    return _csv([*header, "difference", "half_width"], rows)
+
+
+def _known(results, metric):
+    return any(estimate(results, cell, metric) is not None for cell in results)
+
+
+def _shown(value, digits, factor):
+    if value is None:
+        return "-"
+    mean = f"{value.mean * factor:.{digits}f}"
+    return mean if value.count == 1 else f"{mean} ± {value.deviation * factor:.{digits}f}"
+
+
+def _shown_difference(value, digits, factor):
+    if value is None:
+        return "-"
+    mean = f"{value.mean * factor:+.{digits}f}"
+    if value.count == 1:
+        return mean
+    return f"{mean} ± {value.half_width * factor:.{digits}f}{' *' if value.tells else ''}"
+
+
+def _table(header, rows):
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + "---|" + "--:|" * (len(header) - 1)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def _csv(header, rows):
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([["" if _missing(value) else value for value in row] for row in rows])
+    return stream.getvalue()
+
+
+def _missing(value):
+    return value is None or (isinstance(value, float) and math.isnan(value))
