@@ -18,8 +18,12 @@ import pathlib
 import jax
 import pytest
 
+from tests import compiled_once
+
 # A [batch] vector that meets a [batch, batch] matrix by accident is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+compiled_once.install()
 
 TOP = pathlib.Path(__file__).parent.parent
 
