@@ -11,6 +11,7 @@ from fne_jax.data.datasets import KnownTruth
 from fne_jax.errors import UserError
 from fne_jax.report import audit_pages
 from fne_jax.retrieval import unlabelled
+from fne_jax.retrieval.split_statistics import split_statistics
 from tests.test_report import HOSTILE, Page, assert_safe_and_complete, hostile_split, unit_rows
 
 
@@ -120,10 +121,76 @@ def test_precision_counts_what_is_in_truth_a_match(monkeypatch):
         (["--workdir=x", "--limit=0"], "--limit is 0; expected at least 1"),
         (["--workdir=x", "--per-query=-2"], "--per-query is -2; expected at least 1"),
         (["--workdir=x", "--min-posterior=1.5"], "--min-posterior is 1.5; expected 0 to 1"),
-        (["--split=train"], "--workdir"),
+        (["--split=train"], "give either the --workdir"),
+        (["--workdir=x", "--embeddings=y"], "give either the --workdir"),
+        (["--embeddings=y", "--out=z"], "takes the --config of the data"),
+        (["--workdir=x", "--config=c.py"], "--config goes with --embeddings"),
+        (["--embeddings=x", "--config=c.py", "--out=z", "--checkpoint=3"], "goes with --workdir"),
+        (["--workdir=x", "--config.seed=3"], "unknown argument '--config.seed=3'"),
         (["--workdir=nowhere"], "nowhere is not a folder"),
     ],
 )
 def test_mistakes_of_the_command(arguments, message):
     with pytest.raises(UserError, match=message):
+        audit.main(arguments)
+
+
+def test_statistics_of_a_split_are_those_of_its_batches():
+    rng = np.random.default_rng(3)
+    image_emb, owner = unit_rows(rng, 6, 4), np.arange(17) % 6
+    text_emb = image_emb[owner] + 0.5 * unit_rows(rng, 17, 4)
+    text_emb /= np.linalg.norm(text_emb, axis=1, keepdims=True)
+    stats = split_statistics(image_emb, text_emb, owner, batch=5, seed=1)
+    order = np.random.default_rng(1).permutation(17)[:15].reshape(3, 5)
+    positive, negative = [], []
+    for rows in order:
+        similarity = image_emb[owner[rows]] @ text_emb[rows].T
+        same = owner[rows][:, None] == owner[rows][None, :]
+        others = np.where(same, 0, similarity)
+        for k in range(5):
+            strangers = ~same[k]
+            if (similarity[k, strangers] < similarity[k, k]).all() and (
+                similarity[strangers, k] < similarity[k, k]
+            ).all():
+                positive.append(similarity[k, k])
+                negative += [others[k].max(), others[:, k].max()]
+    assert 2 < len(positive) < 15
+    assert stats.positive.count == len(positive) and stats.negative.count == len(negative)
+    np.testing.assert_allclose(stats.positive.mean, np.mean(positive), rtol=1e-5)
+    np.testing.assert_allclose(stats.negative.mean, np.mean(negative), rtol=1e-5)
+
+
+EMBEDDINGS_CONFIG = """
+from tests.tiny import tiny_config
+
+def get_config():
+    return tiny_config(data__synthetic__images=9, fne__prior=0.3, global_batch_size=8).lock()
+"""
+
+
+def test_anyones_embeddings_are_audited(tmp_path, capsys):
+    (tmp_path / "configs").mkdir()
+    config = tmp_path / "configs" / "tiny.py"
+    config.write_text(EMBEDDINGS_CONFIG)
+    rng = np.random.default_rng(0)
+    image_emb, owner = unit_rows(rng, 9, 6), np.repeat(np.arange(9), 2)
+    text_emb = image_emb[owner] + 0.3 * unit_rows(rng, 18, 6)
+    text_emb /= np.linalg.norm(text_emb, axis=1, keepdims=True)
+    text_emb[4] = image_emb[7]  # a caption of picture 2 that is all of picture 7
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    np.save(folder / "image_embeddings.npy", image_emb)
+    np.save(folder / "text_embeddings.npy", text_emb)
+    np.save(folder / "caption_image.npy", owner)
+    out = tmp_path / "out"
+    arguments = [f"--embeddings={folder}", f"--config={config}", "--split=val", f"--out={out}"]
+    audit.main(arguments)
+    assert capsys.readouterr().out.startswith("val: 18 captions, 9 images")
+    first = json.loads((out / audit_pages.JSONL_NAME).read_text().splitlines()[0])
+    assert (first["caption_index"], first["image_index"]) == (4, 7)
+    assert first["similarity"] == pytest.approx(1.0)
+    assert "theirs" in (out / "index.html").read_text()
+
+    np.save(folder / "caption_image.npy", owner[::-1])
+    with pytest.raises(UserError, match="each caption with the same image"):
         audit.main(arguments)

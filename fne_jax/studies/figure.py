@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from fne_jax.report.plots import BLUE, GREEN, GREY, ORANGE, STYLE
 from fne_jax.studies.summary import Results, estimate
 
+_ACROSS = 3  # panels in a row
 # Title of a panel, and its points: metric, colour, legend, factor.
 _PANELS = (
     (
@@ -46,14 +47,17 @@ def study_figure(results: Results) -> Figure:
     ]
     calibrated = any("calibration" in run for of in results.values() for run in of.values())
     count = len(known) + calibrated
-    height = 1.6 + 0.3 * len(results)
-    figure = Figure(figsize=(4.6 * count, height), dpi=110, layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0]
+    rows, columns = -(-count // _ACROSS), min(count, _ACROSS)
+    height = rows * max(1.2 + 0.26 * len(results), 3.0)
+    figure = Figure(figsize=(4.4 * columns, height), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for place, (panel, (title, points)) in enumerate(zip(axes, known, strict=False)):
-        _draw_dots(panel, results, points, labelled=place == 0)
+        _draw_dots(panel, results, points, labelled=place % _ACROSS == 0)
         panel.set_title(title, fontsize=10)
     if calibrated:
-        _draw_calibration(axes[-1], results)
+        _draw_calibration(axes[count - 1], results)
+    for unused in axes[count:]:
+        unused.set_axis_off()
     return figure
 
 
@@ -67,7 +71,7 @@ def _draw_dots(axes, results, points, labelled):
         for row, (cell, of) in zip(rows, results.items(), strict=True):
             values = [run[metric] * factor for run in of.values() if run.get(metric) is not None]
             axes.plot(values, [row] * len(values), "o", color=colour, ms=4, alpha=0.6, label=label)
-            label = "_again"
+            label = "_again"  # named once
             found = estimate(results, cell, metric)
             if found is not None:
                 axes.plot([found.mean * factor] * 2, [row - 0.3, row + 0.3], color=colour, lw=2)
@@ -80,14 +84,13 @@ def _draw_calibration(axes, results):
     axes.plot([0, 1], [0, 1], color=GREY, ls=":", label="calibrated")
     colours = matplotlib.colormaps["tab10"].colors
     for number, (cell, of) in enumerate(results.items()):
-        curves = [run["calibration"] for run in of.values() if "calibration" in run]
-        for curve in curves:
-            posterior, share, _ = zip(*curve, strict=True)
-            colour = colours[number % len(colours)]
-            axes.plot(posterior, share, color=colour, lw=1, marker=".", label=cell.name)
-            cell = None  # named once
-    handles, labels = axes.get_legend_handles_labels()
-    named = [(h, n) for h, n in zip(handles, labels, strict=True) if n != "None"]
-    axes.legend(*zip(*named, strict=True), fontsize=7)
+        label = cell.name
+        for run in of.values():
+            if "calibration" in run:
+                posterior, share, _ = zip(*run["calibration"], strict=True)
+                colour = colours[number % len(colours)]
+                axes.plot(posterior, share, color=colour, lw=1, marker=".", ms=4, label=label)
+                label = "_again"
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.set(xlabel="posterior", ylabel="share that is true", xlim=(0, 1), ylim=(0, 1))
     axes.set_title("Calibration of the posterior", fontsize=10)
