@@ -2,12 +2,9 @@
 
 import os
 
-# Small programs, run a few times each: the suite's time is that of compiling them, which halves
-# without LLVM's optimisations. `.ci/run` also trains with the default ones.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+from tests.xla_flags import xla_flags
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Commands under test neither read nor fill the user's own cache of compiled programs.

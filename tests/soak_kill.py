@@ -25,6 +25,7 @@ import numpy as np
 from fne_jax.training import run
 from fne_jax.training.metric_log import read_metrics
 from tests.tiny import LinearTowers
+from tests.xla_flags import xla_flags
 
 TIMED = ("pairs_per_s", "data_wait_share")
 # In the log just before the workdir is touched, and before the first step.
@@ -46,11 +47,11 @@ def cached(folder):
 
 def start(workdir, *arguments, devices=1, variables=None):
     """Returns the started command, its stderr a pipe."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.tiny_train", f"--workdir={workdir}", *arguments],
         cwd=pathlib.Path(__file__).parent.parent,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | (variables or {}),
+        env=os.environ | settings | (variables or {}),
         stderr=subprocess.PIPE,
         text=True,
     )

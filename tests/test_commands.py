@@ -18,14 +18,11 @@ from fne_jax.training import run
 from tests.conftest import TOP
 from tests.test_report import statistics
 from tests.tiny import write_karpathy
+from tests.xla_flags import xla_flags
 
 
 def call(command, *arguments, devices=1):
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-    }
+    environment = os.environ | {"XLA_FLAGS": xla_flags(devices), "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
         [sys.executable, "-m", f"fne_jax.{command}", *map(str, arguments)],
         cwd=TOP, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,

@@ -26,6 +26,7 @@ from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.phases import Phase, RunPlan
 from tests import soak_kill
 from tests.tiny import LinearTowers, tiny_config
+from tests.xla_flags import xla_flags
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -378,11 +379,10 @@ print(sizes[500] // 2**20, sizes[1000] // 2**20, sizes[-1] // 2**20, len(sizes))
 
 @pytest.mark.slow
 def test_memory_is_flat_over_two_thousand_steps(tmp_path):
-    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path)],
         cwd=pathlib.Path(__file__).parent.parent,
-        env=os.environ | {"XLA_FLAGS": flags},
+        env=os.environ | {"XLA_FLAGS": xla_flags(1)},
         capture_output=True,
         text=True,
     )

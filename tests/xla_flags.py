@@ -1,0 +1,14 @@
+"""The XLA_FLAGS of this process and of the commands that tests start."""
+
+
+def xla_flags(devices):
+    """Returns flags for so many virtual CPU devices and for compiling fast.
+
+    Small programs, run a few times each: the suite's time is that of compiling them, which halves
+    without LLVM's optimisations, and again without the newer code generator of fused operations.
+    `.ci/run` also trains with the default ones.
+    """
+    return (
+        f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
+        "--xla_cpu_use_fusion_emitters=false"
+    )
