@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from fne_jax.command_line import Interrupted
 from fne_jax.errors import UserError
@@ -29,23 +28,6 @@ from tests.tiny import LinearTowers, tiny_config
 from tests.xla_flags import xla_flags
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_cache(tmp_path_factory):
-    """The runs of this file compile the same programs, for one device: each is compiled once."""
-    settings = {
-        "jax_enable_compilation_cache": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
-
-
 @pytest.fixture(autouse=True)
 def linear_towers(monkeypatch):
     """One device and towers that compile fast."""
@@ -55,7 +37,7 @@ def linear_towers(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory, compile_cache):
+def whole_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("survival") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         linear_towers.__wrapped__(patch)
