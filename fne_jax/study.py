@@ -17,8 +17,10 @@ def main(arguments: list[str]) -> None:
     """Parses the command line, trains what is missing, and writes the tables."""
     options, overrides = _parse(arguments)
 
-    from fne_jax.studies import cells, execution, schedule, summary
-
+    try:
+        from fne_jax.studies import cells, execution, schedule, summary
+    except ImportError as error:
+        raise UserError(f"{error}: install the extra with `pip install -e .[study]`") from error
     workdir = pathlib.Path(options.workdir)
     objectives = options.objectives.split(",")
     baseline = options.baseline
@@ -29,10 +31,9 @@ def main(arguments: list[str]) -> None:
     runs = cells.study_runs(
         options.config, overrides, objectives, options.vary, options.seeds, workdir
     )
+    failures = []
     if not options.report_only:
         failures = schedule.work_through(runs, options.jobs, lambda line: print(line, flush=True))
-    else:
-        failures = []
     results = {}
     for run in runs:
         result = execution.read_result(run)
