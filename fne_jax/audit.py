@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
     config, dataset, stats = audited.config, audited.dataset, audited.stats
     if min(stats.positive.count, stats.negative.count) < 2:
         raise UserError(
-            f"{audited.name}: the statistics are of fewer than two pairs, so there is no "
+            f"{audited.name}: there are statistics of fewer than two pairs, so there is no "
             "posterior; choose a later --checkpoint, or a split of more pairs"
         )
     pairs = unlabelled.unlabelled_pairs(
