@@ -10,6 +10,7 @@ from fne_jax.report.plots import BLUE, GREEN, GREY, ORANGE, STYLE
 from fne_jax.studies.summary import Results, estimate
 
 _ACROSS = 3  # panels in a row
+_LEAST = 30  # candidates that a point of the calibration stands for
 # Title of a panel, and its points: metric, colour, legend, factor.
 _PANELS = (
     (
@@ -87,7 +88,8 @@ def _draw_calibration(axes, results):
         label = cell.name
         for run in of.values():
             if "calibration" in run:
-                posterior, share, _ = zip(*run["calibration"], strict=True)
+                tenths = [tenth for tenth in run["calibration"] if tenth[2] >= _LEAST]
+                posterior, share, _ = zip(*tenths, strict=True) if tenths else ((), (), ())
                 colour = colours[number % len(colours)]
                 axes.plot(posterior, share, color=colour, lw=1, marker=".", ms=4, label=label)
                 label = "_again"
