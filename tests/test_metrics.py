@@ -49,7 +49,7 @@ def plain_ranks(similarity, owner):
     return i2t, t2i
 
 
-@pytest.mark.parametrize("tile", [(3, 4), (8, 64), (256, 2560)])
+@pytest.mark.parametrize("tile", [(3, 4), (8, 64), (512, 5120)])
 def test_ranks_are_their_definition_for_duplicates_too(monkeypatch, tile):
     monkeypatch.setattr(ranks, "_TILE_IMAGES", tile[0])
     monkeypatch.setattr(ranks, "_TILE_TEXTS", tile[1])
