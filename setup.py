@@ -59,6 +59,9 @@ setuptools.setup(
         "test": [
             "torch>=2.13.0",
             "pytest>=9.2.0",
+            "pytest-xdist>=3.8.0",
+            "hypothesis>=6.170.15",
+            "import-linter>=2.16",
             "ruff>=0.17.5",
             "scipy>=1.17.1",
             "scikit-learn>=1.9.1",

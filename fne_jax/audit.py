@@ -18,7 +18,7 @@ from fne_jax import command_line, configuration
 from fne_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from fne_jax.data.datasets import PairDataset
+    from fne_jax.data.pairs import PairDataset
     from fne_jax.objectives.similarity_statistics import SimilarityStatistics
     from fne_jax.retrieval.unlabelled import UnlabelledPairs
 
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> None:
 
 def _of_run(options):
     """Returns what a run's checkpoint makes of the split, with the statistics of its epoch."""
-    from fne_jax.data.datasets import load_split
+    from fne_jax.data.pairs import load_split
     from fne_jax.training import run
 
     workdir = pathlib.Path(options.workdir)
@@ -126,7 +126,7 @@ def _of_run(options):
 
 def _of_embeddings(options, overrides):
     """Returns the split that the config describes with anyone's embeddings of it."""
-    from fne_jax.data.datasets import load_split, with_captions_per_image
+    from fne_jax.data.pairs import load_split, with_captions_per_image
     from fne_jax.encoders.towers import read_architectures, with_model_defaults
     from fne_jax.retrieval import embedding_files
     from fne_jax.retrieval.split_statistics import split_statistics

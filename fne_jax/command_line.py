@@ -9,24 +9,9 @@ import signal
 import sys
 from collections.abc import Callable
 
-from fne_jax.errors import UserError
+from fne_jax.errors import Interrupted, UserError
 
 EXIT_USER_ERROR = 2
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop, and it did so in good order.
-
-    Attributes:
-      exit_code: 128 and the signal's number, as shells report it (130 Ctrl-C, 143 SIGTERM).
-    """
-
-    def __init__(self, signal_number: int, message: str):
-        super().__init__(signal_number, message)
-        self.exit_code = 128 + signal_number
-
-    def __str__(self):
-        return self.args[1]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -14,7 +14,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from fne_jax.data.augmentation import AUGMENTATIONS
+from fne_jax.data.images.augmentation import AUGMENTATIONS
 from fne_jax.encoders.dual_encoder import LONGEST_POOLING
 from fne_jax.errors import UserError
 from fne_jax.objectives.key_blocks import BLOCK

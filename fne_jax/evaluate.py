@@ -16,13 +16,13 @@ import jax
 
 from fne_jax import command_line, configuration
 from fne_jax.errors import UserError
+from fne_jax.model.embedded_split import EmbeddedSplit
+from fne_jax.parallel import processes
+from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.retrieval import embedding_files, protocols
-from fne_jax.retrieval.embedded_split import EmbeddedSplit
-from fne_jax.training import distributed
-from fne_jax.training.compile_cache import use_compile_cache
 
 if TYPE_CHECKING:
-    from fne_jax.data.datasets import PairDataset
+    from fne_jax.data.pairs import PairDataset
     from fne_jax.training.run import RestoredRun
 
 # Where the model comes from; the options that each of these takes.
@@ -60,10 +60,10 @@ def main(arguments: list[str]) -> None:
         help="flickr30k: the whole split (by default); all: each that the split allows",
     )
     parser.add_argument("--dump", help="folder to write embeddings, ids and top-50 lists into")
-    distributed.add_arguments(parser)
+    processes.add_arguments(parser)
     options, overrides = parser.parse_known_args(arguments)
     source = _source(options, overrides)
-    distributed.initialize(options)
+    processes.initialize(options)
 
     if source == "embeddings":
         split, dataset = embedding_files.read_embeddings(pathlib.Path(options.embeddings)), None
@@ -135,7 +135,7 @@ def _embedded(
     evaluated: RestoredRun, options: argparse.Namespace
 ) -> tuple[EmbeddedSplit, PairDataset, dict[str, Any]]:
     """Returns a split as the model embeds it, the split itself, and what the report says of it."""
-    from fne_jax.data.datasets import load_split, with_captions_per_image
+    from fne_jax.data.pairs import load_split, with_captions_per_image
     from fne_jax.retrieval import evaluation
     from fne_jax.training import run
 

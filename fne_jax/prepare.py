@@ -12,7 +12,7 @@ import signal
 import numpy as np
 
 from fne_jax import command_line, configuration
-from fne_jax.errors import UserError
+from fne_jax.errors import Interrupted, UserError
 
 
 def main(arguments: list[str]) -> None:
@@ -27,10 +27,10 @@ def main(arguments: list[str]) -> None:
         overrides.append(f"--config.data.resize_to={options.resize_to}")
     config = configuration.load_config(options.config, overrides)
 
-    from fne_jax.data import datasets
+    from fne_jax.data import pairs
 
-    datasets.check_source(config.data)
-    if config.data.source in datasets.IN_MEMORY_SOURCES:
+    pairs.check_source(config.data)
+    if config.data.source in pairs.IN_MEMORY_SOURCES:
         raise UserError(
             f"config.data.source is {config.data.source!r}, which is read as it is: there is "
             "nothing to prepare"
@@ -40,12 +40,13 @@ def main(arguments: list[str]) -> None:
 
 
 def _prepare(data):
-    from fne_jax.data import captioned_images, datasets, pair_builder, prepared
+    from fne_jax.data import loading, pairs
+    from fne_jax.data.preparation import captioned_images, pair_builder
 
-    builder = prepared.prepared_builder(data)
+    builder = loading.prepared_builder(data)
     written = pair_builder.stored_summaries(builder)
-    for split in datasets.SPLITS:
-        read = pair_builder.summarize(prepared.record_source(builder, split))
+    for split in pairs.SPLITS:
+        read = pair_builder.summarize(loading.record_source(builder, split))
         print(
             f"{split:6}{read.images:9,} images {read.captions:9,} captions"
             f"   checksum {read.checksum}"
@@ -59,7 +60,7 @@ def _prepare(data):
     if isinstance(builder, captioned_images.CaptionedImages):
         print(f"skipped: {len(builder.skipped())}, listed in {builder.skipped_path()}")
     print(f"prepared in {builder.data_dir}")
-    test = prepared.prepared_split(builder, "test")
+    test = loading.prepared_split(builder, "test")
     if test.truth is not None:
         print(_density(test))
 
@@ -85,9 +86,7 @@ def _stopping_in_good_order():
 
 def _stop(number, frame):
     del frame
-    raise command_line.Interrupted(
-        number, "stopped; the same command goes on with the pictures not checked yet"
-    )
+    raise Interrupted(number, "stopped; the same command goes on with the pictures not checked yet")
 
 
 if __name__ == "__main__":

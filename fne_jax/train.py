@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 
 from fne_jax import command_line, configuration
-from fne_jax.training import distributed
+from fne_jax.parallel import processes
 
 
 def main(arguments: list[str]) -> None:
@@ -16,9 +16,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print model, mesh, memory and a batch, then stop"
     )
-    distributed.add_arguments(parser)
+    processes.add_arguments(parser)
     options, overrides = parser.parse_known_args(arguments)
-    distributed.initialize(options)
+    processes.initialize(options)
     config = configuration.load_config(options.config, overrides)
 
     if options.dry_run:

@@ -2,7 +2,7 @@
 
 import os
 
-from tests.xla_flags import xla_flags
+from tests.support.xla_flags import xla_flags
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -16,13 +16,12 @@ import jax
 import pytest
 
 from tests import compiled_once
+from tests.support import TOP
 
 # A [batch] vector that meets a [batch, batch] matrix by accident is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 compiled_once.install()
-
-TOP = pathlib.Path(__file__).parent.parent
 
 
 def pytest_addoption(parser):

@@ -15,10 +15,10 @@ from fne_jax.errors import UserError
 from fne_jax.report import audit_pages
 from fne_jax.retrieval.evaluation import read_values
 from fne_jax.training import run
-from tests.conftest import TOP
-from tests.test_report import statistics
-from tests.tiny import write_karpathy
-from tests.xla_flags import xla_flags
+from tests.report.test_report import statistics
+from tests.support import TOP
+from tests.support.tiny import write_karpathy
+from tests.support.xla_flags import xla_flags
 
 
 def call(command, *arguments, devices=1):

@@ -8,9 +8,9 @@ import pytest
 
 from fne_jax import configuration
 from fne_jax.errors import UserError
-from tests.tiny import tiny_config
+from tests.support import TOP
+from tests.support.tiny import tiny_config
 
-TOP = pathlib.Path(__file__).parent.parent
 CONFIGS = [
     str(path)
     for path in sorted((TOP / "configs").glob("*.py"))

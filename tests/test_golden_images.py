@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fne_jax.data import device_augmentation, image_preprocessing, randaugment
-from fne_jax.data.augmentation import ARGUMENTS, OPERATIONS
+from fne_jax.data.images import device_augmentation, preprocessing, randaugment
+from fne_jax.data.images.augmentation import ARGUMENTS, OPERATIONS
 from fne_jax.training.train_step import normalize_pixels
-from tests.plain_operations import FIGURES, PIXELS_MEAN, PIXELS_STD
+from tests.support.plain_operations import FIGURES, PIXELS_MEAN, PIXELS_STD
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_operations(figures, apply_on_device, name, where):
 
 def test_evaluation_resize_and_normalisation(figures):
     for name in ("image0", "image1"):
-        ours = image_preprocessing.evaluation_image(figures[name], 96)
+        ours = preprocessing.evaluation_image(figures[name], 96)
         np.testing.assert_array_equal(ours, figures[f"{name}_eval96_uint8"])
         normalised = normalize_pixels(jnp.asarray(ours[None]), PIXELS_MEAN, PIXELS_STD)[0]
         expected = figures[f"{name}_eval96_normalised"]
@@ -84,10 +84,10 @@ def test_training_resize_is_within_a_level_of_pil(figures):
         Image.fromarray(figures[name]).save(stream, "JPEG", quality=95)
         cropped = Image.open(stream).crop((left, top, left + width, top + height))
         on_device = jax.jit(device_augmentation.crop_and_resize, static_argnums=2)
-        decoded = image_preprocessing.decode_jpeg(stream.getvalue())
+        decoded = preprocessing.decode_jpeg(stream.getvalue())
         for size in (90, 120, 140, 230):
             pil = np.asarray(cropped.resize((size, size), Image.Resampling.BICUBIC))
-            host = image_preprocessing.crop(stream.getvalue(), window, size)
+            host = preprocessing.crop(stream.getvalue(), window, size)
             assert np.abs(host.astype(int) - pil).mean() < 0.75, size
             if size in (90, 230):  # one that shrinks and one that does not
                 device = np.asarray(on_device(decoded, jnp.array(window, jnp.float32), size))

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from fne_jax import configuration
-from fne_jax.training import distributed
-from tests.conftest import TOP
+from fne_jax.parallel import processes
+from tests.support import TOP
 
 LAUNCH = TOP / "launch"
 
@@ -36,7 +36,7 @@ def train_arguments(command):
     parser = argparse.ArgumentParser()
     for name in ("--config", "--workdir"):
         parser.add_argument(name, required=True)
-    distributed.add_arguments(parser)
+    processes.add_arguments(parser)
     options, overrides = parser.parse_known_args(command[command.index("fne_jax.train") + 1 :])
     configuration.load_config(str(TOP / options.config), overrides)
     return options
@@ -59,12 +59,12 @@ def test_local_starts_processes_that_know_their_place():
     assert "fne_jax.prepare" in prepare and "fne_jax.evaluate" in evaluate
     for index, command in enumerate(train):
         assert command[:2] == ["env", f"JAX_LOCAL_DEVICE_IDS={index}"]
-        place = distributed.explicit_place(train_arguments(command), {})
+        place = processes.explicit_place(train_arguments(command), {})
         assert place == {
             "coordinator_address": "localhost:1234", "num_processes": 3, "process_id": index
         }  # fmt: skip
     one = commands_of(bash("local.sh", "--dry-run"))[2]
-    assert distributed.explicit_place(train_arguments(one), {}) is None
+    assert processes.explicit_place(train_arguments(one), {}) is None
 
 
 PYTHON = """#!/usr/bin/env bash
@@ -207,7 +207,7 @@ def test_jobsets():
         environment = {v["name"]: v["value"] for v in container.get("env", ())}
         no_flags = argparse.Namespace(coordinator=None, processes=None, process_index=None)
         last = environment | {"JOB_COMPLETION_INDEX": str(job["completions"] - 1)}
-        place = distributed.explicit_place(no_flags, last)
+        place = processes.explicit_place(no_flags, last)
         if device == "tpu":
             chips = container["resources"]["limits"]["google.com/tpu"] * job["parallelism"]
             rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
@@ -234,7 +234,7 @@ def test_sky():
     [command] = commands_of(done) if done.stdout.endswith("\n") else [shlex.split(done.stdout)]
     options = train_arguments(command)
     assert options.workdir.startswith(*task["file_mounts"])
-    place = distributed.explicit_place(options, {})
+    place = processes.explicit_place(options, {})
     assert place["coordinator_address"] == "10.0.0.1:12355" and place["num_processes"] == 2
     assert task["num_nodes"] == 2 and task["resources"]["use_spot"]
 

@@ -2,7 +2,7 @@
 
 import re
 
-from tests.conftest import TOP
+from tests.support import TOP
 
 
 def test_the_loss_example_runs():

@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image
 
 from fne_jax.benchmarks.pil_pipeline import pil_batches, pil_stages
-from fne_jax.data import augmentation, image_preprocessing
-from fne_jax.data.datasets import PairDataset, load_split
-from fne_jax.data.input_pipeline import BatchOrder, training_batches
+from fne_jax.data.batches import BatchOrder, training_batches
+from fne_jax.data.images import augmentation, preprocessing
+from fne_jax.data.pairs import PairDataset, load_split
 
 IMAGE_SIZE = 384
 # Height and width of the pictures that are drawn; every other one stands upright.
@@ -150,11 +150,9 @@ def drawn_jpeg(number: int) -> bytes:
 
 # Each takes what the one before gives.
 OUR_STAGES = {
-    "decode": lambda jpeg, drawn: image_preprocessing.decode_jpeg(jpeg),
-    "crop and resize": lambda image, drawn: image_preprocessing.crop(
-        image, drawn.window, IMAGE_SIZE
-    ),
-    "mirror and RandAugment": image_preprocessing.augmented,
+    "decode": lambda jpeg, drawn: preprocessing.decode_jpeg(jpeg),
+    "crop and resize": lambda image, drawn: preprocessing.crop(image, drawn.window, IMAGE_SIZE),
+    "mirror and RandAugment": preprocessing.augmented,
 }
 
 
@@ -197,7 +195,7 @@ def _stage_seconds(
     for epoch in range(repeats):
         total = dict.fromkeys(stages, 0.0)
         for pair, jpeg in enumerate(jpegs):
-            shape = image_preprocessing.picture_shape(jpeg)
+            shape = preprocessing.picture_shape(jpeg)
             drawn = augmentation.draw(AUGMENTATION, 0, epoch, pair, *shape)
             value: Any = jpeg
             for name, stage in stages.items():

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from fne_jax.data.augmentation import FILL, OPERATIONS, Augmentation, draw
-from fne_jax.data.input_pipeline import BatchOrder
+from fne_jax.data.batches import BatchOrder
+from fne_jax.data.images.augmentation import FILL, OPERATIONS, Augmentation, draw
 
 
 def pil_batches(

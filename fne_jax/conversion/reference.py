@@ -19,7 +19,8 @@ from fne_jax.encoders import towers
 from fne_jax.encoders.pretrained_weights import params_from_tensors
 from fne_jax.errors import UserError
 from fne_jax.objectives.memory_queue import EMPTY_ID, MemoryQueue
-from fne_jax.training import checkpointing, run, sharding
+from fne_jax.parallel import sharding
+from fne_jax.training import checkpointing, run
 
 # Beginnings of their names: our tower, and whether it is a momentum encoder.
 _PARTS = {

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow as tf
 
-from fne_jax.data import image_preprocessing
-from fne_jax.data.records import RecordSource
-from fne_jax.data.training_rows import RowMaker
+from fne_jax.data.images import preprocessing
+from fne_jax.data.images.training_rows import RowMaker
+from fne_jax.data.preparation.records import RecordSource
 from fne_jax.errors import UserError
 
 
@@ -90,7 +90,7 @@ def read_evaluation_images(
             return np.zeros((image_size, image_size, 3), np.uint8)
         jpeg = records.read(index[None])[0]
         with records.naming(index):
-            return image_preprocessing.evaluation_image(jpeg, image_size)
+            return preprocessing.evaluation_image(jpeg, image_size)
 
     def image(index):
         pixels = tf.numpy_function(resized, [index], tf.uint8, stateful=False)

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import ml_collections
 
 from fne_jax import configuration
-from fne_jax.data.training_rows import row_maker
+from fne_jax.data.images.training_rows import row_maker
 from fne_jax.encoders.attention import AUTO
 from fne_jax.encoders.towers import with_model_defaults
+from fne_jax.parallel import sharding
 from fne_jax.planning.architectures import read_architectures
 from fne_jax.planning.topology import CPU, Topology
-from fne_jax.training import run, sharding
+from fne_jax.training import run
 from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.phases import Phase, RunPlan

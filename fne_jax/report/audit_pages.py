@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fne_jax.data.datasets import PairDataset
+from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 from fne_jax.report import example_cards, html
 from fne_jax.retrieval.unlabelled import UnlabelledPairs

@@ -10,10 +10,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from fne_jax.data.datasets import PairDataset
+from fne_jax.data.pairs import PairDataset
+from fne_jax.objectives.registry import candidate_settings
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.report import examples, html
-from fne_jax.training.objective import candidate_settings
 
 # Anchors whose negatives are drawn, and those shown: the most suspect, and any others.
 _ANCHORS, _SHOWN_SUSPECT, _SHOWN_OTHERS = 256, 4, 2

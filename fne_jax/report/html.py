@@ -14,8 +14,8 @@ import jinja2
 import markupsafe
 from PIL import Image
 
-from fne_jax.data import image_preprocessing
-from fne_jax.data.datasets import PairDataset
+from fne_jax.data.images import preprocessing
+from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 
 # Pixels of a picture's longer side in a page.
@@ -61,7 +61,7 @@ def picture_uri(dataset: PairDataset, image: int) -> str:
     """
     picture = dataset.images[image] if dataset.in_memory else dataset.images[image]["image"]
     if isinstance(picture, bytes):
-        picture = image_preprocessing.decode_jpeg(picture, _THUMBNAIL, _THUMBNAIL)
+        picture = preprocessing.decode_jpeg(picture, _THUMBNAIL, _THUMBNAIL)
     small = Image.fromarray(picture)
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     stream = io.BytesIO()

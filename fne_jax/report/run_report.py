@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from fne_jax import configuration
-from fne_jax.data.datasets import PairDataset
-from fne_jax.report import example_cards, html, plots
+from fne_jax import configuration, figures
+from fne_jax.data.pairs import PairDataset
+from fne_jax.report import example_cards, html
 from fne_jax.training import metric_log
 from fne_jax.training.run import RestoredRun
 
@@ -64,7 +64,7 @@ def write_run_report(
       UserError: if the file cannot be written.
     """
     config, stats = evaluated.config, jax.device_get(evaluated.state.stats)
-    figures = plots.statistics_figures(stats, config.fne)
+    drawn = figures.statistics_figures(stats, config.fne)
     directions = example_cards.directions(dataset, image_emb, text_emb)
     comparable = len(dataset.image_id) > 1
     page = html.render(
@@ -79,11 +79,11 @@ def write_run_report(
             "tables": metric_tables(metrics),
             "curves": _labelled(_learning_curves(workdir)),
             "statistics": _statistics_values(stats),
-            "figures_of_statistics": _labelled(figures),
+            "figures_of_statistics": _labelled(drawn),
             "galleries": [
                 example_cards.gallery(direction, config.seed, stats, config.fne)
                 for direction in directions
-                if comparable and figures
+                if comparable and drawn
             ],
             "queries": [example_cards.queries(d) for d in directions if comparable],
             "fne": config.fne,
@@ -154,12 +154,12 @@ def _definition(value):
 def _learning_curves(workdir):
     if not (workdir / metric_log.FILE_NAME).exists():
         return {}
-    return plots.learning_curves(metric_log.read_metrics(workdir))
+    return figures.learning_curves(metric_log.read_metrics(workdir))
 
 
-def _labelled(figures):
+def _labelled(drawn):
     return {
-        title: html.svg_markup(plots.as_svg(figure, title)) for title, figure in figures.items()
+        title: html.svg_markup(figures.as_svg(figure, title)) for title, figure in drawn.items()
     }
 
 

@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 def statistics_images(
     stats: SimilarityStatistics, fne: ml_collections.ConfigDict
 ) -> dict[str, np.ndarray]:
-    """Returns `plots.statistics_figures` as [1, height, width, 3] uint8, as TensorBoard takes them.
+    """Returns `statistics_figures` as [1, height, width, 3] uint8, as TensorBoard takes them.
 
     None, with a warning, where matplotlib is not installed.
 
@@ -25,9 +25,9 @@ def statistics_images(
       fne: `config.fne`.
     """
     try:
-        from fne_jax.report import plots
+        from fne_jax import figures
     except ImportError as error:
         _log.warning("no figures in TensorBoard: pip install %s", error.name)
         return {}
-    figures = plots.statistics_figures(jax.device_get(stats), fne)
-    return {name: plots.as_pixels(figure)[None] for name, figure in figures.items()}
+    drawn = figures.statistics_figures(jax.device_get(stats), fne)
+    return {name: figures.as_pixels(figure)[None] for name, figure in drawn.items()}

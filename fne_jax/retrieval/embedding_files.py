@@ -19,9 +19,9 @@ import shutil
 
 import numpy as np
 
-from fne_jax.data.datasets import PairDataset
+from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
-from fne_jax.retrieval.embedded_split import EmbeddedSplit
+from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.retrieval.ranked_lists import top_lists
 
 TOP = 50

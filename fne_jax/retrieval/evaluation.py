@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fne_jax.data.datasets import PairDataset
+from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
-from fne_jax.retrieval import bootstrap
-from fne_jax.retrieval.embed import Embedder
-from fne_jax.retrieval.embedded_split import EmbeddedSplit
+from fne_jax.model.embedded_split import EmbeddedSplit
+from fne_jax.model.embedder import Embedder
+from fne_jax.retrieval import intervals
 from fne_jax.retrieval.metrics import complete_metrics, retrieval_metrics
 from fne_jax.retrieval.protocols import Measurement
 
@@ -101,9 +101,9 @@ def write_report(
         "metrics": {name: one.as_json() for name, one in measured.items()},
         **about,
         "intervals": {
-            "percent": bootstrap.LEVEL,
+            "percent": intervals.LEVEL,
             "method": "bootstrap percentiles; images are drawn, with their captions",
-            "resamples": bootstrap.RESAMPLES,
+            "resamples": intervals.RESAMPLES,
         },
     }
     scratch = path.with_suffix(".incomplete")

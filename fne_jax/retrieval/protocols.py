@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from fne_jax.errors import UserError
-from fne_jax.retrieval import bootstrap, coco_protocols, metrics
-from fne_jax.retrieval.embedded_split import EmbeddedSplit
+from fne_jax.model.embedded_split import EmbeddedSplit
+from fne_jax.retrieval import coco_protocols, intervals, metrics
 from fne_jax.retrieval.query_scores import QueryScores
 
 ALL = "all"
@@ -166,13 +166,13 @@ def _measurements(
     for direction, (query, item) in _DIRECTIONS.items():
         scores = [fold[direction] for fold in folds]
         values = [one.metrics() for one in scores]
-        drawn = [bootstrap.resampled(one, stream) for stream, one in enumerate(scores)]
+        drawn = [intervals.resampled(one, stream) for stream, one in enumerate(scores)]
         for key in values[0]:
             name = f"{direction}_{key}"
             samples[name] = np.mean([of_fold[key] for of_fold in drawn], axis=0)
             measured[prefix + name] = Measurement(
                 float(np.mean([of_fold[key] for of_fold in values])),
-                *bootstrap.interval(samples[name]),
+                *intervals.interval(samples[name]),
                 _definition(key, query, item, match.format(item), within),
                 sum(len(one.image) for one in scores),
                 scores[0].candidates,
@@ -182,7 +182,7 @@ def _measurements(
         parts = [measured[prefix + name] for name in metrics.RSUM_OF]
         measured[f"{prefix}rsum"] = Measurement(
             sum(part.value for part in parts),
-            *bootstrap.interval(sum(samples[name] for name in metrics.RSUM_OF)),
+            *intervals.interval(sum(samples[name] for name in metrics.RSUM_OF)),
             f"sum of {', '.join(prefix + name for name in metrics.RSUM_OF)}; queries and "
             "candidates: of images, then of captions",
             [parts[0].queries, parts[-1].queries],

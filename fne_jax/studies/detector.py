@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from sklearn import metrics
 
-from fne_jax.data.datasets import PairDataset
+from fne_jax.data.pairs import PairDataset
 from fne_jax.objectives.similarity_statistics import cosine, false_negative_posterior
 from fne_jax.training import run
 

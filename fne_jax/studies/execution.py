@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fne_jax import configuration
-from fne_jax.data.datasets import load_split, with_captions_per_image
+from fne_jax.data.pairs import load_split, with_captions_per_image
 from fne_jax.retrieval.evaluation import embed_split
 from fne_jax.retrieval.metrics import complete_metrics, retrieval_metrics
 from fne_jax.studies.cells import Run

@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from fne_jax.report.plots import BLUE, GREEN, GREY, ORANGE, STYLE
+from fne_jax.figures import BLUE, GREEN, GREY, ORANGE, STYLE
 from fne_jax.studies.summary import Results, estimate
 
 _ACROSS = 3  # panels in a row

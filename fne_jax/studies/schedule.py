@@ -11,9 +11,9 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 
-from fne_jax.command_line import Interrupted, set_up_logging
-from fne_jax.data.datasets import load_split
-from fne_jax.errors import UserError
+from fne_jax.command_line import set_up_logging
+from fne_jax.data.pairs import load_split
+from fne_jax.errors import Interrupted, UserError
 from fne_jax.studies import execution
 from fne_jax.studies.cells import Run
 

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from fne_jax.errors import UserError
-from fne_jax.training import distributed
+from fne_jax.parallel import processes
 
 DIRECTORY = "checkpoints"
 DAMAGED_DIRECTORY = "damaged_checkpoints"
@@ -60,7 +60,7 @@ def checkpoint_manager(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is no folder; move it away to resume or begin the run")
     if not read_only:
-        with distributed.first_process_first("unlisted checkpoints"):
+        with processes.first_process_first("unlisted checkpoints"):
             _set_aside_unlisted(folder)
     return ocp.CheckpointManager(
         folder,
@@ -119,7 +119,7 @@ def finish(manager: ocp.CheckpointManager) -> None:
     with _refusing(manager):
         manager.close()
     # Whoever starts processes may end all of them when the first has gone.
-    distributed.barrier("checkpoints are written")
+    processes.barrier("checkpoints are written")
 
 
 def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: dict[str, float]) -> None:
@@ -177,9 +177,9 @@ def restore_newest(
             state, position = restore(manager, step, like)
         except DamagedCheckpoint as error:
             damage = error
-        if distributed.all_agree(damage is None):
+        if processes.all_agree(damage is None):
             return step, state, position
-        with distributed.first_process_first(f"damaged {step}"):
+        with processes.first_process_first(f"damaged {step}"):
             _set_aside(pathlib.Path(manager.directory) / str(step), damage)
         manager.reload()
     return None

@@ -10,8 +10,9 @@ import ml_collections
 import numpy as np
 import optax
 
-from fne_jax.data import device_augmentation
-from fne_jax.training import objective, sharding
+from fne_jax.data.images import device_augmentation
+from fne_jax.objectives import registry
+from fne_jax.parallel import sharding
 from fne_jax.training.encoder_passes import MicroBatches, WholeBatch
 from fne_jax.training.phases import Phase, RunPlan
 from fne_jax.training.train_state import TrainState
@@ -45,12 +46,12 @@ def jitted_steps(
         "layout": sharding.StepLayout(mesh),
         "momentum": config.momentum,
         "mask_same_image": config.fne.mask_same_image,
-        "next_statistics": objective.next_statistics(config.fne, plan.steps_per_epoch),
+        "next_statistics": registry.next_statistics(config.fne, plan.steps_per_epoch),
         "image_mean": config.image_mean,
         "image_std": config.image_std,
         "learning_rate": schedule,
     }
-    warmup, main = objective.warmup_objective(config), objective.main_objective(config)
+    warmup, main = registry.warmup_objective(config), registry.main_objective(config)
     kinds = {
         Phase.WARMUP: {"objective": warmup, "write_queue": False},
         Phase.WARMUP_FILLING: {"objective": warmup, "write_queue": True},

@@ -6,10 +6,11 @@ import jax
 import ml_collections
 
 from fne_jax.data import captions
-from fne_jax.data.datasets import load_split
-from fne_jax.data.input_pipeline import training_batches
+from fne_jax.data.batches import training_batches
+from fne_jax.data.pairs import load_split
 from fne_jax.encoders.towers import read_architectures, with_model_defaults
-from fne_jax.training import run, sharding
+from fne_jax.parallel import sharding
+from fne_jax.training import run
 from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.loop import batch_order
 from fne_jax.training.optimizer import learning_rate_schedule

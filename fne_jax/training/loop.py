@@ -15,20 +15,20 @@ import jax
 import ml_collections
 
 from fne_jax import configuration
-from fne_jax.command_line import Interrupted
-from fne_jax.data.datasets import (
+from fne_jax.data.batches import BatchOrder, training_batches
+from fne_jax.data.pairs import (
     PairDataset,
     load_split,
     with_captions_per_image,
 )
-from fne_jax.data.input_pipeline import BatchOrder, training_batches
 from fne_jax.encoders.towers import read_architectures, store_architectures, with_model_defaults
-from fne_jax.errors import UserError
+from fne_jax.errors import Interrupted, UserError
+from fne_jax.parallel import processes, sharding
+from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.report.tensorboard import statistics_images
 from fne_jax.retrieval.evaluation import evaluate_split
-from fne_jax.training import checkpointing, distributed, run, sharding
+from fne_jax.training import checkpointing, run
 from fne_jax.training.bad_steps import BadSteps
-from fne_jax.training.compile_cache import use_compile_cache
 from fne_jax.training.compiled_steps import compiled_steps
 from fne_jax.training.data_clock import DataClock
 from fne_jax.training.interruption import Stopped, StopRequest
@@ -62,7 +62,7 @@ def train_and_evaluate(
     config = with_model_defaults(config, architectures)
     use_compile_cache(config.compile_cache)
     image_size = config.encoder.image.image_size
-    with distributed.first_process_first("data"):
+    with processes.first_process_first("data"):
         train = load_split(config.data, image_size, "train")
         val = with_captions_per_image(
             load_split(config.data, image_size, "val"), config.evaluation.captions_per_image
@@ -79,7 +79,7 @@ def train_and_evaluate(
     )
 
     # Workdir.
-    with distributed.first_process_first("workdir"):
+    with processes.first_process_first("workdir"):
         create_workdir(workdir)
         require_shared(workdir)
         configuration.store_config(config, workdir)

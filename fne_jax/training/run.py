@@ -18,12 +18,13 @@ import transformers
 
 from fne_jax import configuration
 from fne_jax.data import captions as caption_lib
-from fne_jax.data.datasets import PairDataset
+from fne_jax.data.pairs import PairDataset
 from fne_jax.encoders import towers
 from fne_jax.encoders.dual_encoder import DualEncoder
 from fne_jax.errors import UserError
-from fne_jax.retrieval.embed import Embedder
-from fne_jax.training import checkpointing, sharding
+from fne_jax.model.embedder import Embedder
+from fne_jax.parallel import sharding
+from fne_jax.training import checkpointing
 from fne_jax.training.optimizer import build_optimizer
 from fne_jax.training.train_state import TrainState, create_train_state
 

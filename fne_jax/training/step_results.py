@@ -7,8 +7,8 @@ import logging
 import jax
 import numpy as np
 
-from fne_jax.data.datasets import KnownTruth, PairDataset
-from fne_jax.data.input_pipeline import BatchOrder
+from fne_jax.data.batches import BatchOrder
+from fne_jax.data.pairs import KnownTruth, PairDataset
 from fne_jax.training.bad_steps import BadSteps
 from fne_jax.training.metric_log import ScalarWindow
 

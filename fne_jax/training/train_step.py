@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fne_jax.objectives.registry import Features, NextStatistics, Objective
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.objectives.triplet_loss import TripletAux
+from fne_jax.parallel.sharding import StepLayout
 from fne_jax.training.encoder_passes import EncoderPasses
-from fne_jax.training.objective import Features, NextStatistics, Objective
-from fne_jax.training.sharding import StepLayout
 from fne_jax.training.train_state import TrainState
 
 # Scopes that name each part's operations in the compiled program; what lies in neither of these

@@ -1,0 +1,1 @@
+"""From JPEG bytes to the pixels that the encoder takes: decoding, resizing, augmentation."""

@@ -1,0 +1,148 @@
+"""RandAugment's operations on [height, width, 3] uint8 pixels, with OpenCV.
+
+They give what the authors' code gives, except for sharpness, where that code wraps around at 0 and
+255 and this saturates, and autocontrast, which is PIL's. Where a picture is moved, its border
+blends with the fill, as OpenCV's bilinear interpolation does and PIL's does not.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from fne_jax.data.images.augmentation import FILL, OPERATIONS
+
+# PIL's ImageFilter.SMOOTH, which its sharpness pushes away from.
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
+
+
+def identity(image: np.ndarray, argument: float) -> np.ndarray:
+    """Returns the image."""
+    del argument
+    return image
+
+
+def autocontrast(image: np.ndarray, argument: float) -> np.ndarray:
+    """Stretches each channel to the whole range, as PIL."""
+    del argument
+    table = np.empty((256, 1, 3), np.uint8)
+    for channel, counts in enumerate(_histograms(image)):
+        low, high = np.flatnonzero(counts)[[0, -1]]
+        scale = 255 / (high - low) if high > low else 1
+        offset = -low * scale if high > low else 0
+        table[:, 0, channel] = np.clip(np.arange(256) * scale + offset, 0, 255)
+    return cv2.LUT(image, table)
+
+
+def equalize(image: np.ndarray, argument: float) -> np.ndarray:
+    """Evens out the histogram of each channel, as PIL."""
+    del argument
+    table = np.empty((256, 1, 3), np.uint8)
+    for channel, counts in enumerate(_histograms(image)):
+        brightest = counts[np.flatnonzero(counts)[-1]]
+        step = (counts.sum() - brightest) // 255
+        if step == 0:
+            table[:, 0, channel] = np.arange(256)
+            continue
+        below = np.cumsum(counts) - counts
+        table[:, 0, channel] = np.minimum((step // 2 + below) // step, 255)
+    return cv2.LUT(image, table)
+
+
+def brightness(image: np.ndarray, argument: float) -> np.ndarray:
+    """Multiplies every level, as PIL."""
+    # PIL cuts off what OpenCV rounds, so nearly a half is taken off before.
+    return cv2.convertScaleAbs(image, alpha=argument, beta=-0.499)
+
+
+def sharpness(image: np.ndarray, argument: float) -> np.ndarray:
+    """Moves away from a smoothed copy by a factor, as PIL; the outermost pixels stay."""
+    smooth = cv2.filter2D(image, -1, _SMOOTH)
+    sharp = cv2.addWeighted(image, argument, smooth, 1 - argument, -0.499)  # cut off
+    for edge in (0, -1):
+        sharp[edge], sharp[:, edge] = image[edge], image[:, edge]
+    return sharp
+
+
+def shear_x(image: np.ndarray, argument: float) -> np.ndarray:
+    """Moves each row right by its number times the argument."""
+    return _warp(image, [[1, argument, 0], [0, 1, 0]])
+
+
+def shear_y(image: np.ndarray, argument: float) -> np.ndarray:
+    """Moves each column down by its number times the argument."""
+    return _warp(image, [[1, 0, 0], [argument, 1, 0]])
+
+
+def translate_x(image: np.ndarray, argument: float) -> np.ndarray:
+    """Moves the image left by whole pixels."""
+    return _translate(image, int(argument), axis=1)
+
+
+def translate_y(image: np.ndarray, argument: float) -> np.ndarray:
+    """Moves the image up by whole pixels."""
+    return _translate(image, int(argument), axis=0)
+
+
+def rotate(image: np.ndarray, argument: float) -> np.ndarray:
+    """Turns the image counterclockwise by degrees."""
+    height, width = image.shape[:2]
+    return _warp(image, cv2.getRotationMatrix2D((width / 2, height / 2), argument, 1))
+
+
+_FUNCTIONS = {
+    function.__name__: function
+    for function in (
+        identity,
+        autocontrast,
+        equalize,
+        brightness,
+        sharpness,
+        shear_x,
+        shear_y,
+        translate_x,
+        translate_y,
+        rotate,
+    )
+}
+
+
+def apply_operation(image: np.ndarray, operation: int, argument: float) -> np.ndarray:
+    """Returns the image after an operation.
+
+    Args:
+      image: [height, width, 3] uint8.
+      operation: an index into `augmentation.OPERATIONS`.
+      argument: of the operation; not read where it takes none.
+    """
+    return _FUNCTIONS[OPERATIONS[operation]](image, argument)
+
+
+def _histograms(image):
+    """Yields [256] int64 counts of each channel's levels."""
+    for channel in range(3):
+        counts = cv2.calcHist([image], [channel], None, [256], [0, 256])
+        yield counts.ravel().astype(np.int64)
+
+
+def _warp(image, matrix):
+    height, width = image.shape[:2]
+    return cv2.warpAffine(
+        image,
+        np.asarray(matrix, np.float64),
+        (width, height),
+        flags=cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=(FILL,) * 3,
+    )
+
+
+def _translate(image, pixels, axis):
+    moved = np.full_like(image, FILL)
+    length = image.shape[axis] - abs(pixels)
+    if length > 0:
+        kept, new = [slice(None)] * 2, [slice(None)] * 2
+        kept[axis] = slice(max(pixels, 0), max(pixels, 0) + length)
+        new[axis] = slice(max(-pixels, 0), max(-pixels, 0) + length)
+        moved[tuple(new)] = image[tuple(kept)]
+    return moved

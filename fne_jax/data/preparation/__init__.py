@@ -1,0 +1,1 @@
+"""Checking a dataset's images and packing them into ArrayRecord files."""

@@ -1,0 +1,153 @@
+"""The TFDS builder of captioned pictures on disk, whatever listing they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from fne_jax.data.preparation.checked_parts import PictureParts, Verdict
+from fne_jax.data.preparation.pair_builder import PairBuilder
+from fne_jax.data.preparation.progress import PreparationProgress
+from fne_jax.data.sources import listing
+from fne_jax.data.sources.listing import SPLITS, Skipped, Source, SourceImage
+from fne_jax.errors import UserError
+
+SKIPPED_FILE = "skipped.json"
+# Kept beside the prepared datasets while one is being built.
+SCRATCH_FOLDER = "unfinished"
+_SHOWN = 5
+
+
+@dataclasses.dataclass(kw_only=True)
+class CaptionedImagesConfig(tfds.core.BuilderConfig):
+    """What the dataset is made of; another listing or size of pictures is another dataset.
+
+    Attributes:
+      source: as listed.
+      resize_to: see `picture_check.usable_jpeg`.
+      max_skipped: most images and captions that may be left out.
+    """
+
+    source: Source = dataclasses.field(repr=False, compare=False)
+    resize_to: int = 0
+    max_skipped: int = 0
+    name: str = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        size = f"-{self.resize_to}px" if self.resize_to else ""
+        self.name = f"{self.source.name}-{self.source.digest}{size}"
+
+
+class CaptionedImages(PairBuilder, skip_registration=True):
+    """Packs checked pictures as JPEGs with their captions."""
+
+    name = "captioned_images"
+    builder_config: CaptionedImagesConfig
+
+    def extra_features(self) -> dict[str, Any]:
+        """Returns what the source itself calls the image."""
+        return {"source_id": tfds.features.Text()}
+
+    def extra_files(self) -> dict[str, str]:
+        """Returns the list of what was left out."""
+        return {SKIPPED_FILE: _skipped_text(self._skipped)}
+
+    def sizes(self) -> dict[str, int]:
+        """Checks all pictures and captions, and returns how many images can be used.
+
+        Raises:
+          UserError: if more would be left out than the config allows, or a whole split.
+        """
+        source, scratch = self.builder_config.source, self._scratch()
+        images = [image for split in SPLITS for image in source.splits[split]]
+        parts = PictureParts(images, scratch, self.builder_config.resize_to)
+        kept, self._skipped = _usable(images, parts.check())
+        (scratch / SKIPPED_FILE).write_text(_skipped_text(self._skipped))
+        check_skipped(self._skipped, self.builder_config.max_skipped, scratch / SKIPPED_FILE)
+        ends = itertools.accumulate(len(source.splits[split]) for split in SPLITS)
+        self._entries = {}
+        for split, end in zip(SPLITS, ends, strict=True):
+            start = end - len(source.splits[split])
+            self._entries[split] = [entry for entry in kept[start:end] if entry is not None]
+            if not self._entries[split]:
+                raise UserError(
+                    f"no image of the split {split!r} can be used; see {scratch / SKIPPED_FILE}"
+                )
+        jpegs = zip(kept, parts.jpegs(), strict=True)
+        self._jpegs = (jpeg for entry, jpeg in jpegs if entry is not None)
+        self._progress = PreparationProgress("writing records", len(images))
+        return {split: len(entries) for split, entries in self._entries.items()}
+
+    def records(self, split: str, rows: range) -> Iterator[dict[str, Any]]:
+        """Yields the next records, in the source's order."""
+        with self._progress as progress:
+            for entry in self._entries[split][rows.start : rows.stop]:
+                yield {"image": next(self._jpegs)} | entry
+                progress.advance(1)
+
+    def remove_scratch(self) -> None:
+        """Removes what was kept for resuming, once the dataset is there."""
+        if self._scratch().exists():
+            self._scratch().rmtree()
+
+    def skipped(self) -> list[Skipped]:
+        """Returns what was left out of the prepared dataset."""
+        entries = json.loads(self.skipped_path().read_text())
+        return [Skipped(**entry) for entry in entries]
+
+    def skipped_path(self) -> epath.Path:
+        """Returns where the list of what was left out lies."""
+        return epath.Path(self.data_dir) / SKIPPED_FILE
+
+    def _scratch(self):
+        return self.data_dir_root / SCRATCH_FOLDER / self.builder_config.name
+
+
+def check_skipped(skipped: list[Skipped], allowed: int, listing: epath.Path) -> None:
+    """Raises UserError, with the first few and how many, if too much was left out."""
+    if len(skipped) <= allowed:
+        return
+    shown = "".join(f"\n  {one.where}: {one.reason}" for one in skipped[:_SHOWN])
+    more = len(skipped) - _SHOWN
+    raise UserError(
+        f"{len(skipped)} images or captions cannot be used, more than config.data.max_skipped, "
+        f"{allowed}:{shown}"
+        + (f"\n  and {more} more" if more > 0 else "")
+        + f"\nAll are listed in {listing}. Mend them, or allow that many to be left out."
+    )
+
+
+def _usable(images: list[SourceImage], verdicts: list[Verdict]):
+    """Returns for each image the record without its picture, or None, and what is left out."""
+    kept: list[dict[str, Any] | None] = []
+    skipped: list[Skipped] = []
+    for image, verdict in zip(images, verdicts, strict=True):
+        captions, ids, bad_captions = listing.usable_captions(image)
+        reason = verdict.reason
+        if not reason:
+            skipped += bad_captions
+            if not captions:
+                reason = "no caption is left" if bad_captions else "the list of captions is empty"
+        if reason:
+            skipped.append(Skipped(image.where, str(image.path), reason))
+            kept.append(None)
+            continue
+        kept.append(
+            {
+                "image_id": image.image_id,
+                "captions": captions,
+                "caption_ids": ids,
+                "source_id": image.source_id,
+            }
+        )
+    return kept, skipped
+
+
+def _skipped_text(skipped):
+    return json.dumps([dataclasses.asdict(one) for one in skipped], indent=2) + "\n"

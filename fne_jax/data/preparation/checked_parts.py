@@ -1,0 +1,175 @@
+"""All pictures of a dataset checked on all cores, a part at a time, so that nothing is done twice.
+
+A part is a zip file in a scratch folder: `verdicts.json`, one entry an image, and the pictures that
+had to be converted. It appears whole or not at all; a later call takes it up, and looks again only
+at pictures that were refused or have changed since.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+
+from etils import epath
+from PIL import Image
+
+from fne_jax.data.preparation.image_check import UnusablePicture, usable_jpeg
+from fne_jax.data.preparation.progress import PreparationProgress
+from fne_jax.data.sources.listing import SourceImage
+from fne_jax.errors import UserError
+
+IMAGES_PER_PART = 256
+_VERDICTS = "verdicts.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What came of one picture.
+
+    Attributes:
+      size: bytes of the file, -1 where there is none.
+      modified: its time of modification, seconds.
+      digest: SHA-256 of the JPEG to store, "" where there is none.
+      converted: whether that JPEG is another than the file itself.
+      reason: why the picture cannot be used, "" where it can.
+    """
+
+    size: int
+    modified: int
+    digest: str
+    converted: bool
+    reason: str
+
+
+class PictureParts:
+    """The checked pictures of a dataset.
+
+    Args:
+      images: all images, in the order of the records.
+      scratch: folder for the parts, kept from call to call.
+      resize_to: see `picture_check.usable_jpeg`.
+    """
+
+    def __init__(self, images: Sequence[SourceImage], scratch: epath.Path, resize_to: int):
+        self._images, self._scratch, self._resize_to = images, scratch, resize_to
+        self._starts = range(0, len(images), IMAGES_PER_PART)
+
+    def check(self) -> list[Verdict]:
+        """Returns the verdicts, one an image, from parts that are there or are made now."""
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        Image.init()  # PIL loads its formats on first use, which must not happen in many threads
+        verdicts: dict[int, list[Verdict]] = {}
+        # Threads: PIL lets go of the interpreter while it decodes, resizes and encodes.
+        pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        with PreparationProgress("checking pictures", len(self._images)) as progress:
+            try:
+                waiting = {pool.submit(self._check_part, start): start for start in self._starts}
+                for done in concurrent.futures.as_completed(waiting):
+                    verdicts[waiting[done]] = done.result()
+                    progress.advance(len(done.result()))
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return [verdict for start in self._starts for verdict in verdicts[start]]
+
+    def jpegs(self) -> Iterator[bytes]:
+        """Yields the JPEG of every image, b"" of those refused, after `check`.
+
+        Raises:
+          UserError: if a picture has changed since it was checked.
+        """
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in self._starts:
+                images = self._images[start : start + IMAGES_PER_PART]
+                verdicts, converted = self._read_part(start)
+                paths = [image.path for image in images]
+                jpegs = pool.map(_stored_jpeg, paths, verdicts, converted)
+                for path, verdict, jpeg in zip(paths, verdicts, jpegs, strict=True):
+                    if not jpeg and not verdict.reason:
+                        self._part(start).unlink()
+                        raise UserError(
+                            f"{path}: has changed since it was checked; run the same command again"
+                        )
+                    yield jpeg
+
+    def _part(self, start):
+        return self._scratch / f"part-{start // IMAGES_PER_PART:05}.zip"
+
+    def _check_part(self, start):
+        images = self._images[start : start + IMAGES_PER_PART]
+        try:
+            old, converted = self._read_part(start)
+        except (OSError, zipfile.BadZipFile):  # not there yet, or damaged
+            checked = [_check_picture(image.path, self._resize_to) for image in images]
+            return self._write_part(start, checked)
+        checked, changed = [], False
+        for image, verdict, jpeg in zip(images, old, converted, strict=True):
+            if verdict.reason or (verdict.size, verdict.modified) != _stamp(image.path):
+                verdict, jpeg = _check_picture(image.path, self._resize_to)
+                changed = True
+            checked.append((verdict, jpeg))
+        return self._write_part(start, checked) if changed else old
+
+    def _write_part(self, start, checked):
+        stream = io.BytesIO()
+        verdicts = [verdict for verdict, _ in checked]
+        with zipfile.ZipFile(stream, "w") as archive:
+            entries = [dataclasses.asdict(verdict) for verdict in verdicts]
+            archive.writestr(_VERDICTS, json.dumps(entries))
+            for number, (verdict, jpeg) in enumerate(checked):
+                if verdict.converted:
+                    archive.writestr(f"{number}.jpg", jpeg)
+        path = self._part(start)
+        scratch = path.with_suffix(".incomplete")
+        scratch.write_bytes(stream.getvalue())
+        scratch.replace(path)
+        return verdicts
+
+    def _read_part(self, start):
+        """Returns a part's verdicts and JPEGs, b"" of those that are the files themselves."""
+        with zipfile.ZipFile(io.BytesIO(self._part(start).read_bytes())) as archive:
+            verdicts = [Verdict(**entry) for entry in json.loads(archive.read(_VERDICTS))]
+            return verdicts, [
+                archive.read(f"{number}.jpg") if verdict.converted else b""
+                for number, verdict in enumerate(verdicts)
+            ]
+
+
+def _stamp(path):
+    try:
+        stat = path.stat()
+    except OSError:
+        return -1, 0
+    return stat.length, int(stat.mtime)
+
+
+def _stored_jpeg(path, verdict, converted):
+    """Returns the JPEG of a picture, b"" where there is none or the file is another by now."""
+    if verdict.reason or verdict.converted:
+        return converted
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return b""
+    return content if hashlib.sha256(content).hexdigest() == verdict.digest else b""
+
+
+def _check_picture(path, resize_to):
+    """Returns the verdict and, if the picture was converted, its JPEG."""
+    size, modified = _stamp(path)
+    try:
+        if size < 0:
+            raise UnusablePicture(f"there is no picture {path}")
+        content = path.read_bytes()
+        jpeg = usable_jpeg(content, resize_to)
+    except UnusablePicture as fault:
+        return Verdict(size, modified, "", False, str(fault)), b""
+    except OSError as error:
+        return Verdict(size, modified, "", False, f"cannot be read: {error}"), b""
+    verdict = Verdict(size, modified, hashlib.sha256(jpeg).hexdigest(), jpeg != content, "")
+    return verdict, jpeg if verdict.converted else b""

@@ -1,0 +1,52 @@
+"""The lists in which the paper's authors, and ALBEF before them, keep Flickr30K and COCO.
+
+A list for training has one object a caption, `{"image", "caption", "image_id"}`; those for
+validation and test one an image, `{"image", "caption": [...]}`.
+"""
+
+from __future__ import annotations
+
+from etils import epath
+
+from fne_jax.data.sources import listing
+from fne_jax.data.sources.image_rows import ImageRow, images_of_rows
+from fne_jax.data.sources.listing import SPLITS, Source
+from fne_jax.errors import UserError
+
+
+def json_lists_source(data_dir: str) -> Source:
+    """Returns the dataset of a folder with one list each for train, val and test.
+
+    A list is found by the split in its name, e.g. `flickr30k_train.json`. Pictures lie in the
+    folder `images` beside the lists, or beside the lists themselves.
+
+    Raises:
+      UserError: naming the file and the entry, if something is missing or of the wrong kind.
+    """
+    folder = listing.existing_folder(
+        data_dir, "the authors' lists *train*.json, *val*.json and *test*.json, and images/"
+    )
+    paths = [listing.one_file(folder, f"*{split}*.json", "the authors' lists") for split in SPLITS]
+    rows = [row for split, path in zip(SPLITS, paths, strict=True) for row in _rows(path, split)]
+    splits = images_of_rows(rows, listing.picture_folder(folder))
+    listing.check_listing(str(folder), splits)
+    return Source("json_lists", listing.digest_of(paths), splits)
+
+
+def _rows(path: epath.Path, split: str):
+    entries = listing.read_json(path)
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: expected a list of objects with 'image' and 'caption'")
+    for index, entry in enumerate(entries):
+        where = f"{path}: [{index}]"
+        for key in ("image", "caption"):
+            if not isinstance(entry, dict) or key not in entry:
+                raise UserError(f"{where}: the key {key!r} is missing (the authors' lists)")
+        captions = entry["caption"]
+        yield ImageRow(
+            where=where,
+            image=entry["image"],
+            captions=captions if isinstance(captions, list) else [captions],
+            split=split,
+            image_id=entry.get("image_id"),
+        )

@@ -1,0 +1,121 @@
+"""Datasets in Karpathy's JSON layout, in which Flickr8K, Flickr30K and COCO are distributed.
+
+A file `dataset_<name>.json` holds `images`, each with `filename`, optionally `filepath` (a folder),
+`split`, and `sentences` with a `raw` caption each (Karpathy and Fei-Fei, CVPR 2015).
+"""
+
+from __future__ import annotations
+
+from etils import epath
+
+from fne_jax.data.sources import listing
+from fne_jax.data.sources.listing import SPLIT_OF, Source, SourceImage
+from fne_jax.errors import UserError
+
+_SPLITS_FROM = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+# Where the pictures of the datasets with a name of their own come from.
+PICTURES_FROM = {
+    "flickr8k": "Flickr8K's pictures (request form at "
+    "https://forms.illinois.edu/sec/1713398) as images/*.jpg",
+    "flickr30k": "Flickr30K's pictures (licence form at "
+    "https://shannon.cs.illinois.edu/DenotationGraph/) as images/*.jpg",
+    "coco": "COCO's pictures (http://images.cocodataset.org/zips/train2014.zip and val2014.zip) "
+    "as images/train2014/*.jpg and images/val2014/*.jpg",
+}
+ANY = "karpathy"
+SOURCES = (ANY, *PICTURES_FROM)  # of config.data.source
+
+
+def find_json(data_dir: str, name: str = ANY) -> epath.Path:
+    """Returns the Karpathy file of a folder.
+
+    Args:
+      data_dir: the folder.
+      name: a key of `PICTURES_FROM` for `dataset_<name>.json`, or `karpathy` for the one
+        `dataset*.json` that is there.
+
+    Raises:
+      UserError: if the folder or the file is not there; for a dataset with a name, with what to
+        download and where to put it.
+    """
+    if name == ANY:
+        folder = listing.existing_folder(data_dir, "dataset_<name>.json and images/")
+        return listing.one_file(folder, "dataset*.json", "Karpathy's layout")
+    folder = epath.Path(data_dir).expanduser()
+    path = folder / f"dataset_{name}.json"
+    if not data_dir or not path.exists():
+        raise UserError(f"config.data.dir is {data_dir!r}: {path.name} is not there{_advice(name)}")
+    return path
+
+
+def read_karpathy(json_path: epath.Path) -> dict[str, list[SourceImage]]:
+    """Returns the images of each split, `restval` counted as train, in the file's order.
+
+    COCO's images and captions keep its own numbers (`cocoid` and `sentid`, its annotations' ids),
+    by which ECCV Caption and CxC name them.
+
+    Raises:
+      UserError: naming the file and the entry, if the file is not JSON, a key is missing, a split
+        is unknown or empty, or an image id is there twice.
+    """
+    json_path = epath.Path(json_path)
+    content = listing.read_json(json_path)
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise UserError(f"{json_path}: the key 'images' is missing (Karpathy's layout)")
+    pictures = listing.picture_folder(json_path.parent)
+    splits: dict[str, list[SourceImage]] = {}
+    for index, entry in enumerate(content["images"]):
+        split, image = _read_entry(f"{json_path}: images[{index}]", index, entry, pictures)
+        splits.setdefault(split, []).append(image)
+    listing.check_listing(str(json_path), splits)
+    return splits
+
+
+def karpathy_source(data_dir: str, name: str = ANY) -> Source:
+    """Returns the dataset of a folder.
+
+    Raises:
+      UserError: as `find_json` and `read_karpathy`, and if a whole folder of pictures is missing.
+    """
+    path = find_json(data_dir, name)
+    splits = read_karpathy(path)
+    folders = {image.path.parent for images in splits.values() for image in images}
+    missing = [str(folder) for folder in sorted(folders) if not folder.is_dir()]
+    if missing:
+        raise UserError(f"{path}: its pictures' folder {missing[0]} is not there{_advice(name)}")
+    return Source(path.stem.removeprefix("dataset_"), listing.digest_of([path]), splits)
+
+
+def _advice(name):
+    if name == ANY:
+        return ""
+    return (
+        f". {name} has to be downloaded by hand; put into config.data.dir dataset_{name}.json "
+        f"(from {_SPLITS_FROM}) and {PICTURES_FROM[name]}"
+    )
+
+
+def _read_entry(where, index, entry, pictures):
+    for key, kind in (("filename", str), ("split", str), ("sentences", list)):
+        if not isinstance(entry, dict) or key not in entry:
+            raise UserError(f"{where}: the key {key!r} is missing (Karpathy's layout)")
+        if not isinstance(entry[key], kind):
+            raise UserError(
+                f"{where}: {key!r} is {entry[key]!r:.60}; expected a {kind.__name__} "
+                "(Karpathy's layout)"
+            )
+    if entry["split"] not in SPLIT_OF:
+        raise UserError(
+            f"{where}: split is {entry['split']!r}; expected one of {', '.join(SPLIT_OF)}"
+        )
+    sentences = [s if isinstance(s, dict) else {"raw": s} for s in entry["sentences"]]
+    image_id = entry.get("cocoid", entry.get("imgid", index))
+    image = SourceImage(
+        path=pictures / str(entry.get("filepath", "")) / entry["filename"],
+        where=where,
+        image_id=image_id,
+        source_id=str(entry.get("cocoid", entry["filename"])),
+        captions=[sentence.get("raw") for sentence in sentences],
+        caption_ids=[sentence.get("sentid", -1) for sentence in sentences],
+    )
+    return SPLIT_OF[entry["split"]], image

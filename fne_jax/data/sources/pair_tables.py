@@ -1,0 +1,128 @@
+"""Pairs of one's own, as a table: `image`, `caption` and optionally `split` and `image_id`."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from fne_jax.data.sources import listing
+from fne_jax.data.sources.image_rows import ImageRow, images_of_rows
+from fne_jax.data.sources.listing import SPLIT_OF, Source
+from fne_jax.errors import UserError
+
+COLUMNS = ("image", "caption", "split", "image_id")
+# Shares of val and test where a table has no splits; the rest is train.
+VAL_SHARE, TEST_SHARE = 0.05, 0.05
+
+
+def pair_table_source(data_dir: str, kind: str) -> Source:
+    """Returns the dataset of a table, one (image, caption) pair a row.
+
+    Pictures' paths are absolute, or relative to the table. Rows of one picture make one image.
+    Without splits, `split_of_name` parts the images.
+
+    Args:
+      data_dir: the table, or the folder that holds it alone of its kind.
+      kind: `csv` (a header names the columns) or `jsonl` (one object a line).
+
+    Raises:
+      UserError: naming the file and the line, if something is missing or of the wrong kind.
+    """
+    path = epath.Path(data_dir).expanduser()
+    if not data_dir or not path.is_file():
+        folder = listing.existing_folder(data_dir, f"one table *.{kind}")
+        path = listing.one_file(folder, f"*.{kind}", "a table of image and caption")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text in UTF-8: {error}") from error
+    read = _csv_rows if kind == "csv" else _jsonl_rows
+    rows = list(_with_splits(path, [_image_row(*row) for row in read(path, text)]))
+    splits = images_of_rows(rows, path.parent)
+    advice = f"; add a column 'split' with {', '.join(SPLIT_OF)}"
+    listing.check_listing(str(path), splits, advice)
+    return Source(path.stem, listing.digest_of([path]), splits)
+
+
+def split_of_name(name: str) -> str:
+    """Returns the split of an image in a table without splits.
+
+    A function of the path as listed alone, so that an image stays where it is when rows are added:
+    of the hashed name as a fraction of its range, the first 5 % are val, the next 5 % test.
+    """
+    hashed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    if hashed < VAL_SHARE:
+        return "val"
+    return "test" if hashed < VAL_SHARE + TEST_SHARE else "train"
+
+
+def _csv_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = lines.fieldnames or []
+        for name in ("image", "caption"):
+            if name not in header:
+                raise UserError(
+                    f"{path}: the column {name!r} is missing; the first line names the columns "
+                    f"({', '.join(COLUMNS)}), and is {','.join(header)!r:.80}"
+                )
+        for row in lines:
+            where = f"{path}: line {lines.line_num}"
+            if None in row:
+                raise UserError(
+                    f"{where}: more fields than columns; put captions with commas between "
+                    'quotation marks (")'
+                )
+            yield where, {name: value or None for name, value in row.items()}
+    except csv.Error as error:
+        raise UserError(f"{path}: line {lines.line_num}: not a CSV file: {error}") from error
+
+
+def _jsonl_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON: {error}") from error
+        for name in ("image", "caption"):
+            if not isinstance(row, dict) or name not in row:
+                raise UserError(f"{where}: the key {name!r} is missing; there are {COLUMNS}")
+        yield where, row
+
+
+def _image_row(where: str, row: dict[str, Any]) -> ImageRow:
+    split = row.get("split") or ""
+    if split and split not in SPLIT_OF:
+        raise UserError(f"{where}: split is {split!r}; expected one of {', '.join(SPLIT_OF)}")
+    return ImageRow(
+        where=where,
+        image=row["image"],
+        captions=[row["caption"]],
+        split=SPLIT_OF.get(split, ""),
+        image_id=row.get("image_id"),
+    )
+
+
+def _with_splits(path: epath.Path, rows: list[ImageRow]) -> Iterator[ImageRow]:
+    if not any(row.split for row in rows):
+        for row in rows:
+            yield dataclasses.replace(row, split=split_of_name(str(row.image)))
+        return
+    for row in rows:
+        if not row.split:
+            raise UserError(
+                f"{row.where}: the split is missing, which other rows have; give all rows one, or "
+                f"none, for {1 - VAL_SHARE - TEST_SHARE:.0%} train, {VAL_SHARE:.0%} val and "
+                f"{TEST_SHARE:.0%} test by a hash of the picture's path"
+            )
+        yield row

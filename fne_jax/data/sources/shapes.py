@@ -1,0 +1,79 @@
+"""`shapes`: a TFDS dataset of drawn scenes whose unlabelled matches are known."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from fne_jax.data.preparation.pair_builder import PairBuilder
+from fne_jax.data.sources import shapes_scenes as scenes
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ShapesConfig(tfds.core.BuilderConfig):
+    """What the dataset depends on.
+
+    Attributes:
+      seed: of the scenes, captions and pictures.
+      sizes: images in train, val and test.
+      vocabulary: see `shapes_scenes.Vocabulary`.
+    """
+
+    seed: int = 0
+    sizes: tuple[int, int, int] = (10000, 500, 1000)
+    vocabulary: scenes.Vocabulary = dataclasses.field(default_factory=scenes.Vocabulary)
+    name: str = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        words = self.vocabulary
+        self.name = (
+            f"s{self.seed}-n{'-'.join(map(str, self.sizes))}"
+            f"-v{words.shapes}-{words.colours}-{words.max_objects}"
+        )
+
+
+class Shapes(PairBuilder, skip_registration=True):
+    """Draws the scenes of a `ShapesConfig`, the same at each build."""
+
+    name = "shapes"
+    builder_config: ShapesConfig
+
+    def extra_features(self) -> dict[str, Any]:
+        """Returns the scene of each image and the facts of each caption."""
+        return {
+            "scene": tfds.features.Tensor(
+                shape=(scenes.MAX_OBJECTS, scenes.SCENE_FIELDS), dtype=np.int32
+            ),
+            "facts": tfds.features.Tensor(
+                shape=(scenes.CAPTIONS_PER_IMAGE, scenes.FACT_FIELDS), dtype=np.int32
+            ),
+        }
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the images of train, val and test."""
+        return dict(zip(SPLITS, self.builder_config.sizes, strict=True))
+
+    def records(self, split: str, rows: range) -> Iterator[dict[str, Any]]:
+        """Yields scenes; image ids count on from split to split."""
+        config, number = self.builder_config, SPLITS.index(split)
+        first_id = sum(config.sizes[:number])
+        for index in rows:
+            # One generator an image, so that a larger dataset begins with a smaller one's images.
+            rng = np.random.default_rng([config.seed, number, index])
+            scene = scenes.random_scene(rng, config.vocabulary)
+            captions, facts = scenes.random_captions(rng, scene)
+            image_id = first_id + index
+            yield {
+                "image": scenes.draw(rng, scene),
+                "image_id": image_id,
+                "captions": captions,
+                "caption_ids": [image_id * len(captions) + i for i in range(len(captions))],
+                "scene": scene,
+                "facts": facts,
+            }

@@ -1,0 +1,216 @@
+"""Figures of a run, for its report (SVG) and for TensorBoard (pixels)."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import matplotlib
+import ml_collections
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fne_jax.objectives.negative_sampling import candidate_weight
+from fne_jax.objectives.registry import candidate_settings
+from fne_jax.objectives.similarity_statistics import (
+    GaussianStatistics,
+    SimilarityStatistics,
+    false_negative_posterior,
+)
+
+# Text and axes: dark on TensorBoard's white, the page's text colour in an SVG.
+_INK = "#1f2329"
+# Of lines and areas; each is readable on white and on near-black.
+BLUE, ORANGE, GREEN, GREY = "#3b82c4", "#d9662b", "#2f9e62", "#8a8f98"
+# Inches. Small, so that the text stays readable where a page is as narrow as a phone.
+_SIZE = (4.2, 3.0)
+STYLE = {
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.fonttype": "none",
+}
+
+# Title of a figure, and its curves: the name in metrics.jsonl, and what the legend calls it.
+CURVES = (
+    ("Training loss", {"loss": "loss"}),
+    (
+        "Validation recall, %",
+        {"eval_i2t_r1": "image to text R@1", "eval_t2i_r1": "text to image R@1"},
+    ),
+    (
+        "Similarities that the statistics see",
+        {"positive_mean": "matching pairs", "negative_mean": "their hardest negatives"},
+    ),
+    (
+        "Negatives that are in truth matches",
+        {
+            "hardest_false_negative_rate": "hardest candidate",
+            "sampled_false_negative_rate": "chosen negative",
+        },
+    ),
+)
+
+
+@matplotlib.rc_context(STYLE)
+def learning_curves(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
+    """Returns a figure for each entry of `CURVES` that was logged, by title.
+
+    Args:
+      lines: of metrics.jsonl.
+    """
+    figures = {}
+    # Logged from the end of the warm-up on.
+    after_warmup = [line["step"] for line in lines if "hinge_active" in line]
+    for title, curves in CURVES:
+        logged = {
+            label: [(line["step"], line[name]) for line in lines if name in line]
+            for name, label in curves.items()
+        }
+        logged = {label: points for label, points in logged.items() if points}
+        if not logged:
+            continue
+        figure, axes = _new_figure()
+        for colour, (label, points) in zip((BLUE, ORANGE), logged.items(), strict=False):
+            mark = "o" if len(points) < 40 else ""
+            axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=mark, ms=3)
+        if after_warmup:
+            axes.axvline(after_warmup[0], color=GREY, ls=":", label="after the warm-up")
+        axes.set_xlabel("step")
+        if title.startswith("Negatives"):
+            axes.set_ylim(bottom=0)
+        axes.legend()
+        figures[title] = figure
+    return figures
+
+
+@matplotlib.rc_context(STYLE)
+def statistics_figures(
+    stats: SimilarityStatistics, fne: ml_collections.ConfigDict
+) -> dict[str, Figure]:
+    """Returns what the statistics mean for candidates; nothing before they have seen two pairs.
+
+    Args:
+      stats: on the host.
+      fne: `config.fne`.
+
+    Returns:
+      `similarity_distributions`: both Gaussians, the posterior, and where the margin cuts.
+      `sampling_weights`: a candidate's weight by its similarity, for three positive similarities.
+    """
+    if stats.positive.count < 2 or stats.negative.count < 2:
+        return {}
+    return {
+        "similarity_distributions": _distributions(stats, fne),
+        "sampling_weights": _weights(stats, fne),
+    }
+
+
+def as_svg(figure: Figure, name: str) -> str:
+    """Returns an SVG element without size or colours of its own for text and axes.
+
+    Args:
+      figure: one of this module's.
+      name: distinguishes the ids inside it from those of a page's other figures.
+    """
+    stream = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure.savefig(stream, format="svg", transparent=True, metadata=metadata)
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    # Its page labels it, and gives it the width that there is.
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 aria-hidden="true"', text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    # Groups have names that repeat from figure to figure; nothing refers to them.
+    return re.sub(r'<g id="[^"]*"', "<g", text)
+
+
+def as_pixels(figure: Figure) -> np.ndarray:
+    """Returns [height, width, 3] uint8 on white."""
+    canvas = FigureCanvasAgg(figure)
+    figure.set_facecolor("white")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _new_figure():
+    figure = Figure(figsize=_SIZE, dpi=110, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _similarity_range(stats):
+    """Returns the similarities that either distribution reaches, and the margin's surroundings."""
+    ends = [
+        g.mean + side * 4 * jnp.sqrt(g.variance)
+        for g in (stats.positive, stats.negative)
+        for side in (-1, 1)
+    ]
+    return np.linspace(max(min(map(float, ends)), -1), min(max(map(float, ends)), 1), 400)
+
+
+def _density(similarity, gaussian: GaussianStatistics):
+    deviation = max(float(gaussian.variance) ** 0.5, 1e-4)
+    z = (similarity - float(gaussian.mean)) / deviation
+    return np.exp(-0.5 * z**2) / (deviation * np.sqrt(2 * np.pi))
+
+
+def _distributions(stats, fne):
+    figure, axes = _new_figure()
+    similarity = _similarity_range(stats)
+    for gaussian, colour, label in (
+        (stats.negative, ORANGE, "hardest negatives"),
+        (stats.positive, BLUE, "matching pairs"),
+    ):
+        density = _density(similarity, gaussian)
+        axes.fill_between(similarity, density, color=colour, alpha=0.35, lw=0, label=label)
+        axes.plot(similarity, density, color=colour, lw=1)
+    cut = float(stats.positive.mean) - fne.margin
+    axes.axvline(cut, color=GREY, ls="--", label="margin cut")
+    axes.set(xlabel="cosine similarity", ylabel="density", ylim=(0, None))
+    probability = axes.twinx()
+    probability.spines["right"].set_visible(True)
+    posterior = false_negative_posterior(similarity, stats, fne.prior, monotone=fne.monotone)
+    probability.plot(similarity, posterior, color=GREEN, lw=2, label="posterior (right)")
+    probability.set(ylabel="probability of a false negative", ylim=(0, 1.02))
+    handles = [*axes.get_legend_handles_labels()[0], *probability.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2)
+    return figure
+
+
+def _weights(stats, fne):
+    figure, axes = _new_figure()
+    similarity = _similarity_range(stats)
+    mean, deviation = float(stats.positive.mean), float(stats.positive.variance) ** 0.5
+    for shift, colour, label in (
+        (-1, ORANGE, "a deviation below the mean"),
+        (0, BLUE, "at the mean"),
+        (1, GREEN, "a deviation above the mean"),
+    ):
+        positive = mean + shift * deviation
+        weight = candidate_weight(
+            jnp.asarray(similarity, jnp.float32),
+            jnp.full(similarity.shape, positive, jnp.float32),
+            jnp.zeros(similarity.shape, bool),
+            stats,
+            **candidate_settings(fne),
+        )
+        axes.plot(similarity, weight, color=colour, label=f"{label} ({positive:.2f})")
+    axes.set(xlabel="cosine similarity of the candidate", ylabel="sampling weight", ylim=(0, 1.05))
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside upper center",
+        title="similarity of the anchor to its own match",
+        title_fontsize=9,
+    )
+    return figure

@@ -1,0 +1,61 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterator
+
+from etils import epath
+
+AnyPath = pathlib.Path | epath.Path
+
+
+def write_atomically(path: AnyPath, content: str | bytes) -> None:
+    """Writes a file under another name first, so that a reader finds the old one or the new one.
+
+    Args:
+      path: a local file, or a remote one as far as epath reaches.
+      content: the whole file.
+
+    Raises:
+      OSError: if it cannot be written; whatever was there before still is.
+    """
+    scratch = _scratch_beside(path)
+    try:
+        if isinstance(content, bytes):
+            scratch.write_bytes(content)
+        else:
+            scratch.write_text(content, encoding="utf-8")
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a new folder that takes the given name once the block has ended without an error.
+
+    Args:
+      folder: a local folder that does not exist yet, or is empty.
+
+    Raises:
+      OSError: if it cannot be created or renamed.
+    """
+    scratch = _scratch_beside(folder)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        os.replace(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _scratch_beside(path):
+    # A name of its own for each writer: processes that share a file system may write at once.
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.incomplete")

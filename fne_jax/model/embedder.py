@@ -1,0 +1,103 @@
+"""Embedding whole splits in fixed-size padded batches over all devices."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from fne_jax.data.batches import evaluation_images, local_parts, pad_rows
+from fne_jax.data.pairs import PairDataset
+from fne_jax.encoders.dual_encoder import DualEncoder
+from fne_jax.parallel import sharding
+from fne_jax.training.train_step import normalize_pixels
+
+
+class Embedder:
+    """Embeds images and captions; each tower is compiled once.
+
+    Args:
+      module: the two towers.
+      mesh: devices to spread a batch over.
+      batch_size: images or captions at once, over all devices.
+      image_size: pixels of a side.
+      image_mean: of the pixels in [0, 1], by channel.
+      image_std: of the pixels in [0, 1], by channel.
+      before_batch: called before each batch; what it raises ends the embedding.
+    """
+
+    def __init__(
+        self,
+        module: DualEncoder,
+        mesh: jax.sharding.Mesh,
+        *,
+        batch_size: int,
+        image_size: int,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+        before_batch: Callable[[], None] = lambda: None,
+    ):
+        self._mesh, self._batch_size, self._image_size = mesh, batch_size, image_size
+        self._before_batch = before_batch
+        rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        layout = sharding.StepLayout(mesh)
+        # Parameters are taken as they lie, split or whole, and used whole.
+        jit = functools.partial(jax.jit, in_shardings=(None, rows), out_shardings=whole)
+
+        @jit
+        def encode_images(params, batch):
+            pixels = normalize_pixels(batch["image"], image_mean, image_std)
+            return module.apply(
+                {"params": layout.whole(params)}, pixels, method=module.encode_image
+            )
+
+        @jit
+        def encode_texts(params, batch):
+            tokens = batch["input_ids"], batch["attention_mask"]
+            return module.apply(
+                {"params": layout.whole(params)}, *tokens, method=module.encode_text
+            )
+
+        self._encode_images, self._encode_texts = encode_images, encode_texts
+
+    def images(self, params: Any, dataset: PairDataset) -> np.ndarray:
+        """Returns the [images, dim] float32 embeddings of a split, in order."""
+        where = jax.process_index(), jax.process_count()
+        batches = evaluation_images(dataset, self._image_size, self._batch_size, *where)
+        batches = ({"image": images} for images in batches)
+        return self._embed(self._encode_images, params, batches, len(dataset.image_id))
+
+    def pixels(self, params: Any, images: np.ndarray) -> np.ndarray:
+        """Returns the [images, dim] float32 embeddings of [images, side, side, 3] uint8."""
+        batches = ({"image": images[part]} for part in self._parts(len(images)))
+        return self._embed(self._encode_images, params, batches, len(images))
+
+    def texts(self, params: Any, tokens: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """Returns the [captions, dim] float32 embeddings of ids and masks [captions, length]."""
+        ids, mask = tokens
+        batches = (
+            {"input_ids": ids[part], "attention_mask": mask[part]} for part in self._parts(len(ids))
+        )
+        return self._embed(self._encode_texts, params, batches, len(ids))
+
+    def _parts(self, count: int) -> Iterator[slice]:
+        """Yields this process's rows of each batch of `count`; the last may be fewer or none."""
+        yield from local_parts(count, self._batch_size, jax.process_index(), jax.process_count())
+
+    def _embed(self, encode, params, batches: Iterable[dict[str, np.ndarray]], count):
+        """Returns the first `count` rows; each batch holds this process's rows of a global one."""
+        local = self._batch_size // jax.process_count()
+        parts, running = [], collections.deque()
+        for batch in batches:
+            self._before_batch()
+            padded = {name: pad_rows(array, local) for name, array in batch.items()}
+            # Replicated by `out_shardings`, so that each process can fetch all of it.
+            running.append(encode(params, sharding.to_devices(padded, self._mesh)))
+            # Two stay in flight: more would hold the devices' memory, and back what stops this.
+            if len(running) > 2:
+                parts.append(jax.device_get(running.popleft()))
+        return np.concatenate([*parts, *jax.device_get(list(running))])[:count]

@@ -1,0 +1,309 @@
+"""Preparing: what is left out, what survives an interruption, and damage after the build."""
+
+import io
+import json
+import os
+import pathlib
+import signal
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fne_jax import prepare
+from fne_jax.data import loading
+from fne_jax.data.batches import BatchOrder, evaluation_images, training_batches
+from fne_jax.data.pairs import load_split
+from fne_jax.data.preparation import checked_parts, pair_builder
+from fne_jax.errors import Interrupted, UserError
+from fne_jax.training.loop import train_and_evaluate
+from tests.support import TOP, sources
+from tests.support.tiny import tiny_config
+
+SPLITS = ("train", "val", "test")
+
+
+def config_of(folder, **fields):
+    return tiny_config(
+        data__source="jsonl",
+        data__dir=str(folder / "source"),
+        data__cache_dir=str(folder / "cache"),
+        **fields,
+    )
+
+
+def write_damaged(folder):
+    """Writes good pictures and ten of each damaged kind; returns the kinds by picture."""
+    rows = sources.table_rows(folder)
+    kinds = {}
+    for kind, content in sources.DAMAGED_PICTURES.items():
+        for number in range(10):
+            name = f"images/{kind} {number}.jpg"
+            kinds[name] = kind
+            (folder / name).write_bytes(content(number))
+            rows.insert(7 * number, {"image": name, "caption": "Some words.", "split": "train"})
+    sources.write_jsonl(folder, rows)
+    return kinds
+
+
+def skipped(config):
+    builder = loading.prepared_builder(config.data)
+    return json.loads((pathlib.Path(builder.data_dir) / "skipped.json").read_text())
+
+
+def record_files(folder):
+    return sorted((folder / "cache").rglob("*.array_record*"))
+
+
+def test_a_hundred_damaged_pictures(tmp_path):
+    kinds = write_damaged(tmp_path / "source")
+    assert len(kinds) == 100 and len(set(kinds.values())) == 10
+    with pytest.raises(UserError) as error:
+        load_split(config_of(tmp_path, data__max_skipped=99).data, 8, "train")
+    message = str(error.value)
+    assert "100 images or captions cannot be used" in message and "and 95 more" in message
+    assert "line 1: " in message
+    listing = next((tmp_path / "cache").rglob("skipped.json"))
+    assert str(listing) in message and len(json.loads(listing.read_text())) == 100
+    assert not record_files(tmp_path), "nothing half-built stays behind"
+
+    config = config_of(tmp_path, data__max_skipped=100)
+    listed = skipped(config)
+    assert {entry["picture"] for entry in listed} == {
+        str(tmp_path / "source" / name) for name in kinds
+    }
+    assert all(entry["reason"] and "line " in entry["where"] for entry in listed)
+    train = load_split(config.data, 8, "train")
+    assert len(train.image_id) == 24 and "Some words." not in train.captions
+    assert not (tmp_path / "cache" / "unfinished").exists() or not list(
+        (tmp_path / "cache" / "unfinished").iterdir()
+    )
+    with pytest.raises(UserError, match=r"more than config.data.max_skipped, 99"):
+        load_split(config_of(tmp_path, data__max_skipped=99).data, 8, "train")
+
+
+def test_damaged_captions_and_missing_pictures(tmp_path):
+    rows = sources.table_rows(tmp_path / "source")
+    bad = list(sources.DAMAGED_CAPTIONS.values())
+    picture = rows[0]["image"]
+    rows += [rows[0] | {"caption": caption} for caption in bad]
+    # An image all of whose captions are bad goes as well.
+    sources.write_jsonl(
+        tmp_path / "source", [row | {"caption": ""} if row["image"].endswith("e5.jpg") else row
+                              for row in rows]
+    )  # fmt: skip
+    (tmp_path / "source" / "images" / "picture7.jpg").unlink()
+    listed = skipped(config_of(tmp_path, data__max_skipped=20))
+    reasons = [entry["reason"] for entry in listed if entry["picture"].endswith("e0.jpg")]
+    starts = ["not text", "not text", "empty", "empty", "too long: 2002", "not text"]
+    assert len(reasons) == len(starts)
+    for reason, start in zip(reasons, starts, strict=True):
+        assert reason.startswith(f"the caption is {start}")
+    of_five = [entry["reason"] for entry in listed if entry["picture"].endswith("e5.jpg")]
+    assert of_five == ["the caption is empty: ''"] * 4 + ["no caption is left"]
+    of_seven = [entry["reason"] for entry in listed if entry["picture"].endswith("e7.jpg")]
+    assert len(of_seven) == 1 and of_seven[0].startswith("there is no picture")
+    assert len(listed) == 12
+    train = load_split(config_of(tmp_path, data__max_skipped=20).data, 8, "train")
+    first = [c for c, o in zip(train.captions, train.caption_image, strict=True) if o == 0]
+    assert picture == "images/picture0.jpg" and len(train.image_id) == 22
+    assert first == ["Picture 0, seen 0 times.", "Picture 0, seen 1 times."]
+
+
+def test_a_split_that_is_lost(tmp_path):
+    sources.write_jsonl(tmp_path / "source", sources.table_rows(tmp_path / "source"))
+    for number in range(24, 29):
+        (tmp_path / "source" / "images" / f"picture{number}.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="no image of the split 'val' can be used"):
+        load_split(config_of(tmp_path, data__max_skipped=99).data, 8, "train")
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """The contents that were looked at, in no order."""
+    contents = []
+    real = checked_parts.usable_jpeg
+
+    def spy(content, resize_to):
+        contents.append(content)
+        return real(content, resize_to)
+
+    monkeypatch.setattr(checked_parts, "usable_jpeg", spy)
+    return contents
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Calls `prepare` in this process on a table of its own; its signal handlers do not stay."""
+    sources.write_jsonl(tmp_path / "source", sources.table_rows(tmp_path / "source"))
+    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(checked_parts, "IMAGES_PER_PART", 10)
+
+    def call(*arguments):
+        prepare.main(
+            [
+                f"--config={TOP / 'configs' / 'base.py'}",
+                "--config.data.source=jsonl",
+                f"--config.data.dir={tmp_path / 'source'}",
+                f"--config.data.cache_dir={tmp_path / 'cache'}",
+                *arguments,
+            ]
+        )
+
+    yield call
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_goes_on_where_it_was(
+    tmp_path, command, checked, monkeypatch, capsys, number
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    spy = checked_parts.usable_jpeg
+
+    def stop_in_the_third_part(content, resize_to):
+        if len(checked) == 25:
+            os.kill(os.getpid(), number)
+        return spy(content, resize_to)
+
+    monkeypatch.setattr(checked_parts, "usable_jpeg", stop_in_the_third_part)
+    with pytest.raises(Interrupted) as stop:
+        command()
+    assert stop.value.exit_code == 128 + number
+    assert not record_files(tmp_path)
+
+    monkeypatch.setattr(checked_parts, "usable_jpeg", spy)
+    command()
+    assert "train        24 images        72 captions" in capsys.readouterr().out
+    command()
+    # Parts under way came to their end before the first call did.
+    assert len(checked) == len(set(checked)) == 35, "nothing is looked at twice"
+
+
+def test_only_what_was_refused_or_has_changed_is_checked_again(tmp_path, command, checked):
+    images = tmp_path / "source" / "images"
+    good = (images / "picture3.jpg").read_bytes()
+    (images / "picture3.jpg").write_bytes(good[:300])
+    with pytest.raises(UserError, match="1 images or captions cannot be used"):
+        command()
+    assert len(checked) == 35
+    (images / "picture3.jpg").write_bytes(good)
+    (images / "picture9.jpg").write_bytes(sources.jpeg(99, width=50))
+    command()
+    assert checked[35:] == [good, sources.jpeg(99, width=50)]
+
+
+def test_a_picture_that_changes_while_it_is_prepared(tmp_path, command, monkeypatch):
+    changing = tmp_path / "source" / "images" / "picture12.jpg"
+    real = checked_parts.PictureParts.check
+
+    def check_then_change(parts):
+        verdicts = real(parts)
+        changing.write_bytes(sources.jpeg(77))
+        return verdicts
+
+    monkeypatch.setattr(checked_parts.PictureParts, "check", check_then_change)
+    with pytest.raises(UserError, match=r"picture12.jpg: has changed since it was checked"):
+        command()
+    assert not record_files(tmp_path)
+    monkeypatch.setattr(checked_parts.PictureParts, "check", real)
+    command()
+    assert load_split(config_of(tmp_path).data, 8, "train").images[12]["image"] == sources.jpeg(77)
+
+
+def test_the_checksum_depends_on_the_records_alone(tmp_path, monkeypatch):
+    sources.write_jsonl(tmp_path / "source", sources.table_rows(tmp_path / "source"))
+    summaries = []
+    for workers, shard in ((1, 100), (5, 7)):
+        monkeypatch.setattr(os, "cpu_count", lambda workers=workers: workers)
+        monkeypatch.setattr(pair_builder, "IMAGES_PER_SHARD", shard)
+        config = config_of(tmp_path)
+        config.data.cache_dir = str(tmp_path / f"cache{workers}")
+        builder = loading.prepared_builder(config.data)
+        read = {s: pair_builder.summarize(loading.record_source(builder, s)) for s in SPLITS}
+        assert read == pair_builder.stored_summaries(builder)
+        summaries.append(read)
+        files = list((tmp_path / f"cache{workers}").rglob("*-train.array_record*"))
+        assert len(files) == (1 if shard == 100 else 4)
+    assert summaries[0] == summaries[1]
+    assert len({summary.checksum for summary in summaries[0].values()}) == 3
+
+
+def test_smaller_pictures_are_another_dataset(tmp_path, command, capsys):
+    command()
+    full = capsys.readouterr().out
+    command("--resize-to", "16")
+    small = capsys.readouterr().out
+    assert "checksum" in full and set(full.split()) != set(small.split())
+    train = load_split(config_of(tmp_path, data__resize_to=16).data, 8, "train")
+    assert "16px" in small and not (tmp_path / "cache" / "unfinished" / "16px").exists()
+    for record in train.images:
+        with Image.open(io.BytesIO(record["image"])) as picture:
+            assert min(picture.size) == 16
+    assert len(record_files(tmp_path)) == 6, "training has found it"
+
+
+def test_there_is_nothing_to_prepare_in_memory(command):
+    with pytest.raises(UserError, match="nothing to prepare"):
+        command("--config.data.source=synthetic")
+
+
+def tokens_of(dataset):
+    ids = np.zeros((len(dataset.captions), 3), np.int32)
+    return ids, np.ones_like(ids)
+
+
+def test_a_flipped_byte_in_a_prepared_file_names_the_record(tmp_path, command, capsys):
+    command()
+    file = next(path for path in record_files(tmp_path) if "-train." in path.name)
+    content = bytearray(file.read_bytes())
+    place = content.index(sources.jpeg(17, width=36)[-200:-100])
+    content[place] ^= 0xFF
+    file.write_bytes(bytes(content))
+    for call in (lambda: load_split(config_of(tmp_path).data, 8, "train"), command):
+        with pytest.raises(UserError, match=r"record 17 of the split train in .* is damaged") as e:
+            call()
+        assert "\n" not in str(e.value)
+
+
+def test_files_that_were_exchanged_are_noticed(tmp_path, command, monkeypatch):
+    command()
+    (tmp_path / "cache").rename(tmp_path / "other")
+    (tmp_path / "source" / "images" / "picture5.jpg").write_bytes(sources.jpeg(5, width=60))
+    command()
+    for path in record_files(tmp_path):
+        path.write_bytes(next((tmp_path / "other").rglob(path.name)).read_bytes())
+    with pytest.raises(UserError, match="the split train was written with 24 images and checksum"):
+        command()
+
+
+@pytest.fixture
+def damaged(tmp_path, monkeypatch):
+    """A dataset whose record 11 of train and 2 of val hold JPEGs that end early."""
+    sources.write_jsonl(tmp_path / "source", sources.table_rows(tmp_path / "source"))
+    bad = [sources.jpeg(n, width=30 + n % 11) for n in (11, 26)]
+    monkeypatch.setattr(
+        checked_parts,
+        "usable_jpeg",
+        lambda content, _: content[:300] if content in bad else content,
+    )
+    return config_of(tmp_path, global_batch_size=8, evaluation__batch_size=8)
+
+
+@pytest.mark.parametrize("augmentation", ["none", "crop_flip"])
+def test_a_damaged_jpeg_in_a_record_is_named_while_reading(damaged, augmentation):
+    train = load_split(damaged.data, 8, "train")
+    batches = training_batches(
+        train, tokens_of(train), BatchOrder(0, len(train.captions), 8), range(9),
+        image_size=8, augmentation=augmentation,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"record 11 of the split train in .* is damaged"):
+        list(batches)
+    with pytest.raises(UserError, match=r"record 2 of the split val in .* is damaged"):
+        list(evaluation_images(load_split(damaged.data, 8, "val"), 8, 8))
+
+
+def test_a_damaged_record_ends_training_with_its_name(damaged, tmp_path):
+    with pytest.raises(UserError, match=r"record 11 of the split train in .* is damaged"):
+        train_and_evaluate(damaged, tmp_path / "run")

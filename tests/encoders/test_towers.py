@@ -1,0 +1,194 @@
+"""Pretrained towers in a run: named by the config, trained, restored, scored, used."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import fne_jax
+from fne_jax import configuration, evaluate
+from fne_jax.data import captions
+from fne_jax.data.pairs import load_split
+from fne_jax.encoders.towers import read_architectures
+from fne_jax.errors import UserError
+from fne_jax.parallel import sharding
+from fne_jax.retrieval.evaluation import read_values
+from fne_jax.training import loop, run
+from fne_jax.training.optimizer import learning_rate_schedule
+from tests.support.tiny import tiny_config
+
+
+def pretrained_config(image, text, **fields):
+    return tiny_config(
+        encoder__image__pretrained=str(image),
+        encoder__text__pretrained=str(text),
+        encoder__image__image_size=32,
+        **fields,
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    """A fitted tokenizer whose ids the small golden text towers all know."""
+    train = load_split(tiny_config().data, 8, "train")
+    tokenizer = captions.fit_tokenizer(train.captions, 50)
+    assert len(tokenizer) <= 50
+    folder = tmp_path_factory.mktemp("tokenizers") / "fitted"
+    captions.save_tokenizer(tokenizer, folder)
+    return folder
+
+
+def test_what_a_config_leaves_open_follows_its_towers(golden):
+    vit, bert = golden / "encoders" / "vit", golden / "encoders" / "bert"
+    open_fields = {"data__tokenizer": "auto", "data__text_length": 0}
+    plain = tiny_config(**open_fields)
+    assert plain.data.tokenizer == "train" and plain.data.text_length == 30
+    config = pretrained_config(vit, bert, **open_fields)
+    assert config.encoder.image.pooling == config.encoder.text.pooling == "mean"
+    assert config.data.text_length == 30 and config.data.tokenizer == str(bert)
+    np.testing.assert_allclose(config.image_mean[0], 0.48145466)
+    for name, mean in (("clip", 0.48145466), ("siglip", 0.5)):
+        config = pretrained_config(golden / name, golden / name, **open_fields)
+        assert config.encoder.image.pooling == config.encoder.text.pooling == "checkpoint"
+        assert config.data.text_length == 16
+        np.testing.assert_allclose(config.image_mean[0], mean)
+    config = pretrained_config(
+        vit, bert, image_mean=(0.1, 0.2, 0.3), encoder__image__pooling="first"
+    )
+    assert config.image_mean == (0.1, 0.2, 0.3) and config.encoder.image.pooling == "first"
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_both_kinds_of_encoders_start_from_the_sources(golden, scan_layers):
+    vit, bert = golden / "encoders" / "vit", golden / "encoders" / "bert"
+    config = pretrained_config(vit, bert, encoder__scan_layers=scan_layers)
+    module = run.build_module(config, read_architectures(config.encoder), 50)
+    mesh = sharding.create_mesh()
+    state = run.initial_state(config, module, mesh, learning_rate_schedule(config.optimizer, 3, 6))
+    state = run.with_pretrained_towers(state, config.encoder)
+    expected = {
+        "image": fne_jax.load_pretrained(vit, scan_layers=scan_layers)[1],
+        "text": fne_jax.load_pretrained(bert, scan_layers=scan_layers)[1],
+    }
+    jax.tree.map(np.testing.assert_array_equal, dict(state.params), expected)
+    jax.tree.map(np.testing.assert_array_equal, dict(state.momentum_params), expected)
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "fields", "message"),
+    [
+        ("encoders/bert", "encoders/bert", {}, "is of type bert, which has no image encoder"),
+        ("encoders/vit", "encoders/vit", {}, "is of type vit, which has no text encoder"),
+        ("encoders/vit", "clip", {}, r"widths differ \(48 and 32\)"),
+        ("encoders/vit", "encoders/bert", {"encoder__image__image_size": 30}, "not a multiple"),
+        ("encoders/vit", "encoders/bert", {"data__text_length": 99}, "text_length is 99, more"),
+        (
+            "clip",
+            "clip",
+            {"encoder__image__pooling": "max"},
+            "mean_to_longest, first, checkpoint",
+        ),
+        ("nowhere", "clip", {}, "neither a local folder nor a model"),
+    ],
+)
+def test_towers_that_do_not_fit_are_named(golden, image, text, fields, message):
+    fields = {
+        "encoder__image__image_size": 32,
+        "encoder__image__pretrained": str(golden / image),
+        "encoder__text__pretrained": str(golden / text),
+    } | fields
+    with pytest.raises(UserError, match=message):
+        config = tiny_config(**fields)
+        run.build_module(config, read_architectures(config.encoder), 50)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(golden):
+    config = pretrained_config(golden / "encoders" / "vit", golden / "encoders" / "bert")
+    with pytest.raises(UserError, match="has 30000 token ids, more than"):
+        run.build_module(config, read_architectures(config.encoder), 30_000)
+
+
+@pytest.fixture(scope="module")
+def trained(golden, tokenizer_folder, tmp_path_factory):
+    """The workdir of a run that started from sources that are gone by now."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in ("vit", "bert"):
+        shutil.copytree(golden / "encoders" / name, folder / name)
+    config = pretrained_config(
+        folder / "vit", folder / "bert", data__tokenizer=str(tokenizer_folder), num_epochs=1.0,
+        fne__start_epoch=0.0, data__synthetic__images=20, data__text_length=8,
+    )  # fmt: skip
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    loop.train_and_evaluate(config, workdir)
+    shutil.rmtree(folder)
+    return workdir
+
+
+def test_a_run_is_restored_without_its_sources(trained):
+    evaluate.main([f"--workdir={trained}", "--split=val"])
+    assert "rsum" in json.loads((trained / "eval_val.json").read_text())["metrics"]
+
+
+def test_a_run_resumes_without_its_sources(trained, caplog):
+    config = configuration.read_config(trained)
+    assert not pathlib.Path(config.encoder.image.pretrained).exists()
+    with caplog.at_level("INFO", logger="fne_jax"):
+        loop.train_and_evaluate(config, trained)
+    assert "the run is complete" in caplog.text
+
+
+def test_a_trained_model_embeds_what_it_is_given(trained, tmp_path):
+    model = fne_jax.load_workdir(trained)
+    val = load_split(model.config.data, 32, "val")
+    image_emb = model.embed_images(list(val.images))
+    text_emb = model.embed_texts(val.captions)
+    np.testing.assert_allclose(np.linalg.norm(image_emb, axis=1), 1, rtol=1e-5)
+    metrics = fne_jax.retrieval_metrics(image_emb, text_emb, val.caption_image)
+    evaluate.main([f"--workdir={trained}", "--split=val"])
+    stored = read_values(json.loads((trained / "eval_val.json").read_text()))
+    assert metrics["rsum"] == pytest.approx(stored["rsum"])
+
+    Image.fromarray(val.images[3]).save(tmp_path / "picture.png")
+    from_file = model.embed_images([tmp_path / "picture.png"])
+    np.testing.assert_allclose(from_file[0], image_emb[3], atol=1e-5)
+    large = np.kron(val.images[3], np.ones((3, 2, 1), np.uint8))
+    np.testing.assert_allclose(model.embed_images([large])[0], image_emb[3], atol=0.1)
+
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xffnothing")
+    with pytest.raises(UserError, match=r"broken.jpg: cannot be read as a picture"):
+        model.embed_images([tmp_path / "broken.jpg"])
+    with pytest.raises(UserError, match=r"images\[1\]: expected uint8"):
+        model.embed_images([val.images[0], np.zeros((4, 4, 3))])
+
+
+def test_pretrained_towers_are_scored_without_training(golden, tokenizer_folder, tmp_path):
+    (tmp_path / "config.py").write_text(
+        "from tests.support.tiny import tiny_config\n\n"
+        "def get_config():\n"
+        "    return tiny_config(encoder__image__image_size=32, data__text_length=16)\n"
+    )
+    arguments = [
+        "--init=pretrained",
+        f"--config={tmp_path / 'config.py'}",
+        f"--config.encoder.image.pretrained={golden / 'siglip'}",
+        f"--config.encoder.text.pretrained={golden / 'siglip'}",
+        "--config.encoder.image.pooling=checkpoint",
+        "--config.encoder.text.pooling=checkpoint",
+        f"--config.data.tokenizer={tokenizer_folder}",
+        f"--out={tmp_path / 'scores.json'}",
+    ]
+    evaluate.main(arguments)
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert report["step"] == 0 and read_values(report)["rsum"] > 0
+    with pytest.raises(UserError, match=r"encoder.text.pretrained is empty"):
+        evaluate.main([a for a in arguments if "text.pretrained" not in a])
+    with pytest.raises(UserError, match="give one of the --workdir"):
+        evaluate.main(["--init=pretrained", "--workdir=x"])
+    with pytest.raises(
+        UserError, match="--out goes with --init or --embeddings, not with --workdir"
+    ):
+        evaluate.main(["--workdir=x", "--out=y"])

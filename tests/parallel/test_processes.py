@@ -1,0 +1,214 @@
+"""Several processes as one run: joining, following one process, a signal to one, a dead one."""
+
+import argparse
+import shutil
+import signal
+import socket
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from fne_jax.errors import UserError
+from fne_jax.parallel import processes
+from fne_jax.training import loop, run
+from fne_jax.training.metric_log import read_metrics
+from tests.support import soak_kill
+from tests.support.tiny import LinearTowers
+from tests.support.tiny_train import get_config
+
+HANGS = 180  # seconds after which a process that should have ended is taken to hang
+SLURM_FIRST_PORT = 61440  # JAX's coordinator listens at this port plus the job's id
+
+
+def parsed(*arguments):
+    parser = argparse.ArgumentParser()
+    processes.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_flags_say_who_is_who():
+    place = processes.explicit_place(
+        parsed("--coordinator=host:1234", "--processes=4", "--process-index=3"), {}
+    )
+    assert place == {"coordinator_address": "host:1234", "num_processes": 4, "process_id": 3}
+    assert processes.explicit_place(parsed(), {"JAX_COORDINATOR_ADDRESS": "x:1"}) is None
+    variables = {
+        "JAX_COORDINATOR_ADDRESS": "x:1", "JAX_PROCESS_COUNT": "2", "JOB_COMPLETION_INDEX": "1"
+    }  # fmt: skip
+    assert processes.explicit_place(parsed(), variables)["process_id"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "message"),
+    [
+        (["--processes=2"], {}, "--coordinator, --process-index missing"),
+        (["--coordinator=h", "--processes=2", "--process-index=0"], {}, "'h'; expected HOST:PORT"),
+        (["--coordinator=h:1", "--processes=2", "--process-index=2"], {}, "is 2 of 2 processes"),
+        ([], {"JAX_PROCESS_COUNT": "2"}, "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_INDEX or"),
+        ([], {"JAX_PROCESS_COUNT": "x", "JAX_COORDINATOR_ADDRESS": "h:1",
+              "JAX_PROCESS_INDEX": "0"}, "expected whole numbers"),
+    ],
+)  # fmt: skip
+def test_halves_of_a_place_are_refused(flags, variables, message):
+    with pytest.raises(UserError, match=message):
+        processes.explicit_place(parsed(*flags), variables)
+
+
+def test_a_heartbeat_of_no_time_is_refused():
+    with pytest.raises(UserError, match="--heartbeat-timeout is 0"):
+        processes.initialize(parsed("--heartbeat-timeout=0"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "cluster"),
+    [
+        ({}, True),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ],
+)
+def test_where_jax_is_asked_for_other_processes(variables, cluster):
+    assert processes.may_be_cluster(variables) is cluster
+
+
+def free_port(first=SLURM_FIRST_PORT):
+    for port in range(first, 65536):
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)) != 0:
+                return port
+    raise AssertionError("no free port")
+
+
+def start_all(workdir, count, devices, kind, heartbeat=100):
+    """Returns the started processes of one run, and their logs as they grow.
+
+    Each is told its place by flags, by SLURM's variables, or by those of a JobSet.
+    """
+    port = free_port()
+    started = []
+    for index in range(count):
+        flags, variables = [f"--heartbeat-timeout={heartbeat}"], {}
+        if kind == "flags":
+            flags += [f"--coordinator=localhost:{port}", f"--processes={count}"]
+            flags += [f"--process-index={index}"]
+        elif kind == "slurm":
+            variables = {
+                "SLURM_JOB_ID": str(port - SLURM_FIRST_PORT),
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": str(count),
+                "SLURM_PROCID": str(index),
+                "SLURM_LOCALID": str(index),
+            }
+        else:
+            variables = {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_PROCESS_COUNT": str(count),
+                "JOB_COMPLETION_INDEX": str(index),
+            }
+        process = soak_kill.start(workdir, *flags, devices=devices, variables=variables)
+        lines = []
+        reader = threading.Thread(target=lambda s=process.stderr, to=lines: to.extend(s))
+        reader.start()
+        started.append((process, lines, reader))
+    return started
+
+
+def ends_of(started):
+    """Returns exit codes and logs; a process that hangs fails the test."""
+    try:
+        codes = [process.wait(HANGS) for process, _, _ in started]
+    finally:
+        for process, _, reader in started:
+            process.kill()
+            reader.join()
+            process.stderr.close()
+    return codes, ["".join(lines) for _, lines, _ in started]
+
+
+def wait_for(process, workdir, step):
+    """Waits until a checkpoint of the step or a later one is there."""
+    folder = workdir / "checkpoints"
+    while not any(p.name.isdigit() and int(p.name) >= step for p in folder.glob("*")):
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def linear_towers(monkeypatch):
+    monkeypatch.setattr(run, "build_module", lambda *arguments: LinearTowers())
+
+
+@pytest.fixture(scope="module")
+def single_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("single")
+    with pytest.MonkeyPatch.context() as patch:
+        linear_towers.__wrapped__(patch)
+        loop.train_and_evaluate(get_config(), workdir)
+    return workdir
+
+
+def assert_follows(workdir, single):
+    ours, theirs = (
+        jax.tree.leaves(state.replace(key=jax.random.key_data(state.key)))
+        for state in (run.restore_run(d, "latest").state for d in (workdir, single))
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        if jax.numpy.issubdtype(a.dtype, jax.numpy.integer):
+            np.testing.assert_array_equal(a, b)
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=3e-4)
+    ours, theirs = read_metrics(workdir), read_metrics(single)
+    assert [(m["step"], m.keys()) for m in ours] == [(m["step"], m.keys()) for m in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in mine.keys() - set(soak_kill.TIMED):
+            assert mine[name] == pytest.approx(other[name], rel=1e-2, abs=1e-3), name
+
+
+@pytest.fixture(scope="module")
+def broken_run(tmp_path_factory):
+    """Two processes of four devices: a signal to the second, begun again, the second killed."""
+    workdir = tmp_path_factory.mktemp("hosts") / "run"
+    started = start_all(workdir, 2, 4, "flags")
+    wait_for(started[0][0], workdir, 2)
+    started[1][0].send_signal(signal.SIGTERM)
+    stopped = ends_of(started)
+    started = start_all(workdir, 2, 4, "slurm", heartbeat=20)
+    steps = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    wait_for(started[0][0], workdir, max(steps) + 2)
+    started[1][0].kill()
+    return workdir, stopped, ends_of(started)
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(broken_run):
+    _, (codes, logs), _ = broken_run
+    assert codes == [143, 143], logs
+    told = {line for log in logs for line in log.splitlines() if line.startswith("stopped at step")}
+    assert len(told) == 1
+
+
+def test_a_dead_process_ends_the_others(broken_run):
+    _, _, (codes, logs) = broken_run
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGKILL)
+    assert "resumed from step" in logs[0]
+
+
+def test_two_processes_resumed_as_one_follow_one(broken_run, single_run, tmp_path):
+    workdir = shutil.copytree(broken_run[0], tmp_path / "run")
+    loop.train_and_evaluate(get_config(), workdir)
+    assert_follows(workdir, single_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "devices"), [(4, 2), (2, 4)])
+def test_two_processes_resumed_as_more_follow_one(broken_run, single_run, tmp_path, count, devices):
+    workdir = shutil.copytree(broken_run[0], tmp_path / "run")
+    codes, logs = ends_of(start_all(workdir, count, devices, "jobset"))
+    assert codes == [0] * count, logs
+    assert "resumed from step" in logs[0]
+    assert_follows(workdir, single_run)

@@ -1,0 +1,191 @@
+"""Where arrays live on the mesh, what moves between devices, and batches in parts."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import fne_jax
+from fne_jax import configuration
+from fne_jax.encoders.towers import build_dual_encoder, read_architectures, with_model_defaults
+from fne_jax.errors import UserError
+from fne_jax.parallel import sharding
+from fne_jax.planning.accounting import account
+from fne_jax.planning.report import SCOPES
+from fne_jax.training import run
+from fne_jax.training.compiled_steps import jitted_steps
+from fne_jax.training.encoder_passes import MicroBatches
+from fne_jax.training.optimizer import learning_rate_schedule
+from fne_jax.training.phases import Phase, RunPlan
+from tests.support.tiny import tiny_config
+from tests.training.test_training import mesh_of
+
+
+def test_meshes_are_filled_and_checked():
+    shapes = {
+        (data, fsdp): tuple(sharding.create_mesh(data, fsdp).shape.values())
+        for data, fsdp in ((-1, 1), (-1, 4), (2, -1), (4, 2))
+    }
+    assert shapes == {(-1, 1): (8, 1), (-1, 4): (2, 4), (2, -1): (2, 4), (4, 2): (4, 2)}
+    for data, fsdp in ((-1, 3), (2, 2), (16, -1)):
+        with pytest.raises(UserError, match=f"data={data} and fsdp={fsdp}, which do not .* 8 dev"):
+            sharding.create_mesh(data, fsdp)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((768, 3072), (None, "fsdp")),
+        ((12, 3072, 768), (None, "fsdp", None)),
+        ((30522, 768), (None, "fsdp")),  # 4 does not divide the vocabulary
+        ((30521, 767), ()),
+        ((12, 3072), ()),  # stacked biases are small
+        ((), ()),
+    ],
+)
+def test_parameters_are_split_along_their_largest_divisible_dimension(shape, spec):
+    assert sharding.parameter_sharding(mesh_of(2, 4), shape).spec == PartitionSpec(*spec)
+    assert sharding.parameter_sharding(mesh_of(8, 1), shape).spec == PartitionSpec()
+
+
+def test_pretrained_weights_are_placed_in_parts(golden, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    config = tiny_config(data__tokenizer="x")
+    for tower, folder in (("image", "vit"), ("text", "bert")):
+        config.encoder[tower].pretrained = str(golden / "encoders" / folder)
+    architectures = read_architectures(config.encoder)
+    config = with_model_defaults(config, architectures)
+    config.encoder.image.image_size = 32
+    module = run.build_module(config, architectures, 50)
+    schedule = learning_rate_schedule(config.optimizer, 3, 6)
+    start = run.initial_state(config, module, mesh_of(2, 4), schedule)
+    places = jax.tree.map(lambda leaf: leaf.sharding, start)
+    assert places.queue.image.spec == places.step.spec == PartitionSpec()
+    assert {leaf.spec for leaf in jax.tree.leaves(places.params)} > {PartitionSpec()}
+    state = run.with_pretrained_towers(start, config.encoder)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == places
+    for tower, folder in (("image", "vit"), ("text", "bert")):
+        source = golden / "encoders" / folder
+        expected = fne_jax.load_pretrained(
+            source, **({"image_size": 32} if tower == "image" else {})
+        )
+        jax.tree.map(np.testing.assert_array_equal, dict(state.params[tower]), expected[1])
+
+
+@pytest.fixture(scope="module")
+def split_step():
+    """A step over 2 x 4 devices: its program, its state before, donated, and after."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+        config = tiny_config(queue_size=400, fne__start_epoch=0.0)
+        mesh = mesh_of(2, 4)
+        plan = RunPlan.of(config, 10)
+        schedule = learning_rate_schedule(config.optimizer, 10, 20)
+        state = run.initial_state(config, build_dual_encoder(config.encoder, 30), mesh, schedule)
+        batch = {
+            "image": np.zeros((16, 8, 8, 3), np.uint8),
+            "input_ids": np.ones((16, 8), np.int32),
+            "attention_mask": np.ones((16, 8), np.int32),
+            "image_id": np.arange(16, dtype=np.int32),
+            "pair_id": np.arange(16, dtype=np.int32),
+        }
+        batch = sharding.to_devices(batch, mesh)
+        step = jitted_steps(config, plan, mesh, schedule, state)[Phase.FNE]
+        compiled = step.lower(state, batch).compile()
+        after, _, _ = compiled(state, batch)
+        return compiled.as_text(), state, after
+
+
+def test_the_state_is_donated_and_keeps_its_places(split_step):
+    _, before, after = split_step
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    places = [[leaf.sharding for leaf in jax.tree.leaves(state)] for state in (before, after)]
+    assert places[0] == places[1]
+
+
+def test_only_intended_collectives_are_compiled(split_step):
+    text, _, state = split_step
+    total, largest = collections.Counter(), collections.Counter()
+    for one in account(text, SCOPES).collectives:
+        total[one.kind, one.scope] += one.bytes * one.count
+        largest[one.kind, one.scope] = max(largest[one.kind, one.scope], one.bytes)
+    leaves = jax.tree.leaves(state.params)
+    split = sum(leaf.nbytes for leaf in leaves if leaf.sharding.spec != PartitionSpec())
+    assert set(total) == {
+        ("all-gather", "online_encoders"),
+        ("all-gather", "momentum_update"),
+        ("all-reduce", "online_encoders"),
+        ("all-reduce", "optimizer"),
+        ("all-gather", "memory"),
+        ("all-gather", "objective"),
+        ("all-reduce", "objective"),
+        ("all-to-all", "objective"),
+    }
+    # Split parameters are gathered once for either encoder; gradients are summed once.
+    assert total["all-gather", "online_encoders"] == split
+    assert total["all-gather", "momentum_update"] == split
+    assert total["all-reduce", "online_encoders"] <= sum(leaf.nbytes for leaf in leaves)
+    assert total["all-reduce", "optimizer"] <= 4 * len(leaves)  # norms of the gradients
+    # The strategy moves embeddings of the batch and rows of its similarities, never the memory.
+    batch, dim = 16, 16
+    assert largest["all-gather", "memory"] == largest["all-gather", "objective"] == batch * dim * 4
+    assert largest["all-reduce", "objective"] <= 2 * batch * 4
+    # Partial maxima of the columns of the batch's own similarities.
+    assert total["all-to-all", "objective"] <= batch * batch * 4 / 8
+
+
+def embed_with_dropout(params, inputs, rng):
+    keep = 1.0 if rng is None else jax.random.bernoulli(rng, 0.5, (len(inputs), 5))
+    hidden = jnp.tanh(inputs @ params["image"]) * keep
+    return hidden, jnp.sin(inputs @ params["text"])
+
+
+def test_micro_batches_have_the_gradient_of_the_whole_batch():
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.normal(size=(12, 3)), jnp.float32)
+    params = {n: jnp.asarray(rng.normal(size=(3, 5)), jnp.float32) for n in ("image", "text")}
+    key, rows = jax.random.key(1), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    parts = [inputs[k::3] for k in range(3)]
+
+    def loss_fn(image, text):  # every pair of rows takes part
+        return jnp.square(image @ text.T - jnp.eye(12)).sum(), image
+
+    def plain(params):
+        pairs = [
+            embed_with_dropout(params, part, part_key)
+            for part, part_key in zip(parts, jax.random.split(key, 3), strict=True)
+        ]
+        image, text = (jnp.stack(x, axis=1).reshape(12, 5) for x in zip(*pairs, strict=True))
+        return loss_fn(image, text)
+
+    expected = jax.value_and_grad(plain, has_aux=True)(params)
+    passes = MicroBatches(3, rows)
+    found = passes.loss_and_gradients(embed_with_dropout, params, inputs, key, loss_fn)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), found, expected
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        passes.embed(embed_with_dropout, params, inputs),
+        embed_with_dropout(params, inputs, None),
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mesh__fsdp": 0}, "config.mesh.fsdp is 0; expected a number above 0, or -1"),
+        ({"micro_batches": 0}, "config.micro_batches is 0"),
+        ({"micro_batches": 4}, "8 devices do not divide in config.micro_batches=4 parts"),
+        (
+            {"micro_batches": 2, "encoder__text__training_pooling": "mean_to_longest"},
+            "mean_to_longest, looks at the whole batch",
+        ),
+    ],
+)
+def test_settings_that_cannot_be(fields, message):
+    with pytest.raises(UserError, match=message):
+        configuration.validate(tiny_config(**fields))

@@ -1,0 +1,202 @@
+"""The audit finds the pairs that a plain search finds, and writes all of them safely."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from fne_jax import audit
+from fne_jax.data.pairs import KnownTruth
+from fne_jax.errors import UserError
+from fne_jax.report import audit_pages
+from fne_jax.retrieval import unlabelled
+from fne_jax.retrieval.split_statistics import split_statistics
+from tests.report.test_report import (
+    HOSTILE,
+    Page,
+    assert_safe_and_complete,
+    hostile_split,
+    unit_rows,
+)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("per_query", [2, 9])
+def test_pairs_against_a_plain_version(monkeypatch, relative, per_query):
+    monkeypatch.setattr(unlabelled, "_BLOCK_ROWS", 4)
+    rng = np.random.default_rng(0)
+    image_emb, text_emb, owner = unit_rows(rng, 5, 3), unit_rows(rng, 11, 3), np.arange(11) % 5
+    pairs = unlabelled.unlabelled_pairs(
+        image_emb, text_emb, owner, per_query=per_query, relative=relative
+    )
+    similarity = text_emb @ image_emb.T
+    own = similarity[np.arange(11), owner]
+    score = similarity - own[:, None] * relative
+    others = [(c, i) for c in range(11) for i in range(5) if owner[c] != i]
+    kept = set()
+    for axis, count in ((0, 11), (1, 5)):
+        for query in range(count):
+            of_query = [pair for pair in others if pair[axis] == query]
+            kept |= set(sorted(of_query, key=lambda pair: -score[pair])[:per_query])
+    expected = sorted(kept, key=lambda pair: -score[pair])
+    assert list(zip(pairs.caption, pairs.image, strict=True)) == expected
+    np.testing.assert_allclose(pairs.similarity, [similarity[p] for p in expected], atol=1e-6)
+    np.testing.assert_allclose(pairs.own_similarity, own[pairs.caption], atol=1e-6)
+
+
+def test_embeddings_that_are_not_finite():
+    text_emb = np.full((2, 3), np.nan, np.float32)
+    with pytest.raises(ValueError, match="text_emb"):
+        unlabelled.unlabelled_pairs(
+            np.eye(3, dtype=np.float32)[:2], text_emb, np.arange(2), per_query=1, relative=False
+        )
+
+
+def about(suspected):
+    return {
+        "run": HOSTILE[0], "step": 3, "split": "train", "suspected": suspected, "least": 0.001,
+        "per_query": 5, "rank_by": "by posterior", "prior": 1e-4,
+    }  # fmt: skip
+
+
+def some_rows(split, count):
+    index = np.arange(count)
+    caption = index % len(split.captions)
+    image = (split.caption_image[caption] + 1 + index // len(split.captions)) % len(split.image_id)
+    pairs = unlabelled.UnlabelledPairs(
+        caption, image, np.linspace(0.9, 0.1, count), np.full(count, 0.25)
+    )
+    return audit_pages.rows(split, pairs, np.linspace(1, 0, count))
+
+
+def test_files_hold_what_was_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit_pages, "_ROWS_A_PAGE", 4)
+    split = hostile_split()
+    found = some_rows(split, 10)
+    audit_pages.write(tmp_path / "out", split, found, about(10))
+    with (tmp_path / "out" / audit_pages.CSV_NAME).open(newline="") as stream:
+        from_csv = list(csv.DictReader(stream))
+    assert from_csv == [{name: str(value) for name, value in row.items()} for row in found]
+    lines = (tmp_path / "out" / audit_pages.JSONL_NAME).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == found
+    assert found[3]["caption"] == split.captions[3]
+    assert found[3]["source_image_id"] == split.source_image_id[2]
+    assert found[3]["labelled_source_image_id"] == split.source_image_id[1]
+
+    pages = sorted(path.name for path in (tmp_path / "out").glob("*.html"))
+    assert pages == ["index.html", "page_2.html", "page_3.html"]
+    shown = 0
+    for name in pages:
+        page = Page((tmp_path / "out" / name).read_text())
+        assert_safe_and_complete(page)
+        linked = {use["href"] for use in page.tags["a"]} - {
+            audit_pages.CSV_NAME,
+            audit_pages.JSONL_NAME,
+        }
+        assert linked == set(pages) - {name}
+        shown += len(page.tags["li"])
+        assert HOSTILE[0] in " ".join(page.text)
+    assert shown == 10
+
+    audit_pages.write(tmp_path / "out", split, found[:3], about(3))
+    assert [path.name for path in (tmp_path / "out").glob("*.html")] == ["index.html"]
+
+
+def test_nothing_found_is_a_page_too(tmp_path):
+    audit_pages.write(tmp_path, hostile_split(), [], about(0))
+    assert "There is none" in (tmp_path / "index.html").read_text()
+
+
+def test_precision_counts_what_is_in_truth_a_match(monkeypatch):
+    split = hostile_split(images=2)
+    truth = KnownTruth(np.zeros((2, 3, 6), int), np.zeros((4, 9), int))
+    monkeypatch.setattr(KnownTruth, "is_true", lambda self, caption, image: caption == 3)
+    object.__setattr__(split, "truth", truth)
+    caption = np.array([3, 0, 1, 2])
+    pairs = unlabelled.UnlabelledPairs(caption, 1 - split.caption_image[caption], *np.ones((2, 4)))
+    assert "precision at 4: 25.0%" in audit._precision(split, pairs)
+    assert [row["in_truth"] for row in audit_pages.rows(split, pairs, np.ones(4))] == [
+        True, False, False, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir=x", "--limit=0"], "--limit is 0; expected at least 1"),
+        (["--workdir=x", "--per-query=-2"], "--per-query is -2; expected at least 1"),
+        (["--workdir=x", "--min-posterior=1.5"], "--min-posterior is 1.5; expected 0 to 1"),
+        (["--split=train"], "give either the --workdir"),
+        (["--workdir=x", "--embeddings=y"], "give either the --workdir"),
+        (["--embeddings=y", "--out=z"], "takes the --config of the data"),
+        (["--workdir=x", "--config=c.py"], "--config goes with --embeddings"),
+        (["--embeddings=x", "--config=c.py", "--out=z", "--checkpoint=3"], "goes with --workdir"),
+        (["--workdir=x", "--config.seed=3"], "unknown argument '--config.seed=3'"),
+        (["--workdir=nowhere"], "nowhere is not a folder"),
+    ],
+)
+def test_mistakes_of_the_command(arguments, message):
+    with pytest.raises(UserError, match=message):
+        audit.main(arguments)
+
+
+def test_statistics_of_a_split_are_those_of_its_batches():
+    rng = np.random.default_rng(3)
+    image_emb, owner = unit_rows(rng, 6, 4), np.arange(17) % 6
+    text_emb = image_emb[owner] + 0.5 * unit_rows(rng, 17, 4)
+    text_emb /= np.linalg.norm(text_emb, axis=1, keepdims=True)
+    stats = split_statistics(image_emb, text_emb, owner, batch=5, seed=1)
+    order = np.random.default_rng(1).permutation(17)[:15].reshape(3, 5)
+    positive, negative = [], []
+    for rows in order:
+        similarity = image_emb[owner[rows]] @ text_emb[rows].T
+        same = owner[rows][:, None] == owner[rows][None, :]
+        others = np.where(same, 0, similarity)
+        for k in range(5):
+            strangers = ~same[k]
+            if (similarity[k, strangers] < similarity[k, k]).all() and (
+                similarity[strangers, k] < similarity[k, k]
+            ).all():
+                positive.append(similarity[k, k])
+                negative += [others[k].max(), others[:, k].max()]
+    assert 2 < len(positive) < 15
+    assert stats.positive.count == len(positive) and stats.negative.count == len(negative)
+    np.testing.assert_allclose(stats.positive.mean, np.mean(positive), rtol=1e-5)
+    np.testing.assert_allclose(stats.negative.mean, np.mean(negative), rtol=1e-5)
+
+
+EMBEDDINGS_CONFIG = """
+from tests.support.tiny import tiny_config
+
+def get_config():
+    return tiny_config(data__synthetic__images=9, fne__prior=0.3, global_batch_size=8).lock()
+"""
+
+
+def test_anyones_embeddings_are_audited(tmp_path, capsys):
+    (tmp_path / "configs").mkdir()
+    config = tmp_path / "configs" / "tiny.py"
+    config.write_text(EMBEDDINGS_CONFIG)
+    rng = np.random.default_rng(0)
+    image_emb, owner = unit_rows(rng, 9, 6), np.repeat(np.arange(9), 2)
+    text_emb = image_emb[owner] + 0.3 * unit_rows(rng, 18, 6)
+    text_emb /= np.linalg.norm(text_emb, axis=1, keepdims=True)
+    text_emb[4] = image_emb[7]  # a caption of picture 2 that is all of picture 7
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    np.save(folder / "image_embeddings.npy", image_emb)
+    np.save(folder / "text_embeddings.npy", text_emb)
+    np.save(folder / "caption_image.npy", owner)
+    out = tmp_path / "out"
+    arguments = [f"--embeddings={folder}", f"--config={config}", "--split=val", f"--out={out}"]
+    audit.main(arguments)
+    assert capsys.readouterr().out.startswith("val: 18 captions, 9 images")
+    first = json.loads((out / audit_pages.JSONL_NAME).read_text().splitlines()[0])
+    assert (first["caption_index"], first["image_index"]) == (4, 7)
+    assert first["similarity"] == pytest.approx(1.0)
+    assert "theirs" in (out / "index.html").read_text()
+
+    np.save(folder / "caption_image.npy", owner[::-1])
+    with pytest.raises(UserError, match="each caption with the same image"):
+        audit.main(arguments)

@@ -1,0 +1,364 @@
+import functools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+
+from fne_jax import study
+from fne_jax.data.pairs import load_split
+from fne_jax.errors import Interrupted, UserError
+from fne_jax.studies import cells, detector, execution, schedule, summary
+from fne_jax.studies.cells import Cell
+from fne_jax.training import checkpointing
+from fne_jax.training import run as run_lib
+from fne_jax.training.loop import train_and_evaluate
+
+CONFIG = """
+from tests.support.tiny import tiny_config
+
+def get_config():
+    return tiny_config(
+        num_epochs=1.0, fne__start_epoch=0.5, data__source="shapes", data__cache_dir={cache!r},
+        data__shapes__train_images=30, data__shapes__val_images=10, data__shapes__test_images=12,
+        encoder__image__image_size=64, encoder__image__patch_size=32, data__augmentation="none",
+        warmup__objective="clip",
+    ).lock()
+"""
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    path = folder / "configs" / "tiny_shapes.py"
+    path.parent.mkdir()
+    path.write_text(CONFIG.format(cache=str(folder / "cache")))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(config_path, tmp_path_factory):
+    """A study of two objectives and two seeds."""
+    workdir = tmp_path_factory.mktemp("finished")
+    arguments = [
+        *(f"--config={config_path}", f"--workdir={workdir}", "--objectives=fne,hardest"),
+        *("--seeds=2", "--config.fne.prior=0.3"),
+    ]
+    study.main(arguments)
+    return arguments, workdir
+
+
+def runs_of(config_path, objectives=("fne",), variants=(), seeds=1, overrides=()):
+    return cells.study_runs(
+        config_path, overrides, objectives, variants, seeds, pathlib.Path("study")
+    )
+
+
+def test_a_run_from_a_shared_warm_up_equals_one_trained_alone(config_path, finished, tmp_path):
+    workdir = finished[1]
+    runs = cells.study_runs(
+        config_path, ["--config.fne.prior=0.3"], ("fne", "hardest"), (), 2, workdir
+    )
+    assert len(runs) == 4 and len({run.warmup for run in runs}) == 2
+    run = runs[2]
+    assert run.cell == Cell("fne") and run.seed == 1
+    train_and_evaluate(run.config, tmp_path)
+    alone = run_lib.restore_run(tmp_path, "latest").state
+    shared = run_lib.restore_run(run.workdir, "latest").state
+    assert int(alone.step) == int(shared.step) == 9
+    assert checkpointing.fingerprint(alone) == checkpointing.fingerprint(shared)
+
+    def logged(folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        of_machine = ("pairs_per_s", "data_wait_share")
+        return [{k: v for k, v in line.items() if k not in of_machine} for line in lines]
+
+    assert logged(tmp_path) == logged(run.workdir)
+    # The warm-up ended inside of a window of three steps, and between two validations.
+    assert int(run_lib.restore_run(run.warmup, "latest").state.step) == 4
+
+
+def test_the_tables_hold_what_the_runs_measured(finished):
+    workdir = finished[1]
+    stored = {
+        (folder.parent.name, folder.name): json.loads((folder / "study.json").read_text())
+        for folder in workdir.glob("*/seed*")
+    }
+    assert len(stored) == 4
+    gaps = [
+        stored["fne", f"seed{seed}"]["complete_t2i_r1"]
+        - stored["hardest", f"seed{seed}"]["complete_t2i_r1"]
+        for seed in (0, 1)
+    ]
+    lines = (workdir / "study.csv").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("fne,,complete_t2i_r1,")]
+    values = [float(value) for value in line.split(",")[3:]]
+    ours = [stored["fne", f"seed{seed}"]["complete_t2i_r1"] for seed in (0, 1)]
+    expected = [np.mean(ours), np.std(ours, ddof=1), 2, np.mean(gaps)]
+    np.testing.assert_allclose(values[:4], expected)
+    assert len((workdir / "study_runs.csv").read_text().splitlines()) == 5
+    table = (workdir / "study.md").read_text()
+    assert "| fne less hardest |" in table
+    assert (workdir / "study.png").stat().st_size > 10_000
+
+
+def test_a_second_call_trains_only_what_is_missing(finished, monkeypatch, capsys):
+    arguments, workdir = finished
+    before = (workdir / "study.md").read_text()
+    trained = []
+    monkeypatch.setattr(execution, "train_and_evaluate", lambda *a, **k: trained.append(a[1]))
+    study.main(arguments)
+    assert not trained and "4 of them done" in capsys.readouterr().out
+    shutil.move(workdir / "hardest" / "seed1" / "study.json", workdir / "moved")
+    try:
+        study.main(arguments)
+        assert trained == [workdir / "hardest" / "seed1"]
+        assert (workdir / "study.md").read_text() == before
+    finally:
+        shutil.move(workdir / "moved", workdir / "hardest" / "seed1" / "study.json")
+
+
+def test_a_run_of_another_config_is_not_taken_for_the_study_s(finished):
+    arguments, _ = finished
+    with pytest.raises(UserError, match=r"holds a run of another config:\n  config.momentum"):
+        study.main([*arguments, "--config.momentum=0.5"])
+
+
+def test_runs_share_a_warm_up_unless_it_depends_on_what_differs(config_path):
+    variants = (
+        "fne.prior=0.5",
+        "fne.margin=0.1",
+        "momentum=0.5",
+        "queue_size=64",
+        "data.prefetch=2",
+    )
+    runs = runs_of(config_path, ("fne", "infonce"), variants, seeds=2)
+    warmups = {(run.cell.name, run.seed): run.warmup for run in runs}
+    plain = warmups["fne", 0]
+    for name in ("infonce", "fne fne.prior=0.5", "fne fne.margin=0.1", "fne data.prefetch=2"):
+        assert warmups[name, 0] == plain
+    for name in ("fne momentum=0.5", "fne queue_size=64"):
+        assert warmups[name, 0] != plain
+        assert warmups[name, 0] == warmups[name.replace("fne", "infonce", 1), 0]
+    assert warmups["fne", 1] != plain
+    # The hardest negative's warm-up has the margin.
+    mined = runs_of(
+        config_path, variants=variants[1:2], overrides=["--config.warmup.objective=hardest"]
+    )
+    assert mined[0].warmup != mined[1].warmup
+    assert runs_of(config_path, overrides=["--config.fne.start_epoch=0"])[0].warmup is None
+
+
+def test_objectives_change_what_they_are_named_for(config_path):
+    runs = runs_of(config_path, tuple(cells.OBJECTIVES))
+    chosen = {
+        run.cell.objective: (
+            run.config.objective.name,
+            run.config.objective.memory,
+            run.config.fne.elimination,
+            run.config.fne.cut_down,
+        )
+        for run in runs
+    }
+    as_it_is = (True, "soft", True)
+    assert chosen == {
+        **{name: (name, *as_it_is) for name in list(cells.OBJECTIVES)[:6]},
+        "fne_no_memory": ("fne", False, "soft", True),
+        "fne_no_elimination": ("fne", True, "none", True),
+        "fne_no_cutdown": ("fne", True, "soft", False),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--objectives=fne,softest"], "there is no 'softest'; expected some of fne, hardest"),
+        (["--objectives=fne,fne"], "given twice"),
+        (["--objectives=fne", "--baseline=hardest"], "--baseline=hardest is none of"),
+        (["--vary=fne.prior"], "expected field=value"),
+        (["--vary=fne.prio=1"], "there is no config field config.fne.prio; did you mean"),
+        (["--vary=seed=3"], "give the number of --seeds"),
+        (["--seeds=0"], "--seeds is 0"),
+        (["--jobs=1000"], "more than the"),
+        (["--report-only"], "no run has a result"),
+    ],
+)
+def test_mistakes_are_named(config_path, tmp_path, arguments, message):
+    with pytest.raises(UserError) as error:
+        study.main([f"--config={config_path}", f"--workdir={tmp_path / 'new'}", *arguments])
+    assert message in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_fails_does_not_stop_the_others(finished, monkeypatch):
+    arguments, workdir = finished
+    names = [workdir / "fne" / "seed0" / "study.json", workdir / "fne" / "seed1" / "study.json"]
+    kept = [name.read_text() for name in names]
+    trained = []
+
+    def train(config, folder, **_):
+        trained.append(folder.name)
+        if folder.name == "seed0":
+            raise UserError("diverged")
+
+    monkeypatch.setattr(execution, "train_and_evaluate", train)
+    try:
+        for name in names:
+            name.unlink()
+        with pytest.raises(UserError, match="fne, seed 0: diverged"):
+            study.main(arguments)
+        assert trained == ["seed0", "seed1"]
+        assert names[1].exists() and not names[0].exists()
+    finally:
+        for name, text in zip(names, kept, strict=True):
+            name.write_text(text)
+
+
+def test_variants_are_compared_within_themselves():
+    varied = Cell("fne", "queue_size=64")
+    assert varied.baseline("hardest") == Cell("hardest", "queue_size=64")
+    assert varied.baseline("fne") == Cell("fne")
+    results = {
+        Cell("fne"): {0: {"rsum": 10.0}},
+        Cell("hardest"): {0: {"rsum": 7.0}},
+        varied: {0: {"rsum": 5.0}},
+        Cell("hardest", "queue_size=64"): {0: {"rsum": 6.0}},
+    }
+    table = summary.markdown(results, "hardest").splitlines()
+    assert "| fne queue_size=64 less hardest queue_size=64 | -1.0 |" in table
+    assert "| fne less hardest | +3.0 |" in table
+
+
+def test_estimates_are_those_of_a_t_test():
+    ours = {0: {"m": 3.0}, 1: {"m": 5.0}, 2: {"m": 4.5, "n": 1.0}}
+    theirs = {0: {"m": 2.0}, 2: {"m": 1.0}, 1: {"m": 4.5}, 3: {"m": 9.0}}
+    results = {Cell("fne"): ours, Cell("hardest"): theirs}
+    gap = summary.difference(results, Cell("fne"), Cell("hardest"), "m")
+    expected = scipy.stats.ttest_rel([3.0, 5.0, 4.5], [2.0, 4.5, 1.0])
+    interval = expected.confidence_interval(0.95)
+    np.testing.assert_allclose(
+        [gap.mean - gap.half_width, gap.mean + gap.half_width], [interval.low, interval.high]
+    )
+    assert gap.count == 3 and not gap.tells
+    single = summary.estimate(results, Cell("fne"), "n")
+    assert (single.mean, single.count) == (1.0, 1) and np.isnan(single.deviation)
+    assert not single.tells
+    assert summary.estimate(results, Cell("hardest"), "n") is None
+    assert summary.Estimate.of([2.0, 2.1, 1.9]).tells
+
+
+def test_detection_scores_equal_plain_counting():
+    rng = np.random.default_rng(0)
+    truth = rng.random(300) < 0.2
+    posterior = np.round(np.clip(rng.normal(0.3 + 0.2 * truth, 0.2), 0, 1), 2).astype(np.float32)
+    scores = detector.detection_scores(posterior, truth)
+    pairs = posterior[truth][:, None] - posterior[~truth][None, :]
+    auc = ((pairs > 0) + 0.5 * (pairs == 0)).mean()
+    # The precision at each threshold, weighted by the matches that it adds.
+    precision = 0.0
+    for value in np.unique(posterior):
+        precision += (truth & (posterior == value)).sum() * truth[posterior >= value].mean()
+    assert scores["roc_auc"] == pytest.approx(auc)
+    assert scores["average_precision"] == pytest.approx(precision / truth.sum())
+    assert sum(count for _, _, count in scores["calibration"]) == 300
+    mean, share, count = scores["calibration"][2]
+    inside = (posterior >= np.float32(0.2)) & (posterior < np.float32(0.3))
+    assert count == inside.sum()
+    assert mean == pytest.approx(posterior[inside].mean())
+    assert share == pytest.approx(truth[inside].mean())
+    assert detector.detection_scores(posterior, np.zeros(300, bool))["roc_auc"] is None
+
+
+def test_the_judged_candidates_are_those_of_the_memory(finished):
+    workdir = finished[1] / "fne" / "seed0"
+    restored = run_lib.restore_run(workdir, "latest")
+    train = load_split(restored.config.data, 64, "train")
+    posterior, truth = detector.judged_candidates(restored, train)
+    queue = jax.device_get(restored.state.queue)
+    # 40 slots, all written by the end; every image is an anchor with its first caption.
+    others = [(i, slot) for i in range(30) for slot in range(40) if queue.image_id[slot] != i]
+    assert len(posterior) == len(truth) == 2 * len(others)
+    first = np.array([np.flatnonzero(train.caption_image == i)[0] for i in range(30)])
+    matrix = train.truth.matrix()
+    of_images = [matrix[i, queue.pair_id[slot]] for i, slot in others]
+    of_captions = [matrix[train.caption_image[queue.pair_id[slot]], first[i]] for i, slot in others]
+    np.testing.assert_array_equal(truth, of_images + of_captions)
+    assert 0 < truth.mean() < 1
+    result = json.loads((workdir / "study.json").read_text())
+    assert result["density"] == pytest.approx(truth.mean())
+    assert result["mean_posterior"] == pytest.approx(posterior.mean(), rel=1e-5)
+
+
+def _note_cores(path):
+    pathlib.Path(path).write_text(json.dumps(sorted(os.sched_getaffinity(0))))
+    time.sleep(1)
+
+
+def _fail(path):
+    raise UserError(f"{path} is wrong")
+
+
+def _sleep(path):
+    pathlib.Path(path).touch()
+    time.sleep(60)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are shared out on Linux")
+@pytest.mark.skipif(os.cpu_count() < 2, reason="two processes need two cores")
+def test_processes_share_the_cores_and_report_errors(tmp_path):
+    with schedule._Processes(2) as processes:
+        running = {processes.submit(tmp_path / name, _note_cores): name for name in "ab"}
+        running[processes.submit(tmp_path / "c", _fail)] = "c"
+        done = {}
+        while len(done) < 3:
+            for future in processes.wait(running):
+                done[running.pop(future)] = future.result()
+    assert done["c"][1] == f"{tmp_path / 'c'} is wrong" and done["a"][1] is None
+    one, two = (json.loads((tmp_path / name).read_text()) for name in "ab")
+    assert one != two and not set(one) & set(two)
+
+
+def test_a_signal_stops_the_processes(tmp_path):
+    asleep = tmp_path / "asleep"
+
+    def stop_when_asleep():
+        while not asleep.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_when_asleep)
+    started = time.monotonic()
+    with schedule._Processes(2) as processes:
+        running = {processes.submit(asleep, _sleep): "one"}
+        thread.start()
+        assert processes.wait(running) == []
+        assert processes.stopped_by == signal.SIGTERM
+    assert time.monotonic() - started < 50
+    thread.join()
+
+
+def test_a_signal_to_a_single_process_says_how_to_go_on(finished, monkeypatch):
+    arguments, workdir = finished
+    (workdir / "fne" / "seed0" / "study.json").rename(workdir / "kept")
+    monkeypatch.setattr(
+        execution,
+        "train_and_evaluate",
+        functools.partial(_raise, Interrupted(signal.SIGINT, "stopped at step 5, saved")),
+    )
+    try:
+        with pytest.raises(Interrupted, match="stopped at step 5") as stop:
+            study.main(arguments)
+        assert stop.value.exit_code == 130
+    finally:
+        (workdir / "kept").rename(workdir / "fne" / "seed0" / "study.json")
+
+
+def _raise(error, *_, **__):
+    raise error

@@ -1,0 +1,40 @@
+"""Files appear whole or not at all, and nothing half-written stays behind."""
+
+import pytest
+from etils import epath
+
+from fne_jax.files import whole_folder, write_atomically
+
+
+@pytest.mark.parametrize("content", ["new\n", b"\x00new"])
+@pytest.mark.parametrize("kind", [lambda path: path, epath.Path])
+def test_a_file_is_replaced(tmp_path, content, kind):
+    path = kind(tmp_path / "a.txt")
+    path.write_text("old")
+    write_atomically(path, content)
+    assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "half a character \ud800")
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_appears_when_its_block_ends(tmp_path):
+    with whole_folder(tmp_path / "new") as scratch:
+        (scratch / "inside").write_text("x")
+        assert not (tmp_path / "new").exists()
+    assert (tmp_path / "new" / "inside").read_text() == "x"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_failed_block_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="inside"), whole_folder(tmp_path / "new") as scratch:
+        (scratch / "inside").write_text("x")
+        raise ValueError("inside")
+    assert not list(tmp_path.iterdir())

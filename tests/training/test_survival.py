@@ -1,0 +1,373 @@
+"""What a run survives: signals, kills, damaged checkpoints, full disks, losses that are NaN."""
+
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fne_jax.errors import Interrupted, UserError
+from fne_jax.parallel import sharding
+from fne_jax.training import checkpointing, compiled_steps, loop, run
+from fne_jax.training.bad_steps import BadSteps
+from fne_jax.training.metric_log import MetricLog, read_metrics
+from fne_jax.training.optimizer import learning_rate_schedule
+from fne_jax.training.phases import Phase, RunPlan
+from tests.support import TOP, soak_kill
+from tests.support.tiny import LinearTowers, tiny_config
+from tests.support.xla_flags import xla_flags
+
+
+@pytest.fixture(autouse=True)
+def linear_towers(monkeypatch):
+    """One device and towers that compile fast."""
+    mesh = sharding.create_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "create_mesh", lambda *sizes: mesh)
+    monkeypatch.setattr(run, "build_module", lambda *arguments: LinearTowers())
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("survival") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        linear_towers.__wrapped__(patch)
+        loop.train_and_evaluate(tiny_config(checkpoint__every_steps=3), workdir)
+    return workdir
+
+
+@pytest.fixture
+def own_run(whole_run, tmp_path):
+    """A copy of the complete run: checkpoints 12 and 14, and the best of 7 and 14."""
+    return shutil.copytree(whole_run, tmp_path / "run")
+
+
+def steps_of(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+# Signals.
+
+
+@pytest.mark.parametrize("step", [7, 14])
+def test_a_signal_during_validation_abandons_it(whole_run, tmp_path, monkeypatch, step):
+    evaluate, seen = loop.evaluate_split, []
+
+    def interrupted(embedder, *arguments):
+        seen.append(1)
+        if len(seen) == step // 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(embedder, *arguments)
+
+    config = tiny_config(checkpoint__every_steps=3)
+    monkeypatch.setattr(loop, "evaluate_split", interrupted)
+    with pytest.raises(Interrupted, match=f"stopped at step {step}, saved") as stop:
+        loop.train_and_evaluate(config, tmp_path)
+    assert stop.value.exit_code == 143
+    assert steps_of(tmp_path)[-1] == step
+    assert not any("eval_rsum" in m for m in read_metrics(tmp_path) if m["step"] == step)
+    monkeypatch.setattr(loop, "evaluate_split", evaluate)
+    loop.train_and_evaluate(config, tmp_path)
+    assert soak_kill.differences(tmp_path, whole_run) == []
+    managers = (checkpointing.checkpoint_manager(w, config.checkpoint, read_only=True)
+                for w in (tmp_path, whole_run))  # fmt: skip
+    ours, theirs = ((m.best_step(), m.metrics(m.best_step())) for m in managers)
+    assert ours == theirs
+
+
+def test_a_line_of_an_abandoned_validation_is_dropped(tmp_path):
+    log = MetricLog(tmp_path, 0)
+    for step, values in ((3, {"loss": 1.0}), (3, {"eval_rsum": 2.0})):
+        log.write(step, values)
+    MetricLog(tmp_path, 3)
+    assert len(read_metrics(tmp_path)) == 2
+    MetricLog(tmp_path, 3, validated=False)
+    assert read_metrics(tmp_path) == [{"step": 3, "loss": 1.0}]
+
+
+def test_sigterm_then_kills_change_nothing(tmp_path):
+    untouched, stopped = tmp_path / "untouched", tmp_path / "stopped"
+    variables = soak_kill.cached(tmp_path / "xla")
+    soak_kill.finish(soak_kill.start(untouched, variables=variables))
+    process = soak_kill.start(stopped, variables=variables)
+    for line in process.stderr:
+        if "step 0:" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    log = process.stderr.read()
+    assert process.wait() == 143 and "saved; the same command goes on" in log
+    # In the middle of the save that follows the next step.
+    process = soak_kill.start(stopped, variables=variables)
+    for line in process.stderr:
+        if "resumed from step" in line:
+            break
+    begun = steps_of(stopped)[-1]
+    while steps_of(stopped)[-1] == begun and not unfinished(stopped, begun + 1):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    log, _ = soak_kill.finish(soak_kill.start(stopped, variables=variables))
+    assert "resumed from step" in log
+    assert soak_kill.differences(stopped, untouched) == []
+    assert not list((stopped / "checkpoints").glob("*tmp*"))
+
+
+def unfinished(workdir, step):
+    return list((workdir / "checkpoints").glob(f"{step}.*tmp*"))
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_change_nothing(tmp_path):
+    different, _, _ = soak_kill.soak(tmp_path, 20, 0)
+    assert different == []
+
+
+# Checkpoints that were damaged, are of another layout, or cannot be written.
+
+
+def manager_of(workdir, **options):
+    return checkpointing.checkpoint_manager(workdir, tiny_config().checkpoint, **options)
+
+
+def files_of(checkpoint):
+    return sorted(str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file())
+
+
+def test_whatever_file_is_cut_off_the_run_ends_the_same(whole_run, tmp_path, caplog):
+    like = run.restore_run(whole_run, "latest").state
+    set_aside = 0
+    for number, name in enumerate(files_of(whole_run / "checkpoints" / "14")):
+        workdir = shutil.copytree(whole_run, tmp_path / str(number))
+        path = workdir / "checkpoints" / "14" / name
+        os.truncate(path, path.stat().st_size // 2)
+        step, state, _ = checkpointing.restore_newest(manager_of(workdir), like)
+        assert int(state.step) == step
+        if step == 14:  # a file that nothing depends on
+            np.testing.assert_array_equal(state.queue.image, like.queue.image)
+        else:
+            assert step == 12 and list((workdir / "damaged_checkpoints").iterdir())
+            set_aside += 1
+    assert set_aside >= 3
+    assert len([r for r in caplog.records if "set aside as" in r.message]) == set_aside
+
+
+@pytest.mark.parametrize("missing", ["state", "position", "all"])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(own_run, whole_run, missing):
+    newest = own_run / "checkpoints" / "14"
+    if missing == "all":
+        for checkpoint in (own_run / "checkpoints").iterdir():
+            shutil.rmtree(checkpoint / "state")
+    else:
+        shutil.rmtree(newest / missing)
+    loop.train_and_evaluate(tiny_config(checkpoint__every_steps=3), own_run)
+    assert soak_kill.differences(own_run, whole_run) == []
+    set_aside = {path.name for path in (own_run / "damaged_checkpoints").iterdir()}
+    assert "14-0" in set_aside and (len(set_aside) > 1) == (missing == "all")
+
+
+def test_arrays_other_than_the_saved_ones_are_told(own_run):
+    # Orbax reads a chunk that is not there as zeros, without an error.
+    position = own_run / "checkpoints" / "14" / "position" / "metadata"
+    values = json.loads(position.read_text())
+    position.write_text(json.dumps(values | {"fingerprint": values["fingerprint"] ^ 1}))
+    with pytest.raises(UserError, match="14 is damaged: its arrays are not those"):
+        run.restore_run(own_run, "latest")
+    assert steps_of(own_run)[-1] == 14, "a reader moves nothing"
+
+
+def test_the_fingerprint_sees_bits_places_and_leaves():
+    tree = {"a": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "b": jnp.arange(4), "c": jax.random.key(0)}
+    same = checkpointing.fingerprint(jax.tree.map(jnp.copy, tree))
+    assert checkpointing.fingerprint(tree) == same
+    others = [
+        tree | {"a": tree["a"].at[1, 1].set(jnp.nextafter(jnp.float32(4), jnp.float32(5)))},
+        tree | {"a": tree["a"].T},
+        tree | {"a": jnp.zeros((2, 2))},
+        tree | {"b": tree["b"][::-1]},
+        tree | {"c": jax.random.key(1)},
+    ]
+    assert len({same, *map(checkpointing.fingerprint, others)}) == 6
+    rows = sharding.NamedSharding(
+        jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]), jax.sharding.PartitionSpec("x")
+    )
+    split = tree | {name: jax.device_put(tree[name], rows) for name in "ab"}
+    assert checkpointing.fingerprint(split | {"c": jax.random.key(0)}) == same
+
+
+def test_another_layout_is_named(own_run):
+    position = own_run / "checkpoints" / "14" / "position" / "metadata"
+    values = json.loads(position.read_text())
+    del values["layout"], values["fne_jax"]
+    position.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"layout 1, written by fne_jax an early .* reads layout 2"):
+        loop.train_and_evaluate(tiny_config(checkpoint__every_steps=3), own_run)
+    assert steps_of(own_run)[-1] == 14, "it is not damaged"
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(own_run):
+    shutil.rmtree(own_run / "checkpoints" / "14")
+    before = run.restore_run(own_run, "latest").state
+    assert int(before.step) == 12
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = max(p.stat().st_size for p in own_run.rglob("*") if p.is_file())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"could not be written: .*last good one is of step 12"):
+            loop.train_and_evaluate(tiny_config(checkpoint__every_steps=3), own_run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    after = run.restore_run(own_run, "latest").state
+    assert int(after.step) == 12
+    np.testing.assert_array_equal(after.queue.image, before.queue.image)
+
+
+def test_workdirs_that_cannot_be_written(own_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="cannot be written to"):
+            loop.train_and_evaluate(tiny_config(), workdir)
+    shutil.rmtree(own_run / "checkpoints")
+    (own_run / "checkpoints").write_text("")
+    with pytest.raises(UserError, match=r"checkpoints.*is no folder"):
+        loop.train_and_evaluate(tiny_config(checkpoint__every_steps=3), own_run)
+
+
+# Losses and gradients that are no number.
+
+
+def poisoned(objective, image_ids):
+    """The objective, but NaN for batches that hold any of the images."""
+
+    def wrapped(rng, features, queue, stats):
+        loss, aux = objective(rng, features, queue, stats)
+        hit = jnp.isin(features.image_id, jnp.asarray(image_ids)).any()
+        return loss * jnp.where(hit, jnp.nan, 1.0), aux
+
+    return wrapped
+
+
+def poison(monkeypatch, image_ids):
+    for name in ("warmup_objective", "main_objective"):
+        make = getattr(compiled_steps.objective, name)
+        monkeypatch.setattr(
+            compiled_steps.objective,
+            name,
+            lambda config, make=make: poisoned(make(config), image_ids),
+        )
+
+
+def test_a_bad_batch_changes_nothing_but_the_step(monkeypatch):
+    config = tiny_config(fne__start_epoch=0.0)
+    mesh = sharding.create_mesh()
+    plan = RunPlan.of(config, 7)
+    schedule = learning_rate_schedule(config.optimizer, 7, plan.total_steps)
+    poison(monkeypatch, [100])
+    state = run.initial_state(config, LinearTowers(), mesh, schedule)
+    step = compiled_steps.jitted_steps(config, plan, mesh, schedule, state)[Phase.FNE]
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 255, (16, 8, 8, 3)).astype(np.uint8),
+        "input_ids": rng.integers(0, 30, (16, 8)).astype(np.int32),
+        "attention_mask": np.ones((16, 8), np.int32),
+        "image_id": np.arange(16, dtype=np.int32),
+        "pair_id": np.arange(16, dtype=np.int32),
+    }
+    state, scalars, _ = step(state, batch)
+    assert bool(scalars["applied"])
+    before = jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+    state, scalars, _ = step(state, batch | {"image_id": batch["image_id"] + 85})  # holds 100
+    after = jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+    assert not bool(scalars["applied"]) and np.isnan(scalars["loss"])
+    assert int(after.step) == int(before.step) + 1 == 2
+    jax.tree.map(np.testing.assert_array_equal, after.replace(step=before.step), before)
+    state, scalars, _ = step(state, batch)
+    assert bool(scalars["applied"])
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, before.params)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_bad_steps_are_counted_and_their_pairs_logged(tmp_path, monkeypatch, caplog):
+    poison(monkeypatch, [5])  # its two captions: at most two batches an epoch
+    config = tiny_config(max_bad_steps=3)
+    with caplog.at_level(logging.WARNING, logger="fne_jax"):
+        loop.train_and_evaluate(config, tmp_path)
+    told = [r.message for r in caplog.records if "is not applied" in r.message]
+    lines = [line for line in read_metrics(tmp_path) if "bad_steps" in line]
+    assert 1 <= lines[-1]["bad_steps"] == len(told) <= 4
+    for message in told:
+        pairs = list(map(int, message.partition("pairs ")[2].split()))
+        assert len(pairs) == 16 and {10, 11} & set(pairs) and "loss nan" in message
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
+    config = tiny_config(max_bad_steps=3, num_epochs=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, list(range(60)))
+        with pytest.raises(UserError, match="last 3 steps to step 3 had a loss or gradient"):
+            loop.train_and_evaluate(config, tmp_path)
+    saved = run.restore_run(tmp_path, "latest").state
+    start = run.initial_state(
+        config,
+        LinearTowers(),
+        sharding.create_mesh(),
+        learning_rate_schedule(config.optimizer, 7, 7),
+    )
+    jax.tree.map(np.testing.assert_array_equal, saved.params, start.params)
+    loop.train_and_evaluate(config, tmp_path)  # the cause is gone: it goes on
+    last = read_metrics(tmp_path)[-2]
+    assert last["step"] == 7 and last["bad_steps"] == int(saved.step) == 3
+
+
+def test_bad_steps_survive_a_checkpoint():
+    counts = BadSteps.of(None)
+    for applied in (True, False, True, False, False):
+        counts.add(applied)
+    assert BadSteps.of(json.loads(json.dumps(counts.stored()))) == BadSteps(3, 2)
+
+
+# Long runs.
+
+MEMORY = """
+import pathlib, sys
+import psutil
+from fne_jax.training import loop, run
+from tests.support.tiny import LinearTowers, tiny_config
+
+run.build_module = lambda *arguments: LinearTowers()
+settle, sizes = loop.settle, []
+
+def measured(*arguments):
+    settle(*arguments)
+    sizes.append(psutil.Process().memory_info().rss)
+
+loop.settle = measured
+config = tiny_config(num_epochs=7.0, data__synthetic__images=2400, logging__every_steps=20)
+loop.train_and_evaluate(config, pathlib.Path(sys.argv[1]))
+print(sizes[500] // 2**20, sizes[1000] // 2**20, sizes[-1] // 2**20, len(sizes))
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_two_thousand_steps(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)],
+        cwd=TOP,
+        env=os.environ | {"XLA_FLAGS": xla_flags(1)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    _, middle, end, steps = map(int, done.stdout.split())
+    assert steps == 2100 and end - middle < 20

@@ -1,0 +1,428 @@
+"""Steps, resumes and devices on a tiny run: what must agree does, to the bit where it can."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fne_jax import configuration
+from fne_jax.data.batches import training_batches
+from fne_jax.data.pairs import KnownTruth, load_split
+from fne_jax.encoders.towers import build_dual_encoder
+from fne_jax.errors import Interrupted, UserError
+from fne_jax.objectives import registry
+from fne_jax.objectives.similarity_statistics import SimilarityStatistics
+from fne_jax.parallel import sharding
+from fne_jax.training import loop, run
+from fne_jax.training.compiled_steps import jitted_steps
+from fne_jax.training.interruption import StopRequest
+from fne_jax.training.metric_log import MetricLog, ScalarWindow, read_metrics
+from fne_jax.training.optimizer import build_optimizer, learning_rate_schedule
+from fne_jax.training.phases import Phase, RunPlan
+from fne_jax.training.step_results import true_false_negative_rates
+from tests.support import TOP
+from tests.support.tiny import LinearTowers, tiny_config
+
+STEPS = 20
+
+
+def mesh_of(data, fsdp=1):
+    return sharding.create_mesh(data, fsdp, jax.devices()[: data * fsdp])
+
+
+def run_steps(config, mesh, steps=STEPS, module=None):
+    """Returns the state, the scalars and the chosen negatives of a few steps."""
+    train = load_split(config.data, 8, "train")
+    order = loop.batch_order(config, train)
+    plan = RunPlan.of(config, order.steps_per_epoch)
+    tokens = np.tile(np.arange(8, dtype=np.int32), (len(train.captions), 1))
+    tokens = (tokens + np.arange(len(train.captions))[:, None]).astype(np.int32) % 30
+    schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
+    module = module or build_dual_encoder(config.encoder, 30)
+    state = run.initial_state(config, module, mesh, schedule)
+    jitted = jitted_steps(config, plan, mesh, schedule, state)
+    scalars, negatives = [], []
+    batches = training_batches(
+        train,
+        (tokens, np.ones_like(tokens)),
+        order,
+        range(steps),
+        image_size=8,
+        augmentation=config.data.augmentation,
+        augment_on=config.data.augment_on,
+    )
+    for step, batch in enumerate(batches):
+        state, values, chosen = jitted[plan.phase(step)](state, sharding.to_devices(batch, mesh))
+        scalars.append(jax.device_get(values))
+        negatives.append(jax.device_get(chosen))
+    compiled = {phase: step._cache_size() for phase, step in jitted.items()}
+    return (
+        jax.device_get(state.replace(key=jax.random.key_data(state.key))),
+        scalars,
+        negatives,
+        compiled,
+    )
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run_steps(tiny_config(), mesh_of(1))
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2), (2, 4)])
+def test_every_mesh_does_what_one_device_does(one_device, monkeypatch, data, fsdp):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    state, scalars, negatives, _ = run_steps(tiny_config(), mesh_of(data, fsdp))
+    for ours, theirs in zip(scalars, one_device[1], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=3e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
+    for ours, theirs in zip(negatives, one_device[2], strict=True):
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    for name in ("image_id", "pair_id", "pointer"):
+        np.testing.assert_array_equal(
+            getattr(state.queue, name), getattr(one_device[0].queue, name)
+        )
+    for side in ("image", "text"):
+        memory = getattr(one_device[0].queue, side)
+        np.testing.assert_allclose(getattr(state.queue, side), memory, atol=5e-6)
+    # Adam divides by the size of the gradient: where that is tiny, its last bits decide.
+    for name, tolerance in (("params", 1e-3), ("momentum_params", 1e-4)):
+        jax.tree.map(
+            lambda a, b, atol=tolerance: np.testing.assert_allclose(a, b, atol=atol),
+            getattr(state, name),
+            getattr(one_device[0], name),
+        )
+
+
+def test_a_step_in_micro_batches_is_the_plain_step(one_device, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    _, scalars, negatives, _ = run_steps(tiny_config(micro_batches=2), mesh_of(2, 4), steps=10)
+    for step in range(10):
+        for name, value in scalars[step].items():
+            np.testing.assert_allclose(
+                value, one_device[1][step][name], rtol=2e-3, atol=1e-5, err_msg=name
+            )
+        for name, value in negatives[step].items():
+            np.testing.assert_array_equal(value, one_device[2][step][name], err_msg=name)
+
+
+def test_nothing_recompiles(one_device):
+    assert one_device[3] == {Phase.WARMUP: 0, Phase.WARMUP_FILLING: 1, Phase.FNE: 1}
+
+
+def test_the_run_has_both_phases_and_its_scalars(one_device):
+    _, scalars, negatives, _ = one_device
+    assert "hinge_active" not in scalars[6] and "hinge_active" in scalars[7]
+    assert not negatives[6] and negatives[7]["negative_i2t"].shape == (16,)
+    assert [round(float(s["queue_filled"]) * 40) for s in scalars[:4]] == [16, 32, 40, 40]
+
+
+def test_statistics_begin_anew_with_each_epoch_or_decay():
+    rng = np.random.default_rng(0)
+    image = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
+    image /= jnp.linalg.norm(image, axis=1, keepdims=True)
+    features = registry.Features(image, image, image, image, jnp.arange(6), jnp.eye(6, dtype=bool))
+    config = tiny_config()
+    add = registry.next_statistics(config.fne, steps_per_epoch=3)
+    stats, counts = SimilarityStatistics.create(), []
+    for step in range(5):
+        stats = add(stats, jnp.int32(step), features)
+        counts.append(int(stats.positive.count))
+    assert counts == [6, 12, 18, 6, 12]
+    config.fne.statistics_keep = 0.5
+    add = registry.next_statistics(config.fne, steps_per_epoch=3)
+    for step in range(5):
+        stats = add(stats, jnp.int32(step), features)
+    np.testing.assert_allclose(stats.positive.count, 12 / 2**5 + 12 * (1 - 1 / 2**5))
+
+
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [("hardest", True), ("hardest", False), ("semi_hard", True), ("random", True),
+     ("random", False), ("infonce", True), ("infonce", False), ("sigmoid", False)],
+)  # fmt: skip
+def test_every_objective_trains_by_the_same_loop(name, memory):
+    config = tiny_config(
+        objective__name=name, objective__memory=memory, fne__start_epoch=0.0, num_epochs=1.0
+    )
+    towers = LinearTowers()
+    start, _, _, _ = run_steps(config, mesh_of(1), 0, towers)
+    state, scalars, negatives, compiled = run_steps(config, mesh_of(1), 5, towers)
+    assert compiled == {Phase.WARMUP: 0, Phase.WARMUP_FILLING: 0, Phase.FNE: 1}
+    assert all(np.isfinite(s["loss"]) and s["loss"] > 0 for s in scalars)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, start.params)
+    assert all(jax.tree.leaves(moved))
+    if name in ("semi_hard", "random") or (name == "hardest" and memory):
+        last = negatives[-1]
+        from_memory = ~np.isin(last["negative_i2t"], last["anchor"])
+        assert memory or not from_memory.any()
+        same_as_hardest = (last["negative_i2t"] == last["hardest_i2t"]).mean()
+        assert (same_as_hardest == 1) == (name == "hardest")
+    else:
+        assert negatives[-1] == {}
+
+
+def test_pictures_are_augmented_in_the_step_as_on_the_host():
+    losses = {}
+    for name, augment_on, devices in (
+        ("none", "host", 1), ("randaugment", "host", 1), ("randaugment", "device", 8)
+    ):  # fmt: skip
+        config = tiny_config(data__augmentation=name, data__augment_on=augment_on)
+        _, scalars, _, _ = run_steps(config, mesh_of(devices), 3, LinearTowers())
+        losses[name, augment_on] = [float(s["loss"]) for s in scalars]
+    host, device = losses["randaugment", "host"], losses["randaugment", "device"]
+    np.testing.assert_allclose(device, host, rtol=0.02)
+    assert np.abs(np.subtract(losses["none", "host"], host)).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("part", "setting"),
+    [
+        ({"fne__elimination": "none"}, {"posterior_threshold": 1.0, "decay": 0.5}),
+        ({"fne__elimination": "hard"}, {"elimination_decay": 1e30, "posterior_threshold": 1e-3}),
+        ({"fne__cut_down": False}, {"decay": 0.0, "elimination_decay": 0.5}),
+        ({"fne__monotone": True}, {"monotone": True}),
+        ({"fne__key_chunk": 32}, {"key_chunk": 32}),
+        ({}, {"elimination_decay": 0.5, "posterior_threshold": 1e-3, "key_chunk": None}),
+    ],
+)
+def test_parts_of_fne_are_switched_by_the_config(part, setting):
+    settings = registry.sampling_settings(tiny_config(**part).fne)
+    assert {name: settings[name] for name in setting} == setting
+
+
+def test_unknown_objectives_are_named():
+    with pytest.raises(UserError, match=r"config.objective.name is 'fen'; expected one of fne, ha"):
+        registry.main_objective(tiny_config(objective__name="fen"))
+    with pytest.raises(UserError, match=r"config.fne.elimination is 'all'; expected one of soft"):
+        registry.main_objective(tiny_config(fne__elimination="all"))
+
+
+def test_momentum_encoders_follow_before_they_encode():
+    config = tiny_config(momentum=0.75)
+    start, _, _, _ = run_steps(config, mesh_of(1), 0, LinearTowers())
+    first, _, _, _ = run_steps(config, mesh_of(1), 1, LinearTowers())
+    second, _, _, _ = run_steps(config, mesh_of(1), 2, LinearTowers())
+    jax.tree.map(np.testing.assert_array_equal, first.momentum_params, start.params)
+    expected = optax.incremental_update(first.params, first.momentum_params, 0.25)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        second.momentum_params,
+        expected,
+    )
+
+
+def test_a_frozen_tower_stays(one_device):
+    config = tiny_config(optimizer__text_factor=0.0, optimizer__weight_decay=0.1)
+    start, _, _, _ = run_steps(config, mesh_of(1), steps=0)
+    state, _, _, _ = run_steps(config, mesh_of(1), steps=3)
+    jax.tree.map(np.testing.assert_array_equal, state.params["text"], start.params["text"])
+    moved = jax.tree.map(
+        lambda a, b: bool((a != b).any()), state.params["image"], start.params["image"]
+    )
+    assert all(jax.tree.leaves(moved))
+
+
+def test_schedules():
+    optimizer = tiny_config().optimizer
+    optimizer.update(learning_rate=1.0, step_epochs=(2.0, 4.0), warmup_epochs=0.5)
+    schedule = learning_rate_schedule(optimizer, 10, 60)
+    values = [float(schedule(s)) for s in (0, 1, 5, 19, 21, 39, 41, 59)]
+    np.testing.assert_allclose(values, [0, 0.2, 1, 1, 0.1, 0.1, 0.01, 0.01], rtol=1e-5)
+    optimizer.update(schedule="cosine")
+    schedule = learning_rate_schedule(optimizer, 10, 60)
+    np.testing.assert_allclose([float(schedule(s)) for s in (5, 60)], [1, 0], atol=1e-6)
+    optimizer.update(schedule="linear")
+    with pytest.raises(UserError, match="expected one of step, cosine"):
+        learning_rate_schedule(optimizer, 10, 60)
+
+
+def test_decay_and_factors_touch_what_they_should():
+    optimizer = tiny_config().optimizer
+    optimizer.update(weight_decay=0.5, image_factor=0.5, clip_norm=1e9)
+    params = {
+        tower: {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for tower in ("image", "text")
+    }
+    tx = build_optimizer(optimizer, optax.constant_schedule(0.1))
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zero, tx.init(params), params)
+    np.testing.assert_allclose(updates["text"]["kernel"], -0.05)
+    np.testing.assert_allclose(updates["image"]["kernel"], -0.025)
+    assert (updates["text"]["bias"] == 0).all()
+
+
+def test_phases():
+    config = tiny_config(fne__start_epoch=1.5, num_epochs=3.0, evaluation__per_epoch=2)
+    plan = RunPlan.of(config, 10)
+    assert [plan.phase(s) for s in (0, 14, 15)] == [Phase.WARMUP_FILLING] * 2 + [Phase.FNE]
+    assert plan.validation_steps == {5, 10, 15, 20, 25, 30} and plan.total_steps == 30
+    config.warmup.objective = "hardest"  # the memory of 40 takes 3 batches of 16
+    plan = RunPlan.of(config, 10)
+    assert [plan.phase(s) for s in (11, 12, 15)] == [Phase.WARMUP, Phase.WARMUP_FILLING, Phase.FNE]
+
+
+def test_true_false_negative_rates():
+    # Captions 0 and 1 are of image 0, caption 2 of image 1; caption 0 is true of both.
+    truth = [[True, True, False], [True, False, True]]
+
+    class Known(KnownTruth):
+        def is_true(self, caption, image):
+            return np.array([truth[i][c] for c, i in zip(caption, image, strict=True)])
+
+    rates = true_false_negative_rates(
+        Known(scenes=None, facts=None),
+        np.array([0, 0, 1]),
+        {
+            "anchor": np.array([0, 2]),
+            "negative_i2t": np.array([2, 0]),  # image 0: caption 2 false; image 1: caption 0 true
+            "negative_t2i": np.array([2, 0]),  # caption 0: image 1 true; caption 2: image 0 false
+            "hardest_i2t": np.array([2, -1]),
+            "hardest_t2i": np.array([-1, -1]),
+        },
+    )
+    assert rates == {"sampled_false_negative_rate": 0.5, "hardest_false_negative_rate": 0.0}
+
+
+def test_scalar_windows_survive_a_save():
+    window, halves = ScalarWindow(), ScalarWindow()
+    for value in (0.1, 0.7, 0.3):
+        window.add({"loss": value})
+        halves = ScalarWindow(json.loads(json.dumps(halves.stored())))
+        halves.add({"loss": value})
+    assert window.take_means() == halves.take_means()
+    assert window.take_means() == {}
+
+
+def test_resumed_metrics_hold_no_step_twice(tmp_path):
+    log = MetricLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": float(step), "empty": float("nan")})
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 4, "lo')
+    MetricLog(tmp_path, 2).write(3, {"loss": 30.0})
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 30.0}
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    loop.train_and_evaluate(tiny_config(), workdir)
+    return workdir
+
+
+def parameters_of(workdir):
+    return jax.device_get(run.restore_run(workdir, "latest").state)
+
+
+def without_times(workdir):
+    timed = ("pairs_per_s", "data_wait_share")
+    return [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(workdir)]
+
+
+def test_a_run_leaves_its_files(whole_run):
+    names = {path.name for path in whole_run.iterdir()}
+    assert {"config.json", "checkpoints", "metrics.jsonl", "tokenizer"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    steps = [line["step"] for line in read_metrics(whole_run) if "loss" in line]
+    assert steps == [3, 6, 9, 12, 14]
+
+
+@pytest.mark.parametrize("stop_after", [5, 9])
+def test_interrupted_run_ends_as_one_never_stopped(whole_run, tmp_path, monkeypatch, stop_after):
+    settle, calls = loop.settle, []
+
+    def interrupt(*args):
+        settle(*args)
+        calls.append(1)
+        if len(calls) == stop_after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop, "settle", interrupt)
+    with pytest.raises(Interrupted) as stop:
+        loop.train_and_evaluate(tiny_config(), tmp_path)
+    assert stop.value.exit_code == 130 and "saved" in str(stop.value)
+    monkeypatch.undo()
+    loop.train_and_evaluate(tiny_config(), tmp_path)
+    ours, theirs = parameters_of(tmp_path), parameters_of(whole_run)
+    for name in ("params", "momentum_params", "opt_state", "queue", "stats", "step"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(ours, name), getattr(theirs, name))
+    assert without_times(tmp_path) == without_times(whole_run)
+
+
+def test_a_run_is_restored_on_another_mesh(whole_run, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    state = run.restore_run(whole_run, "latest", mesh_of(2, 4)).state
+    kernel = state.params["image"]["encoder"]["layer_0"]["mlp_in"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size / 4
+    jax.tree.map(np.testing.assert_array_equal, state.params, parameters_of(whole_run).params)
+
+
+def test_the_loop_copies_nothing_to_the_devices_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "to_devices", lambda batch, mesh: batch)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        loop.train_and_evaluate(tiny_config(), tmp_path)
+
+
+def test_a_complete_run_is_left_alone(whole_run):
+    before = without_times(whole_run)
+    loop.train_and_evaluate(tiny_config(), whole_run)
+    assert without_times(whole_run) == before
+
+
+def test_a_run_begins_with_another_runs_weights(whole_run, tmp_path):
+    config = tiny_config(init_from=str(whole_run), num_epochs=0.2, optimizer__learning_rate=1e-9)
+    loop.train_and_evaluate(config, tmp_path)
+    best = run.restore_run(whole_run, "best").state
+    ours = run.restore_run(tmp_path, "latest").state
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours.params, best.params)
+    wider = tiny_config(init_from=str(whole_run), encoder__text__mlp_width=20)
+    with pytest.raises(UserError, match=r"mlp_in.*: \(16, 16\) there, \(16, 20\) here"):
+        loop.train_and_evaluate(wider, tmp_path / "wider")
+
+
+def test_a_second_signal_is_not_held_back():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_number == signal.SIGTERM
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+WITHOUT_TENSORFLOW = """
+import sys
+for name in ("tensorflow", "tensorflow_datasets", "clu"):
+    sys.modules[name] = None
+import pathlib
+import fne_jax
+from fne_jax.training.loop import train_and_evaluate
+from tests.support.tiny import LinearTowers, tiny_config
+train_and_evaluate(tiny_config(num_epochs=0.2), pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_trains_where_tensorflow_tfds_and_clu_are_not_installed(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TENSORFLOW, str(tmp_path)],
+        cwd=TOP, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read_metrics(tmp_path)[-1]["step"] > 0
+
+
+def test_config_survives_json(tmp_path):
+    config = tiny_config()
+    configuration.store_config(config, tmp_path)
+    stored = configuration.read_config(tmp_path)
+    assert configuration.flatten(stored).keys() == configuration.flatten(config).keys()
