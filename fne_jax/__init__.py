@@ -58,7 +58,7 @@ __all__ = [
 def __getattr__(name):
     # Late, because it needs Orbax and transformers, which the strategy alone does not.
     if name == "load_workdir":
-        from fne_jax.model.trained_model import load_workdir
+        from fne_jax.model.model import load_workdir
 
         return load_workdir
     raise AttributeError(f"module 'fne_jax' has no attribute {name!r}")

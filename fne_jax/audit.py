@@ -16,6 +16,7 @@ import numpy as np
 
 from fne_jax import command_line, configuration
 from fne_jax.errors import UserError
+from fne_jax.model.model import load_evaluation_split, restore_model
 
 if TYPE_CHECKING:
     from fne_jax.data.pairs import PairDataset
@@ -102,43 +103,30 @@ def main(arguments: list[str]) -> None:
 
 def _of_run(options):
     """Returns what a run's checkpoint makes of the split, with the statistics of its epoch."""
-    from fne_jax.data.pairs import load_split
-    from fne_jax.training import run
-
     workdir = pathlib.Path(options.workdir)
-    restored = run.restore_run(workdir, options.checkpoint or "best")
-    config = restored.config
-    dataset = load_split(config.data, config.encoder.image.image_size, options.split)
-    tokens = run.tokenize_captions(
-        config, restored.tokenizer, dataset.captions, config.evaluation.text_length
-    )
-    embedder = run.build_embedder(config, restored.module, restored.mesh)
+    model = restore_model(workdir, options.checkpoint or "best")
+    dataset = model.load_split(options.split)
+    split = model.embed_split(dataset)
     return _Audited(
         name=workdir.resolve().name,
-        step=restored.step,
-        config=config,
+        step=model.step,
+        config=model.config,
         dataset=dataset,
-        image_emb=embedder.images(restored.params, dataset),
-        text_emb=embedder.texts(restored.params, tokens),
-        stats=jax.device_get(restored.state.stats),
+        image_emb=split.image_emb,
+        text_emb=split.text_emb,
+        stats=jax.device_get(model.stats),
     )
 
 
 def _of_embeddings(options, overrides):
     """Returns the split that the config describes with anyone's embeddings of it."""
-    from fne_jax.data.pairs import load_split, with_captions_per_image
-    from fne_jax.encoders.towers import read_architectures, with_model_defaults
     from fne_jax.retrieval import embedding_files
     from fne_jax.retrieval.split_statistics import split_statistics
 
     folder = pathlib.Path(options.embeddings)
     split = embedding_files.read_embeddings(folder)
-    config = configuration.load_config(options.config, overrides)
-    config = with_model_defaults(config, read_architectures(config.encoder))
-    dataset = with_captions_per_image(
-        load_split(config.data, config.encoder.image.image_size, options.split),
-        config.evaluation.captions_per_image,
-    )
+    config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
+    dataset = load_evaluation_split(config, options.split)
     if not np.array_equal(split.caption_image, dataset.caption_image):
         raise UserError(
             f"--embeddings={folder} is of {len(split.image_emb)} images and {len(split.text_emb)} "

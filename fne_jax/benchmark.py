@@ -164,7 +164,7 @@ def measure_retrieval(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _config_of_size(size):
-    from fne_jax.encoders.towers import with_model_defaults
+    from fne_jax.configuration import with_model_defaults
 
     try:
         module = importlib.import_module(ENCODER_SIZES[size])

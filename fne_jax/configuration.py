@@ -1,13 +1,14 @@
-"""Configs: loaded with overrides, checked, stored beside a run, compared when it resumes."""
+"""Configs: loaded with overrides, checked and resolved; stored beside a run, compared on resume."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
-import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -15,8 +16,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from fne_jax.data.images.augmentation import AUGMENTATIONS
-from fne_jax.encoders.dual_encoder import LONGEST_POOLING
+from fne_jax.encoders import towers
+from fne_jax.encoders.dual_encoder import CHECKPOINT, LONGEST_POOLING
 from fne_jax.errors import UserError
+from fne_jax.files import write_atomically
 from fne_jax.objectives.key_blocks import BLOCK
 
 FILE_NAME = "config.json"
@@ -196,6 +199,95 @@ def check_batches(config: ml_collections.ConfigDict, devices: int) -> None:
             )
 
 
+# The tokens of a caption, where neither config nor checkpoint says (the paper).
+_TEXT_LENGTH = 30
+_OPENAI_PIXELS = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
+
+
+class _ModelDefaults(NamedTuple):
+    """What a config leaves to the type of its pretrained towers.
+
+    Attributes:
+      pooling: The pooling of either tower.
+      pixels: The mean and the standard deviation of each channel, with pixels in [0, 1].
+      full_length: Whether captions have all the tokens that the text tower has positions for, as
+        in its pretraining, rather than the paper's 30.
+    """
+
+    pooling: str
+    pixels: tuple[tuple[float, ...], tuple[float, ...]]
+    full_length: bool
+
+
+# For ViT, BERT and towers from random weights. ViT was pretrained with mean and deviation 0.5; the
+# authors fine-tune it with CLIP's values.
+_PAPER = _ModelDefaults("mean", _OPENAI_PIXELS, False)
+_DEFAULTS = {
+    "clip": _ModelDefaults(CHECKPOINT, _OPENAI_PIXELS, True),
+    "siglip": _ModelDefaults(CHECKPOINT, ((0.5,) * 3, (0.5,) * 3), True),
+}
+
+
+def resolve(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path | None = None
+) -> tuple[ml_collections.ConfigDict, dict[str, dict[str, Any]]]:
+    """Returns a config with nothing left open, and its pretrained towers' architectures.
+
+    Every command does this once, before it reads data or writes anything.
+
+    Args:
+      config: As loaded, or resolved already, which changes nothing.
+      workdir: The folder of the run, whose own copies of the architectures come first.
+
+    Raises:
+      UserError: if a pretrained source is not there, or is no model of that kind.
+    """
+    architectures = towers.read_architectures(config.encoder, workdir)
+    return with_model_defaults(config, architectures), architectures
+
+
+def with_model_defaults(
+    config: ml_collections.ConfigDict, architectures: Mapping[str, Mapping[str, Any]]
+) -> ml_collections.ConfigDict:
+    """Returns a config whose fields left open ("auto", 0, ()) are those of its towers' models.
+
+    These are the poolings, the mean and deviation of the pixels, the tokenizer and the length of
+    captions.
+
+    Args:
+      config: As loaded; see configs/base.py.
+      architectures: What `encoders.towers.read_architectures` returned.
+
+    Raises:
+      UserError: if a pretrained source is no model of that kind.
+    """
+    config = copy.deepcopy(config)
+    defaults = {}
+    for tower in towers.TOWERS:
+        model_type = architectures.get(tower, {}).get("model_type")
+        defaults[tower] = _DEFAULTS.get(model_type, _PAPER)
+        if config.encoder[tower].pooling == "auto":
+            config.encoder[tower].pooling = defaults[tower].pooling
+    if config.encoder.text.training_pooling == "auto":
+        config.encoder.text.training_pooling = config.encoder.text.pooling
+    if not config.image_mean:
+        config.image_mean = defaults["image"].pixels[0]
+    if not config.image_std:
+        config.image_std = defaults["image"].pixels[1]
+    if not config.data.text_length:
+        config.data.text_length = _TEXT_LENGTH
+        if defaults["text"].full_length:
+            config.data.text_length = towers.text_positions(config.encoder, architectures["text"])
+    if not config.evaluation.text_length:
+        config.evaluation.text_length = config.data.text_length
+    if config.data.tokenizer == "auto":
+        config.data.tokenizer = config.encoder.text.pretrained or "train"
+    return config
+
+
 def store_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Writes config.json, or checks the one that is there.
 
@@ -218,9 +310,7 @@ def store_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
                 f"(--config.init_from={workdir} starts from its weights)."
             )
         return
-    scratch = path.with_suffix(".incomplete")
-    scratch.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
-    os.replace(scratch, path)
+    write_atomically(path, json.dumps(json.loads(config.to_json()), indent=2) + "\n")
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:

@@ -10,20 +10,18 @@ from __future__ import annotations
 import argparse
 import logging
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from fne_jax import command_line, configuration
+from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
+from fne_jax.model.model import Model, pretrained_model, restore_model
 from fne_jax.parallel import processes
 from fne_jax.parallel.compile_cache import use_compile_cache
-from fne_jax.retrieval import embedding_files, protocols
-
-if TYPE_CHECKING:
-    from fne_jax.data.pairs import PairDataset
-    from fne_jax.training.run import RestoredRun
+from fne_jax.retrieval import embedding_files, evaluation, protocols
 
 # Where the model comes from; the options that each of these takes.
 _SOURCES = {
@@ -112,19 +110,15 @@ def _source(options: argparse.Namespace, overrides: list[str]) -> str:
     return source
 
 
-def _model(
-    options: argparse.Namespace, overrides: list[str]
-) -> tuple[RestoredRun, pathlib.Path | None]:
+def _model(options: argparse.Namespace, overrides: list[str]) -> tuple[Model, pathlib.Path | None]:
     """Returns the model, and the file to report into."""
-    from fne_jax.training import run
-
     if options.init is not None:
         config = configuration.load_config(options.config, overrides)
-        return run.pretrained_run(config), _out(options)
+        return pretrained_model(config), _out(options)
     workdir = pathlib.Path(options.workdir)
     suffix = "_momentum" if options.weights == "momentum" else ""
     path = workdir / f"eval_{options.split or 'test'}{suffix}.json"
-    return run.restore_run(workdir, options.checkpoint or "best"), path
+    return restore_model(workdir, options.checkpoint or "best"), path
 
 
 def _out(options):
@@ -132,34 +126,19 @@ def _out(options):
 
 
 def _embedded(
-    evaluated: RestoredRun, options: argparse.Namespace
+    model: Model, options: argparse.Namespace
 ) -> tuple[EmbeddedSplit, PairDataset, dict[str, Any]]:
     """Returns a split as the model embeds it, the split itself, and what the report says of it."""
-    from fne_jax.data.pairs import load_split, with_captions_per_image
-    from fne_jax.retrieval import evaluation
-    from fne_jax.training import run
-
-    config, name = evaluated.config, options.split or "test"
-    use_compile_cache(config.compile_cache)
-    dataset = with_captions_per_image(
-        load_split(config.data, config.encoder.image.image_size, name),
-        config.evaluation.captions_per_image,
-    )
+    name, weights = options.split or "test", options.weights or "online"
+    use_compile_cache(model.config.compile_cache)
+    dataset = model.load_split(name)
     protocols.check_suits(options.protocol, dataset.image_id, dataset.caption_id)
-    tokens = run.tokenize_captions(
-        config, evaluated.tokenizer, dataset.captions, config.evaluation.text_length
-    )
-    embedder = run.build_embedder(config, evaluated.module, evaluated.mesh)
-    weights = options.weights or "online"
-    params = evaluated.state.momentum_params if weights == "momentum" else evaluated.params
-    split = evaluation.embed_split(embedder, params, dataset, tokens)
-    return split, dataset, {"split": name, "step": evaluated.step, "weights": weights}
+    split = (model.momentum() if weights == "momentum" else model).embed_split(dataset)
+    return split, dataset, {"split": name, "step": model.step, "weights": weights}
 
 
 def _report(split, dataset, about, path, options):
     """Writes the dump, prints the table and writes the report; returns what was measured."""
-    from fne_jax.retrieval import evaluation
-
     if options.dump is not None:
         embedding_files.write_embeddings(pathlib.Path(options.dump), split, dataset)
     measured, left_out = protocols.measure(split, options.protocol)

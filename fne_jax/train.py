@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import pathlib
 
+import flax.linen as nn
+
 from fne_jax import command_line, configuration
 from fne_jax.parallel import processes
+from fne_jax.training.dry_run import describe
+from fne_jax.training.loop import train_and_evaluate
 
 
-def main(arguments: list[str]) -> None:
-    """Parses the command line and trains."""
+def main(arguments: list[str], module: nn.Module | None = None) -> None:
+    """Parses the command line and trains.
+
+    Args:
+      arguments: The command line.
+      module: The two towers, in place of those that the config describes.
+    """
     parser = command_line.parser("Trains image-text retrieval with FNE.", "train")
     parser.add_argument("--config", required=True, help="config file, e.g. configs/shapes.py")
     parser.add_argument("--workdir", required=True, help="folder of the run; resumed if it has one")
@@ -22,13 +31,9 @@ def main(arguments: list[str]) -> None:
     config = configuration.load_config(options.config, overrides)
 
     if options.dry_run:
-        from fne_jax.training.dry_run import describe
-
         print(describe(config))
-        return
-    from fne_jax.training.loop import train_and_evaluate
-
-    train_and_evaluate(config, pathlib.Path(options.workdir))
+    else:
+        train_and_evaluate(config, pathlib.Path(options.workdir), module=module)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import pathlib
 
 from fne_jax.encoders.pretrained_weights import save_pretrained
 from fne_jax.errors import UserError
+from fne_jax.model.model import restore_model
 from fne_jax.retrieval.evaluation import read_values
-from fne_jax.training import run
 
 _CARD = """---
 library_name: transformers
@@ -47,8 +47,8 @@ def export(workdir: pathlib.Path, checkpoint: str, out: pathlib.Path) -> list[pa
     Raises:
       UserError: if the run is not there, or a projection of ours follows its encoders.
     """
-    restored = run.restore_run(workdir, checkpoint)
-    config, module = restored.config, restored.module
+    model = restore_model(workdir, checkpoint)
+    config, module = model.config, model.module
     if config.encoder.projection_dim:
         raise UserError(
             f"{workdir}: its encoders end in a projection of "
@@ -57,20 +57,20 @@ def export(workdir: pathlib.Path, checkpoint: str, out: pathlib.Path) -> list[pa
         )
     if module.image.pooled_dim and module.text.pooled_dim:
         folders = [out]
-        save_pretrained(out, module, restored.params)
+        save_pretrained(out, module, model.params)
     else:
         folders = [out / "image", out / "text"]
-        save_pretrained(out / "image", module.image, restored.params["image"])
-        save_pretrained(out / "text", module.text, restored.params["text"])
-    restored.tokenizer.save_pretrained(folders[-1])
-    (out / "README.md").write_text(_model_card(workdir, restored))
+        save_pretrained(out / "image", module.image, model.params["image"])
+        save_pretrained(out / "text", module.text, model.params["text"])
+    model.tokenizer.save_pretrained(folders[-1])
+    (out / "README.md").write_text(_model_card(workdir, model))
     return folders
 
 
-def _model_card(workdir, restored) -> str:
-    config = restored.config
+def _model_card(workdir, model) -> str:
+    config = model.config
     about = (
-        f"Step {restored.step}. An embedding is the pooled last hidden state divided by its L2 "
+        f"Step {model.step}. An embedding is the pooled last hidden state divided by its L2 "
         f"norm; pooling: images {config.encoder.image.pooling}, texts "
         f"{config.encoder.text.pooling}. Pixels in [0, 1] are resized to "
         f"{config.encoder.image.image_size} x {config.encoder.image.image_size} (bicubic) and "

@@ -18,9 +18,13 @@ from fne_jax.data import captions as caption_lib
 from fne_jax.encoders import towers
 from fne_jax.encoders.pretrained_weights import params_from_tensors
 from fne_jax.errors import UserError
+from fne_jax.model.checkpoints import BEST_METRIC
+from fne_jax.model.model import build_model
 from fne_jax.objectives.memory_queue import EMPTY_ID, MemoryQueue
 from fne_jax.parallel import sharding
-from fne_jax.training import checkpointing, run
+from fne_jax.training.checkpointing import Checkpoints
+from fne_jax.training.loop import begin_workdir
+from fne_jax.training.train_state import abstract_state, initial_state
 
 # Beginnings of their names: our tower, and whether it is a momentum encoder.
 _PARTS = {
@@ -53,8 +57,7 @@ def convert(path: pathlib.Path, config: ml_collections.ConfigDict, workdir: path
         raise UserError(f"--out={workdir} is there already and not empty; give another")
     saved = _load(path)
     tensors = saved["model"][0]
-    architectures = towers.read_architectures(config.encoder)
-    config = towers.with_model_defaults(config, architectures)
+    config, architectures = configuration.resolve(config)
     for tower in towers.TOWERS:
         if not config.encoder[tower].pretrained:
             raise UserError(f"config.encoder.{tower}.pretrained must name the encoder's source")
@@ -64,7 +67,8 @@ def convert(path: pathlib.Path, config: ml_collections.ConfigDict, workdir: path
         config.fne.margin = float(saved["opt"].margin)
 
     tokenizer = caption_lib.load_tokenizer(config.data.tokenizer)
-    module = run.build_module(config, architectures, len(tokenizer))
+    mesh = sharding.create_mesh()
+    model = build_model(config, architectures, tokenizer, mesh)
     params: dict[bool, dict[str, Any]] = {False: {}, True: {}}
     for begin, (tower, momentum) in _PARTS.items():
         own = {
@@ -73,28 +77,23 @@ def convert(path: pathlib.Path, config: ml_collections.ConfigDict, workdir: path
             if name.startswith(begin)
         }
         params[momentum][tower] = params_from_tensors(
-            getattr(module, tower), own, f"{path}: {begin}* do not fit {tower}"
+            getattr(model.module, tower), own, f"{path}: {begin}* do not fit {tower}"
         )
-    mesh = sharding.create_mesh()
-    state = run.initial_state(config, module, mesh, optax.constant_schedule(0.0))
-    whole = sharding.replicated(mesh)
+    state = initial_state(model, abstract_state(model, optax.constant_schedule(0.0)))
+    replicated = sharding.replicated(mesh)
     step = int(saved["epoch"])
     state = state.replace(
-        step=jax.device_put(jnp.int32(step), whole),
-        params=jax.device_put(params[False], whole),
-        momentum_params=jax.device_put(params[True], whole),
-        queue=jax.device_put(queue, whole),
+        step=jax.device_put(jnp.int32(step), replicated),
+        params=jax.device_put(params[False], replicated),
+        momentum_params=jax.device_put(params[True], replicated),
+        queue=jax.device_put(queue, replicated),
     )
 
     # Nothing was written before all of it was known to fit.
-    workdir.mkdir(parents=True, exist_ok=True)
-    configuration.store_config(config, workdir)
-    towers.store_architectures(architectures, workdir)
-    caption_lib.save_tokenizer(tokenizer, workdir / run.TOKENIZER_DIRECTORY)
-    manager = checkpointing.checkpoint_manager(workdir, config.checkpoint)
-    metrics = {checkpointing.BEST_METRIC: float(saved["best_rsum"])}
-    checkpointing.save(manager, state, {}, metrics)
-    manager.close()
+    begin_workdir(workdir, config, architectures, tokenizer)
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    checkpoints.save(state, {}, {BEST_METRIC: float(saved["best_rsum"])})
+    checkpoints.finish()
     return step
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import ml_collections
@@ -21,81 +19,12 @@ from fne_jax.encoders.pretrained_weights import load_pretrained
 from fne_jax.encoders.transformer import TextTower, Tower
 from fne_jax.encoders.vision_transformer import VisionTower, VisionTransformer
 from fne_jax.errors import UserError
+from fne_jax.files import write_atomically
 
 TOWERS = ("image", "text")
 # In a run's workdir, so that it is restored without the hub: the config.json of each pretrained
 # tower's source.
 DIRECTORY = "towers"
-# Of the tokens of a caption, where neither config nor checkpoint says (the paper).
-_TEXT_LENGTH = 30
-_OPENAI_PIXELS = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)
-
-
-class _ModelDefaults(NamedTuple):
-    """What a config leaves to the type of its pretrained towers.
-
-    Attributes:
-      pooling: of either tower.
-      pixels: mean and standard deviation of the pixels in [0, 1].
-      full_length: whether captions have all the tokens that the text tower has positions for,
-        as in its pretraining, rather than the paper's 30.
-    """
-
-    pooling: str
-    pixels: tuple[tuple[float, ...], tuple[float, ...]]
-    full_length: bool
-
-
-# Of ViT, BERT and towers from random weights. ViT was pretrained with mean and deviation 0.5; the
-# authors fine-tune it with CLIP's values.
-_PAPER = _ModelDefaults("mean", _OPENAI_PIXELS, False)
-_DEFAULTS = {
-    "clip": _ModelDefaults(CHECKPOINT, _OPENAI_PIXELS, True),
-    "siglip": _ModelDefaults(CHECKPOINT, ((0.5,) * 3, (0.5,) * 3), True),
-}
-
-
-def with_model_defaults(
-    config: ml_collections.ConfigDict, architectures: Mapping[str, Mapping[str, Any]]
-) -> ml_collections.ConfigDict:
-    """Returns a config whose fields left open ("auto", 0, ()) are those of its towers' models.
-
-    These are the poolings, the mean and deviation of the pixels, the tokenizer and the length of
-    captions.
-
-    Args:
-      config: see configs/base.py.
-      architectures: of `read_architectures`.
-
-    Raises:
-      UserError: if a pretrained source is no model of that kind.
-    """
-    config = copy.deepcopy(config)
-    defaults = {}
-    for tower in TOWERS:
-        model_type = architectures.get(tower, {}).get("model_type")
-        defaults[tower] = _DEFAULTS.get(model_type, _PAPER)
-        if config.encoder[tower].pooling == "auto":
-            config.encoder[tower].pooling = defaults[tower].pooling
-    if config.encoder.text.training_pooling == "auto":
-        config.encoder.text.training_pooling = config.encoder.text.pooling
-    if not config.image_mean:
-        config.image_mean = defaults["image"].pixels[0]
-    if not config.image_std:
-        config.image_std = defaults["image"].pixels[1]
-    if not config.data.text_length:
-        config.data.text_length = _TEXT_LENGTH
-        if defaults["text"].full_length:
-            text = _tower(config.encoder, "text", architectures["text"], vocab_size=1)
-            config.data.text_length = text.max_length
-    if not config.evaluation.text_length:
-        config.evaluation.text_length = config.data.text_length
-    if config.data.tokenizer == "auto":
-        config.data.tokenizer = config.encoder.text.pretrained or "train"
-    return config
 
 
 def read_architectures(
@@ -129,9 +58,7 @@ def store_architectures(
     for tower, architecture in architectures.items():
         path = workdir / DIRECTORY / f"{tower}.json"
         path.parent.mkdir(exist_ok=True)
-        scratch = path.with_suffix(".incomplete")
-        scratch.write_text(json.dumps(architecture, indent=2) + "\n")
-        os.replace(scratch, path)
+        write_atomically(path, json.dumps(architecture, indent=2) + "\n")
 
 
 def build_dual_encoder(
@@ -189,6 +116,15 @@ def build_dual_encoder(
         text_pooling=encoder.text.pooling,
         projection_dim=encoder.projection_dim,
     )
+
+
+def text_positions(encoder: ml_collections.ConfigDict, architecture: Mapping[str, Any]) -> int:
+    """Returns how many tokens a pretrained text tower has positions for.
+
+    Raises:
+      UserError: if the architecture has no text tower.
+    """
+    return _tower(encoder, "text", architecture, vocab_size=1).max_length
 
 
 def pretrained_params(

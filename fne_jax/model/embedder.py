@@ -7,59 +7,57 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
 from fne_jax.data.batches import evaluation_images, local_parts, pad_rows
 from fne_jax.data.pairs import PairDataset
-from fne_jax.encoders.dual_encoder import DualEncoder
+from fne_jax.encoders.pixels import normalize_pixels
 from fne_jax.parallel import sharding
-from fne_jax.training.train_step import normalize_pixels
 
 
 class Embedder:
     """Embeds images and captions; each tower is compiled once.
 
     Args:
-      module: the two towers.
-      mesh: devices to spread a batch over.
-      batch_size: images or captions at once, over all devices.
-      image_size: pixels of a side.
-      image_mean: of the pixels in [0, 1], by channel.
-      image_std: of the pixels in [0, 1], by channel.
-      before_batch: called before each batch; what it raises ends the embedding.
+      module: The two towers.
+      mesh: The devices to spread a batch over.
+      batch_size: How many images or captions are embedded at once, over all devices.
+      image_size: The pixels of an image's side.
+      pixel_statistics: The mean and the standard deviation of each channel, in [0, 1].
+      before_batch: Called before each batch; what it raises ends the embedding.
     """
 
     def __init__(
         self,
-        module: DualEncoder,
+        module: nn.Module,
         mesh: jax.sharding.Mesh,
         *,
         batch_size: int,
         image_size: int,
-        image_mean: tuple[float, ...],
-        image_std: tuple[float, ...],
+        pixel_statistics: tuple[tuple[float, ...], tuple[float, ...]],
         before_batch: Callable[[], None] = lambda: None,
     ):
         self._mesh, self._batch_size, self._image_size = mesh, batch_size, image_size
         self._before_batch = before_batch
-        rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         layout = sharding.StepLayout(mesh)
-        # Parameters are taken as they lie, split or whole, and used whole.
-        jit = functools.partial(jax.jit, in_shardings=(None, rows), out_shardings=whole)
+        # Parameters are taken as they lie, sharded or replicated, and gathered where they are used.
+        jit = functools.partial(jax.jit, in_shardings=(None, rows), out_shardings=replicated)
 
         @jit
         def encode_images(params, batch):
-            pixels = normalize_pixels(batch["image"], image_mean, image_std)
+            pixels = normalize_pixels(batch["image"], *pixel_statistics)
             return module.apply(
-                {"params": layout.whole(params)}, pixels, method=module.encode_image
+                {"params": layout.replicated(params)}, pixels, method=module.encode_image
             )
 
         @jit
         def encode_texts(params, batch):
             tokens = batch["input_ids"], batch["attention_mask"]
             return module.apply(
-                {"params": layout.whole(params)}, *tokens, method=module.encode_text
+                {"params": layout.replicated(params)}, *tokens, method=module.encode_text
             )
 
         self._encode_images, self._encode_texts = encode_images, encode_texts

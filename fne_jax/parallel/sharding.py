@@ -1,10 +1,10 @@
 """The device mesh, and where each array lives on it: the one place that decides.
 
-- The rows of a batch are split over both axes.
-- Parameters, momentum parameters and Adam's moments are split over `fsdp`, each along the largest
-  of its dimensions that the axis divides; small arrays are whole on every device.
-- All else of the train state (memory, statistics, step, key) is whole on every device, so that each
-  scores its own anchors against the whole memory without asking another.
+- The rows of a batch are sharded over both axes.
+- Parameters, momentum parameters and Adam's moments are sharded over `fsdp`, each along the largest
+  of its dimensions that the axis divides; small arrays are replicated.
+- All else of the train state (queue, statistics, step, key) is replicated, so that each device
+  scores its own anchors against the queue without asking another.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fne_jax.errors import UserError
 DATA_AXIS = "data"
 FSDP_AXIS = "fsdp"
 BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
-# Fields of the train state that are split over `fsdp`.
+# The fields of the train state that are sharded over `fsdp`.
 SHARDED_FIELDS = ("params", "momentum_params", "opt_state")
-# Elements below which an array stays whole: biases and norms, also those of stacked layers, whose
+# Elements below which an array is replicated: biases and norms, also those of stacked layers, whose
 # gathering would cost more than the memory that it saves.
 MIN_SHARDED_SIZE = 2**16
 
@@ -33,9 +33,9 @@ def create_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | N
     """Returns a mesh of devices along the two axes.
 
     Args:
-      data: size of the axis over which only batches are split; -1 for what `fsdp` leaves.
-      fsdp: size of the axis over which parameters are split too; -1 for what `data` leaves.
-      devices: all of this run by default.
+      data: The size of the axis over which only batches are sharded; -1 for what `fsdp` leaves.
+      fsdp: The size of the axis over which parameters are sharded too; -1 for what `data` leaves.
+      devices: The devices of the mesh; by default all that JAX sees.
 
     Raises:
       UserError: if the sizes do not make up the devices.
@@ -51,7 +51,7 @@ def create_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | N
             "device(s); their product must be that number, and -1 fills one of them"
         )
     # Auto axes: with the default Explicit ones, writing sharded embeddings into the replicated
-    # memory is an error rather than a gather.
+    # queue is an error rather than a gather.
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
@@ -61,7 +61,7 @@ def create_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | N
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array of which each device has a whole copy."""
+    """Returns the sharding of an array of which each device has a full copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -87,14 +87,32 @@ def parameter_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """Returns a tree shaped as a train state, concrete or abstract, of each array's sharding."""
+    """Returns the sharding of each array of a train state.
 
-    def of(path, leaf):
-        if path[0].name in SHARDED_FIELDS:
+    Args:
+      mesh: The devices.
+      state: A train state or a dict with some of its fields, concrete or abstract.
+
+    Returns:
+      A tree shaped as `state`.
+    """
+
+    def sharding_of(path, leaf):
+        field = getattr(path[0], "name", None) or path[0].key
+        if field in SHARDED_FIELDS:
             return parameter_sharding(mesh, leaf.shape)
         return replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(of, state)
+    return jax.tree_util.tree_map_with_path(sharding_of, state)
+
+
+def abstract_on(mesh: Mesh, state: Any) -> Any:
+    """Returns the shapes and dtypes of a train state, or of some fields, with their shardings."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        state,
+        state_shardings(mesh, state),
+    )
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -115,34 +133,34 @@ def place(array: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class StepLayout:
-    """Where a train step wants its arrays; without it the compiler may split products anyhow.
+    """Where a train step wants its arrays; without it the compiler may shard products anyhow.
 
     Attributes:
-      mesh: the devices.
+      mesh: The devices.
     """
 
     mesh: Mesh
 
-    def whole(self, tree: Any) -> Any:
-        """Returns arrays that every device holds whole."""
+    def replicated(self, tree: Any) -> Any:
+        """Returns arrays of which every device holds a full copy."""
         return jax.lax.with_sharding_constraint(tree, replicated(self.mesh))
 
     def rows(self, tree: Any) -> Any:
         """Returns arrays of which each device holds its rows of the batch."""
         return jax.lax.with_sharding_constraint(tree, batch_sharding(self.mesh))
 
-    def whole_parameters(self, params: Any) -> Any:
-        """Returns parameters whole on every device, to be used; their gradients are split again."""
+    def replicated_parameters(self, params: Any) -> Any:
+        """Returns parameters replicated, to be used; their gradients are sharded again."""
 
         @jax.custom_vjp
         def use(params):
-            return self.whole(params)
+            return self.replicated(params)
 
-        def split(_, gradients):
+        def shard(_, gradients):
             places = jax.tree.map(lambda g: parameter_sharding(self.mesh, g.shape), gradients)
-            # Summed over the devices first: told to split alone, the compiler splits what goes into
+            # Summed over the devices first: told to shard alone, the compiler shards what goes into
             # the sum, and moves activations to do so.
-            return (jax.lax.with_sharding_constraint(self.whole(gradients), places),)
+            return (jax.lax.with_sharding_constraint(self.replicated(gradients), places),)
 
-        use.defvjp(lambda params: (use(params), None), split)
+        use.defvjp(lambda params: (use(params), None), shard)
         return use(params)

@@ -13,15 +13,14 @@ import ml_collections
 from fne_jax import configuration
 from fne_jax.data.images.training_rows import row_maker
 from fne_jax.encoders.attention import AUTO
-from fne_jax.encoders.towers import with_model_defaults
+from fne_jax.model.model import build_model, build_module
 from fne_jax.parallel import sharding
 from fne_jax.planning.architectures import read_architectures
 from fne_jax.planning.topology import CPU, Topology
-from fne_jax.training import run
 from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.optimizer import learning_rate_schedule
-from fne_jax.training.phases import Phase, RunPlan
-from fne_jax.training.train_state import TrainState
+from fne_jax.training.timeline import Phase, Timeline
+from fne_jax.training.train_state import TrainState, abstract_state
 
 # How XLA says that a program does not fit: "... HLO temporaries (66.48G) exceeds available HBM
 # (15.75G)", or "Used 20.00G of 15.75G hbm".
@@ -79,13 +78,16 @@ def compile_step(
     configuration.check_batches(config, len(topology.devices))
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, topology.devices)
     architectures = read_architectures(config.encoder)
-    resolved = with_model_defaults(config, architectures)
-    module = run.build_module(resolved, architectures, _vocabulary(resolved))
-    plan = RunPlan.of(resolved, steps_per_epoch)
-    schedule = learning_rate_schedule(resolved.optimizer, plan.steps_per_epoch, plan.total_steps)
-    state = run.abstract_state(resolved, module, mesh, schedule)
+    resolved = configuration.with_model_defaults(config, architectures)
+    module = build_module(resolved, architectures, _vocabulary(resolved))
+    model = build_model(resolved, architectures, None, mesh, module=module)
+    timeline = Timeline.of(resolved, steps_per_epoch)
+    schedule = learning_rate_schedule(
+        resolved.optimizer, timeline.steps_per_epoch, timeline.total_steps
+    )
+    state = abstract_state(model, schedule)
     batch = _abstract_batch(resolved, mesh)
-    lowered = jitted_steps(resolved, plan, mesh, schedule, state)[Phase.FNE].lower(state, batch)
+    lowered = jitted_steps(resolved, timeline, mesh, schedule, state)[Phase.FNE].lower(state, batch)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -13,9 +13,9 @@ import numpy as np
 
 from fne_jax import configuration, figures
 from fne_jax.data.pairs import PairDataset
+from fne_jax.model.model import Model
 from fne_jax.report import example_cards, html
 from fne_jax.training import metric_log
-from fne_jax.training.run import RestoredRun
 
 FILE_NAME = "report.html"
 
@@ -42,7 +42,7 @@ _NAMES = {
 
 def write_run_report(
     workdir: pathlib.Path,
-    evaluated: RestoredRun,
+    model: Model,
     dataset: PairDataset,
     image_emb: np.ndarray,
     text_emb: np.ndarray,
@@ -53,7 +53,7 @@ def write_run_report(
 
     Args:
       workdir: the run's folder; its metrics.jsonl gives the learning curves.
-      evaluated: the run's model and state.
+      model: The model of the run, with its statistics.
       dataset: the evaluated split.
       image_emb: [images, dim] its L2-normalised embeddings.
       text_emb: [captions, dim].
@@ -63,7 +63,7 @@ def write_run_report(
     Raises:
       UserError: if the file cannot be written.
     """
-    config, stats = evaluated.config, jax.device_get(evaluated.state.stats)
+    config, stats = model.config, jax.device_get(model.stats)
     drawn = figures.statistics_figures(stats, config.fne)
     directions = example_cards.directions(dataset, image_emb, text_emb)
     comparable = len(dataset.image_id) > 1
@@ -72,7 +72,7 @@ def write_run_report(
         {
             "run": workdir.resolve().name,
             "split": split,
-            "step": evaluated.step,
+            "step": model.step,
             "images": len(dataset.image_id),
             "captions": len(dataset.captions),
             "rsum": _value_text(metrics["rsum"]) if "rsum" in metrics else None,

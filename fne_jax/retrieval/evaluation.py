@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.model.embedder import Embedder
 from fne_jax.retrieval import intervals
 from fne_jax.retrieval.metrics import complete_metrics, retrieval_metrics
 from fne_jax.retrieval.protocols import Measurement
@@ -37,44 +35,12 @@ _COLUMNS = {
 }
 
 
-def embed_split(
-    embedder: Embedder, params: Any, dataset: PairDataset, tokens: tuple[np.ndarray, np.ndarray]
-) -> EmbeddedSplit:
-    """Returns a split's embeddings by the model, with its ids and its truth where it is known.
-
-    Raises:
-      UserError: naming the images or captions whose embeddings are not finite.
-    """
-    split = EmbeddedSplit(
-        embedder.images(params, dataset),
-        embedder.texts(params, tokens),
-        dataset.caption_image,
-        dataset.image_id,
-        dataset.caption_id,
-        None if dataset.truth is None else dataset.truth.matrix(),
-    )
-    for kind, rows in (("images", split.image_emb), ("captions", split.text_emb)):
-        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-        if len(bad):
-            raise UserError(
-                f"the model's embeddings of {len(bad)} {kind} are not finite, first rows "
-                f"{bad[:10].tolist()}; its training diverged, or a picture is damaged"
-            )
-    return split
-
-
-def evaluate_split(
-    embedder: Embedder, params: Any, dataset: PairDataset, tokens: tuple[np.ndarray, np.ndarray]
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def score_split(split: EmbeddedSplit) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Returns a split's metrics and samples of its similarities.
 
     The samples, for histograms, are of the `positive` pairs (a caption with its image) and of
     `negative` ones (with the next image).
-
-    Raises:
-      UserError: as `embed_split`.
     """
-    split = embed_split(embedder, params, dataset, tokens)
     image_emb, text_emb, owner = split.image_emb, split.text_emb, split.caption_image
     metrics = retrieval_metrics(image_emb, text_emb, owner)
     if split.truth is not None:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import ml_collections
 
 from fne_jax import configuration
-from fne_jax.encoders.towers import read_architectures, with_model_defaults
 from fne_jax.errors import UserError
 
 # What each objective changes in the config.
@@ -160,7 +159,7 @@ def _assignments(variant):
 
 
 def _completed(config):
-    return with_model_defaults(config, read_architectures(config.encoder))
+    return configuration.resolve(config)[0]
 
 
 def _after_warmup(config):

@@ -9,28 +9,26 @@ import numpy as np
 from sklearn import metrics
 
 from fne_jax.data.pairs import PairDataset
+from fne_jax.model.model import Model
 from fne_jax.objectives.similarity_statistics import cosine, false_negative_posterior
-from fne_jax.training import run
 
 # Training images, with a caption of each, whose candidates are judged.
 ANCHORS = 256
 _BINS = 10
 
 
-def judged_candidates(
-    restored: run.RestoredRun, train: PairDataset
-) -> tuple[np.ndarray, np.ndarray]:
+def judged_candidates(model: Model, train: PairDataset) -> tuple[np.ndarray, np.ndarray]:
     """Returns posterior [n] float32 and truth [n] bool of the candidates in a run's memory.
 
     The anchors are the first training images, and the first caption of each; their candidates are
     what the memory holds of other images: the very pairs that the loss weighs.
 
     Args:
-      restored: the run, with its state.
+      model: The model of the run, with its queue and statistics.
       train: its training split, of known truth.
     """
-    config, state = restored.config, restored.state
-    queue, stats = jax.device_get((state.queue, state.stats))
+    fne = model.config.fne
+    queue, stats = jax.device_get((model.queue, model.stats))
     count = min(ANCHORS, len(train.image_id))
     images = np.arange(count)
     _, first_caption = np.unique(train.caption_image, return_index=True)
@@ -44,16 +42,13 @@ def judged_candidates(
         caption_id=train.caption_id[captions],
         source_image_id=train.source_image_id[:count],
     )
-    tokens = run.tokenize_captions(
-        config, restored.tokenizer, anchors.captions, config.data.text_length
-    )
-    embedder = run.build_embedder(config, restored.module, restored.mesh)
+    split = model.embed_split(anchors)
     filled = queue.image_id >= 0
     pair = queue.pair_id[filled]
     other = train.image_id[:count, None] != queue.image_id[filled][None, :]
     similarity = [
-        cosine(embedder.images(restored.params, anchors), queue.text[filled]),
-        cosine(embedder.texts(restored.params, tokens), queue.image[filled]),
+        cosine(split.image_emb, queue.text[filled]),
+        cosine(split.text_emb, queue.image[filled]),
     ]
     truth = [
         np.stack([train.truth.is_true(pair, np.full_like(pair, image)) for image in images]),
@@ -65,8 +60,7 @@ def judged_candidates(
         ),
     ]
     posterior = [
-        false_negative_posterior(s, stats, config.fne.prior, monotone=config.fne.monotone)
-        for s in similarity
+        false_negative_posterior(s, stats, fne.prior, monotone=fne.monotone) for s in similarity
     ]
     return (
         np.concatenate([np.asarray(p)[other] for p in posterior]),

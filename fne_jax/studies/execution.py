@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 
 from fne_jax import configuration
-from fne_jax.data.pairs import load_split, with_captions_per_image
-from fne_jax.retrieval.evaluation import embed_split
+from fne_jax.model.model import restore_model
 from fne_jax.retrieval.metrics import complete_metrics, retrieval_metrics
 from fne_jax.studies.cells import Run
 from fne_jax.studies.detector import detection_scores, judged_candidates
-from fne_jax.training import run as run_lib
 from fne_jax.training.loop import train_and_evaluate
 from fne_jax.training.metric_log import read_metrics
 
@@ -78,17 +76,8 @@ def measured(run: Run) -> dict[str, Any]:
     Beside the metrics: `sampled_false_negative_rate` and `hardest_false_negative_rate`, means over
     the steps after the warm-up, and what `detection_scores` gives; each where it is known.
     """
-    restored = run_lib.restore_run(run.workdir, "latest")
-    config = restored.config
-    test = with_captions_per_image(
-        load_split(config.data, config.encoder.image.image_size, "test"),
-        config.evaluation.captions_per_image,
-    )
-    tokens = run_lib.tokenize_captions(
-        config, restored.tokenizer, test.captions, config.evaluation.text_length
-    )
-    embedder = run_lib.build_embedder(config, restored.module, restored.mesh)
-    split = embed_split(embedder, restored.params, test, tokens)
+    model = restore_model(run.workdir, "latest")
+    split = model.embed_split(model.load_split("test"))
     result = retrieval_metrics(split.image_emb, split.text_emb, split.caption_image)
     if split.truth is not None:
         result |= complete_metrics(split.image_emb, split.text_emb, split.truth)
@@ -97,9 +86,9 @@ def measured(run: Run) -> dict[str, Any]:
         logged = [line[name] for line in lines if name in line]
         if logged:
             result[name] = float(np.mean(logged))
-    train = load_split(config.data, config.encoder.image.image_size, "train")
+    train = model.load_split("train")
     if train.truth is not None:
-        result |= detection_scores(*judged_candidates(restored, train))
+        result |= detection_scores(*judged_candidates(model, train))
     return result
 
 

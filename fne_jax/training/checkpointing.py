@@ -1,4 +1,7 @@
-"""Orbax checkpoints of the whole train state and the position in the run."""
+"""Writing a run's checkpoints: the whole train state and the position in the run.
+
+`fne_jax.model.checkpoints` tells what a checkpoint holds and reads it.
+"""
 
 from __future__ import annotations
 
@@ -9,257 +12,156 @@ import logging
 import pathlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from fne_jax.errors import UserError
+from fne_jax.model import checkpoints
+from fne_jax.model.checkpoints import BEST_METRIC, DIRECTORY, ITEMS, LAYOUT, DamagedCheckpoint
 from fne_jax.parallel import processes
+from fne_jax.training.train_state import TrainState
 
-DIRECTORY = "checkpoints"
 DAMAGED_DIRECTORY = "damaged_checkpoints"
-BEST_METRIC = "rsum"
-# Counts up with each change of what a checkpoint holds. 1 had neither version nor fingerprint.
-LAYOUT = 2
 _METRICS = "metrics"  # Orbax's name of the item and of the file within
 _log = logging.getLogger(__name__)
 
 
-class DamagedCheckpoint(UserError):
-    """A checkpoint cannot be read, or is not what was written."""
+class Checkpoints:
+    """The checkpoints of a run: the newest few and the best by validation rSum.
 
-
-def checkpoint_manager(
-    workdir: pathlib.Path, settings: ml_collections.ConfigDict, *, read_only: bool = False
-) -> ocp.CheckpointManager:
-    """Returns the manager of a run's checkpoints: the newest few and the best by validation rSum.
-
-    What a killed save left behind is removed, and what Orbax could not even list set aside.
+    What a killed save left behind is removed at the start, and what Orbax could not even list is
+    set aside.
 
     Args:
-      workdir: the run's folder.
+      workdir: The folder of the run.
       settings: `config.checkpoint`.
-      read_only: leaves everything as it is; for readers of a run that may be training.
+
+    Attributes:
+      folder: Where the checkpoints lie.
 
     Raises:
       UserError: if there is a file in the folder's place.
     """
-    policy = checkpoint_managers.AnyPreservationPolicy(
-        [
-            checkpoint_managers.LatestN(settings.keep_latest),
-            checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: metrics[BEST_METRIC],
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
-        ]
-    )
-    folder = (workdir / DIRECTORY).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is no folder; move it away to resume or begin the run")
-    if not read_only:
-        with processes.first_process_first("unlisted checkpoints"):
-            _set_aside_unlisted(folder)
-    return ocp.CheckpointManager(
-        folder,
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            best_fn=lambda metrics: metrics[BEST_METRIC],
-            enable_async_checkpointing=True,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-            create=not read_only,
-        ),
-        item_names=("state", "position"),
-    )
 
-
-def save(
-    manager: ocp.CheckpointManager,
-    state: Any,
-    position: dict[str, Any],
-    metrics: dict[str, float] | None = None,
-) -> None:
-    """Begins to write the state and the JSON-able position under the state's step.
-
-    A checkpoint that is already there is left alone: the same step means the same state.
-
-    Raises:
-      UserError: if this or the save before failed; the checkpoints before are intact.
-    """
-    step = int(state.step)
-    if step in manager.all_steps():
-        return
-    about = {
-        "layout": LAYOUT,
-        "fne_jax": importlib.metadata.version("fne-jax"),
-        "fingerprint": fingerprint(state),
-    }
-    items = ocp.args.Composite(
-        state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position | about)
-    )
-    with _refusing(manager):
-        manager.save(step, args=items, metrics=metrics)
-
-
-def check(manager: ocp.CheckpointManager) -> None:
-    """Raises UserError if what is being saved in the background could not be written."""
-    with _refusing(manager):
-        manager.check_for_errors()
-
-
-def finish(manager: ocp.CheckpointManager) -> None:
-    """Waits until what was saved is on disk, for all processes, and closes the manager.
-
-    Raises:
-      UserError: if it could not be written; the checkpoints before are intact.
-    """
-    with _refusing(manager):
-        manager.close()
-    # Whoever starts processes may end all of them when the first has gone.
-    processes.barrier("checkpoints are written")
-
-
-def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: dict[str, float]) -> None:
-    """Adds the validation of a checkpoint that was saved before it was validated."""
-    item = ocp.Checkpointer(ocp.JsonCheckpointHandler(filename=_METRICS))
-    item.save(manager.directory / str(step) / _METRICS, metrics)
-    item.close()
-    manager.reload()
-
-
-def restore(manager: ocp.CheckpointManager, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-    """Returns the state and position saved at a step.
-
-    Args:
-      manager: of the run.
-      step: one of its steps.
-      like: a state whose shapes, dtypes and shardings the restored one takes, whatever mesh it
-        was saved from.
-
-    Raises:
-      DamagedCheckpoint: if a part is missing, unreadable or other than it was written.
-      UserError: if it was written in another layout, or reading is not permitted.
-    """
-    where = f"the checkpoint {manager.directory / str(step)}"
-    position = _read(manager, step, where, position=ocp.args.JsonRestore()).position
-    layout = position.get("layout", 1)
-    if layout != LAYOUT:
-        writer = position.get("fne_jax", "an early version")
-        raise UserError(
-            f"{where} has layout {layout}, written by fne_jax {writer}; this is fne_jax "
-            f"{importlib.metadata.version('fne-jax')}, which reads layout {LAYOUT}. Go on with the "
-            "fne_jax that wrote it, or begin a new run in another --workdir."
+    def __init__(self, workdir: pathlib.Path, settings: ml_collections.ConfigDict):
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(settings.keep_latest),
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics[BEST_METRIC],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
         )
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    state = _read(manager, step, where, state=ocp.args.StandardRestore(abstract)).state
-    if fingerprint(state) != position["fingerprint"]:
-        raise DamagedCheckpoint(f"{where} is damaged: its arrays are not those that were saved")
-    return state, position
+        self.folder = (workdir / DIRECTORY).absolute()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is no folder; move it away to resume or begin the run")
+        with processes.first_process_first("unlisted checkpoints"):
+            _set_aside_unlisted(self.folder)
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy,
+                best_fn=lambda metrics: metrics[BEST_METRIC],
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
+                create=True,
+            ),
+            item_names=ITEMS,
+        )
 
+    def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Returns state and position of the newest undamaged checkpoint, or None without any.
 
-def restore_newest(
-    manager: ocp.CheckpointManager, like: Any
-) -> tuple[int, Any, dict[str, Any]] | None:
-    """Returns step, state and position of the newest whole checkpoint, or None without any.
+        Damaged ones are moved to the folder `damaged_checkpoints` beside, with a warning.
 
-    Damaged ones are moved to the folder `damaged_checkpoints` beside, with a warning.
+        Args:
+          like: A state, concrete or abstract, whose shapes, dtypes and shardings the restored one
+            takes.
+        """
+        while (step := self._manager.latest_step()) is not None:
+            damage = None
+            try:
+                fields, position = checkpoints.read(self._manager, step, like.stored())
+            except DamagedCheckpoint as error:
+                damage = error
+            if processes.all_agree(damage is None):
+                return like.replace(**fields), position
+            with processes.first_process_first(f"damaged {step}"):
+                _set_aside(self.folder / str(step), damage)
+            self._manager.reload()
+        return None
 
-    Args:
-      manager: of the run; not read-only.
-      like: see `restore`.
-    """
-    while (step := manager.latest_step()) is not None:
-        damage = None
+    def is_validated(self, step: int) -> bool:
+        """Returns whether the checkpoint of a step has the metrics of its validation."""
+        return self._manager.metrics(step) is not None
+
+    def save(
+        self,
+        state: TrainState,
+        position: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Begins to write the state and the JSON-able position under the state's step.
+
+        A checkpoint that is already there is left alone: the same step means the same state.
+
+        Raises:
+          UserError: if this or the save before failed; the checkpoints before are intact.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        fields = state.stored()
+        about = {
+            "layout": LAYOUT,
+            "fne_jax": importlib.metadata.version("fne-jax"),
+            "fingerprints": checkpoints.fingerprints(fields),
+        }
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(fields), position=ocp.args.JsonSave(position | about)
+        )
+        with self._refusing():
+            self._manager.save(step, args=items, metrics=metrics)
+
+    def check(self) -> None:
+        """Raises UserError if what is being saved in the background could not be written."""
+        with self._refusing():
+            self._manager.check_for_errors()
+
+    def finish(self) -> None:
+        """Waits until what was saved is on disk, for all processes, and closes the folder.
+
+        Raises:
+          UserError: if it could not be written; the checkpoints before are intact.
+        """
+        with self._refusing():
+            self._manager.close()
+        # Whoever starts processes may end all of them when the first has gone.
+        processes.barrier("checkpoints are written")
+
+    def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds the validation of a checkpoint that was saved before it was validated."""
+        item = ocp.Checkpointer(ocp.JsonCheckpointHandler(filename=_METRICS))
+        item.save(self.folder / str(step) / _METRICS, metrics)
+        item.close()
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _refusing(self):
+        """Raises UserError for what goes wrong in writing."""
         try:
-            state, position = restore(manager, step, like)
-        except DamagedCheckpoint as error:
-            damage = error
-        if processes.all_agree(damage is None):
-            return step, state, position
-        with processes.first_process_first(f"damaged {step}"):
-            _set_aside(pathlib.Path(manager.directory) / str(step), damage)
-        manager.reload()
-    return None
-
-
-def find_step(manager: ocp.CheckpointManager, which: str) -> int:
-    """Returns the step that `best`, `latest` or a number names.
-
-    Raises:
-      UserError: if there is no such checkpoint.
-    """
-    steps = manager.all_steps()
-    folder = manager.directory
-    if not steps:
-        raise UserError(f"{folder}: there is no checkpoint yet; train first, or check --workdir")
-    if which == "latest":
-        return manager.latest_step()
-    if which == "best":
-        best = manager.best_step()
-        return manager.latest_step() if best is None else best
-    if which.isdigit() and int(which) in steps:
-        return int(which)
-    raise UserError(
-        f"{folder}: there is no checkpoint {which!r}; "
-        f"expected best, latest or one of {', '.join(map(str, steps))}"
-    )
-
-
-@jax.jit
-def _fingerprint(leaves):
-    total = jnp.uint32(0)
-    for number, leaf in enumerate(leaves):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-        # An odd factor for each place, so that exchanged values show.
-        place = jnp.uint32(number)
-        for axis, size in enumerate(bits.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
-                jnp.uint32, bits.shape, axis
-            )
-        total += (bits * (2 * place + 1)).sum(dtype=jnp.uint32)
-    return total
-
-
-def fingerprint(state: Any) -> int:
-    """Returns a checksum of all bits of a state's arrays, the same on any mesh.
-
-    Storage may lose or alter parts without an error: a chunk that is missing reads as zeros.
-    """
-    return int(_fingerprint(jax.tree.leaves(state)))
-
-
-def _read(manager, step, where, **items):
-    try:
-        return manager.restore(step, args=ocp.args.Composite(**items))
-    except PermissionError as error:
-        raise UserError(f"{where} cannot be read: {error}") from error
-    except jax.errors.JaxRuntimeError:  # too little memory on a device, say: no damage
-        raise
-    except Exception as error:  # Orbax raises bare Exceptions for arrays that it cannot read
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DamagedCheckpoint(f"{where} is damaged: {reason}") from error
-
-
-@contextlib.contextmanager
-def _refusing(manager):
-    """Raises UserError for what goes wrong in writing."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        names = (path.name for path in pathlib.Path(manager.directory).glob("*"))
-        steps = sorted(int(name) for name in names if name.isdigit())
-        last = f"the last good one is of step {steps[-1]}" if steps else "there is none before it"
-        raise UserError(
-            f"{manager.directory}: a checkpoint could not be written: {reason}; {last}. Make room "
-            "or mend the permissions, and give the same command again."
-        ) from error
+            yield
+        except (OSError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            steps = sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit())
+            last = f"the last good one is of step {steps[-1]}" if steps else "there is none before"
+            raise UserError(
+                f"{self.folder}: a checkpoint could not be written: {reason}; {last}. Make room "
+                "or mend the permissions, and give the same command again."
+            ) from error
 
 
 def _set_aside(checkpoint, reason):

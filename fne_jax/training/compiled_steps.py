@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import ml_collections
@@ -14,28 +14,31 @@ from fne_jax.data.images import device_augmentation
 from fne_jax.objectives import registry
 from fne_jax.parallel import sharding
 from fne_jax.training.encoder_passes import MicroBatches, WholeBatch
-from fne_jax.training.phases import Phase, RunPlan
+from fne_jax.training.timeline import Phase, Timeline
 from fne_jax.training.train_state import TrainState
 from fne_jax.training.train_step import given_pixels, train_step
 
 
 def jitted_steps(
     config: ml_collections.ConfigDict,
-    plan: RunPlan,
+    timeline: Timeline,
     mesh: jax.sharding.Mesh,
     schedule: optax.Schedule,
     state: TrainState,
 ) -> dict[Phase, Callable]:
-    """Returns the compiled-on-first-use train step of each phase, the state donated.
+    """Returns the train step of each phase, compiled on its first use; it donates the state.
 
     Args:
-      config: of the run.
-      plan: its step counts.
-      mesh: its devices.
-      schedule: its learning rate.
-      state: concrete or abstract, for the structure and the shardings of its arrays.
+      config: The resolved config.
+      timeline: The step counts of the run.
+      mesh: The devices.
+      schedule: The learning rate as a function of the updates already applied.
+      state: Concrete or abstract, for the structure and the shardings of its arrays.
+
+    Raises:
+      UserError: if the config names an objective that there is not.
     """
-    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     placed = sharding.state_shardings(mesh, state)
     passes = WholeBatch()
     if config.micro_batches > 1:
@@ -46,7 +49,7 @@ def jitted_steps(
         "layout": sharding.StepLayout(mesh),
         "momentum": config.momentum,
         "mask_same_image": config.fne.mask_same_image,
-        "next_statistics": registry.next_statistics(config.fne, plan.steps_per_epoch),
+        "next_statistics": registry.next_statistics(config.fne, timeline.steps_per_epoch),
         "image_mean": config.image_mean,
         "image_std": config.image_std,
         "learning_rate": schedule,
@@ -61,7 +64,7 @@ def jitted_steps(
         phase: jax.jit(
             functools.partial(train_step, **kind, **shared),
             in_shardings=(placed, rows),
-            out_shardings=(placed, whole, whole),
+            out_shardings=(placed, replicated, replicated),
             donate_argnums=0,
         )
         for phase, kind in kinds.items()
@@ -76,26 +79,23 @@ def augmentation_in_step(config: ml_collections.ConfigDict) -> Callable:
     return functools.partial(device_augmentation.augment_batch, size=size)
 
 
-def compiled_steps(
-    config: ml_collections.ConfigDict,
-    plan: RunPlan,
+def compile_phases(
+    jitted: Mapping[Phase, Callable],
     phases: Collection[Phase],
-    mesh: jax.sharding.Mesh,
-    schedule: optax.Schedule,
     state: TrainState,
-    batch: dict[str, np.ndarray],
+    batch: dict[str, np.ndarray] | None,
+    mesh: jax.sharding.Mesh,
 ) -> dict[Phase, Callable]:
-    """Returns the train step of each phase that is still to come, compiled.
+    """Returns the compiled train step of each phase that is still to come.
 
     Args:
-      config: see configs/base.py.
-      plan: of the run.
-      phases: that are still to come.
-      mesh: of all devices.
-      schedule: the learning rate.
-      state: before the next step.
-      batch: this process's rows of any batch.
+      jitted: What `jitted_steps` returned.
+      phases: The phases that are still to come.
+      state: The state before the next step.
+      batch: This process's rows of any batch; None if no step is to come.
+      mesh: The devices.
     """
+    if batch is None:
+        return {}
     rows = sharding.to_devices(batch, mesh)
-    jitted = jitted_steps(config, plan, mesh, schedule, state)
     return {phase: jitted[phase].lower(state, rows).compile() for phase in phases}

@@ -14,7 +14,7 @@ class DataClock:
         self._batches = iter(batches)
         self._started = self._window_started = time.monotonic()
         self._waited = self._window_waited = 0.0
-        self._window_batches = 0
+        self._batch_count = self._window_batches = 0
 
     def __iter__(self) -> Iterator[Any]:
         """Yields the batches."""
@@ -27,8 +27,14 @@ class DataClock:
             waited = time.monotonic() - before
             self._waited += waited
             self._window_waited += waited
+            self._batch_count += 1
             self._window_batches += 1
             yield batch
+
+    @property
+    def batches_per_second(self) -> float:
+        """Batches a second since the start."""
+        return self._batch_count / max(time.monotonic() - self._started, 1e-9)
 
     @property
     def waiting_share(self) -> float:

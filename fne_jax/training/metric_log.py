@@ -1,53 +1,22 @@
-"""Scalars of a run: averaged over steps, then into metrics.jsonl and TensorBoard."""
+"""What a run writes down: metrics.jsonl, and the same for TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import numpy as np
 
 from fne_jax.errors import UserError
+from fne_jax.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
 EVALUATED = "eval_"  # begins the names of what a validation measured
 _log = logging.getLogger(__name__)
-
-
-class ScalarWindow:
-    """Means of scalars since the last write; stored with a checkpoint, so a resume loses none.
-
-    Attributes:
-      sums: float64 sum of each scalar so far.
-      counts: number of values in each sum.
-    """
-
-    def __init__(self, stored: Mapping[str, Mapping[str, float]] | None = None):
-        stored = stored or {"sums": {}, "counts": {}}
-        self.sums: dict[str, float] = dict(stored["sums"])
-        self.counts: dict[str, int] = dict(stored["counts"])
-
-    def add(self, scalars: Mapping[str, Any]) -> None:
-        """Adds one step's scalars, waiting for them if they are still being computed."""
-        for name, value in jax.device_get(dict(scalars)).items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def stored(self) -> dict[str, dict[str, float]]:
-        """Returns what the constructor takes, as JSON can hold it."""
-        return {"sums": dict(self.sums), "counts": dict(self.counts)}
-
-    def take_means(self) -> dict[str, float]:
-        """Returns the means and begins anew."""
-        means = {name: total / self.counts[name] for name, total in self.sums.items()}
-        self.sums, self.counts = {}, {}
-        return means
 
 
 class MetricLog:
@@ -99,10 +68,10 @@ class MetricLog:
         if self._writer is not None:
             self._writer.write_histograms(step, arrays)
 
-    def write_images(self, step: int, draw: Callable[[], Mapping[str, np.ndarray]]) -> None:
-        """Writes [1, height, width, 3] uint8 images to TensorBoard; without it, none is drawn."""
+    def write_images(self, step: int, render: Callable[[], Mapping[str, np.ndarray]]) -> None:
+        """Writes [1, height, width, 3] uint8 images; without TensorBoard none is rendered."""
         if self._writer is not None:
-            self._writer.write_images(step, draw())
+            self._writer.write_images(step, render())
 
     def flush(self) -> None:
         """Makes TensorBoard's file current."""
@@ -121,9 +90,7 @@ class MetricLog:
                     kept.append(line)
             except ValueError:  # a line cut off by a crash
                 break
-        scratch = self._path.with_suffix(".incomplete")
-        scratch.write_text("".join(line + "\n" for line in kept))
-        os.replace(scratch, self._path)
+        write_atomically(self._path, "".join(line + "\n" for line in kept))
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:

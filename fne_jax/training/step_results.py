@@ -1,67 +1,116 @@
-"""What a step leaves: scalars for the log, word of a bad batch, and which negatives were false."""
+"""What steps leave: scalars for the log, word of bad batches, and which negatives were false."""
 
 from __future__ import annotations
 
+import collections
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from fne_jax.data.batches import BatchOrder
 from fne_jax.data.pairs import KnownTruth, PairDataset
-from fne_jax.training.bad_steps import BadSteps
-from fne_jax.training.metric_log import ScalarWindow
 
+# Steps that may still be running: enough to keep the device busy and memory bounded.
+_IN_FLIGHT = 2
 _log = logging.getLogger(__name__)
 
 
-def settle(
-    window: ScalarWindow,
-    bad_steps: BadSteps,
-    step: int,
-    scalars: dict[str, jax.Array],
-    negatives: dict[str, jax.Array],
-    order: BatchOrder,
-    train: PairDataset,
-) -> None:
-    """Waits for a step's results and adds them, with the true false-negative rates if known.
+class StepResults:
+    """The results of the steps since the last write; stored with a checkpoint.
 
-    Those of a batch that was not applied are left out, and its pairs logged.
+    A step's results are fetched some steps later, so that the device does not wait for the host.
+
+    Args:
+      order: Which pairs made up which batch, to name those of a bad one.
+      train: The training split, for the truth about its pairs where that is known.
+      stored: What `stored` returned before the run was stopped, or None.
+
+    Attributes:
+      bad_steps: How many steps were not applied since the start of the run, because their loss or
+        gradient was no finite number.
+      bad_in_a_row: How many of them came since the last step that was applied.
     """
-    values = jax.device_get(scalars)
-    applied = bool(values.pop("applied"))
-    bad_steps.add(applied)
-    if not applied:
-        pairs = next(order.rows(range(step, step + 1))).pair
-        _log.warning(
-            "step %d is not applied: loss %s, gradient norm %s; pairs %s",
-            step,
-            values["loss"],
-            values["gradient_norm"],
-            " ".join(map(str, pairs)),
-        )
-        return
-    if train.truth is not None and negatives:
-        values |= true_false_negative_rates(
-            train.truth, train.caption_image, jax.device_get(negatives)
-        )
-    window.add(values)
+
+    def __init__(
+        self, order: BatchOrder, train: PairDataset, stored: Mapping[str, Any] | None = None
+    ):
+        self._order, self._train = order, train
+        self._pending = collections.deque()
+        stored = stored or {}
+        window = stored.get("window", {"sums": {}, "counts": {}})
+        self._sums: dict[str, float] = dict(window["sums"])
+        self._counts: dict[str, int] = dict(window["counts"])
+        bad = stored.get("bad_steps", {"total": 0, "in_a_row": 0})
+        self.bad_steps, self.bad_in_a_row = bad["total"], bad["in_a_row"]
+
+    def add(
+        self, step: int, scalars: Mapping[str, jax.Array], negatives: Mapping[str, jax.Array]
+    ) -> None:
+        """Adds what a train step returned; it may still be running."""
+        self._pending.append((step, scalars, negatives))
+        # After a bad step the next ones are looked at as they come.
+        while len(self._pending) > (0 if self.bad_in_a_row else _IN_FLIGHT):
+            self._settle(*self._pending.popleft())
+
+    def settle(self) -> None:
+        """Waits for all results and adds them up."""
+        while self._pending:
+            self._settle(*self._pending.popleft())
+
+    def take_means(self) -> dict[str, float]:
+        """Returns the mean of each scalar over the settled steps, and begins anew."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means
+
+    def stored(self) -> dict[str, Any]:
+        """Returns what the constructor takes, as JSON can hold it."""
+        return {
+            "window": {"sums": dict(self._sums), "counts": dict(self._counts)},
+            "bad_steps": {"total": self.bad_steps, "in_a_row": self.bad_in_a_row},
+        }
+
+    def _settle(self, step, scalars, negatives):
+        values = jax.device_get(dict(scalars))
+        if not values.pop("applied"):
+            self.bad_steps += 1
+            self.bad_in_a_row += 1
+            pairs = next(self._order.rows(range(step, step + 1))).pair
+            _log.warning(
+                "step %d is not applied: loss %s, gradient norm %s; pairs %s",
+                step,
+                values["loss"],
+                values["gradient_norm"],
+                " ".join(map(str, pairs)),
+            )
+            return
+        self.bad_in_a_row = 0
+        if self._train.truth is not None and negatives:
+            values |= true_false_negative_rates(
+                self._train.truth, self._train.caption_image, jax.device_get(negatives)
+            )
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+            self._counts[name] = self._counts.get(name, 0) + 1
 
 
 def true_false_negative_rates(
-    truth: KnownTruth, caption_image: np.ndarray, negatives: dict[str, np.ndarray]
+    truth: KnownTruth, caption_image: np.ndarray, negatives: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """Returns the share of chosen, and of hardest, negatives that are in truth matches.
+    """Returns the share of the chosen, and of the hardest, negatives that are in truth matches.
 
     Args:
-      truth: of the training split.
-      caption_image: [pairs] the image of each caption.
-      negatives: [batch] pair ids, `anchor` and those that the train step names; -1 (an empty
-        slot of the memory) is no match.
+      truth: The truth about the training split.
+      caption_image: [pairs] index of each caption's image.
+      negatives: [batch] pair ids, `anchor` and those that the train step names; -1 (an empty slot
+        of the queue) is no match.
     """
     anchor = negatives["anchor"]
     rates = {}
-    for kind in ("negative", "hardest"):
+    for kind, name in (("negative", "sampled"), ("hardest", "hardest")):
         texts, images = negatives[f"{kind}_i2t"], negatives[f"{kind}_t2i"]
         matches = np.concatenate(
             [
@@ -69,5 +118,5 @@ def true_false_negative_rates(
                 truth.is_true(anchor, caption_image[images]) & (images >= 0),
             ]
         )
-        rates[f"{'sampled' if kind == 'negative' else kind}_false_negative_rate"] = matches.mean()
+        rates[f"{name}_false_negative_rate"] = matches.mean()
     return rates

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fne_jax.encoders.pixels import normalize_pixels
 from fne_jax.objectives.registry import Features, NextStatistics, Objective
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.objectives.triplet_loss import TripletAux
@@ -77,8 +78,8 @@ def train_step(
         momentum_params = optax.incremental_update(
             state.params, state.momentum_params, 1 - momentum
         )
-    # Ids and keys are whole on every device, as the memory is: each scores its own anchors.
-    image_id, pair_id = layout.whole((batch["image_id"], batch["pair_id"]))
+    # Ids and keys are replicated, as the queue is: each device scores its own anchors.
+    image_id, pair_id = layout.replicated((batch["image_id"], batch["pair_id"]))
     same_image = jnp.eye(image_id.shape[0], dtype=bool)
     if mask_same_image:
         same_image = image_id[:, None] == image_id[None, :]
@@ -86,7 +87,7 @@ def train_step(
     def encode(params, inputs, dropout_rng):
         pixels = normalize_pixels(inputs["image"], image_mean, image_std)
         embeddings = state.apply_fn(
-            {"params": layout.whole_parameters(params)},
+            {"params": layout.replicated_parameters(params)},
             pixels,
             inputs["input_ids"],
             inputs["attention_mask"],
@@ -99,7 +100,7 @@ def train_step(
     with jax.named_scope(MOMENTUM_ENCODERS):
         momentum_embeddings = passes.embed(encode, momentum_params, inputs)
     with jax.named_scope(MEMORY):
-        momentum_image, momentum_text = layout.whole(momentum_embeddings)
+        momentum_image, momentum_text = layout.replicated(momentum_embeddings)
 
     @jax.named_scope(OBJECTIVE)
     def loss_fn(image, text):
@@ -157,14 +158,6 @@ def train_step(
 def given_pixels(batch: dict[str, jax.Array]) -> jax.Array:
     """Returns the batch's pictures as they came; the host augmented them."""
     return batch["image"]
-
-
-def normalize_pixels(
-    image: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
-) -> jax.Array:
-    """Returns float32 pixels of mean 0 and deviation 1: [batch, side, side, 3] uint8 in."""
-    mean, std = (jnp.array(values).reshape(1, 1, 1, 3) for values in (mean, std))
-    return (image.astype(jnp.float32) / 255.0 - mean) / std
 
 
 def statistics_scalars(stats: SimilarityStatistics) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from fne_jax.data import captions
 from fne_jax.data.pairs import load_split
 from fne_jax.encoders.dual_encoder import pool_mean_to_longest
 from fne_jax.errors import UserError
+from fne_jax.model.model import restore_model
 from fne_jax.retrieval.evaluation import read_values
-from fne_jax.training import run
-from fne_jax.training.phases import Phase, RunPlan
+from fne_jax.training.timeline import Phase, Timeline
 from tests.support.tiny import tiny_config
 
 
@@ -55,17 +55,17 @@ def converted(golden, config_path, tmp_path_factory):
 
 def test_the_authors_checkpoint_becomes_a_run(converted, golden):
     trajectory = golden / "trajectory"
-    restored = run.restore_run(converted, "best")
+    restored = restore_model(converted, "best")
     assert restored.step == 3 and restored.config.fne.margin == pytest.approx(0.2)
     for params, prefix in (
-        (restored.state.params, "final_"),
-        (restored.state.momentum_params, "final_momentum_"),
+        (restored.params, "final_"),
+        (restored.momentum_params, "final_momentum_"),
     ):
         for tower, name in (("image", "vit"), ("text", "bert")):
             expected = fne_jax.load_pretrained(trajectory / f"{prefix}{name}")[1]
             jax.tree.map(np.testing.assert_array_equal, dict(params[tower]), expected)
     arrays = np.load(trajectory / "trajectory.npz")
-    queue = restored.state.queue
+    queue = restored.queue
     np.testing.assert_array_equal(queue.image, arrays["final_image_queue"])
     np.testing.assert_array_equal(queue.text, arrays["final_text_queue"])
     np.testing.assert_array_equal(queue.image_id, arrays["final_queue_image_id"])
@@ -194,10 +194,10 @@ def test_the_reference_config_differs_where_design_says():
 
 def test_the_authors_do_not_fill_the_memory_before_fne():
     config = base.get_config()
-    plan = RunPlan.of(config, 1000)
+    plan = Timeline.of(config, 1000)
     assert plan.phase(999) is Phase.WARMUP_FILLING and plan.phase(742) is Phase.WARMUP
     config.warmup.fill_queue = False
-    assert RunPlan.of(config, 1000).phase(999) is Phase.WARMUP
+    assert Timeline.of(config, 1000).phase(999) is Phase.WARMUP
 
 
 def test_mean_to_longest_is_padding_to_the_longest():

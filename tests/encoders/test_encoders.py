@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fne_jax.configuration import with_model_defaults
 from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.clip import ClipText, ClipVision
 from fne_jax.encoders.dual_encoder import DualEncoder, pool_mean
-from fne_jax.encoders.towers import build_dual_encoder, with_model_defaults
+from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.encoders.vision_transformer import VisionTransformer, flatten_patches
 from fne_jax.errors import UserError
 

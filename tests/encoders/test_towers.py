@@ -15,10 +15,12 @@ from fne_jax.data import captions
 from fne_jax.data.pairs import load_split
 from fne_jax.encoders.towers import read_architectures
 from fne_jax.errors import UserError
+from fne_jax.model.model import build_model, build_module
 from fne_jax.parallel import sharding
 from fne_jax.retrieval.evaluation import read_values
-from fne_jax.training import loop, run
+from fne_jax.training import loop
 from fne_jax.training.optimizer import learning_rate_schedule
+from fne_jax.training.train_state import abstract_state, initial_state, with_first_weights
 from tests.support.tiny import tiny_config
 
 
@@ -66,10 +68,12 @@ def test_what_a_config_leaves_open_follows_its_towers(golden):
 def test_both_kinds_of_encoders_start_from_the_sources(golden, scan_layers):
     vit, bert = golden / "encoders" / "vit", golden / "encoders" / "bert"
     config = pretrained_config(vit, bert, encoder__scan_layers=scan_layers)
-    module = run.build_module(config, read_architectures(config.encoder), 50)
-    mesh = sharding.create_mesh()
-    state = run.initial_state(config, module, mesh, learning_rate_schedule(config.optimizer, 3, 6))
-    state = run.with_pretrained_towers(state, config.encoder)
+    architectures = read_architectures(config.encoder)
+    module = build_module(config, architectures, 50)
+    model = build_model(config, architectures, None, sharding.create_mesh(), module=module)
+    like = abstract_state(model, learning_rate_schedule(config.optimizer, 3, 6))
+    state = initial_state(model, like)
+    state = with_first_weights(state, config)
     expected = {
         "image": fne_jax.load_pretrained(vit, scan_layers=scan_layers)[1],
         "text": fne_jax.load_pretrained(bert, scan_layers=scan_layers)[1],
@@ -103,13 +107,13 @@ def test_towers_that_do_not_fit_are_named(golden, image, text, fields, message):
     } | fields
     with pytest.raises(UserError, match=message):
         config = tiny_config(**fields)
-        run.build_module(config, read_architectures(config.encoder), 50)
+        build_module(config, read_architectures(config.encoder), 50)
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(golden):
     config = pretrained_config(golden / "encoders" / "vit", golden / "encoders" / "bert")
     with pytest.raises(UserError, match="has 30000 token ids, more than"):
-        run.build_module(config, read_architectures(config.encoder), 30_000)
+        build_module(config, read_architectures(config.encoder), 30_000)
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ import pytest
 
 from fne_jax.errors import UserError
 from fne_jax.parallel import processes
-from fne_jax.training import loop, run
+from fne_jax.training import loop
 from fne_jax.training.metric_log import read_metrics
 from tests.support import soak_kill
+from tests.support.runs import stored_state
 from tests.support.tiny import LinearTowers
 from tests.support.tiny_train import get_config
 
@@ -139,24 +140,17 @@ def wait_for(process, workdir, step):
         time.sleep(0.02)
 
 
-@pytest.fixture(autouse=True)
-def linear_towers(monkeypatch):
-    monkeypatch.setattr(run, "build_module", lambda *arguments: LinearTowers())
-
-
 @pytest.fixture(scope="module")
 def single_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("single")
-    with pytest.MonkeyPatch.context() as patch:
-        linear_towers.__wrapped__(patch)
-        loop.train_and_evaluate(get_config(), workdir)
+    loop.train_and_evaluate(get_config(), workdir, module=LinearTowers())
     return workdir
 
 
 def assert_follows(workdir, single):
     ours, theirs = (
         jax.tree.leaves(state.replace(key=jax.random.key_data(state.key)))
-        for state in (run.restore_run(d, "latest").state for d in (workdir, single))
+        for state in (stored_state(d, module=LinearTowers()) for d in (workdir, single))
     )
     for a, b in zip(ours, theirs, strict=True):
         if jax.numpy.issubdtype(a.dtype, jax.numpy.integer):

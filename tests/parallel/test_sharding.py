@@ -10,18 +10,19 @@ from jax.sharding import PartitionSpec
 
 import fne_jax
 from fne_jax import configuration
-from fne_jax.encoders.towers import build_dual_encoder, read_architectures, with_model_defaults
+from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import UserError
+from fne_jax.model.model import build_model, build_module
 from fne_jax.parallel import sharding
 from fne_jax.planning.accounting import account
 from fne_jax.planning.report import SCOPES
-from fne_jax.training import run
 from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.encoder_passes import MicroBatches
 from fne_jax.training.optimizer import learning_rate_schedule
-from fne_jax.training.phases import Phase, RunPlan
+from fne_jax.training.timeline import Phase, Timeline
+from fne_jax.training.train_state import abstract_state, initial_state, with_first_weights
+from tests.support.runs import mesh_of, new_state
 from tests.support.tiny import tiny_config
-from tests.training.test_training import mesh_of
 
 
 def test_meshes_are_filled_and_checked():
@@ -56,16 +57,16 @@ def test_pretrained_weights_are_placed_in_parts(golden, monkeypatch):
     config = tiny_config(data__tokenizer="x")
     for tower, folder in (("image", "vit"), ("text", "bert")):
         config.encoder[tower].pretrained = str(golden / "encoders" / folder)
-    architectures = read_architectures(config.encoder)
-    config = with_model_defaults(config, architectures)
     config.encoder.image.image_size = 32
-    module = run.build_module(config, architectures, 50)
+    config, architectures = configuration.resolve(config)
+    module = build_module(config, architectures, 50)
+    model = build_model(config, architectures, None, mesh_of(2, 4), module=module)
     schedule = learning_rate_schedule(config.optimizer, 3, 6)
-    start = run.initial_state(config, module, mesh_of(2, 4), schedule)
+    start = initial_state(model, abstract_state(model, schedule))
     places = jax.tree.map(lambda leaf: leaf.sharding, start)
     assert places.queue.image.spec == places.step.spec == PartitionSpec()
     assert {leaf.spec for leaf in jax.tree.leaves(places.params)} > {PartitionSpec()}
-    state = run.with_pretrained_towers(start, config.encoder)
+    state = with_first_weights(start, config)
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == places
     for tower, folder in (("image", "vit"), ("text", "bert")):
         source = golden / "encoders" / folder
@@ -82,9 +83,10 @@ def split_step():
         patch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
         config = tiny_config(queue_size=400, fne__start_epoch=0.0)
         mesh = mesh_of(2, 4)
-        plan = RunPlan.of(config, 10)
+        plan = Timeline.of(config, 10)
         schedule = learning_rate_schedule(config.optimizer, 10, 20)
-        state = run.initial_state(config, build_dual_encoder(config.encoder, 30), mesh, schedule)
+        module = build_dual_encoder(config.encoder, 30)
+        state = new_state(config, module, mesh, schedule)
         batch = {
             "image": np.zeros((16, 8, 8, 3), np.uint8),
             "input_ids": np.ones((16, 8), np.int32),

@@ -267,8 +267,8 @@ def test_published_towers_need_no_hub_and_coco_divides_its_slices():
         config = configuration.load_config(str(TOP / "configs" / f"{name}.py"), [])
         assert config.global_batch_size == batch
         architectures = program.read_architectures(config.encoder)
-        resolved = program.with_model_defaults(config, architectures)
-        module = program.run.build_module(resolved, architectures, 1)
+        resolved = configuration.with_model_defaults(config, architectures)
+        module = program.build_module(resolved, architectures, 1)
         assert (module.image.layers, module.image.image_size, module.text.vocab_size) == (
             12, 384, 30522,
         )  # fmt: skip

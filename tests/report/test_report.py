@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fne_jax import evaluate, figures
 from fne_jax.data.pairs import PairDataset
+from fne_jax.model.model import Model
 from fne_jax.objectives.registry import candidate_settings
 from fne_jax.objectives.similarity_statistics import (
     GaussianStatistics,
@@ -23,7 +24,6 @@ from fne_jax.objectives.similarity_statistics import (
 )
 from fne_jax.report import examples, run_report, tensorboard
 from fne_jax.training.metric_log import MetricLog
-from fne_jax.training.run import RestoredRun
 from tests.support.tiny import tiny_config
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror="alert(1)">', "{{ 7 * 191 }} & ' é")
@@ -196,8 +196,8 @@ def test_svg_takes_the_colour_and_width_of_its_page():
 @pytest.fixture
 def evaluated():
     config = tiny_config()
-    state = types.SimpleNamespace(stats=statistics(positive=(0.5, 0.2), negative=(0.2, 0.2)))
-    return RestoredRun(config, None, None, None, 12, None, state)
+    stats = statistics(positive=(0.5, 0.2), negative=(0.2, 0.2))
+    return Model(config, None, None, None, None, step=12, stats=stats)
 
 
 def embeddings(split):

@@ -13,13 +13,13 @@ import pytest
 import scipy.stats
 
 from fne_jax import study
-from fne_jax.data.pairs import load_split
 from fne_jax.errors import Interrupted, UserError
+from fne_jax.model import checkpoints
+from fne_jax.model.model import restore_model
 from fne_jax.studies import cells, detector, execution, schedule, summary
 from fne_jax.studies.cells import Cell
-from fne_jax.training import checkpointing
-from fne_jax.training import run as run_lib
 from fne_jax.training.loop import train_and_evaluate
+from tests.support.runs import stored_state
 
 CONFIG = """
 from tests.support.tiny import tiny_config
@@ -70,10 +70,9 @@ def test_a_run_from_a_shared_warm_up_equals_one_trained_alone(config_path, finis
     run = runs[2]
     assert run.cell == Cell("fne") and run.seed == 1
     train_and_evaluate(run.config, tmp_path)
-    alone = run_lib.restore_run(tmp_path, "latest").state
-    shared = run_lib.restore_run(run.workdir, "latest").state
+    alone, shared = stored_state(tmp_path), stored_state(run.workdir)
     assert int(alone.step) == int(shared.step) == 9
-    assert checkpointing.fingerprint(alone) == checkpointing.fingerprint(shared)
+    assert checkpoints.fingerprints(alone.stored()) == checkpoints.fingerprints(shared.stored())
 
     def logged(folder):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -82,7 +81,7 @@ def test_a_run_from_a_shared_warm_up_equals_one_trained_alone(config_path, finis
 
     assert logged(tmp_path) == logged(run.workdir)
     # The warm-up ended inside of a window of three steps, and between two validations.
-    assert int(run_lib.restore_run(run.warmup, "latest").state.step) == 4
+    assert restore_model(run.warmup, "latest").step == 4
 
 
 def test_the_tables_hold_what_the_runs_measured(finished):
@@ -278,10 +277,10 @@ def test_detection_scores_equal_plain_counting():
 
 def test_the_judged_candidates_are_those_of_the_memory(finished):
     workdir = finished[1] / "fne" / "seed0"
-    restored = run_lib.restore_run(workdir, "latest")
-    train = load_split(restored.config.data, 64, "train")
-    posterior, truth = detector.judged_candidates(restored, train)
-    queue = jax.device_get(restored.state.queue)
+    model = restore_model(workdir, "latest")
+    train = model.load_split("train")
+    posterior, truth = detector.judged_candidates(model, train)
+    queue = jax.device_get(model.queue)
     # 40 slots, all written by the end; every image is an anchor with its first caption.
     others = [(i, slot) for i in range(30) for slot in range(40) if queue.image_id[slot] != i]
     assert len(posterior) == len(truth) == 2 * len(others)

@@ -22,9 +22,9 @@ import time
 import jax
 import numpy as np
 
-from fne_jax.training import run
 from fne_jax.training.metric_log import read_metrics
 from tests.support import TOP
+from tests.support.runs import stored_state
 from tests.support.tiny import LinearTowers
 from tests.support.xla_flags import xla_flags
 
@@ -97,7 +97,7 @@ def differences(workdir, other):
         jax.tree_util.tree_leaves_with_path(
             jax.device_get(state.replace(key=jax.random.key_data(state.key)))
         )
-        for state in (run.restore_run(folder, "latest").state for folder in (workdir, other))
+        for state in (stored_state(folder, module=LinearTowers()) for folder in (workdir, other))
     )
     different = [
         jax.tree_util.keystr(path)
@@ -146,7 +146,6 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     options, arguments = parser.parse_known_args()
-    run.build_module = lambda *arguments: LinearTowers()
     different, runs, within_saves = soak(options.workdir, options.kills, options.seed, *arguments)
     print(
         f"{options.kills} kills in {runs} runs, {within_saves} of them within a save; "

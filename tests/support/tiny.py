@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from configs import base
+from fne_jax import configuration
 from fne_jax.encoders.dual_encoder import unit
-from fne_jax.encoders.towers import read_architectures, with_model_defaults
 
 
 class LinearTowers(nn.Module):
@@ -60,7 +60,7 @@ def tiny_config(**fields):
         for tower in ("image", "text"):
             config.encoder[tower].update(width=16, layers=1, heads=2, mlp_width=16)
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
-    return with_model_defaults(config, read_architectures(config.encoder))
+    return configuration.resolve(config)[0]
 
 
 def write_karpathy(folder, counts=(7, 3, 4), captions=lambda i: 1 + i % 3):

@@ -1,7 +1,6 @@
 """`python -m tests.support.tiny_train --workdir=DIR` trains with towers that compile fast."""
 
 from fne_jax import command_line, train
-from fne_jax.training import run
 from tests.support.tiny import LinearTowers, tiny_config
 
 
@@ -10,5 +9,6 @@ def get_config():
 
 
 if __name__ == "__main__":
-    run.build_module = lambda *arguments: LinearTowers()
-    command_line.run(lambda arguments: train.main([f"--config={__file__}", *arguments]))
+    command_line.run(
+        lambda arguments: train.main([f"--config={__file__}", *arguments], LinearTowers())
+    )

@@ -9,38 +9,57 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fne_jax.data.batches import BatchOrder
 from fne_jax.errors import Interrupted, UserError
+from fne_jax.model import checkpoints
+from fne_jax.model.model import restore_model
 from fne_jax.parallel import sharding
-from fne_jax.training import checkpointing, compiled_steps, loop, run
-from fne_jax.training.bad_steps import BadSteps
+from fne_jax.training import compiled_steps, loop
+from fne_jax.training.checkpointing import Checkpoints
 from fne_jax.training.metric_log import MetricLog, read_metrics
 from fne_jax.training.optimizer import learning_rate_schedule
-from fne_jax.training.phases import Phase, RunPlan
+from fne_jax.training.step_results import StepResults
+from fne_jax.training.supervisor import Supervisor
+from fne_jax.training.timeline import Phase, Timeline
 from tests.support import TOP, soak_kill
+from tests.support.runs import new_state, stored_state
 from tests.support.tiny import LinearTowers, tiny_config
 from tests.support.xla_flags import xla_flags
 
 
-@pytest.fixture(autouse=True)
-def linear_towers(monkeypatch):
-    """One device and towers that compile fast."""
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
     mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    monkeypatch.setattr(sharding, "create_mesh", lambda *sizes: mesh)
-    monkeypatch.setattr(run, "build_module", lambda *arguments: LinearTowers())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "create_mesh", lambda *sizes: mesh)
+        yield
+
+
+def train(workdir, config=None):
+    """Trains with towers that compile fast."""
+    config = tiny_config(checkpoint__every_steps=3) if config is None else config
+    loop.train_and_evaluate(config, workdir, module=LinearTowers())
+
+
+def state_of(workdir):
+    return stored_state(workdir, module=LinearTowers())
+
+
+def fresh_state(config, schedule):
+    return new_state(config, LinearTowers(), sharding.create_mesh(), schedule)
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
+def whole_run(tmp_path_factory, one_device):
     workdir = tmp_path_factory.mktemp("survival") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        linear_towers.__wrapped__(patch)
-        loop.train_and_evaluate(tiny_config(checkpoint__every_steps=3), workdir)
+    train(workdir)
     return workdir
 
 
@@ -59,26 +78,23 @@ def steps_of(workdir):
 
 @pytest.mark.parametrize("step", [7, 14])
 def test_a_signal_during_validation_abandons_it(whole_run, tmp_path, monkeypatch, step):
-    evaluate, seen = loop.evaluate_split, []
+    validate = Supervisor.validate
 
-    def interrupted(embedder, *arguments):
-        seen.append(1)
-        if len(seen) == step // 7:
+    def interrupted(self, state, at):
+        if at == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(embedder, *arguments)
+        return validate(self, state, at)
 
-    config = tiny_config(checkpoint__every_steps=3)
-    monkeypatch.setattr(loop, "evaluate_split", interrupted)
+    monkeypatch.setattr(Supervisor, "validate", interrupted)
     with pytest.raises(Interrupted, match=f"stopped at step {step}, saved") as stop:
-        loop.train_and_evaluate(config, tmp_path)
+        train(tmp_path)
     assert stop.value.exit_code == 143
     assert steps_of(tmp_path)[-1] == step
     assert not any("eval_rsum" in m for m in read_metrics(tmp_path) if m["step"] == step)
-    monkeypatch.setattr(loop, "evaluate_split", evaluate)
-    loop.train_and_evaluate(config, tmp_path)
+    monkeypatch.undo()
+    train(tmp_path)
     assert soak_kill.differences(tmp_path, whole_run) == []
-    managers = (checkpointing.checkpoint_manager(w, config.checkpoint, read_only=True)
-                for w in (tmp_path, whole_run))  # fmt: skip
+    managers = (checkpoints.reader(workdir) for workdir in (tmp_path, whole_run))
     ours, theirs = ((m.best_step(), m.metrics(m.best_step())) for m in managers)
     assert ours == theirs
 
@@ -135,23 +151,19 @@ def test_twenty_kills_at_random_change_nothing(tmp_path):
 # Checkpoints that were damaged, are of another layout, or cannot be written.
 
 
-def manager_of(workdir, **options):
-    return checkpointing.checkpoint_manager(workdir, tiny_config().checkpoint, **options)
-
-
 def files_of(checkpoint):
     return sorted(str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file())
 
 
 def test_whatever_file_is_cut_off_the_run_ends_the_same(whole_run, tmp_path, caplog):
-    like = run.restore_run(whole_run, "latest").state
+    like = state_of(whole_run)
     set_aside = 0
     for number, name in enumerate(files_of(whole_run / "checkpoints" / "14")):
         workdir = shutil.copytree(whole_run, tmp_path / str(number))
         path = workdir / "checkpoints" / "14" / name
         os.truncate(path, path.stat().st_size // 2)
-        step, state, _ = checkpointing.restore_newest(manager_of(workdir), like)
-        assert int(state.step) == step
+        state, _ = Checkpoints(workdir, tiny_config().checkpoint).restore_newest(like)
+        step = int(state.step)
         if step == 14:  # a file that nothing depends on
             np.testing.assert_array_equal(state.queue.image, like.queue.image)
         else:
@@ -169,7 +181,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(own_run, whole_r
             shutil.rmtree(checkpoint / "state")
     else:
         shutil.rmtree(newest / missing)
-    loop.train_and_evaluate(tiny_config(checkpoint__every_steps=3), own_run)
+    train(own_run)
     assert soak_kill.differences(own_run, whole_run) == []
     set_aside = {path.name for path in (own_run / "damaged_checkpoints").iterdir()}
     assert "14-0" in set_aside and (len(set_aside) > 1) == (missing == "all")
@@ -179,16 +191,21 @@ def test_arrays_other_than_the_saved_ones_are_told(own_run):
     # Orbax reads a chunk that is not there as zeros, without an error.
     position = own_run / "checkpoints" / "14" / "position" / "metadata"
     values = json.loads(position.read_text())
-    position.write_text(json.dumps(values | {"fingerprint": values["fingerprint"] ^ 1}))
-    with pytest.raises(UserError, match="14 is damaged: its arrays are not those"):
-        run.restore_run(own_run, "latest")
+    changed = values["fingerprints"] | {"queue": values["fingerprints"]["queue"] ^ 1}
+    position.write_text(json.dumps(values | {"fingerprints": changed}))
+    with pytest.raises(UserError, match="14 is damaged: the arrays of 'queue' are not those"):
+        restore_model(own_run, "latest", module=LinearTowers())
     assert steps_of(own_run)[-1] == 14, "a reader moves nothing"
 
 
 def test_the_fingerprint_sees_bits_places_and_leaves():
     tree = {"a": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "b": jnp.arange(4), "c": jax.random.key(0)}
-    same = checkpointing.fingerprint(jax.tree.map(jnp.copy, tree))
-    assert checkpointing.fingerprint(tree) == same
+
+    def fingerprint(tree):
+        return checkpoints.fingerprints({"all": tree})["all"]
+
+    same = fingerprint(jax.tree.map(jnp.copy, tree))
+    assert fingerprint(tree) == same
     others = [
         tree | {"a": tree["a"].at[1, 1].set(jnp.nextafter(jnp.float32(4), jnp.float32(5)))},
         tree | {"a": tree["a"].T},
@@ -196,12 +213,12 @@ def test_the_fingerprint_sees_bits_places_and_leaves():
         tree | {"b": tree["b"][::-1]},
         tree | {"c": jax.random.key(1)},
     ]
-    assert len({same, *map(checkpointing.fingerprint, others)}) == 6
+    assert len({same, *map(fingerprint, others)}) == 6
     rows = sharding.NamedSharding(
         jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]), jax.sharding.PartitionSpec("x")
     )
     split = tree | {name: jax.device_put(tree[name], rows) for name in "ab"}
-    assert checkpointing.fingerprint(split | {"c": jax.random.key(0)}) == same
+    assert fingerprint(split | {"c": jax.random.key(0)}) == same
 
 
 def test_another_layout_is_named(own_run):
@@ -209,24 +226,24 @@ def test_another_layout_is_named(own_run):
     values = json.loads(position.read_text())
     del values["layout"], values["fne_jax"]
     position.write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"layout 1, written by fne_jax an early .* reads layout 2"):
-        loop.train_and_evaluate(tiny_config(checkpoint__every_steps=3), own_run)
+    with pytest.raises(UserError, match=r"layout 1, written by fne_jax an early .* reads layout 3"):
+        train(own_run)
     assert steps_of(own_run)[-1] == 14, "it is not damaged"
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(own_run):
     shutil.rmtree(own_run / "checkpoints" / "14")
-    before = run.restore_run(own_run, "latest").state
+    before = state_of(own_run)
     assert int(before.step) == 12
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     size = max(p.stat().st_size for p in own_run.rglob("*") if p.is_file())
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
     try:
         with pytest.raises(UserError, match=r"could not be written: .*last good one is of step 12"):
-            loop.train_and_evaluate(tiny_config(checkpoint__every_steps=3), own_run)
+            train(own_run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    after = run.restore_run(own_run, "latest").state
+    after = state_of(own_run)
     assert int(after.step) == 12
     np.testing.assert_array_equal(after.queue.image, before.queue.image)
 
@@ -235,11 +252,11 @@ def test_workdirs_that_cannot_be_written(own_run, tmp_path):
     (tmp_path / "file").write_text("")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="cannot be written to"):
-            loop.train_and_evaluate(tiny_config(), workdir)
+            train(workdir, tiny_config())
     shutil.rmtree(own_run / "checkpoints")
     (own_run / "checkpoints").write_text("")
     with pytest.raises(UserError, match=r"checkpoints.*is no folder"):
-        loop.train_and_evaluate(tiny_config(checkpoint__every_steps=3), own_run)
+        train(own_run)
 
 
 # Losses and gradients that are no number.
@@ -258,9 +275,9 @@ def poisoned(objective, image_ids):
 
 def poison(monkeypatch, image_ids):
     for name in ("warmup_objective", "main_objective"):
-        make = getattr(compiled_steps.objective, name)
+        make = getattr(compiled_steps.registry, name)
         monkeypatch.setattr(
-            compiled_steps.objective,
+            compiled_steps.registry,
             name,
             lambda config, make=make: poisoned(make(config), image_ids),
         )
@@ -268,12 +285,12 @@ def poison(monkeypatch, image_ids):
 
 def test_a_bad_batch_changes_nothing_but_the_step(monkeypatch):
     config = tiny_config(fne__start_epoch=0.0)
-    mesh = sharding.create_mesh()
-    plan = RunPlan.of(config, 7)
-    schedule = learning_rate_schedule(config.optimizer, 7, plan.total_steps)
+    timeline = Timeline.of(config, 7)
+    schedule = learning_rate_schedule(config.optimizer, 7, timeline.total_steps)
     poison(monkeypatch, [100])
-    state = run.initial_state(config, LinearTowers(), mesh, schedule)
-    step = compiled_steps.jitted_steps(config, plan, mesh, schedule, state)[Phase.FNE]
+    state = fresh_state(config, schedule)
+    mesh = sharding.create_mesh()
+    step = compiled_steps.jitted_steps(config, timeline, mesh, schedule, state)[Phase.FNE]
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 255, (16, 8, 8, 3)).astype(np.uint8),
@@ -300,7 +317,7 @@ def test_bad_steps_are_counted_and_their_pairs_logged(tmp_path, monkeypatch, cap
     poison(monkeypatch, [5])  # its two captions: at most two batches an epoch
     config = tiny_config(max_bad_steps=3)
     with caplog.at_level(logging.WARNING, logger="fne_jax"):
-        loop.train_and_evaluate(config, tmp_path)
+        train(tmp_path, config)
     told = [r.message for r in caplog.records if "is not applied" in r.message]
     lines = [line for line in read_metrics(tmp_path) if "bad_steps" in line]
     assert 1 <= lines[-1]["bad_steps"] == len(told) <= 4
@@ -315,25 +332,23 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         poison(patch, list(range(60)))
         with pytest.raises(UserError, match="last 3 steps to step 3 had a loss or gradient"):
-            loop.train_and_evaluate(config, tmp_path)
-    saved = run.restore_run(tmp_path, "latest").state
-    start = run.initial_state(
-        config,
-        LinearTowers(),
-        sharding.create_mesh(),
-        learning_rate_schedule(config.optimizer, 7, 7),
-    )
+            train(tmp_path, config)
+    saved = state_of(tmp_path)
+    start = fresh_state(config, learning_rate_schedule(config.optimizer, 7, 7))
     jax.tree.map(np.testing.assert_array_equal, saved.params, start.params)
-    loop.train_and_evaluate(config, tmp_path)  # the cause is gone: it goes on
+    train(tmp_path, config)  # the cause is gone: it goes on
     last = read_metrics(tmp_path)[-2]
     assert last["step"] == 7 and last["bad_steps"] == int(saved.step) == 3
 
 
 def test_bad_steps_survive_a_checkpoint():
-    counts = BadSteps.of(None)
-    for applied in (True, False, True, False, False):
-        counts.add(applied)
-    assert BadSteps.of(json.loads(json.dumps(counts.stored()))) == BadSteps(3, 2)
+    order, pairs = BatchOrder(seed=0, pairs=40, global_batch_size=8), types.SimpleNamespace()
+    pairs.truth, results = None, StepResults(order, pairs)
+    for step, applied in enumerate((True, False, True, False, False)):
+        results.add(step, {"applied": applied, "loss": np.nan, "gradient_norm": 1.0}, {})
+    results.settle()
+    resumed = StepResults(order, pairs, json.loads(json.dumps(results.stored())))
+    assert (resumed.bad_steps, resumed.bad_in_a_row) == (3, 2)
 
 
 # Long runs.
@@ -341,7 +356,8 @@ def test_bad_steps_survive_a_checkpoint():
 MEMORY = """
 import pathlib, sys
 import psutil
-from fne_jax.training import loop, run
+from fne_jax.training import loop
+from tests.support.runs import new_state, stored_state
 from tests.support.tiny import LinearTowers, tiny_config
 
 run.build_module = lambda *arguments: LinearTowers()
@@ -353,7 +369,7 @@ def measured(*arguments):
 
 loop.settle = measured
 config = tiny_config(num_epochs=7.0, data__synthetic__images=2400, logging__every_steps=20)
-loop.train_and_evaluate(config, pathlib.Path(sys.argv[1]))
+loop.train_and_evaluate(config, pathlib.Path(sys.argv[1]), module=LinearTowers())
 print(sizes[500] // 2**20, sizes[1000] // 2**20, sizes[-1] // 2**20, len(sizes))
 """
 

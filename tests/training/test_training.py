@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,36 +18,34 @@ from fne_jax.data.batches import training_batches
 from fne_jax.data.pairs import KnownTruth, load_split
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import Interrupted, UserError
+from fne_jax.model.model import restore_model
 from fne_jax.objectives import registry
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.parallel import sharding
-from fne_jax.training import loop, run
+from fne_jax.training import loop
 from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.interruption import StopRequest
-from fne_jax.training.metric_log import MetricLog, ScalarWindow, read_metrics
+from fne_jax.training.metric_log import MetricLog, read_metrics
 from fne_jax.training.optimizer import build_optimizer, learning_rate_schedule
-from fne_jax.training.phases import Phase, RunPlan
-from fne_jax.training.step_results import true_false_negative_rates
+from fne_jax.training.step_results import StepResults, true_false_negative_rates
+from fne_jax.training.timeline import Phase, Timeline
 from tests.support import TOP
+from tests.support.runs import mesh_of, new_state, stored_state
 from tests.support.tiny import LinearTowers, tiny_config
 
 STEPS = 20
-
-
-def mesh_of(data, fsdp=1):
-    return sharding.create_mesh(data, fsdp, jax.devices()[: data * fsdp])
 
 
 def run_steps(config, mesh, steps=STEPS, module=None):
     """Returns the state, the scalars and the chosen negatives of a few steps."""
     train = load_split(config.data, 8, "train")
     order = loop.batch_order(config, train)
-    plan = RunPlan.of(config, order.steps_per_epoch)
+    plan = Timeline.of(config, order.steps_per_epoch)
     tokens = np.tile(np.arange(8, dtype=np.int32), (len(train.captions), 1))
     tokens = (tokens + np.arange(len(train.captions))[:, None]).astype(np.int32) % 30
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
     module = module or build_dual_encoder(config.encoder, 30)
-    state = run.initial_state(config, module, mesh, schedule)
+    state = new_state(config, module, mesh, schedule)
     jitted = jitted_steps(config, plan, mesh, schedule, state)
     scalars, negatives = [], []
     batches = training_batches(
@@ -263,11 +262,11 @@ def test_decay_and_factors_touch_what_they_should():
 
 def test_phases():
     config = tiny_config(fne__start_epoch=1.5, num_epochs=3.0, evaluation__per_epoch=2)
-    plan = RunPlan.of(config, 10)
+    plan = Timeline.of(config, 10)
     assert [plan.phase(s) for s in (0, 14, 15)] == [Phase.WARMUP_FILLING] * 2 + [Phase.FNE]
     assert plan.validation_steps == {5, 10, 15, 20, 25, 30} and plan.total_steps == 30
     config.warmup.objective = "hardest"  # the memory of 40 takes 3 batches of 16
-    plan = RunPlan.of(config, 10)
+    plan = Timeline.of(config, 10)
     assert [plan.phase(s) for s in (11, 12, 15)] == [Phase.WARMUP, Phase.WARMUP_FILLING, Phase.FNE]
 
 
@@ -293,14 +292,17 @@ def test_true_false_negative_rates():
     assert rates == {"sampled_false_negative_rate": 0.5, "hardest_false_negative_rate": 0.0}
 
 
-def test_scalar_windows_survive_a_save():
-    window, halves = ScalarWindow(), ScalarWindow()
-    for value in (0.1, 0.7, 0.3):
-        window.add({"loss": value})
-        halves = ScalarWindow(json.loads(json.dumps(halves.stored())))
-        halves.add({"loss": value})
-    assert window.take_means() == halves.take_means()
-    assert window.take_means() == {}
+def test_means_survive_a_save():
+    pairs = types.SimpleNamespace(truth=None)
+    ours, resumed = StepResults(None, pairs), StepResults(None, pairs)
+    for step, value in enumerate((0.1, 0.7, 0.3)):
+        resumed = StepResults(None, pairs, json.loads(json.dumps(resumed.stored())))
+        for results in (ours, resumed):
+            results.add(step, {"loss": value, "applied": True}, {})
+            results.settle()
+    means = ours.take_means()
+    assert means == resumed.take_means() and means["loss"] == pytest.approx(1.1 / 3)
+    assert ours.take_means() == {}
 
 
 def test_resumed_metrics_hold_no_step_twice(tmp_path):
@@ -323,7 +325,7 @@ def whole_run(tmp_path_factory):
 
 
 def parameters_of(workdir):
-    return jax.device_get(run.restore_run(workdir, "latest").state)
+    return jax.device_get(stored_state(workdir))
 
 
 def without_times(workdir):
@@ -341,15 +343,15 @@ def test_a_run_leaves_its_files(whole_run):
 
 @pytest.mark.parametrize("stop_after", [5, 9])
 def test_interrupted_run_ends_as_one_never_stopped(whole_run, tmp_path, monkeypatch, stop_after):
-    settle, calls = loop.settle, []
+    add, calls = StepResults.add, []
 
     def interrupt(*args):
-        settle(*args)
+        add(*args)
         calls.append(1)
         if len(calls) == stop_after:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop, "settle", interrupt)
+    monkeypatch.setattr(StepResults, "add", interrupt)
     with pytest.raises(Interrupted) as stop:
         loop.train_and_evaluate(tiny_config(), tmp_path)
     assert stop.value.exit_code == 130 and "saved" in str(stop.value)
@@ -363,7 +365,7 @@ def test_interrupted_run_ends_as_one_never_stopped(whole_run, tmp_path, monkeypa
 
 def test_a_run_is_restored_on_another_mesh(whole_run, monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
-    state = run.restore_run(whole_run, "latest", mesh_of(2, 4)).state
+    state = stored_state(whole_run, mesh=mesh_of(2, 4))
     kernel = state.params["image"]["encoder"]["layer_0"]["mlp_in"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size / 4
     jax.tree.map(np.testing.assert_array_equal, state.params, parameters_of(whole_run).params)
@@ -384,8 +386,7 @@ def test_a_complete_run_is_left_alone(whole_run):
 def test_a_run_begins_with_another_runs_weights(whole_run, tmp_path):
     config = tiny_config(init_from=str(whole_run), num_epochs=0.2, optimizer__learning_rate=1e-9)
     loop.train_and_evaluate(config, tmp_path)
-    best = run.restore_run(whole_run, "best").state
-    ours = run.restore_run(tmp_path, "latest").state
+    best, ours = restore_model(whole_run, "best"), restore_model(tmp_path, "latest")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours.params, best.params)
     wider = tiny_config(init_from=str(whole_run), encoder__text__mlp_width=20)
     with pytest.raises(UserError, match=r"mlp_in.*: \(16, 16\) there, \(16, 20\) here"):

@@ -1,4 +1,4 @@
-"""Which phase of a run a step belongs to."""
+"""The step counts of a run: its epochs, phases and validations."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ class Phase(enum.Enum):
     """What a step does."""
 
     WARMUP = "warm-up"
-    WARMUP_FILLING = "warm-up, filling the memory"
+    WARMUP_FILLING = "warm-up, filling the queue"
     FNE = "false negative elimination"
 
 
 @dataclasses.dataclass(frozen=True)
-class RunPlan:
-    """Step counts of a run.
+class Timeline:
+    """The step counts of a run.
 
     Attributes:
-      steps_per_epoch: updates in an epoch.
-      total_steps: updates in the run.
-      fne_start_step: first step after the warm-up.
-      filling_start_step: first warm-up step that writes the memory. `infonce` uses it throughout;
-        other warm-ups do not read it, so it is written only just before it is needed.
-      validation_steps: numbers of updates after which the run is validated; the last step is one.
+      steps_per_epoch: The updates in an epoch.
+      total_steps: The updates in the run.
+      fne_start_step: The first step after the warm-up.
+      filling_start_step: The first warm-up step that writes the queue. `infonce` uses it
+        throughout; other warm-ups do not read it, so it is written only just before it is needed.
+      validation_steps: The numbers of updates after which the run is validated; the last step is
+        one of them.
     """
 
     steps_per_epoch: int
@@ -37,8 +38,8 @@ class RunPlan:
     validation_steps: frozenset[int]
 
     @classmethod
-    def of(cls, config: ml_collections.ConfigDict, steps_per_epoch: int) -> RunPlan:
-        """Returns the plan of a config over a dataset."""
+    def of(cls, config: ml_collections.ConfigDict, steps_per_epoch: int) -> Timeline:
+        """Returns the timeline of a config over a dataset."""
         total = max(round(config.num_epochs * steps_per_epoch), 1)
         fne_start = round(config.fne.start_epoch * steps_per_epoch)
         filling = 0
@@ -61,3 +62,14 @@ class RunPlan:
         if step >= self.fne_start_step:
             return Phase.FNE
         return Phase.WARMUP_FILLING if step >= self.filling_start_step else Phase.WARMUP
+
+    @property
+    def warmup_end(self) -> int:
+        """The number of steps of the warm-up, or of the run if that ends before."""
+        return min(self.fne_start_step, self.total_steps)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all; FNE from step "
+            f"{self.fne_start_step}"
+        )

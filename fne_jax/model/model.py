@@ -1,0 +1,320 @@
+"""The model as one object: module, parameters, tokenizer and image preprocessing.
+
+It is built from a config (`build_model`), restored from a run's workdir (`restore_model`), or taken
+from pretrained towers as they are (`pretrained_model`); and it embeds images, texts and splits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import transformers
+
+from fne_jax import configuration
+from fne_jax.data import captions as caption_lib
+from fne_jax.data.images import preprocessing
+from fne_jax.data.pairs import PairDataset, load_split, with_captions_per_image
+from fne_jax.encoders import towers
+from fne_jax.errors import UserError
+from fne_jax.model import checkpoints, tokenizers
+from fne_jax.model.embedded_split import EmbeddedSplit
+from fne_jax.model.embedder import Embedder
+from fne_jax.objectives.memory_queue import MemoryQueue
+from fne_jax.objectives.similarity_statistics import SimilarityStatistics
+from fne_jax.parallel import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Two encoders with all that they need to embed images and texts; each is compiled once.
+
+    Attributes:
+      config: The resolved config.
+      tokenizer: The tokenizer of the captions.
+      module: The flax module of both towers.
+      mesh: The devices that a batch is spread over.
+      embedder: What embeds arrays; copies of the model share its compiled programs.
+      params: The parameters of `module`, on `mesh`; None until they are known.
+      step: How many updates the parameters have had.
+      momentum_params: Those of the momentum encoders; None without a training run.
+      queue: The queue of momentum embeddings; None without a training run.
+      stats: The similarity statistics; None without a training run.
+    """
+
+    config: ml_collections.ConfigDict
+    tokenizer: transformers.PreTrainedTokenizerBase
+    module: nn.Module
+    mesh: jax.sharding.Mesh
+    embedder: Embedder
+    params: Any = None
+    step: int = 0
+    momentum_params: Any = None
+    queue: MemoryQueue | None = None
+    stats: SimilarityStatistics | None = None
+
+    def with_params(self, params: Any) -> Model:
+        """Returns the model with other parameters, which embeds without compiling again."""
+        return dataclasses.replace(self, params=params)
+
+    def momentum(self) -> Model:
+        """Returns the momentum encoders as a model of their own."""
+        return self.with_params(self.momentum_params)
+
+    def tokenize(self, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids and masks of raw captions, both [captions, length] int32."""
+        cleaned = tokenizers.clean_captions(self.config, captions)
+        return caption_lib.tokenize(self.tokenizer, cleaned, length)
+
+    def load_split(self, name: str) -> PairDataset:
+        """Returns a split of the config's dataset as evaluation takes it.
+
+        Args:
+          name: `train`, `val` or `test`.
+
+        Raises:
+          UserError: if the dataset cannot be read.
+        """
+        return load_evaluation_split(self.config, name)
+
+    def embed_split(self, dataset: PairDataset) -> EmbeddedSplit:
+        """Returns a split's embeddings, with its ids and its truth where that is known.
+
+        Raises:
+          UserError: naming the images or captions whose embeddings are not finite.
+        """
+        split = EmbeddedSplit(
+            self.embedder.images(self.params, dataset),
+            self._embed_captions(dataset.captions),
+            dataset.caption_image,
+            dataset.image_id,
+            dataset.caption_id,
+            None if dataset.truth is None else dataset.truth.matrix(),
+        )
+        for kind, rows in (("images", split.image_emb), ("captions", split.text_emb)):
+            bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+            if len(bad):
+                raise UserError(
+                    f"the model's embeddings of {len(bad)} {kind} are not finite, first rows "
+                    f"{bad[:10].tolist()}; its training diverged, or an image is damaged"
+                )
+        return split
+
+    def embed_images(self, images: Sequence[str | os.PathLike | np.ndarray]) -> np.ndarray:
+        """Returns the [images, dim] float32 unit embeddings of images of any size.
+
+        Args:
+          images: Paths of JPEG or PNG files, or uint8 arrays [height, width, 3].
+
+        Raises:
+          UserError: naming the image that cannot be read.
+        """
+        size = self.config.encoder.image.image_size
+        pixels = np.zeros((len(images), size, size, 3), np.uint8)
+        for row, image in enumerate(images):
+            if isinstance(image, np.ndarray):
+                if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                    raise UserError(
+                        f"images[{row}]: expected uint8 [height, width, 3], "
+                        f"got {image.dtype} {list(image.shape)}"
+                    )
+                pixels[row] = preprocessing.evaluation_image(image, size)
+            else:
+                pixels[row] = preprocessing.read_picture(pathlib.Path(image), size)
+        return self.embedder.pixels(self.params, pixels)
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Returns the [texts, dim] float32 unit embeddings of sentences.
+
+        They are cleaned and cut to the run's length as its captions were.
+        """
+        return self._embed_captions(texts)
+
+    def _embed_captions(self, captions):
+        tokens = self.tokenize(captions, self.config.evaluation.text_length)
+        return self.embedder.texts(self.params, tokens)
+
+
+def load_evaluation_split(config: ml_collections.ConfigDict, name: str) -> PairDataset:
+    """Returns a split of the config's dataset with the captions that count in evaluation.
+
+    Args:
+      config: The resolved config.
+      name: `train`, `val` or `test`.
+
+    Raises:
+      UserError: if the dataset cannot be read.
+    """
+    dataset = load_split(config.data, config.encoder.image.image_size, name)
+    return with_captions_per_image(dataset, config.evaluation.captions_per_image)
+
+
+def build_model(
+    config: ml_collections.ConfigDict,
+    architectures: Mapping[str, Mapping[str, Any]],
+    tokenizer: transformers.PreTrainedTokenizerBase | None,
+    mesh: jax.sharding.Mesh,
+    *,
+    module: nn.Module | None = None,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Model:
+    """Returns the model that a config describes, its parameters still to come.
+
+    Args:
+      config: The resolved config.
+      architectures: What `encoders.towers.read_architectures` returned.
+      tokenizer: The tokenizer of the captions; None for a model that embeds no raw captions, with
+        a `module` of its own.
+      mesh: The devices to spread batches over.
+      module: The two towers, in place of those that the config describes.
+      before_batch: Called before each batch that is embedded; what it raises ends the embedding.
+
+    Raises:
+      UserError: if sources, sizes, tokenizer and caption length do not fit together.
+    """
+    if module is None:
+        module = build_module(config, architectures, len(tokenizer))
+    embedder = Embedder(
+        module,
+        mesh,
+        batch_size=config.evaluation.batch_size,
+        image_size=config.encoder.image.image_size,
+        pixel_statistics=(config.image_mean, config.image_std),
+        before_batch=before_batch,
+    )
+    return Model(config, tokenizer, module, mesh, embedder)
+
+
+def build_module(
+    config: ml_collections.ConfigDict,
+    architectures: Mapping[str, Mapping[str, Any]],
+    vocab_size: int,
+) -> nn.Module:
+    """Returns the flax module of both towers.
+
+    Args:
+      config: The resolved config.
+      architectures: What `encoders.towers.read_architectures` returned.
+      vocab_size: The number of the tokenizer's ids.
+
+    Raises:
+      UserError: if sources, sizes, tokenizer and caption length do not fit together.
+    """
+    module = towers.build_dual_encoder(config.encoder, vocab_size, architectures)
+    for part in ("data", "evaluation"):
+        if config[part].text_length > module.text.max_length:
+            raise UserError(
+                f"config.{part}.text_length is {config[part].text_length}, more than the "
+                f"{module.text.max_length} positions of the text encoder"
+            )
+    return module
+
+
+def initial_params(
+    module: nn.Module, config: ml_collections.ConfigDict, rng: jax.Array
+) -> tuple[Any, int]:
+    """Returns random parameters and the embeddings' dimension.
+
+    Args:
+      module: The two towers.
+      config: The resolved config, for the sizes of their inputs.
+      rng: A typed PRNG key.
+    """
+    size = config.encoder.image.image_size
+    pixels = jnp.zeros((1, size, size, 3))
+    tokens = jnp.zeros((1, config.data.text_length), jnp.int32)
+    (image_emb, _), variables = module.init_with_output(rng, pixels, tokens, tokens + 1)
+    return variables["params"], image_emb.shape[-1]
+
+
+def restore_model(
+    workdir: pathlib.Path,
+    checkpoint: str = "best",
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    module: nn.Module | None = None,
+) -> Model:
+    """Returns the model of a run with the weights of one checkpoint, on the devices that are here.
+
+    Args:
+      workdir: The folder of the run.
+      checkpoint: `best`, `latest` or a step.
+      mesh: The devices whose shardings the arrays take; None for a full copy on each device.
+      module: The two towers, in place of those that the run's config describes.
+
+    Raises:
+      UserError: if the folder is not a run's, or the checkpoint is not there or damaged.
+    """
+    if not workdir.is_dir():
+        raise UserError(f"{workdir} is not a folder; give the --workdir of a run")
+    config = configuration.read_config(workdir)
+    mesh = sharding.create_mesh() if mesh is None else mesh
+    with checkpoints.reader(workdir) as manager:
+        step = checkpoints.find_step(manager, checkpoint)
+        architectures = towers.read_architectures(config.encoder, workdir)
+        tokenizer = tokenizers.stored_tokenizer(workdir)
+        model = build_model(config, architectures, tokenizer, mesh, module=module)
+        fields, _ = checkpoints.read(manager, step, _abstract_fields(model))
+    return dataclasses.replace(model, step=step, **fields)
+
+
+def load_workdir(workdir: str | os.PathLike, checkpoint: str = "best") -> Model:
+    """Returns the model of a run, with its own preprocessing and tokenizer.
+
+    Args:
+      workdir: The folder of the run.
+      checkpoint: `best`, `latest` or a step.
+
+    Raises:
+      UserError: if the folder is not a run's, or the checkpoint is not there.
+    """
+    return restore_model(pathlib.Path(workdir), checkpoint)
+
+
+def pretrained_model(config: ml_collections.ConfigDict) -> Model:
+    """Returns the pretrained towers of a config as they come, without any training.
+
+    Raises:
+      UserError: if anything of them would be random.
+    """
+    config, architectures = configuration.resolve(config)
+    for tower in towers.TOWERS:
+        if not config.encoder[tower].pretrained:
+            raise UserError(
+                f"config.encoder.{tower}.pretrained is empty: from random weights there is nothing "
+                "to score without training"
+            )
+    if config.encoder.projection_dim:
+        raise UserError(
+            f"config.encoder.projection_dim is {config.encoder.projection_dim}: a projection "
+            "starts from random weights, so there is nothing to score without training"
+        )
+    mesh = sharding.create_mesh()
+    tokenizer = caption_lib.load_tokenizer(config.data.tokenizer)
+    model = build_model(config, architectures, tokenizer, mesh)
+    params = towers.pretrained_params(config.encoder, {})
+    return model.with_params(jax.device_put(params, sharding.replicated(mesh)))
+
+
+def _abstract_fields(model):
+    """Returns the shapes, dtypes and shardings of what a model takes from a checkpoint."""
+    config = model.config
+
+    def create(rng):
+        params, dim = initial_params(model.module, config, rng)
+        return {
+            "params": params,
+            "momentum_params": params,
+            "queue": MemoryQueue.create(rng, config.queue_size, dim),
+            "stats": SimilarityStatistics.create(),
+        }
+
+    return sharding.abstract_on(model.mesh, jax.eval_shape(create, jax.random.key(0)))

@@ -1,0 +1,62 @@
+"""The tokenizer of a run: fitted, loaded, or kept in its workdir."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import ml_collections
+import transformers
+
+from fne_jax.data import captions as caption_lib
+from fne_jax.errors import UserError
+
+DIRECTORY = "tokenizer"
+
+
+def run_tokenizer(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path | None, captions: Sequence[str]
+) -> transformers.PreTrainedTokenizerBase:
+    """Returns the tokenizer of a run; nothing is written.
+
+    It is the one in the workdir if there is one; else, if it is to be fitted, that of the run whose
+    weights this run begins with, or a new one; else the one that the config names.
+
+    Args:
+      config: The resolved config.
+      workdir: The folder of the run, or None for a run without one.
+      captions: The raw training captions, to fit a tokenizer to.
+
+    Raises:
+      UserError: if the config names a tokenizer or a run that is not there.
+    """
+    if workdir is not None and (workdir / DIRECTORY).is_dir():
+        return stored_tokenizer(workdir)
+    if config.data.tokenizer != caption_lib.TRAIN:
+        return caption_lib.load_tokenizer(config.data.tokenizer)
+    if config.init_from:
+        return stored_tokenizer(pathlib.Path(config.init_from))
+    return caption_lib.fit_tokenizer(clean_captions(config, captions), config.data.vocab_size)
+
+
+def store_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, workdir: pathlib.Path) -> None:
+    """Keeps a run's tokenizer in its workdir, unless one is there."""
+    if not (workdir / DIRECTORY).is_dir():
+        caption_lib.save_tokenizer(tokenizer, workdir / DIRECTORY)
+
+
+def stored_tokenizer(workdir: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
+    """Returns the tokenizer that a workdir holds.
+
+    Raises:
+      UserError: if there is none.
+    """
+    folder = workdir / DIRECTORY
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not there: {workdir} is not the workdir of a run")
+    return caption_lib.load_tokenizer(str(folder))
+
+
+def clean_captions(config: ml_collections.ConfigDict, captions: Sequence[str]) -> list[str]:
+    """Returns captions as the tokenizer gets them: cleaned, and cut to `data.max_words` words."""
+    return [caption_lib.clean_caption(text, config.data.max_words) for text in captions]
