@@ -5,7 +5,6 @@ import dataclasses
 import html.parser
 import logging
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -233,8 +232,7 @@ def test_the_page_is_safe_and_complete(tmp_path, evaluated):
 def test_the_page_of_a_run_that_knows_little(tmp_path, evaluated):
     """One image, no metrics.jsonl, no statistics."""
     split = hostile_split(images=1)
-    nothing = types.SimpleNamespace(stats=SimilarityStatistics.create())
-    evaluated = dataclasses.replace(evaluated, state=nothing)
+    evaluated = dataclasses.replace(evaluated, stats=SimilarityStatistics.create())
     path = run_report.write_run_report(tmp_path, evaluated, split, *embeddings(split), {}, "val")
     page = Page(path.read_text())
     assert_safe_and_complete(page)
