@@ -33,26 +33,21 @@ def get_config() -> ConfigDict:
     mesh.fsdp = 1
 
     config.data = data = ConfigDict()
-    # flickr8k, flickr30k, coco (dataset_<source>.json and images/ in `dir`); karpathy (any
-    # dataset_*.json of that layout); json_lists (the authors' *train*.json, *val*.json and
-    # *test*.json); csv or jsonl (a table of pairs of your own); shapes (drawn); npz
-    # (`dir`/<split>.npz arrays); or synthetic (made up in memory).
+    # Where the pairs come from: one of the sources in fne_jax/data/sources/registry.py, e.g. coco,
+    # csv or shapes. "Your own data" in the README says what each expects in `dir`.
     data.source = "karpathy"
     # Folder of the source, local or remote (gs://...); of csv and jsonl also the table itself.
     data.dir = ""
     # Where prepared datasets are kept, local or remote.
     data.cache_dir = "~/.cache/fne_jax"
-    # Pixels that the shorter side of a stored picture is reduced to where it is longer, so that
-    # decoding stays cheap; 0 stores pictures as they are.
+    # Pixels that the shorter side of a stored image is reduced to where it is longer, so that
+    # decoding stays cheap; 0 stores images as they are.
     data.resize_to = 0
     # Most images and captions that may be left out because they cannot be used.
     data.max_skipped = 0
     # Training augmentation: none (as in evaluation), crop_flip (random resized crop and mirroring),
     # or randaugment (both, and RandAugment(2, 7), as in the paper).
     data.augmentation = "crop_flip"
-    # Where it is done: host (all cores, OpenCV), or device (in the train step, from whole pictures
-    # on squares of 4/3 of `image_size`), for hosts with few cores.
-    data.augment_on = "host"
     # Name of a Hugging Face tokenizer, a local folder, "train" to fit one to the captions, or
     # auto: that of the pretrained text tower, and "train" without one.
     data.tokenizer = "auto"
@@ -65,7 +60,7 @@ def get_config() -> ConfigDict:
     # Batches prepared ahead of the step.
     data.prefetch = 4
 
-    # The drawn dataset. The density of false negatives falls as the vocabulary grows.
+    # The rendered dataset. The density of false negatives falls as the vocabulary grows.
     data.shapes = shapes = ConfigDict()
     shapes.seed = 0
     shapes.train_images = 10000

@@ -1,4 +1,4 @@
-"""Small encoders from random weights on drawn scenes whose false negatives are known.
+"""Small encoders from random weights on rendered scenes whose false negatives are known.
 
 bash launch/local.sh configs/shapes.py runs/shapes
 """
@@ -20,7 +20,7 @@ def get_config():
 
     image, text = config.encoder.image, config.encoder.text
     image.image_size = 64
-    image.patch_size = 32  # a quarter of the picture, where one object can stand
+    image.patch_size = 32  # a quarter of the image, where one object can stand
     image.layers, image.width, image.heads, image.mlp_width = 3, 128, 4, 256
     text.layers, text.width, text.heads, text.mlp_width = 2, 128, 4, 256
     text.max_length = 16

@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
     images = commands.add_parser(
         "input", help="training images read, decoded, augmented and batched, beside PIL"
     )
-    images.add_argument("--pictures", type=int, default=64, help="pictures to draw")
+    images.add_argument("--images", "--pictures", type=int, default=64, help="images to render")
     images.add_argument("--batch", type=int, default=32, help="images in a batch")
     images.add_argument("--batches", type=int, default=16, help="in each measurement")
     images.add_argument("--repeats", type=int, default=5, help="measurements of each pipeline")
@@ -141,7 +141,7 @@ def measure_input(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """
     from fne_jax.benchmarks import input as input_benchmark
 
-    names = ("pictures", "batch", "batches", "repeats")
+    names = ("images", "batch", "batches", "repeats")
     _check_positive(options, *names)
     yield from input_benchmark.input_pipeline(*(getattr(options, name) for name in names))
 

@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fne_jax.data.images.augmentation import AUGMENTATIONS
+from fne_jax.data.sources.registry import find_source
 from fne_jax.encoders import towers
 from fne_jax.encoders.dual_encoder import CHECKPOINT, LONGEST_POOLING
 from fne_jax.errors import UserError
@@ -37,6 +38,11 @@ MAY_CHANGE = (
     "max_bad_steps",
     "mesh.",
 )
+
+# Fields that are gone: the value that a stored config may still have, and why they went.
+REMOVED_FIELDS = {"data.augment_on": ("host", "images are augmented on the host")}
+# The last commit that reads other values of them.
+_BEFORE_REMOVAL = "67ae0d0"
 
 
 def load_config(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
@@ -85,6 +91,8 @@ def _parse(path, overrides):
 def _check_field(name, fields):
     if name in fields:
         return
+    if name in REMOVED_FIELDS:
+        raise UserError(f"config.{name} was removed: {REMOVED_FIELDS[name][1]}")
     if any(field.startswith(name + ".") for field in fields):
         raise UserError(f"config.{name} is a group of fields; set one of its fields")
     near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5)
@@ -154,15 +162,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if not 0 <= config.momentum < 1:
         raise UserError(f"config.momentum is {config.momentum}; expected a number in [0, 1)")
-    choices = {
-        "data.augmentation": ("none", *AUGMENTATIONS),
-        "data.augment_on": ("host", "device"),
-    }
-    for name, values in choices.items():
-        if fields[name] not in values:
-            raise UserError(
-                f"config.{name} is {fields[name]!r}; expected one of {', '.join(values)}"
-            )
+    find_source(config.data.source)
+    augmentations = ("none", *AUGMENTATIONS)
+    if config.data.augmentation not in augmentations:
+        raise UserError(
+            f"config.data.augmentation is {config.data.augmentation!r}; expected one of "
+            f"{', '.join(augmentations)}"
+        )
     if config.queue_size < config.global_batch_size:
         raise UserError(
             f"config.queue_size is {config.queue_size}, smaller than a batch "
@@ -317,15 +323,32 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     """Returns the config stored with a run.
 
     Raises:
-      UserError: if there is none, or it is damaged.
+      UserError: If there is none, it is damaged, or it asks for what was removed.
     """
     path = workdir / FILE_NAME
     if not path.is_file():
         raise UserError(f"{path} is not there: {workdir} is not the workdir of a run")
     try:
-        return ml_collections.ConfigDict(json.loads(path.read_text())).lock()
+        config = ml_collections.ConfigDict(json.loads(path.read_text()))
     except ValueError as error:
         raise UserError(f"{path}: not a JSON file: {error}") from error
+    _drop_removed_fields(config, path)
+    return config.lock()
+
+
+def _drop_removed_fields(config, path):
+    """Drops the removed fields of a stored config, or raises UserError if they matter."""
+    stored = flatten(config)
+    for name, (kept, reason) in REMOVED_FIELDS.items():
+        if name not in stored:
+            continue
+        if stored[name] != kept:
+            raise UserError(
+                f"{path}: config.{name} is {stored[name]!r}, but the field was removed: {reason}. "
+                f"Commit {_BEFORE_REMOVAL} still reads this run"
+            )
+        group, _, leaf = name.rpartition(".")
+        del (config[group] if group else config)[leaf]
 
 
 def _through_json(config):

@@ -1,7 +1,7 @@
 """Prepares a dataset: python -m fne_jax.prepare --config=configs/shapes.py.
 
-Every picture and caption is checked; what cannot be used is listed in skipped.json. Stopped and
-called again, it goes on where it was.
+Every image and caption is checked; what cannot be used is listed in skipped.json. Stopped and
+called again, the command goes on where it was.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import signal
 
+import ml_collections
 import numpy as np
 
 from fne_jax import command_line, configuration
+from fne_jax.data.pairs import SPLITS, PairDataset
+from fne_jax.data.sources.registry import InMemory, find_source
 from fne_jax.errors import Interrupted, UserError
 
 
@@ -26,11 +29,7 @@ def main(arguments: list[str]) -> None:
     if options.resize_to is not None:
         overrides.append(f"--config.data.resize_to={options.resize_to}")
     config = configuration.load_config(options.config, overrides)
-
-    from fne_jax.data import pairs
-
-    pairs.check_source(config.data)
-    if config.data.source in pairs.IN_MEMORY_SOURCES:
+    if isinstance(find_source(config.data.source), InMemory):
         raise UserError(
             f"config.data.source is {config.data.source!r}, which is read as it is: there is "
             "nothing to prepare"
@@ -39,14 +38,15 @@ def main(arguments: list[str]) -> None:
         _prepare(config.data)
 
 
-def _prepare(data):
-    from fne_jax.data import loading, pairs
-    from fne_jax.data.preparation import captioned_images, pair_builder
+def _prepare(data: ml_collections.ConfigDict) -> None:
+    # Kept out of the module's imports: TensorFlow takes seconds to import, which a mistake in the
+    # command line should not have to wait for.
+    from fne_jax.data.preparation import captioned_images, pair_builder, prepared_datasets
 
-    builder = loading.prepared_builder(data)
+    builder = prepared_datasets.prepared_builder(data)
     written = pair_builder.stored_summaries(builder)
-    for split in pairs.SPLITS:
-        read = pair_builder.summarize(loading.record_source(builder, split))
+    for split in SPLITS:
+        read = pair_builder.summarize(prepared_datasets.record_source(builder, split))
         print(
             f"{split:6}{read.images:9,} images {read.captions:9,} captions"
             f"   checksum {read.checksum}"
@@ -60,12 +60,12 @@ def _prepare(data):
     if isinstance(builder, captioned_images.CaptionedImages):
         print(f"skipped: {len(builder.skipped())}, listed in {builder.skipped_path()}")
     print(f"prepared in {builder.data_dir}")
-    test = loading.prepared_split(builder, "test")
+    test = prepared_datasets.prepared_split(builder, "test")
     if test.truth is not None:
         print(_density(test))
 
 
-def _density(test):
+def _density(test: PairDataset) -> str:
     truth = test.truth.matrix()
     unlabelled = truth & (np.arange(len(truth))[:, None] != test.caption_image)
     share = unlabelled.sum() / (truth.size - len(test.captions))
@@ -74,7 +74,7 @@ def _density(test):
 
 @contextlib.contextmanager
 def _stopping_in_good_order():
-    """Lets SIGINT and SIGTERM end the command by an exception, so that what is half-made goes."""
+    """Lets SIGINT and SIGTERM end the command by an exception, so that nothing half-made stays."""
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, _stop) for number in signals}
     try:
@@ -86,7 +86,7 @@ def _stopping_in_good_order():
 
 def _stop(number, frame):
     del frame
-    raise Interrupted(number, "stopped; the same command goes on with the pictures not checked yet")
+    raise Interrupted(number, "stopped; the same command goes on with the images not checked yet")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def break_key(content):
     del content["images"][2]["sentences"]
 
 
-def break_picture(content):
+def break_image(content):
     content["images"][1]["filename"] = "gone.jpg"
 
 
@@ -209,7 +209,7 @@ def break_split(content):
     ("break_it", "parts"),
     [
         (break_key, ("images[2]", "'sentences' is missing")),
-        (break_picture, ("images[1]", "no picture", "gone.jpg")),
+        (break_image, ("images[1]", "no image", "gone.jpg")),
         (break_captions, ("images[3]", "list of captions is empty")),
         (break_split, ("images[0]", "'training'", "train, restval, val, test")),
     ],

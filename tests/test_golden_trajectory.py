@@ -21,7 +21,7 @@ from fne_jax.parallel.sharding import StepLayout, create_mesh
 from fne_jax.training.encoder_passes import WholeBatch
 from fne_jax.training.optimizer import build_optimizer
 from fne_jax.training.train_state import TrainState
-from fne_jax.training.train_step import given_pixels, train_step
+from fne_jax.training.train_step import train_step
 
 # Float32 over ten steps, on figures of size 1: 7e-7 was measured for losses and gradient norms,
 # 3e-6 for statistics, 2e-7 for the queue and 4e-7 for weights, which move by 1e-3 and more.
@@ -110,7 +110,6 @@ def build_step(arrays, *, warmup):
         return train_step(
             name_by_place(state, batch),
             batch,
-            augment=given_pixels,
             passes=WholeBatch(),
             layout=StepLayout(create_mesh(devices=jax.devices()[:1])),
             objective=objective,

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from fne_jax.data.batches import BatchOrder
-from fne_jax.data.images.augmentation import FILL, OPERATIONS, Augmentation, draw
+from fne_jax.data.images.augmentation import FILL, OPERATIONS, Augmentation, sample
 
 
 def pil_batches(
@@ -20,37 +20,37 @@ def pil_batches(
     """Yields [batch, size, size, 3] uint8 batches, from files that are read as they come.
 
     Args:
-      files: a JPEG for each pair.
-      order: of the pairs.
-      steps: the batches to yield.
-      augmentation: a key of `augmentation.AUGMENTATIONS`.
-      size: pixels of a side.
+      files: A JPEG for each pair.
+      order: The order of the pairs.
+      steps: The batches to yield.
+      augmentation: A key of `augmentation.AUGMENTATIONS`.
+      size: The pixels of a side.
     """
     for rows in order.rows(steps):
         images = []
         for pair in rows.pair:
-            picture = Image.open(io.BytesIO(files[pair].read_bytes()))
-            width, height = picture.size
-            drawn = draw(augmentation, order.seed, rows.epoch, int(pair), height, width)
-            images.append(np.asarray(_augmented(_cropped(picture, drawn, size), drawn)))
+            image = Image.open(io.BytesIO(files[pair].read_bytes()))
+            width, height = image.size
+            sampled = sample(augmentation, order.seed, rows.epoch, int(pair), height, width)
+            images.append(np.asarray(_augment(_crop(image, sampled, size), sampled)))
         yield np.stack(images)
 
 
-def _cropped(picture, drawn: Augmentation, size: int) -> Image.Image:
+def _crop(image: Image.Image, sampled: Augmentation, size: int) -> Image.Image:
     """Decodes no larger than needed, then crops and resizes in one call."""
-    width, height = picture.size
-    top, left, crop_height, crop_width = drawn.window
+    width, height = image.size
+    top, left, crop_height, crop_width = sampled.window
     least = math.ceil(size * width / crop_width), math.ceil(size * height / crop_height)
-    picture.draft("RGB", least)
-    x, y = picture.width / width, picture.height / height
+    image.draft("RGB", least)
+    x, y = image.width / width, image.height / height
     box = (left * x, top * y, (left + crop_width) * x, (top + crop_height) * y)
-    return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
-def _augmented(image: Image.Image, drawn: Augmentation) -> Image.Image:
-    if drawn.mirrored:
+def _augment(image: Image.Image, sampled: Augmentation) -> Image.Image:
+    if sampled.mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for operation, argument in zip(drawn.operations, drawn.arguments, strict=True):
+    for operation, argument in zip(sampled.operations, sampled.arguments, strict=True):
         image = _OPERATIONS[OPERATIONS[operation]](image, argument)
     return image
 
@@ -81,18 +81,18 @@ _OPERATIONS = {
 }
 
 
-def _decode(jpeg, drawn):
-    del drawn
-    picture = Image.open(io.BytesIO(jpeg))
-    picture.load()
-    return picture
+def _decode(jpeg, sampled):
+    del sampled
+    image = Image.open(io.BytesIO(jpeg))
+    image.load()
+    return image
 
 
 def pil_stages(size: int) -> dict[str, Callable]:
-    """Returns the stages of a picture by name; each takes what the one before gives."""
+    """Returns the stages of an image by name; each takes what the one before gives."""
     return {
         "decode": _decode,
-        "crop and resize": lambda picture, drawn: _cropped(picture, drawn, size),
-        "mirror and RandAugment": _augmented,
+        "crop and resize": lambda image, sampled: _crop(image, sampled, size),
+        "mirror and RandAugment": _augment,
         "to an array": lambda image, _: np.asarray(image),
     }

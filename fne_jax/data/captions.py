@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import numpy as np
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
+from fne_jax import files
 from fne_jax.errors import UserError
 
 _TO_SPACE = re.compile(r"[-/]")
@@ -28,7 +28,7 @@ TRAIN = "train"  # the tokenizer name that asks for a fitted one
 def clean_caption(text: str, max_words: int) -> str:
     """Returns a caption in lower case, without most punctuation, of at most `max_words` words.
 
-    Hyphens and slashes part words, `<person>` loses its brackets; the rest as the authors do it.
+    Hyphens and slashes part words, and `<person>` loses its brackets, as in the authors' code.
     """
     text = _TO_NOTHING.sub("", _TO_SPACE.sub(" ", text.lower())).replace("<person>", "person")
     return " ".join(text.split()[:max_words])
@@ -41,8 +41,8 @@ def fit_tokenizer(captions: Sequence[str], vocab_size: int) -> transformers.PreT
     pieces in alphabetical order.
 
     Args:
-      captions: cleaned captions.
-      vocab_size: most token ids.
+      captions: The cleaned captions.
+      vocab_size: The largest number of token ids.
     """
     special = list(_SPECIAL.values())
     learner = _wordpiece(None)
@@ -75,7 +75,7 @@ def load_tokenizer(name_or_path: str) -> transformers.PreTrainedTokenizerBase:
     """Returns a Hugging Face tokenizer by hub name or local folder.
 
     Raises:
-      UserError: if there is none.
+      UserError: If there is none.
     """
     try:
         return transformers.AutoTokenizer.from_pretrained(name_or_path)
@@ -89,10 +89,9 @@ def load_tokenizer(name_or_path: str) -> transformers.PreTrainedTokenizerBase:
 
 
 def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: pathlib.Path) -> None:
-    """Writes the tokenizer; a folder of that name is always whole."""
-    scratch = folder.with_name(folder.name + ".incomplete")
-    tokenizer.save_pretrained(scratch)
-    os.rename(scratch, folder)
+    """Writes the tokenizer into a folder that appears complete or not at all."""
+    with files.whole_folder(folder) as scratch:
+        tokenizer.save_pretrained(scratch)
 
 
 def tokenize(
@@ -100,8 +99,8 @@ def tokenize(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns ids and masks, both [captions, length] int32, padded and truncated to `length`.
 
-    Masks are 1 throughout for tokenizers that give none, as SigLIP's, whose encoders were trained
-    on padded texts.
+    Masks are 1 throughout for tokenizers that give none, such as SigLIP's, whose encoders were
+    trained on padded texts.
     """
     encoded = tokenizer(
         list(captions),

@@ -1,7 +1,7 @@
 """Reading, decoding and augmenting images with tf.data, deterministically and in parallel.
 
-The work on a picture is NumPy and OpenCV inside `tf.numpy_function`, several times faster than
-TensorFlow's own operations; both release Python's lock while they work, so that a map over pictures
+The work on an image is NumPy and OpenCV inside `tf.numpy_function`, several times faster than
+TensorFlow's own operations; both release Python's lock while they work, so that a map over images
 uses all cores.
 """
 
@@ -14,47 +14,43 @@ import numpy as np
 import tensorflow as tf
 
 from fne_jax.data.images import preprocessing
-from fne_jax.data.images.training_rows import RowMaker
+from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.preparation.records import RecordSource
 from fne_jax.errors import UserError
 
 
-def read_training_rows(
+def read_training_images(
     source: RecordSource,
     rows: Iterator[tuple[np.ndarray, int, np.ndarray]],
-    make_row: RowMaker,
+    make_image: TrainingImages,
     batch_size: int,
     prefetch: int,
-) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Yields the pairs and the arrays of each batch.
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the pairs and the images of each batch.
 
     Args:
-      source: of the records.
-      rows: for each batch the images' indices [batch], the epoch, and the pairs' indices [batch].
-      make_row: of a JPEG, the epoch and the pair.
-      batch_size: rows in a batch.
-      prefetch: batches prepared ahead.
+      source: The records of the split.
+      rows: For each batch the [batch] indices of the images, the epoch, and the [batch] indices of
+        the pairs.
+      make_image: What makes a training image of a JPEG, the epoch and the pair.
+      batch_size: The rows in a batch.
+      prefetch: The number of batches that are prepared ahead.
 
     Yields:
-      [batch] int32 pair indices, and the rows' arrays with a batch axis before their own.
+      The [batch] int32 indices of the pairs, and the [batch, side, side, 3] uint8 images.
 
     Raises:
-      UserError: naming a record that cannot be read or decoded.
+      UserError: If a record cannot be read or decoded; it names the record.
     """
     records = _Records(source)
-    signature = make_row.signature
-    dtypes = [tf.as_dtype(dtype) for _, dtype in signature.values()]
 
     def made(jpeg, image, epoch, pair):
         with records.naming(image):
-            row = make_row(jpeg, int(epoch), int(pair))
-            return [row[name] for name in signature]
+            return make_image(jpeg, int(epoch), int(pair))
 
-    def arrays(jpeg, image, epoch, pair):
-        values = tf.numpy_function(made, [jpeg, image, epoch, pair], dtypes, stateful=False)
-        for value, (shape, _) in zip(values, signature.values(), strict=True):
-            value.set_shape(shape)
-        return pair, dict(zip(signature, values, strict=True))
+    def pixels(jpeg, image, epoch, pair):
+        made_image = tf.numpy_function(made, [jpeg, image, epoch, pair], tf.uint8, stateful=False)
+        return pair, tf.ensure_shape(made_image, [make_image.size, make_image.size, 3])
 
     def split(image, epoch, pair):
         jpegs = tf.numpy_function(records.read, [image], tf.string, stateful=False)
@@ -65,7 +61,7 @@ def read_training_rows(
         lambda: rows, output_signature=(columns, tf.TensorSpec([], tf.int32), columns)
     )
     batches = batches.map(split, num_parallel_calls=2, deterministic=True)
-    batches = batches.unbatch().map(arrays, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    batches = batches.unbatch().map(pixels, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     yield from records.iterate(batches.batch(batch_size).prefetch(prefetch))
 
 
@@ -75,13 +71,13 @@ def read_evaluation_images(
     """Yields [batch_size, side, side, 3] uint8 images, zeros after those that a part names.
 
     Args:
-      source: of the records.
-      parts: the images of each batch, up to batch_size.
-      image_size: pixels of a side.
-      batch_size: rows in a batch.
+      source: The records of the split.
+      parts: The images of each batch, at most `batch_size` of them.
+      image_size: The pixels of a side.
+      batch_size: The rows in a batch.
 
     Raises:
-      UserError: naming a record that cannot be read or decoded.
+      UserError: If a record cannot be read or decoded; it names the record.
     """
     records = _Records(source)
 
@@ -115,14 +111,14 @@ class _Records:
         self._failure: UserError | None = None
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the JPEGs of records."""
+        """Returns the JPEGs of records as a [records] array of bytes."""
         with self._kept():
             records = self._source.__getitems__(indices.tolist())
         return np.array([record["image"] for record in records], object)
 
     @contextlib.contextmanager
     def naming(self, index: int) -> Iterator[None]:
-        """Gives the error that a damaged picture causes the name of the record."""
+        """Turns the error that a damaged image causes into one that names the record."""
         with self._kept():
             try:
                 yield

@@ -22,7 +22,8 @@ import transformers
 from fne_jax import configuration
 from fne_jax.data import captions as caption_lib
 from fne_jax.data.images import preprocessing
-from fne_jax.data.pairs import PairDataset, load_split, with_captions_per_image
+from fne_jax.data.loading import load_split
+from fne_jax.data.pairs import PairDataset, with_captions_per_image
 from fne_jax.encoders import towers
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints, tokenizers
@@ -128,7 +129,7 @@ class Model:
                     )
                 pixels[row] = preprocessing.evaluation_image(image, size)
             else:
-                pixels[row] = preprocessing.read_picture(pathlib.Path(image), size)
+                pixels[row] = preprocessing.read_image(pathlib.Path(image), size)
         return self.embedder.pixels(self.params, pixels)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import ml_collections
 
 from fne_jax import configuration
-from fne_jax.data.images.training_rows import row_maker
 from fne_jax.encoders.attention import AUTO
 from fne_jax.model.model import build_model, build_module
 from fne_jax.parallel import sharding
@@ -131,9 +130,8 @@ def _vocabulary(config):
 def _abstract_batch(config, mesh) -> dict[str, Any]:
     batch, side = config.global_batch_size, config.encoder.image.image_size
     tokens = (batch, config.data.text_length)
-    make_row = row_maker(config.data.augmentation, config.data.augment_on, 0, side)
-    shapes = {name: ((batch, *shape), dtype) for name, (shape, dtype) in make_row.signature.items()}
-    shapes |= {
+    shapes = {
+        "image": ((batch, side, side, 3), jnp.uint8),
         "input_ids": (tokens, jnp.int32),
         "attention_mask": (tokens, jnp.int32),
         "image_id": ((batch,), jnp.int32),

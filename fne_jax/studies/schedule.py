@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from fne_jax.command_line import set_up_logging
-from fne_jax.data.pairs import load_split
+from fne_jax.data.loading import load_split
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.studies import execution
 from fne_jax.studies.cells import Run

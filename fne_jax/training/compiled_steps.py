@@ -10,13 +10,12 @@ import ml_collections
 import numpy as np
 import optax
 
-from fne_jax.data.images import device_augmentation
 from fne_jax.objectives import registry
 from fne_jax.parallel import sharding
 from fne_jax.training.encoder_passes import MicroBatches, WholeBatch
 from fne_jax.training.timeline import Phase, Timeline
 from fne_jax.training.train_state import TrainState
-from fne_jax.training.train_step import given_pixels, train_step
+from fne_jax.training.train_step import train_step
 
 
 def jitted_steps(
@@ -44,7 +43,6 @@ def jitted_steps(
     if config.micro_batches > 1:
         passes = MicroBatches(config.micro_batches, sharding.micro_batch_sharding(mesh))
     shared = {
-        "augment": augmentation_in_step(config),
         "passes": passes,
         "layout": sharding.StepLayout(mesh),
         "momentum": config.momentum,
@@ -69,14 +67,6 @@ def jitted_steps(
         )
         for phase, kind in kinds.items()
     }
-
-
-def augmentation_in_step(config: ml_collections.ConfigDict) -> Callable:
-    """Returns the train step's `augment`."""
-    if config.data.augment_on == "host" or config.data.augmentation == "none":
-        return given_pixels
-    size = config.encoder.image.image_size
-    return functools.partial(device_augmentation.augment_batch, size=size)
 
 
 def compile_phases(

@@ -15,7 +15,9 @@ import transformers
 
 from fne_jax import configuration
 from fne_jax.data.batches import Batch, BatchOrder, training_batches
-from fne_jax.data.pairs import PairDataset, load_split
+from fne_jax.data.images.preprocessing import TrainingImages
+from fne_jax.data.loading import load_split
+from fne_jax.data.pairs import PairDataset
 from fne_jax.encoders import towers
 from fne_jax.errors import UserError
 from fne_jax.model.model import Model, build_model, load_evaluation_split
@@ -168,14 +170,9 @@ def batches_of(
     return training_batches(
         train,
         tokens,
-        order,
-        steps,
-        image_size=config.encoder.image.image_size,
-        augmentation=config.data.augmentation,
-        augment_on=config.data.augment_on,
-        process=jax.process_index(),
-        processes=jax.process_count(),
-        prefetch=config.data.prefetch,
+        order.rows(steps, jax.process_index(), jax.process_count()),
+        TrainingImages(config.encoder.image.image_size, config.data.augmentation, config.seed),
+        config.data.prefetch,
     )
 
 

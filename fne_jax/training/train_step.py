@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,7 +31,6 @@ def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
     *,
-    augment: Callable[[dict[str, jax.Array]], jax.Array],
     passes: EncoderPasses,
     layout: StepLayout,
     objective: Objective,
@@ -53,8 +51,6 @@ def train_step(
       state: donated by the jitted form.
       batch: `image` [batch, side, side, 3] uint8, `input_ids` and `attention_mask` [batch, length]
         int32, `image_id` and `pair_id` [batch] int32.
-      augment: of the batch, the [batch, size, size, 3] uint8 pixels to train on: `given_pixels`, or
-        `device_augmentation.augment_batch`, which reads further arrays of the batch.
       passes: how the batch goes through the encoders.
       layout: of the arrays over the devices.
       objective: the loss of this phase of the run.
@@ -96,7 +92,7 @@ def train_step(
         )
         return layout.rows(embeddings)
 
-    inputs = {"image": augment(batch)} | {k: batch[k] for k in ("input_ids", "attention_mask")}
+    inputs = {k: batch[k] for k in ("image", "input_ids", "attention_mask")}
     with jax.named_scope(MOMENTUM_ENCODERS):
         momentum_embeddings = passes.embed(encode, momentum_params, inputs)
     with jax.named_scope(MEMORY):
@@ -153,11 +149,6 @@ def train_step(
             )
         }
     return new.replace(**held), scalars, negatives
-
-
-def given_pixels(batch: dict[str, jax.Array]) -> jax.Array:
-    """Returns the batch's pictures as they came; the host augmented them."""
-    return batch["image"]
 
 
 def statistics_scalars(stats: SimilarityStatistics) -> dict[str, Any]:

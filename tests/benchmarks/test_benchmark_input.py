@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from fne_jax.data.images.training_rows import HostRows
 
 from fne_jax import benchmark
 from fne_jax.benchmarks import input as input_benchmark
 from fne_jax.benchmarks import pil_pipeline
 from fne_jax.data.batches import BatchOrder
 from fne_jax.data.images import augmentation
-from fne_jax.data.images.training_rows import HostRows
 from fne_jax.errors import UserError
 
 

@@ -16,7 +16,7 @@ import fne_jax
 from configs import base, flickr30k, flickr30k_reference
 from fne_jax import configuration, convert, evaluate
 from fne_jax.data import captions
-from fne_jax.data.pairs import load_split
+from fne_jax.data.loading import load_split
 from fne_jax.encoders.dual_encoder import pool_mean_to_longest
 from fne_jax.errors import UserError
 from fne_jax.model.model import restore_model

@@ -13,9 +13,10 @@ from PIL import Image
 
 from fne_jax.data import batches
 from fne_jax.data.batches import BatchOrder, evaluation_images, training_batches
-from fne_jax.data.pairs import PairDataset, load_split
+from fne_jax.data.images.preprocessing import TrainingImages
+from fne_jax.data.loading import load_split
+from fne_jax.data.pairs import PairDataset
 from fne_jax.data.preparation.records import RecordSource
-from fne_jax.data.sources import karpathy
 from fne_jax.errors import UserError
 from tests.support.tiny import tiny_config, write_karpathy
 
@@ -38,16 +39,9 @@ def tokens_of(dataset):
 
 
 def batches_of(dataset, order, steps, augmentation="crop_flip", **where):
+    make_image = TrainingImages(8, augmentation, order.seed)
     return list(
-        training_batches(
-            dataset,
-            tokens_of(dataset),
-            order,
-            steps,
-            image_size=8,
-            augmentation=augmentation,
-            **where,
-        )
+        training_batches(dataset, tokens_of(dataset), order.rows(steps, **where), make_image)
     )
 
 
@@ -93,21 +87,21 @@ def test_reads_the_pairs_that_it_names(prepared):
             assert difference < 2, "as PIL's bicubic, within rounding"
 
 
-@pytest.mark.parametrize("augment_on", ["host", "device"])
-def test_resume_and_processes_see_the_same_batches(prepared, augment_on):
+def test_resume_and_processes_see_the_same_batches(prepared):
     _, splits = prepared
     train = splits["train"]  # 13 pairs, which no batch divides
     order = BatchOrder(5, len(train.captions), 4)
-    where = {"augmentation": "randaugment", "augment_on": augment_on}
-    whole = batches_of(train, order, range(7), **where)
+    full = batches_of(train, order, range(7), "randaugment")
     for start in (3, 6):
-        assert_same(whole[start:], batches_of(train, order, range(start, 7), **where))
-    parts = [batches_of(train, order, range(7), process=p, processes=4, **where) for p in range(4)]
+        assert_same(full[start:], batches_of(train, order, range(start, 7), "randaugment"))
+    parts = [
+        batches_of(train, order, range(7), "randaugment", process=p, processes=4) for p in range(4)
+    ]
     joined = [
         {name: np.concatenate([part[name] for part in batch]) for name in batch[0]}
         for batch in zip(*parts, strict=True)
     ]
-    assert_same(whole, joined)
+    assert_same(full, joined)
 
 
 def test_a_pair_is_augmented_alike_in_whatever_batch_it_comes(prepared):
@@ -185,7 +179,7 @@ class Jpegs:
 def dataset_of(jpegs):
     count = len(jpegs)
     return PairDataset(
-        captions=["a picture"] * count,
+        captions=["an image"] * count,
         caption_image=np.arange(count, dtype=np.int32),
         image_id=np.arange(count, dtype=np.int32) + 100,
         images=RecordSource(Jpegs(jpegs), "a list"),
@@ -199,9 +193,8 @@ def test_a_damaged_record_is_named():
     jpegs[4] = jpegs[4][:300]
     dataset = dataset_of(jpegs)
     message = r"record 4 of a list is damaged \(.*prepare the dataset again"
-    for augment_on in ("host", "device"):
-        with pytest.raises(UserError, match=message):
-            batches_of(dataset, BatchOrder(0, 6, 3), range(2), augment_on=augment_on)
+    with pytest.raises(UserError, match=message):
+        batches_of(dataset, BatchOrder(0, 6, 3), range(2))
     with pytest.raises(UserError, match=message):
         list(evaluation_images(dataset, 8, 4))
 
@@ -230,9 +223,8 @@ def test_memory_stays_flat_over_five_epochs():
     dataset = dataset_of([jpeg_bytes(n) for n in range(96)])
     order = BatchOrder(0, 96, 16)
     ids = np.zeros((96, 3), np.int32)
-    batches = training_batches(
-        dataset, (ids, ids), order, range(30), image_size=384, augmentation="randaugment"
-    )
+    make_image = TrainingImages(384, "randaugment", seed=0)
+    batches = training_batches(dataset, (ids, ids), order.rows(range(30)), make_image)
     resident = []
     for step, _ in enumerate(batches):
         if step % 6 == 5:
@@ -245,27 +237,12 @@ def test_in_memory_arrays_go_the_same_way():
     config = tiny_config()
     train = load_split(config.data, 8, "train")
     order = BatchOrder(0, len(train.captions), 16)
-    for augment_on in ("host", "device"):
-        batches = batches_of(train, order, range(4), augment_on=augment_on)
-        again = batches_of(train, order, range(2, 4), augment_on=augment_on)
-        assert_same(batches[2:], again)
+    batches = batches_of(train, order, range(4))
+    assert_same(batches[2:], batches_of(train, order, range(2, 4)))
     for batch in batches_of(train, order, range(4), "none"):
         np.testing.assert_array_equal(
             batch["image"], train.images[train.caption_image[batch["pair_id"]]]
         )
-
-
-def test_splits_keep_order_captions_and_restval(prepared, tmp_path):
-    _, splits = prepared
-    content = write_karpathy(tmp_path / "again")
-    records = karpathy.read_karpathy(tmp_path / "again" / "dataset_made-up.json")
-    assert [r.image_id for r in records["train"]] == list(range(7)), "restval is training data"
-    for split, dataset in splits.items():
-        assert dataset.image_id.tolist() == [r.image_id for r in records[split]]
-        raw = [s["raw"] for r in records[split] for s in content["images"][r.image_id]["sentences"]]
-        assert dataset.captions == raw
-    ids = np.concatenate([d.image_id for d in splits.values()])
-    assert len(set(ids.tolist())) == len(ids) == 14
 
 
 def test_padding_adds_zero_rows():

@@ -12,7 +12,7 @@ from PIL import Image
 import fne_jax
 from fne_jax import configuration, evaluate
 from fne_jax.data import captions
-from fne_jax.data.pairs import load_split
+from fne_jax.data.loading import load_split
 from fne_jax.encoders.towers import read_architectures
 from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, build_module
@@ -156,14 +156,14 @@ def test_a_trained_model_embeds_what_it_is_given(trained, tmp_path):
     stored = read_values(json.loads((trained / "eval_val.json").read_text()))
     assert metrics["rsum"] == pytest.approx(stored["rsum"])
 
-    Image.fromarray(val.images[3]).save(tmp_path / "picture.png")
-    from_file = model.embed_images([tmp_path / "picture.png"])
+    Image.fromarray(val.images[3]).save(tmp_path / "image.png")
+    from_file = model.embed_images([tmp_path / "image.png"])
     np.testing.assert_allclose(from_file[0], image_emb[3], atol=1e-5)
     large = np.kron(val.images[3], np.ones((3, 2, 1), np.uint8))
     np.testing.assert_allclose(model.embed_images([large])[0], image_emb[3], atol=0.1)
 
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xffnothing")
-    with pytest.raises(UserError, match=r"broken.jpg: cannot be read as a picture"):
+    with pytest.raises(UserError, match=r"broken.jpg: cannot be read as an image"):
         model.embed_images([tmp_path / "broken.jpg"])
     with pytest.raises(UserError, match=r"images\[1\]: expected uint8"):
         model.embed_images([val.images[0], np.zeros((4, 4, 3))])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fne_jax import audit
-from fne_jax.data.pairs import KnownTruth
+from fne_jax.data.sources.shapes_scenes import SceneTruth
 from fne_jax.errors import UserError
 from fne_jax.report import audit_pages
 from fne_jax.retrieval import unlabelled
@@ -110,8 +110,8 @@ def test_nothing_found_is_a_page_too(tmp_path):
 
 def test_precision_counts_what_is_in_truth_a_match(monkeypatch):
     split = hostile_split(images=2)
-    truth = KnownTruth(np.zeros((2, 3, 6), int), np.zeros((4, 9), int))
-    monkeypatch.setattr(KnownTruth, "is_true", lambda self, caption, image: caption == 3)
+    truth = SceneTruth(np.zeros((2, 3, 6), int), np.zeros((4, 9), int))
+    monkeypatch.setattr(SceneTruth, "is_true", lambda self, caption, image: caption == 3)
     object.__setattr__(split, "truth", truth)
     caption = np.array([3, 0, 1, 2])
     pairs = unlabelled.UnlabelledPairs(caption, 1 - split.caption_image[caption], *np.ones((2, 4)))

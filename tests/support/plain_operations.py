@@ -1,6 +1,6 @@
 """RandAugment's operations in plain form: PIL's, and moves one pixel at a time.
 
-`python -m tests.support.plain_operations` writes tests/golden/images.npz from them: drawn images in
+`python -m tests.support.plain_operations` writes tests/golden/images.npz from them: rendered images in
 the layout of the authors' figures. Theirs are of photographs that may not be distributed; `pytest
 --golden DIR` compares with them.
 """
@@ -33,14 +33,14 @@ _MOVES = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 
 
 def with_pil(name, image, argument):
-    picture = Image.fromarray(image)
+    source = Image.fromarray(image)
     return np.asarray(
         {
-            "identity": lambda: picture,
-            "autocontrast": lambda: ImageOps.autocontrast(picture),
-            "equalize": lambda: ImageOps.equalize(picture),
-            "brightness": lambda: ImageEnhance.Brightness(picture).enhance(argument),
-            "sharpness": lambda: ImageEnhance.Sharpness(picture).enhance(argument),
+            "identity": lambda: source,
+            "autocontrast": lambda: ImageOps.autocontrast(source),
+            "equalize": lambda: ImageOps.equalize(source),
+            "brightness": lambda: ImageEnhance.Brightness(source).enhance(argument),
+            "sharpness": lambda: ImageEnhance.Sharpness(source).enhance(argument),
         }[name]()
     )
 
@@ -77,24 +77,24 @@ def slow_move(image, name, argument):
     return out
 
 
-def drawn_picture(seed):
+def render_pixels(seed):
     """Returns [160, 170, 3] uint8: soft light and a few hard-edged shapes."""
     rng = np.random.default_rng(seed)
     light = Image.fromarray(rng.integers(30, 226, (6, 7, 3)).astype(np.uint8))
-    picture = light.resize((170, 160), Image.Resampling.BICUBIC)
-    canvas = ImageDraw.Draw(picture)
+    image = light.resize((170, 160), Image.Resampling.BICUBIC)
+    canvas = ImageDraw.Draw(image)
     for _ in range(6):
         x, y = (int(value) for value in rng.integers(0, 130, 2))
         fill = tuple(int(value) for value in rng.integers(10, 246, 3))
         canvas.ellipse([x, y, x + 40, y + 25], fill=fill)
-    return np.asarray(picture) // 16 * 16  # few levels, for a small file
+    return np.asarray(image) // 16 * 16  # few levels, for a small file
 
 
 def write_figures(path):
-    """Writes the figures of two drawn pictures."""
+    """Writes the figures of two rendered images."""
     figures = {}
     for image in ("image0", "image1"):
-        pixels = drawn_picture(int(image[-1]))
+        pixels = render_pixels(int(image[-1]))
         figures[image] = pixels
         for name, title in FIGURES.items():
             argument = ARGUMENTS.get(name, 0.0)

@@ -1,4 +1,4 @@
-"""Made-up datasets in each layout, and pictures damaged in each way."""
+"""Made-up datasets in each layout, and images damaged in each way."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ from PIL import Image
 SPLITS = {"train": 24, "val": 5, "test": 6}
 
 
-def picture(seed=0, width=41, height=29):
+def pixels(seed=0, width=41, height=29):
     """Returns [height, width, 3] uint8 with smooth contents, which JPEG keeps nearly unchanged."""
     rng = np.random.default_rng(seed)
     corners = Image.fromarray(rng.integers(0, 255, (3, 4, 3)).astype(np.uint8))
@@ -27,18 +27,18 @@ def encoded(image, kind="JPEG", **options):
 
 def jpeg(seed=0, **size):
     """Returns a plain RGB JPEG."""
-    return encoded(picture(seed, **size), quality=95)
+    return encoded(pixels(seed, **size), quality=95)
 
 
 def _images(folder):
-    """Writes the pictures; yields (split, path below the folder, captions)."""
+    """Writes the images; yields (split, name of the file, captions)."""
     (folder / "images").mkdir(parents=True)
     number = 0
     for split, count in SPLITS.items():
         for _ in range(count):
-            name = f"picture{number}.jpg"
+            name = f"image{number}.jpg"
             (folder / "images" / name).write_bytes(jpeg(number, width=30 + number % 11))
-            yield split, name, [f"Picture {number}, seen {n} times." for n in range(2 + number % 3)]
+            yield split, name, [f"Image {number}, seen {n} times." for n in range(2 + number % 3)]
             number += 1
 
 
@@ -83,7 +83,7 @@ def write_json_lists(folder):
 
 
 def table_rows(folder):
-    """Writes the pictures and returns rows of pairs, the captions of an image apart."""
+    """Writes the images and returns rows of pairs, the captions of an image apart."""
     rows = [
         {"image": f"images/{name}", "caption": text, "split": split, "image_id": name}
         for split, name, captions in _images(folder)
@@ -110,17 +110,17 @@ def _filled_up(content):
     return content[:half] + bytes(len(content) - half)
 
 
-# Ten kinds of damage that pictures come with; each takes a number and returns a file's content.
-DAMAGED_PICTURES = {
+# Ten kinds of damage that images come with; each takes a number and returns a file's content.
+DAMAGED_IMAGES = {
     "empty": lambda n: b"",
     "a page of HTML": lambda n: b"<!DOCTYPE html><title>404</title>" + b" " * n,
     "noise": lambda n: np.random.default_rng(n).bytes(500 + n),
     "JPEG cut off": lambda n: jpeg(n)[: -20 - 11 * n],
     "JPEG cut off and filled with zeros": lambda n: _filled_up(jpeg(n)),
-    "PNG cut off": lambda n: encoded(picture(n), "PNG")[: 60 + 11 * n],
+    "PNG cut off": lambda n: encoded(pixels(n), "PNG")[: 60 + 11 * n],
     "JPEG without its tables": lambda n: jpeg(n).replace(b"\xff\xdb", b"\xff\xe5"),
     "one pixel wide": lambda n: jpeg(n, width=1, height=40 + n),
-    "floating-point TIFF": lambda n: encoded(picture(n)[..., 0].astype(np.float32), "TIFF"),
+    "floating-point TIFF": lambda n: encoded(pixels(n)[..., 0].astype(np.float32), "TIFF"),
     "an EPS program": lambda n: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n" + b" " * n,
 }
 DAMAGED_CAPTIONS = {

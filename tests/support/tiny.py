@@ -64,17 +64,17 @@ def tiny_config(**fields):
 
 
 def write_karpathy(folder, counts=(7, 3, 4), captions=lambda i: 1 + i % 3):
-    """Writes a Karpathy dataset of made-up pictures of many sizes; returns its JSON content."""
+    """Writes a Karpathy dataset of made-up images of many sizes; returns its JSON content."""
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     entries = []
     for split, count in zip(("train", "val", "test"), counts, strict=True):
         for _ in range(count):
             index = len(entries)
-            name = f"picture{index}.jpg"
+            name = f"image{index}.jpg"
             pixels = rng.integers(0, 255, (20 + index % 9, 33 - index % 7, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(folder / "images" / name, quality=95)
-            raw = [f"Picture number {index}, seen {n} times." for n in range(captions(index))]
+            raw = [f"Image number {index}, seen {n} times." for n in range(captions(index))]
             entries.append(
                 {
                     "filename": name,

@@ -15,7 +15,8 @@ import pytest
 
 from fne_jax import configuration
 from fne_jax.data.batches import training_batches
-from fne_jax.data.pairs import KnownTruth, load_split
+from fne_jax.data.images.preprocessing import TrainingImages
+from fne_jax.data.loading import load_split
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.model.model import restore_model
@@ -51,11 +52,8 @@ def run_steps(config, mesh, steps=STEPS, module=None):
     batches = training_batches(
         train,
         (tokens, np.ones_like(tokens)),
-        order,
-        range(steps),
-        image_size=8,
-        augmentation=config.data.augmentation,
-        augment_on=config.data.augment_on,
+        order.rows(range(steps)),
+        TrainingImages(8, config.data.augmentation, config.seed),
     )
     for step, batch in enumerate(batches):
         state, values, chosen = jitted[plan.phase(step)](state, sharding.to_devices(batch, mesh))
@@ -171,19 +169,6 @@ def test_every_objective_trains_by_the_same_loop(name, memory):
         assert negatives[-1] == {}
 
 
-def test_pictures_are_augmented_in_the_step_as_on_the_host():
-    losses = {}
-    for name, augment_on, devices in (
-        ("none", "host", 1), ("randaugment", "host", 1), ("randaugment", "device", 8)
-    ):  # fmt: skip
-        config = tiny_config(data__augmentation=name, data__augment_on=augment_on)
-        _, scalars, _, _ = run_steps(config, mesh_of(devices), 3, LinearTowers())
-        losses[name, augment_on] = [float(s["loss"]) for s in scalars]
-    host, device = losses["randaugment", "host"], losses["randaugment", "device"]
-    np.testing.assert_allclose(device, host, rtol=0.02)
-    assert np.abs(np.subtract(losses["none", "host"], host)).max() > 0.1
-
-
 @pytest.mark.parametrize(
     ("part", "setting"),
     [
@@ -274,12 +259,12 @@ def test_true_false_negative_rates():
     # Captions 0 and 1 are of image 0, caption 2 of image 1; caption 0 is true of both.
     truth = [[True, True, False], [True, False, True]]
 
-    class Known(KnownTruth):
+    class Known:
         def is_true(self, caption, image):
             return np.array([truth[i][c] for c, i in zip(caption, image, strict=True)])
 
     rates = true_false_negative_rates(
-        Known(scenes=None, facts=None),
+        Known(),
         np.array([0, 0, 1]),
         {
             "anchor": np.array([0, 2]),

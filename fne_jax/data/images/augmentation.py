@@ -1,7 +1,6 @@
-"""What training augmentation does to a picture: draws that are a function of (seed, epoch, pair).
+"""What training augmentation does to an image, sampled as a function of (seed, epoch, pair).
 
-The host draws; `image_preprocessing` (on the host) or `device_augmentation` (in the train step)
-carries out what was drawn, so that both do the same.
+Here it is only decided; `preprocessing.TrainingImages` carries it out.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ CROP_AREA = (0.5, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 
-# RandAugment(2, 7) with these operations, each applied half of the time: the paper's. What moves
-# pixels comes last; the device counts on it.
+# RandAugment(2, 7) with these operations, each applied half of the time: the paper's.
 OPERATIONS = (
     "identity",
     "autocontrast",
@@ -45,7 +43,7 @@ ARGUMENTS = {
 }
 # Their arguments are as often negative.
 SIGNED = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
-# The colour of what moves into the picture from outside.
+# The colour of what moves into the image from outside.
 FILL = 128
 
 Window = tuple[int, int, int, int]
@@ -53,13 +51,13 @@ Window = tuple[int, int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What is done to one picture, in this order.
+    """What is done to one image, in this order.
 
     Attributes:
-      window: top, left, height and width of the crop, in pixels of the picture.
-      mirrored: whether left and right change places.
-      operations: indices into `OPERATIONS`, one after the other.
-      arguments: of the operations; 0 where one takes none.
+      window: The top, left, height and width of the crop, in pixels of the image.
+      mirrored: Whether left and right change places.
+      operations: Indices into `OPERATIONS`, which are applied one after the other.
+      arguments: The arguments of the operations; 0 where one takes none.
     """
 
     window: Window
@@ -68,52 +66,49 @@ class Augmentation:
     arguments: tuple[float, ...] = (0.0,) * OPERATIONS_PER_IMAGE
 
 
-Draw = Callable[[np.random.Generator, int, int], Augmentation]
+def sample_crop_flip(rng: np.random.Generator, height: int, width: int) -> Augmentation:
+    """Returns a random crop of an image of `height` x `width` pixels, mirrored half of the time."""
+    return Augmentation(sample_window(rng, height, width), bool(rng.random() < 0.5))
 
 
-def draw_crop_flip(rng: np.random.Generator, height: int, width: int) -> Augmentation:
-    """Draws a crop of a picture of `height` x `width` pixels and whether it is mirrored."""
-    return Augmentation(draw_window(rng, height, width), bool(rng.random() < 0.5))
-
-
-def draw_randaugment(rng: np.random.Generator, height: int, width: int) -> Augmentation:
-    """Draws a crop, a mirroring and RandAugment's operations, the paper's augmentation."""
-    cropped = draw_crop_flip(rng, height, width)
+def sample_randaugment(rng: np.random.Generator, height: int, width: int) -> Augmentation:
+    """Returns a crop, a mirroring and RandAugment's operations, the paper's augmentation."""
+    cropped = sample_crop_flip(rng, height, width)
     operations, arguments = zip(
-        *(draw_operation(rng) for _ in range(OPERATIONS_PER_IMAGE)), strict=True
+        *(sample_operation(rng) for _ in range(OPERATIONS_PER_IMAGE)), strict=True
     )
     return dataclasses.replace(cropped, operations=operations, arguments=arguments)
 
 
-# Values of `config.data.augmentation`, beside none.
-AUGMENTATIONS: dict[str, Draw] = {
-    "crop_flip": draw_crop_flip,
-    "randaugment": draw_randaugment,
+# The values of `config.data.augmentation`, beside "none".
+AUGMENTATIONS: dict[str, Callable[[np.random.Generator, int, int], Augmentation]] = {
+    "crop_flip": sample_crop_flip,
+    "randaugment": sample_randaugment,
 }
 
 
-def draw(
+def sample(
     augmentation: str, seed: int, epoch: int, pair: int, height: int, width: int
 ) -> Augmentation:
-    """Returns what is done to the picture of a pair in an epoch.
+    """Returns what is done to the image of a pair in an epoch.
 
     Args:
-      augmentation: a key of `AUGMENTATIONS`.
-      seed: of all draws.
-      epoch: from 0.
-      pair: index of the pair.
-      height: of the picture, in pixels.
-      width: of the picture, in pixels.
+      augmentation: A key of `AUGMENTATIONS`.
+      seed: The seed of all augmentation.
+      epoch: The number of the epoch, from 0.
+      pair: The index of the pair.
+      height: The height of the image in pixels.
+      width: The width of the image in pixels.
     """
     rng = np.random.default_rng((seed, epoch, pair))
     return AUGMENTATIONS[augmentation](rng, height, width)
 
 
-def draw_window(rng: np.random.Generator, height: int, width: int) -> Window:
-    """Returns top, left, height and width of a random crop, as torchvision's RandomResizedCrop.
+def sample_window(rng: np.random.Generator, height: int, width: int) -> Window:
+    """Returns the top, left, height and width of a random crop, as torchvision's RandomResizedCrop.
 
-    The first of ten draws of area and log-uniform aspect that fits; if none does, the largest
-    central window whose aspect is allowed.
+    It is the first of ten samples of area and log-uniform aspect that fits; if none does, it is the
+    largest central window whose aspect is allowed.
     """
     low, high = (math.log(aspect) for aspect in CROP_ASPECT)
     for _ in range(CROP_ATTEMPTS):
@@ -129,8 +124,11 @@ def draw_window(rng: np.random.Generator, height: int, width: int) -> Window:
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def draw_operation(rng: np.random.Generator) -> tuple[int, float]:
-    """Returns one of RandAugment's operations and its argument, or identity half of the time."""
+def sample_operation(rng: np.random.Generator) -> tuple[int, float]:
+    """Returns the index of one of RandAugment's operations and its argument.
+
+    Half of the time it is identity; otherwise all operations are equally likely, identity included.
+    """
     if rng.random() >= OPERATION_PROBABILITY:
         return 0, 0.0
     index = int(rng.integers(len(OPERATIONS)))

@@ -6,6 +6,7 @@ OpenCV, seven times faster and within one level of 255 of PIL on photographs.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import cv2
@@ -13,12 +14,12 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-from fne_jax.data.images import randaugment
+from fne_jax.data.images import augmentation, randaugment
 from fne_jax.data.images.augmentation import Augmentation, Window
 from fne_jax.errors import UserError
 
-# One picture a thread: the pipeline reads many at once, and OpenCV's own threads would only wait
-# for each other.
+# One image a thread: the pipeline reads many at once, and OpenCV's own threads would only wait for
+# each other.
 cv2.setNumThreads(1)
 
 # OpenCV's bicubic does not blur what it shrinks, PIL's does: the two weights beside the centre of a
@@ -29,61 +30,62 @@ _NEAR = (0.0, 0.048, 0.091, 0.148, 0.197, 0.25, 0.273, 0.302)
 _FAR = (0.0, -0.005, -0.017, -0.033, -0.041, -0.048, -0.046, -0.042)
 
 # A JPEG file's content, or [height, width, 3] uint8 pixels.
-Picture = bytes | np.ndarray
+EncodedOrPixels = bytes | np.ndarray
 
 
 def decode_jpeg(jpeg: bytes, min_height: int = 0, min_width: int = 0) -> np.ndarray:
     """Returns the [height, width, 3] uint8 pixels of a JPEG, to the bit those of PIL.
 
     Args:
-      jpeg: the file's content.
-      min_height: if above 0, decode at 4/8 or fewer where that is still as high,
-      min_width: and as wide.
+      jpeg: The content of the file.
+      min_height: If above 0, the image is decoded at 4/8 or less of its size where the result is
+        still at least this many pixels high
+      min_width: and this many wide.
 
     Raises:
-      ValueError: if it is no JPEG, or damaged anywhere.
+      ValueError: If the content is no JPEG, or is damaged anywhere.
     """
     return simplejpeg.decode_jpeg(jpeg, min_height=min_height, min_width=min_width, min_factor=2)
 
 
-def evaluation_image(picture: Picture, size: int) -> np.ndarray:
-    """Returns the whole picture at [size, size, 3] uint8, resized bicubically without a crop.
+def evaluation_image(image: EncodedOrPixels, size: int) -> np.ndarray:
+    """Returns the uncropped image at [size, size, 3] uint8, resized bicubically.
 
     Args:
-      picture: a JPEG, or [height, width, 3] uint8 pixels.
-      size: pixels of a side of the result.
+      image: A JPEG, or [height, width, 3] uint8 pixels.
+      size: The pixels of a side of the result.
 
     Raises:
-      ValueError: if the JPEG is damaged.
+      ValueError: If the JPEG is damaged.
     """
-    image = decode_jpeg(picture) if isinstance(picture, bytes) else picture
-    if image.shape[:2] == (size, size):
-        return image
-    resized = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+    pixels = decode_jpeg(image) if isinstance(image, bytes) else image
+    if pixels.shape[:2] == (size, size):
+        return pixels
+    resized = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(resized)
 
 
-def read_picture(path: pathlib.Path, size: int) -> np.ndarray:
-    """Returns a picture file as `evaluation_image` gives it, upright, [size, size, 3] uint8.
+def read_image(path: pathlib.Path, size: int) -> np.ndarray:
+    """Returns an image file as `evaluation_image` does, turned upright, [size, size, 3] uint8.
 
     Raises:
-      UserError: if the file cannot be read or decoded.
+      UserError: If the file cannot be read or decoded.
     """
     try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as a picture: {error}") from error
+        raise UserError(f"{path}: cannot be read as an image: {error}") from error
     return evaluation_image(np.asarray(upright), size)
 
 
 def fast_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Returns [height, width, 3] uint8, nearly as PIL's antialiased bicubic, many times faster.
+    """Returns the image at [height, width, 3] uint8, nearly as PIL's bicubic makes it, but faster.
 
     Args:
       image: [rows, columns, 3] uint8.
-      height: of the result.
-      width: of the result.
+      height: The pixels of the result's height.
+      width: The pixels of the result's width.
     """
     shrink = image.shape[0] / height, image.shape[1] / width
     if max(shrink) > _SHRINK[-1]:
@@ -95,65 +97,85 @@ def fast_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def crop(picture: Picture, window: Window, size: int) -> np.ndarray:
-    """Returns a window of a picture, resized to [size, size, 3] uint8.
+def crop(image: EncodedOrPixels, window: Window, size: int) -> np.ndarray:
+    """Returns a window of an image, resized to [size, size, 3] uint8.
 
-    A window of twice the size or more is decoded at a fraction, its edges rounded to pixels there.
+    A window of twice the size or more is decoded at a fraction of its size, its edges rounded to
+    the pixels there.
 
     Args:
-      picture: a JPEG, or [height, width, 3] uint8 pixels.
-      window: top, left, height and width in pixels of the whole picture.
-      size: pixels of a side of the result.
+      image: A JPEG, or [height, width, 3] uint8 pixels.
+      window: The top, left, height and width of the window in pixels of the uncropped image.
+      size: The pixels of a side of the result.
 
     Raises:
-      ValueError: if the JPEG is damaged.
+      ValueError: If the JPEG is damaged.
     """
     top, left, crop_height, crop_width = window
-    if isinstance(picture, bytes):
-        height, width = picture_shape(picture)
-        picture = decode_jpeg(
-            picture, -(-size * height // crop_height), -(-size * width // crop_width)
-        )
-        rows, columns = picture.shape[0] / height, picture.shape[1] / width
+    if isinstance(image, bytes):
+        height, width = image_shape(image)
+        image = decode_jpeg(image, -(-size * height // crop_height), -(-size * width // crop_width))
+        rows, columns = image.shape[0] / height, image.shape[1] / width
         top, crop_height = round(top * rows), round(crop_height * rows)
         left, crop_width = round(left * columns), round(crop_width * columns)
-    return fast_resize(picture[top : top + crop_height, left : left + crop_width], size, size)
+    return fast_resize(image[top : top + crop_height, left : left + crop_width], size, size)
 
 
-def fitted(picture: Picture, side: int) -> np.ndarray:
-    """Returns the whole picture, [height, width, 3] uint8, shrunk if a side is above `side` pixels.
+def augment_image(image: np.ndarray, sampled: Augmentation) -> np.ndarray:
+    """Returns a cropped image after the mirroring and the operations that were sampled for it.
 
-    Raises:
-      ValueError: if the JPEG is damaged.
+    Args:
+      image: [side, side, 3] uint8 pixels.
+      sampled: What is to be done; its window is not read.
     """
-    height, width = picture_shape(picture)
-    shrink = min(1.0, side / max(height, width))
-    height, width = max(1, round(height * shrink)), max(1, round(width * shrink))
-    if isinstance(picture, bytes):
-        picture = decode_jpeg(picture, height, width)
-    if picture.shape[:2] == (height, width):
-        return picture
-    return fast_resize(picture, height, width)
-
-
-def augmented(image: np.ndarray, augmentation: Augmentation) -> np.ndarray:
-    """Returns [side, side, 3] uint8 pixels, cropped already, mirrored and operated on as drawn."""
-    if augmentation.mirrored:
+    if sampled.mirrored:
         image = cv2.flip(image, 1)
-    for operation, argument in zip(augmentation.operations, augmentation.arguments, strict=True):
+    for operation, argument in zip(sampled.operations, sampled.arguments, strict=True):
         image = randaugment.apply_operation(image, operation, argument)
     return image
 
 
-def picture_shape(picture: Picture) -> tuple[int, int]:
-    """Returns height and width of pixels, or as a JPEG's header gives them.
+@dataclasses.dataclass(frozen=True)
+class TrainingImages:
+    """Makes the images that training sees, whichever process or step asks for them.
+
+    Attributes:
+      size: The pixels of a side of what is made.
+      augmentation: "none" for images as in evaluation, or a key of `augmentation.AUGMENTATIONS`.
+      seed: The seed of all augmentation.
+    """
+
+    size: int
+    augmentation: str
+    seed: int
+
+    def __call__(self, image: EncodedOrPixels, epoch: int, pair: int) -> np.ndarray:
+        """Returns the image of a pair in an epoch, [size, size, 3] uint8.
+
+        Args:
+          image: A JPEG, or [height, width, 3] uint8 pixels.
+          epoch: The number of the epoch, from 0.
+          pair: The index of the pair.
+
+        Raises:
+          ValueError: If the JPEG is damaged.
+        """
+        if self.augmentation == "none":
+            return evaluation_image(image, self.size)
+        shape = image_shape(image)
+        sampled = augmentation.sample(self.augmentation, self.seed, epoch, pair, *shape)
+        return augment_image(crop(image, sampled.window, self.size), sampled)
+
+
+def image_shape(image: EncodedOrPixels) -> tuple[int, int]:
+    """Returns the height and the width of pixels, or of a JPEG by its header.
 
     Raises:
-      ValueError: if it is no JPEG.
+      ValueError: If encoded bytes are no JPEG.
     """
-    if isinstance(picture, bytes):
-        return simplejpeg.decode_jpeg_header(picture)[:2]
-    return picture.shape[:2]
+    if isinstance(image, bytes):
+        return simplejpeg.decode_jpeg_header(image)[:2]
+    return image.shape[:2]
 
 
 def _taps(shrink):

@@ -1,7 +1,7 @@
 """RandAugment's operations on [height, width, 3] uint8 pixels, with OpenCV.
 
 They give what the authors' code gives, except for sharpness, where that code wraps around at 0 and
-255 and this saturates, and autocontrast, which is PIL's. Where a picture is moved, its border
+255 and this saturates, and autocontrast, which is PIL's. Where an image is moved, its border
 blends with the fill, as OpenCV's bilinear interpolation does and PIL's does not.
 """
 
@@ -17,13 +17,13 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 
 def identity(image: np.ndarray, argument: float) -> np.ndarray:
-    """Returns the image."""
+    """Returns the image as it is."""
     del argument
     return image
 
 
 def autocontrast(image: np.ndarray, argument: float) -> np.ndarray:
-    """Stretches each channel to the whole range, as PIL."""
+    """Returns the image with each channel stretched to the full range, as PIL does."""
     del argument
     table = np.empty((256, 1, 3), np.uint8)
     for channel, counts in enumerate(_histograms(image)):
@@ -35,7 +35,7 @@ def autocontrast(image: np.ndarray, argument: float) -> np.ndarray:
 
 
 def equalize(image: np.ndarray, argument: float) -> np.ndarray:
-    """Evens out the histogram of each channel, as PIL."""
+    """Returns the image with the histogram of each channel evened out, as PIL does."""
     del argument
     table = np.empty((256, 1, 3), np.uint8)
     for channel, counts in enumerate(_histograms(image)):
@@ -50,13 +50,16 @@ def equalize(image: np.ndarray, argument: float) -> np.ndarray:
 
 
 def brightness(image: np.ndarray, argument: float) -> np.ndarray:
-    """Multiplies every level, as PIL."""
+    """Returns the image with every level multiplied by the argument, as PIL does."""
     # PIL cuts off what OpenCV rounds, so nearly a half is taken off before.
     return cv2.convertScaleAbs(image, alpha=argument, beta=-0.499)
 
 
 def sharpness(image: np.ndarray, argument: float) -> np.ndarray:
-    """Moves away from a smoothed copy by a factor, as PIL; the outermost pixels stay."""
+    """Returns the image moved away from a smoothed copy by a factor, as PIL does.
+
+    The outermost pixels stay as they are.
+    """
     smooth = cv2.filter2D(image, -1, _SMOOTH)
     sharp = cv2.addWeighted(image, argument, smooth, 1 - argument, -0.499)  # cut off
     for edge in (0, -1):
@@ -65,27 +68,27 @@ def sharpness(image: np.ndarray, argument: float) -> np.ndarray:
 
 
 def shear_x(image: np.ndarray, argument: float) -> np.ndarray:
-    """Moves each row right by its number times the argument."""
+    """Returns the image with each row moved right by its number times the argument."""
     return _warp(image, [[1, argument, 0], [0, 1, 0]])
 
 
 def shear_y(image: np.ndarray, argument: float) -> np.ndarray:
-    """Moves each column down by its number times the argument."""
+    """Returns the image with each column moved down by its number times the argument."""
     return _warp(image, [[1, 0, 0], [argument, 1, 0]])
 
 
 def translate_x(image: np.ndarray, argument: float) -> np.ndarray:
-    """Moves the image left by whole pixels."""
+    """Returns the image moved left by a number of pixels, whose fraction is cut off."""
     return _translate(image, int(argument), axis=1)
 
 
 def translate_y(image: np.ndarray, argument: float) -> np.ndarray:
-    """Moves the image up by whole pixels."""
+    """Returns the image moved up by a number of pixels, whose fraction is cut off."""
     return _translate(image, int(argument), axis=0)
 
 
 def rotate(image: np.ndarray, argument: float) -> np.ndarray:
-    """Turns the image counterclockwise by degrees."""
+    """Returns the image turned counterclockwise by the argument in degrees."""
     height, width = image.shape[:2]
     return _warp(image, cv2.getRotationMatrix2D((width / 2, height / 2), argument, 1))
 
@@ -111,15 +114,15 @@ def apply_operation(image: np.ndarray, operation: int, argument: float) -> np.nd
     """Returns the image after an operation.
 
     Args:
-      image: [height, width, 3] uint8.
-      operation: an index into `augmentation.OPERATIONS`.
-      argument: of the operation; not read where it takes none.
+      image: [height, width, 3] uint8 pixels.
+      operation: An index into `augmentation.OPERATIONS`.
+      argument: The operation's argument, which is not read where it takes none.
     """
     return _FUNCTIONS[OPERATIONS[operation]](image, argument)
 
 
 def _histograms(image):
-    """Yields [256] int64 counts of each channel's levels."""
+    """Yields the [256] int64 counts of each channel's levels."""
     for channel in range(3):
         counts = cv2.calcHist([image], [channel], None, [256], [0, 256])
         yield counts.ravel().astype(np.int64)

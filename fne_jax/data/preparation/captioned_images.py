@@ -1,4 +1,4 @@
-"""The TFDS builder of captioned pictures on disk, whatever listing they come from."""
+"""The TFDS builder of captioned images on disk, whatever listing they come from."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
-from fne_jax.data.preparation.checked_parts import PictureParts, Verdict
+from fne_jax import files
+from fne_jax.data.pairs import SPLITS
+from fne_jax.data.preparation.checked_parts import CheckedParts, Verdict
 from fne_jax.data.preparation.pair_builder import PairBuilder
-from fne_jax.data.preparation.progress import PreparationProgress
-from fne_jax.data.sources import listing
-from fne_jax.data.sources.listing import SPLITS, Skipped, Source, SourceImage
+from fne_jax.data.sources.listing import ListedImage, Listing, Skipped, usable_captions
 from fne_jax.errors import UserError
+from fne_jax.progress import Progress
 
 SKIPPED_FILE = "skipped.json"
 # Kept beside the prepared datasets while one is being built.
@@ -26,32 +27,33 @@ _SHOWN = 5
 
 @dataclasses.dataclass(kw_only=True)
 class CaptionedImagesConfig(tfds.core.BuilderConfig):
-    """What the dataset is made of; another listing or size of pictures is another dataset.
+    """What the dataset is made of; another listing or size of images is another dataset.
 
     Attributes:
-      source: as listed.
-      resize_to: see `picture_check.usable_jpeg`.
-      max_skipped: most images and captions that may be left out.
+      listing: The images and the captions as the source lists them.
+      resize_to: The pixels that the shorter side of an image is reduced to where it is longer, or 0
+        to store images as they are.
+      max_skipped: The largest number of images and captions that may be left out.
     """
 
-    source: Source = dataclasses.field(repr=False, compare=False)
+    listing: Listing = dataclasses.field(repr=False, compare=False)
     resize_to: int = 0
     max_skipped: int = 0
     name: str = dataclasses.field(init=False)
 
     def __post_init__(self):
         size = f"-{self.resize_to}px" if self.resize_to else ""
-        self.name = f"{self.source.name}-{self.source.digest}{size}"
+        self.name = f"{self.listing.name}-{self.listing.digest}{size}"
 
 
 class CaptionedImages(PairBuilder, skip_registration=True):
-    """Packs checked pictures as JPEGs with their captions."""
+    """Packs checked images as JPEGs with their captions."""
 
     name = "captioned_images"
     builder_config: CaptionedImagesConfig
 
     def extra_features(self) -> dict[str, Any]:
-        """Returns what the source itself calls the image."""
+        """Returns the feature by which the source itself knows an image."""
         return {"source_id": tfds.features.Text()}
 
     def extra_files(self) -> dict[str, str]:
@@ -59,21 +61,21 @@ class CaptionedImages(PairBuilder, skip_registration=True):
         return {SKIPPED_FILE: _skipped_text(self._skipped)}
 
     def sizes(self) -> dict[str, int]:
-        """Checks all pictures and captions, and returns how many images can be used.
+        """Checks all images and captions, and returns how many images can be used.
 
         Raises:
-          UserError: if more would be left out than the config allows, or a whole split.
+          UserError: If more would be left out than the config allows, or all of a split.
         """
-        source, scratch = self.builder_config.source, self._scratch()
-        images = [image for split in SPLITS for image in source.splits[split]]
-        parts = PictureParts(images, scratch, self.builder_config.resize_to)
+        splits, scratch = self.builder_config.listing.splits, self._scratch()
+        images = [image for split in SPLITS for image in splits[split]]
+        parts = CheckedParts(images, scratch, self.builder_config.resize_to)
         kept, self._skipped = _usable(images, parts.check())
-        (scratch / SKIPPED_FILE).write_text(_skipped_text(self._skipped))
+        files.write_atomically(scratch / SKIPPED_FILE, _skipped_text(self._skipped))
         check_skipped(self._skipped, self.builder_config.max_skipped, scratch / SKIPPED_FILE)
-        ends = itertools.accumulate(len(source.splits[split]) for split in SPLITS)
+        ends = itertools.accumulate(len(splits[split]) for split in SPLITS)
         self._entries = {}
         for split, end in zip(SPLITS, ends, strict=True):
-            start = end - len(source.splits[split])
+            start = end - len(splits[split])
             self._entries[split] = [entry for entry in kept[start:end] if entry is not None]
             if not self._entries[split]:
                 raise UserError(
@@ -81,15 +83,15 @@ class CaptionedImages(PairBuilder, skip_registration=True):
                 )
         jpegs = zip(kept, parts.jpegs(), strict=True)
         self._jpegs = (jpeg for entry, jpeg in jpegs if entry is not None)
-        self._progress = PreparationProgress("writing records", len(images))
+        self._progress = Progress("writing records", len(images))
         return {split: len(entries) for split, entries in self._entries.items()}
 
     def records(self, split: str, rows: range) -> Iterator[dict[str, Any]]:
-        """Yields the next records, in the source's order."""
+        """Yields the next records, in the listing's order."""
         with self._progress as progress:
             for entry in self._entries[split][rows.start : rows.stop]:
                 yield {"image": next(self._jpegs)} | entry
-                progress.advance(1)
+                progress.advance()
 
     def remove_scratch(self) -> None:
         """Removes what was kept for resuming, once the dataset is there."""
@@ -99,7 +101,11 @@ class CaptionedImages(PairBuilder, skip_registration=True):
     def skipped(self) -> list[Skipped]:
         """Returns what was left out of the prepared dataset."""
         entries = json.loads(self.skipped_path().read_text())
-        return [Skipped(**entry) for entry in entries]
+        # Older lists have `picture` for `image`.
+        return [
+            Skipped(entry["where"], entry.get("image", entry.get("picture")), entry["reason"])
+            for entry in entries
+        ]
 
     def skipped_path(self) -> epath.Path:
         """Returns where the list of what was left out lies."""
@@ -110,7 +116,7 @@ class CaptionedImages(PairBuilder, skip_registration=True):
 
 
 def check_skipped(skipped: list[Skipped], allowed: int, listing: epath.Path) -> None:
-    """Raises UserError, with the first few and how many, if too much was left out."""
+    """Raises UserError, which shows the first few and their number, if too much is left out."""
     if len(skipped) <= allowed:
         return
     shown = "".join(f"\n  {one.where}: {one.reason}" for one in skipped[:_SHOWN])
@@ -123,12 +129,12 @@ def check_skipped(skipped: list[Skipped], allowed: int, listing: epath.Path) -> 
     )
 
 
-def _usable(images: list[SourceImage], verdicts: list[Verdict]):
-    """Returns for each image the record without its picture, or None, and what is left out."""
+def _usable(images: list[ListedImage], verdicts: list[Verdict]):
+    """Returns for each image the record without its JPEG, or None, and what is left out."""
     kept: list[dict[str, Any] | None] = []
     skipped: list[Skipped] = []
     for image, verdict in zip(images, verdicts, strict=True):
-        captions, ids, bad_captions = listing.usable_captions(image)
+        captions, ids, bad_captions = usable_captions(image)
         reason = verdict.reason
         if not reason:
             skipped += bad_captions

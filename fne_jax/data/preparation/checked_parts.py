@@ -1,8 +1,8 @@
-"""All pictures of a dataset checked on all cores, a part at a time, so that nothing is done twice.
+"""All images of a dataset checked on all cores, a part at a time, so that nothing is done twice.
 
-A part is a zip file in a scratch folder: `verdicts.json`, one entry an image, and the pictures that
+A part is a zip file in a scratch folder: `verdicts.json`, one entry an image, and the images that
 had to be converted. It appears whole or not at all; a later call takes it up, and looks again only
-at pictures that were refused or have changed since.
+at images that were refused or have changed since.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from collections.abc import Iterator, Sequence
 from etils import epath
 from PIL import Image
 
-from fne_jax.data.preparation.image_check import UnusablePicture, usable_jpeg
-from fne_jax.data.preparation.progress import PreparationProgress
-from fne_jax.data.sources.listing import SourceImage
+from fne_jax import files
+from fne_jax.data.preparation.image_check import UnusableImage, usable_jpeg
+from fne_jax.data.sources.listing import ListedImage
 from fne_jax.errors import UserError
+from fne_jax.progress import Progress
 
 IMAGES_PER_PART = 256
 _VERDICTS = "verdicts.json"
@@ -30,14 +31,14 @@ _VERDICTS = "verdicts.json"
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What came of one picture.
+    """What came of one image.
 
     Attributes:
-      size: bytes of the file, -1 where there is none.
-      modified: its time of modification, seconds.
-      digest: SHA-256 of the JPEG to store, "" where there is none.
-      converted: whether that JPEG is another than the file itself.
-      reason: why the picture cannot be used, "" where it can.
+      size: The bytes of the file, -1 where there is none.
+      modified: The time of the file's modification in seconds.
+      digest: The SHA-256 of the JPEG to store, "" where there is none.
+      converted: Whether that JPEG is another than the file itself.
+      reason: Why the image cannot be used, "" where it can.
     """
 
     size: int
@@ -47,16 +48,17 @@ class Verdict:
     reason: str
 
 
-class PictureParts:
-    """The checked pictures of a dataset.
+class CheckedParts:
+    """The checked images of a dataset.
 
     Args:
-      images: all images, in the order of the records.
-      scratch: folder for the parts, kept from call to call.
-      resize_to: see `picture_check.usable_jpeg`.
+      images: All images, in the order of the records.
+      scratch: The folder for the parts, kept from call to call.
+      resize_to: The pixels that the shorter side of an image is reduced to where it is longer, or 0
+        to leave the size.
     """
 
-    def __init__(self, images: Sequence[SourceImage], scratch: epath.Path, resize_to: int):
+    def __init__(self, images: Sequence[ListedImage], scratch: epath.Path, resize_to: int):
         self._images, self._scratch, self._resize_to = images, scratch, resize_to
         self._starts = range(0, len(images), IMAGES_PER_PART)
 
@@ -67,7 +69,7 @@ class PictureParts:
         verdicts: dict[int, list[Verdict]] = {}
         # Threads: PIL lets go of the interpreter while it decodes, resizes and encodes.
         pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-        with PreparationProgress("checking pictures", len(self._images)) as progress:
+        with Progress("checking images", len(self._images)) as progress:
             try:
                 waiting = {pool.submit(self._check_part, start): start for start in self._starts}
                 for done in concurrent.futures.as_completed(waiting):
@@ -81,7 +83,7 @@ class PictureParts:
         """Yields the JPEG of every image, b"" of those refused, after `check`.
 
         Raises:
-          UserError: if a picture has changed since it was checked.
+          UserError: If an image has changed since it was checked.
         """
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in self._starts:
@@ -105,12 +107,12 @@ class PictureParts:
         try:
             old, converted = self._read_part(start)
         except (OSError, zipfile.BadZipFile):  # not there yet, or damaged
-            checked = [_check_picture(image.path, self._resize_to) for image in images]
+            checked = [_check_image(image.path, self._resize_to) for image in images]
             return self._write_part(start, checked)
         checked, changed = [], False
         for image, verdict, jpeg in zip(images, old, converted, strict=True):
             if verdict.reason or (verdict.size, verdict.modified) != _stamp(image.path):
-                verdict, jpeg = _check_picture(image.path, self._resize_to)
+                verdict, jpeg = _check_image(image.path, self._resize_to)
                 changed = True
             checked.append((verdict, jpeg))
         return self._write_part(start, checked) if changed else old
@@ -124,10 +126,7 @@ class PictureParts:
             for number, (verdict, jpeg) in enumerate(checked):
                 if verdict.converted:
                     archive.writestr(f"{number}.jpg", jpeg)
-        path = self._part(start)
-        scratch = path.with_suffix(".incomplete")
-        scratch.write_bytes(stream.getvalue())
-        scratch.replace(path)
+        files.write_atomically(self._part(start), stream.getvalue())
         return verdicts
 
     def _read_part(self, start):
@@ -149,7 +148,7 @@ def _stamp(path):
 
 
 def _stored_jpeg(path, verdict, converted):
-    """Returns the JPEG of a picture, b"" where there is none or the file is another by now."""
+    """Returns the JPEG of an image, b"" where there is none or the file is another by now."""
     if verdict.reason or verdict.converted:
         return converted
     try:
@@ -159,15 +158,15 @@ def _stored_jpeg(path, verdict, converted):
     return content if hashlib.sha256(content).hexdigest() == verdict.digest else b""
 
 
-def _check_picture(path, resize_to):
-    """Returns the verdict and, if the picture was converted, its JPEG."""
+def _check_image(path, resize_to):
+    """Returns the verdict and, if the image was converted, its JPEG."""
     size, modified = _stamp(path)
     try:
         if size < 0:
-            raise UnusablePicture(f"there is no picture {path}")
+            raise UnusableImage(f"there is no image {path}")
         content = path.read_bytes()
         jpeg = usable_jpeg(content, resize_to)
-    except UnusablePicture as fault:
+    except UnusableImage as fault:
         return Verdict(size, modified, "", False, str(fault)), b""
     except OSError as error:
         return Verdict(size, modified, "", False, f"cannot be read: {error}"), b""

@@ -13,8 +13,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from fne_jax.data.pairs import KnownTruth
+
 SUMMARY_FILE = "prepared.json"
-# 2.6 GB of COCO's pictures.
+# 2.6 GB of COCO's images.
 IMAGES_PER_SHARD = 16_384
 
 
@@ -23,8 +25,8 @@ class SplitSummary:
     """What a split holds.
 
     Attributes:
-      images: number of images.
-      captions: number of captions.
+      images: The number of images.
+      captions: The number of captions.
       checksum: 16 hexadecimal digits over JPEGs, captions and ids in their order. It says nothing
         of how the dataset was built, so the same source gives the same on any machine.
     """
@@ -35,7 +37,7 @@ class SplitSummary:
 
 
 def summarize(records: Iterable[dict[str, Any]]) -> SplitSummary:
-    """Returns the summary of records; see `PairBuilder`."""
+    """Returns the summary of the records that a `PairBuilder` yields or has written."""
     summary = _RunningSummary()
     for record in records:
         summary.add(record)
@@ -59,15 +61,20 @@ class PairBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     def records(self, split: str, rows: range) -> Iterator[dict[str, Any]]:
         """Yields consecutive records of a split: the features of `_info`, `image` as bytes.
 
-        Called for one range after the other, in order.
+        It is called for one range after the other, in order.
         """
 
     def extra_features(self) -> dict[str, Any]:
-        """Returns features that only this dataset has."""
+        """Returns the features that only this dataset has."""
         return {}
 
+    def known_truth(self, extras: list[dict[str, Any]]) -> KnownTruth | None:
+        """Returns the truth of a split from the extra features of its records, if it is known."""
+        del extras
+        return None
+
     def extra_files(self) -> dict[str, str]:
-        """Returns names and texts of files to lie beside the records."""
+        """Returns the names and the texts of files that lie beside the records."""
         return {}
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -131,12 +138,12 @@ class _RunningSummary:
 
 
 def prepare(builder: PairBuilder) -> None:
-    """Writes the dataset unless a whole one is there; TFDS renames it into place when done."""
+    """Writes the dataset unless a complete one is there; TFDS renames it into place when done."""
     builder.download_and_prepare(file_format="array_record")
 
 
 def stored_summaries(builder: PairBuilder) -> dict[str, SplitSummary]:
-    """Returns what was written of each split; nothing of datasets from before summaries."""
+    """Returns what was written of each split; {} for datasets from before there were summaries."""
     path = epath.Path(builder.data_dir) / SUMMARY_FILE
     if not path.exists():
         return {}

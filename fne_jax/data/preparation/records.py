@@ -15,8 +15,8 @@ class RecordSource:
     """The records of a prepared split; a TFDS data source with errors for users.
 
     Args:
-      source: TFDS' random-access source of the split.
-      where: the prepared dataset and the split, for messages.
+      source: The random-access source of the split that TFDS gives.
+      where: The prepared dataset and the split, for messages.
     """
 
     def __init__(self, source: Sequence[dict[str, Any]], where: str):
@@ -33,7 +33,7 @@ class RecordSource:
         """Returns records.
 
         Raises:
-          UserError: naming the first that cannot be read.
+          UserError: If one cannot be read; it names the first.
         """
         try:
             return self._source.__getitems__(indices)

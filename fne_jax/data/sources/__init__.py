@@ -1,1 +1,1 @@
-"""Where captioned images come from: one file a source."""
+"""Where captioned images come from: a file for each source, and the registry of all of them."""

@@ -1,4 +1,4 @@
-"""Rows that name a picture and its captions, gathered into images."""
+"""Rows that name an image and some of its captions, gathered into images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from fne_jax.data.sources.listing import SourceImage
+from fne_jax.data.sources.listing import ListedImage
 from fne_jax.errors import UserError
 
 
@@ -17,11 +17,11 @@ class ImageRow:
     """One row or object of a listing.
 
     Attributes:
-      where: file and place, for messages.
-      image: the picture's path as listed.
-      captions: of the picture, unchecked.
-      split: train, val or test.
-      image_id: the listing's own id of the picture, a number or text, or None.
+      where: The file and the place in it, for messages.
+      image: The path of the image as listed.
+      captions: Captions of the image, unchecked.
+      split: "train", "val" or "test".
+      image_id: The listing's own id of the image, a number or text, or None.
     """
 
     where: str
@@ -31,17 +31,17 @@ class ImageRow:
     image_id: Any
 
 
-def images_of_rows(rows: Iterable[ImageRow], pictures: epath.Path) -> dict[str, list[SourceImage]]:
+def images_of_rows(rows: Iterable[ImageRow], folder: epath.Path) -> dict[str, list[ListedImage]]:
     """Returns the images of each split, in the order of their first rows.
 
-    Rows of one picture make one image. Images and captions are numbered in the rows' order.
+    Rows with the same path make one image. Images and captions are numbered in the rows' order.
 
     Args:
-      rows: of the whole listing.
-      pictures: folder that relative paths start from.
+      rows: All rows of the listing.
+      folder: The folder that relative paths start from.
 
     Raises:
-      UserError: if a row names no picture, or rows disagree on a picture's split or id.
+      UserError: If a row names no image, or rows disagree on an image's split or id.
     """
     first: dict[str, ImageRow] = {}
     owner: dict[str, ImageRow] = {}  # the first row of each of the listing's own ids
@@ -49,7 +49,7 @@ def images_of_rows(rows: Iterable[ImageRow], pictures: epath.Path) -> dict[str, 
     number = 0
     for row in rows:
         if not isinstance(row.image, str) or not row.image:
-            raise UserError(f"{row.where}: 'image' is {row.image!r:.60}; expected a picture's path")
+            raise UserError(f"{row.where}: 'image' is {row.image!r:.60}; expected an image's path")
         before = first.setdefault(row.image, row)
         for name in ("split", "image_id"):
             if getattr(row, name) != getattr(before, name):
@@ -68,11 +68,11 @@ def images_of_rows(rows: Iterable[ImageRow], pictures: epath.Path) -> dict[str, 
         captions.extend(row.captions)
         ids.extend(range(number, number + len(row.captions)))
         number += len(row.captions)
-    splits: dict[str, list[SourceImage]] = {}
+    splits: dict[str, list[ListedImage]] = {}
     for image_id, (name, row) in enumerate(first.items()):
         captions, ids = gathered[name]
-        image = SourceImage(
-            path=pictures / name,
+        image = ListedImage(
+            path=folder / name,
             where=row.where,
             image_id=image_id,
             source_id=name if row.image_id is None else str(row.image_id),

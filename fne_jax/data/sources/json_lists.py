@@ -1,4 +1,4 @@
-"""The lists in which the paper's authors, and ALBEF before them, keep Flickr30K and COCO.
+"""`json_lists`: the lists in which the paper's authors, and ALBEF before them, keep their data.
 
 A list for training has one object a caption, `{"image", "caption", "image_id"}`; those for
 validation and test one an image, `{"image", "caption": [...]}`.
@@ -8,29 +8,30 @@ from __future__ import annotations
 
 from etils import epath
 
+from fne_jax.data.pairs import SPLITS
 from fne_jax.data.sources import listing
 from fne_jax.data.sources.image_rows import ImageRow, images_of_rows
-from fne_jax.data.sources.listing import SPLITS, Source
+from fne_jax.data.sources.listing import Listing
 from fne_jax.errors import UserError
 
 
-def json_lists_source(data_dir: str) -> Source:
+def read_listing(data_dir: str) -> Listing:
     """Returns the dataset of a folder with one list each for train, val and test.
 
-    A list is found by the split in its name, e.g. `flickr30k_train.json`. Pictures lie in the
-    folder `images` beside the lists, or beside the lists themselves.
+    A list is found by the split in its name, e.g. `flickr30k_train.json`. Images lie in the folder
+    `images` beside the lists, or beside the lists themselves.
 
     Raises:
-      UserError: naming the file and the entry, if something is missing or of the wrong kind.
+      UserError: If something is missing or of the wrong kind; it names the file and the entry.
     """
     folder = listing.existing_folder(
         data_dir, "the authors' lists *train*.json, *val*.json and *test*.json, and images/"
     )
     paths = [listing.one_file(folder, f"*{split}*.json", "the authors' lists") for split in SPLITS]
     rows = [row for split, path in zip(SPLITS, paths, strict=True) for row in _rows(path, split)]
-    splits = images_of_rows(rows, listing.picture_folder(folder))
+    splits = images_of_rows(rows, listing.image_folder(folder))
     listing.check_listing(str(folder), splits)
-    return Source("json_lists", listing.digest_of(paths), splits)
+    return Listing("json_lists", listing.digest_of(paths), splits)
 
 
 def _rows(path: epath.Path, split: str):

@@ -1,4 +1,4 @@
-"""Datasets in Karpathy's JSON layout, in which Flickr8K, Flickr30K and COCO are distributed.
+"""`karpathy`, `flickr8k`, `flickr30k` and `coco`: datasets in Karpathy's JSON layout.
 
 A file `dataset_<name>.json` holds `images`, each with `filename`, optionally `filepath` (a folder),
 `split`, and `sentences` with a `raw` caption each (Karpathy and Fei-Fei, CVPR 2015).
@@ -9,33 +9,32 @@ from __future__ import annotations
 from etils import epath
 
 from fne_jax.data.sources import listing
-from fne_jax.data.sources.listing import SPLIT_OF, Source, SourceImage
+from fne_jax.data.sources.listing import SPLIT_OF, ListedImage, Listing
 from fne_jax.errors import UserError
 
 _SPLITS_FROM = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
-# Where the pictures of the datasets with a name of their own come from.
-PICTURES_FROM = {
-    "flickr8k": "Flickr8K's pictures (request form at "
+# Where the images of the datasets with a name of their own come from.
+IMAGES_FROM = {
+    "flickr8k": "Flickr8K's images (request form at "
     "https://forms.illinois.edu/sec/1713398) as images/*.jpg",
-    "flickr30k": "Flickr30K's pictures (licence form at "
+    "flickr30k": "Flickr30K's images (licence form at "
     "https://shannon.cs.illinois.edu/DenotationGraph/) as images/*.jpg",
-    "coco": "COCO's pictures (http://images.cocodataset.org/zips/train2014.zip and val2014.zip) "
+    "coco": "COCO's images (http://images.cocodataset.org/zips/train2014.zip and val2014.zip) "
     "as images/train2014/*.jpg and images/val2014/*.jpg",
 }
-ANY = "karpathy"
-SOURCES = (ANY, *PICTURES_FROM)  # of config.data.source
+ANY = "karpathy"  # the dataset of any name
 
 
 def find_json(data_dir: str, name: str = ANY) -> epath.Path:
     """Returns the Karpathy file of a folder.
 
     Args:
-      data_dir: the folder.
-      name: a key of `PICTURES_FROM` for `dataset_<name>.json`, or `karpathy` for the one
+      data_dir: The folder.
+      name: A key of `IMAGES_FROM` for `dataset_<name>.json`, or "karpathy" for the one
         `dataset*.json` that is there.
 
     Raises:
-      UserError: if the folder or the file is not there; for a dataset with a name, with what to
+      UserError: If the folder or the file is not there; for a dataset with a name it says what to
         download and where to put it.
     """
     if name == ANY:
@@ -48,42 +47,46 @@ def find_json(data_dir: str, name: str = ANY) -> epath.Path:
     return path
 
 
-def read_karpathy(json_path: epath.Path) -> dict[str, list[SourceImage]]:
+def read_karpathy(json_path: epath.Path) -> dict[str, list[ListedImage]]:
     """Returns the images of each split, `restval` counted as train, in the file's order.
 
     COCO's images and captions keep its own numbers (`cocoid` and `sentid`, its annotations' ids),
     by which ECCV Caption and CxC name them.
 
     Raises:
-      UserError: naming the file and the entry, if the file is not JSON, a key is missing, a split
-        is unknown or empty, or an image id is there twice.
+      UserError: If the file is not JSON, a key is missing, a split is unknown or empty, or an image
+        id is there twice; it names the file and the entry.
     """
     json_path = epath.Path(json_path)
     content = listing.read_json(json_path)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise UserError(f"{json_path}: the key 'images' is missing (Karpathy's layout)")
-    pictures = listing.picture_folder(json_path.parent)
-    splits: dict[str, list[SourceImage]] = {}
+    folder = listing.image_folder(json_path.parent)
+    splits: dict[str, list[ListedImage]] = {}
     for index, entry in enumerate(content["images"]):
-        split, image = _read_entry(f"{json_path}: images[{index}]", index, entry, pictures)
+        split, image = _read_entry(f"{json_path}: images[{index}]", index, entry, folder)
         splits.setdefault(split, []).append(image)
     listing.check_listing(str(json_path), splits)
     return splits
 
 
-def karpathy_source(data_dir: str, name: str = ANY) -> Source:
+def read_listing(data_dir: str, name: str = ANY) -> Listing:
     """Returns the dataset of a folder.
 
+    Args:
+      data_dir: The folder.
+      name: A key of `IMAGES_FROM`, or "karpathy" for a dataset of any name.
+
     Raises:
-      UserError: as `find_json` and `read_karpathy`, and if a whole folder of pictures is missing.
+      UserError: If the listing or a folder of images is missing, or the listing cannot be used.
     """
     path = find_json(data_dir, name)
     splits = read_karpathy(path)
     folders = {image.path.parent for images in splits.values() for image in images}
     missing = [str(folder) for folder in sorted(folders) if not folder.is_dir()]
     if missing:
-        raise UserError(f"{path}: its pictures' folder {missing[0]} is not there{_advice(name)}")
-    return Source(path.stem.removeprefix("dataset_"), listing.digest_of([path]), splits)
+        raise UserError(f"{path}: its image folder {missing[0]} is not there{_advice(name)}")
+    return Listing(path.stem.removeprefix("dataset_"), listing.digest_of([path]), splits)
 
 
 def _advice(name):
@@ -91,11 +94,11 @@ def _advice(name):
         return ""
     return (
         f". {name} has to be downloaded by hand; put into config.data.dir dataset_{name}.json "
-        f"(from {_SPLITS_FROM}) and {PICTURES_FROM[name]}"
+        f"(from {_SPLITS_FROM}) and {IMAGES_FROM[name]}"
     )
 
 
-def _read_entry(where, index, entry, pictures):
+def _read_entry(where, index, entry, folder):
     for key, kind in (("filename", str), ("split", str), ("sentences", list)):
         if not isinstance(entry, dict) or key not in entry:
             raise UserError(f"{where}: the key {key!r} is missing (Karpathy's layout)")
@@ -110,8 +113,8 @@ def _read_entry(where, index, entry, pictures):
         )
     sentences = [s if isinstance(s, dict) else {"raw": s} for s in entry["sentences"]]
     image_id = entry.get("cocoid", entry.get("imgid", index))
-    image = SourceImage(
-        path=pictures / str(entry.get("filepath", "")) / entry["filename"],
+    image = ListedImage(
+        path=folder / str(entry.get("filepath", "")) / entry["filename"],
         where=where,
         image_id=image_id,
         source_id=str(entry.get("cocoid", entry["filename"])),

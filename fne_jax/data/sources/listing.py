@@ -1,4 +1,4 @@
-"""What every source of captioned pictures is read into, and the checks that all of them share."""
+"""What every listing of captioned images is read into, and the checks that all of them share."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from fne_jax.data.pairs import SPLITS
 from fne_jax.errors import UserError
 
-SPLITS = ("train", "val", "test")
 # COCO's `restval` images belong to the training split of the published protocol.
 SPLIT_OF = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 # Far above the longest captions of Flickr30K and COCO: a longer text is a file read wrongly, such
@@ -23,16 +23,16 @@ MAX_CAPTION_CHARACTERS = 2000
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceImage:
+class ListedImage:
     """One image as its source lists it, nothing of it checked yet.
 
     Attributes:
-      path: the picture.
-      where: the entry in the source, for messages.
-      image_id: unique over the dataset.
-      source_id: what the source itself calls the image.
-      captions: what stands where captions should.
-      caption_ids: one number a caption.
+      path: The file of the image.
+      where: The entry in the source, for messages.
+      image_id: The id of the image, unique over the dataset.
+      source_id: The name or number by which the source itself knows the image.
+      captions: What stands where captions should.
+      caption_ids: One number for each caption.
     """
 
     path: epath.Path
@@ -48,40 +48,40 @@ class Skipped:
     """An image or a caption that cannot be used.
 
     Attributes:
-      where: the entry in the source.
-      picture: path of the picture.
-      reason: why.
+      where: The entry in the source.
+      image: The path of the image.
+      reason: Why it cannot be used.
     """
 
     where: str
-    picture: str
+    image: str
     reason: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Listing:
     """A dataset as its files list it.
 
     Attributes:
-      name: of the dataset, part of the name of the prepared one.
-      digest: of the listing; another listing is another dataset.
-      splits: the images of train, val and test, in the source's order.
+      name: The name of the dataset, part of the name of the prepared one.
+      digest: The digest of the files that list it; another digest is another dataset.
+      splits: The images of train, val and test, in the source's order.
     """
 
     name: str
     digest: str
-    splits: dict[str, list[SourceImage]]
+    splits: dict[str, list[ListedImage]]
 
 
 def existing_folder(data_dir: str, expected: str) -> epath.Path:
     """Returns `config.data.dir` as a path.
 
     Args:
-      data_dir: `config.data.dir`.
-      expected: what the folder should hold, for the message.
+      data_dir: The value of `config.data.dir`.
+      expected: What the folder should hold, for the message.
 
     Raises:
-      UserError: if it is not a folder.
+      UserError: If it is not a folder.
     """
     folder = epath.Path(data_dir).expanduser()
     if not data_dir or not folder.is_dir():
@@ -96,7 +96,7 @@ def one_file(folder: epath.Path, pattern: str, kind: str) -> epath.Path:
     """Returns the one file of a folder that matches a pattern.
 
     Raises:
-      UserError: if there is none, or more than one.
+      UserError: If there is none, or more than one.
     """
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
@@ -105,7 +105,7 @@ def one_file(folder: epath.Path, pattern: str, kind: str) -> epath.Path:
     return found[0]
 
 
-def picture_folder(folder: epath.Path) -> epath.Path:
+def image_folder(folder: epath.Path) -> epath.Path:
     """Returns the folder `images` of a dataset's folder, or that itself where there is none."""
     images = folder / "images"
     return images if images.is_dir() else folder
@@ -115,7 +115,7 @@ def read_json(path: epath.Path) -> Any:
     """Returns what a JSON file holds.
 
     Raises:
-      UserError: if it is not one.
+      UserError: If it is not one.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -124,28 +124,28 @@ def read_json(path: epath.Path) -> Any:
 
 
 def digest_of(paths: Sequence[epath.Path]) -> str:
-    """Returns 12 hexadecimal digits of the files' content."""
+    """Returns 12 hexadecimal digits that stand for the content of files."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def check_listing(where: str, splits: dict[str, list[SourceImage]], advice: str = "") -> None:
+def check_listing(where: str, splits: dict[str, list[ListedImage]], advice: str = "") -> None:
     """Checks that all splits have images, and that image ids are unique and fit the records.
 
     Args:
-      where: the listing, for messages.
-      splits: of the listing.
-      advice: what to do about a missing split.
+      where: The listing, for messages.
+      splits: The images of each split that the listing names.
+      advice: What to do about a missing split.
 
     Raises:
-      UserError: naming the split, or the two entries of one id.
+      UserError: If something is wrong; it names the split, or the two entries of one id.
     """
     for split in SPLITS:
         if not splits.get(split):
             raise UserError(f"{where}: no image of the split {split!r}{advice}")
-    entry_of: dict[int, SourceImage] = {}
+    entry_of: dict[int, ListedImage] = {}
     limit = np.iinfo(np.int32)
     for split in SPLITS:
         for image in splits[split]:
@@ -169,7 +169,7 @@ def check_listing(where: str, splits: dict[str, list[SourceImage]], advice: str 
                     )
 
 
-def usable_captions(image: SourceImage) -> tuple[list[str], list[int], list[Skipped]]:
+def usable_captions(image: ListedImage) -> tuple[list[str], list[int], list[Skipped]]:
     """Returns the captions that can be used, their ids, and the others with their reasons."""
     captions, ids, skipped = [], [], []
     for number, (caption, caption_id) in enumerate(

@@ -1,4 +1,7 @@
-"""Pairs of one's own, as a table: `image`, `caption` and optionally `split` and `image_id`."""
+"""`csv` and `jsonl`: pairs of one's own in a table.
+
+Its columns are `image`, `caption` and optionally `split` and `image_id`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from etils import epath
 
 from fne_jax.data.sources import listing
 from fne_jax.data.sources.image_rows import ImageRow, images_of_rows
-from fne_jax.data.sources.listing import SPLIT_OF, Source
+from fne_jax.data.sources.listing import SPLIT_OF, Listing
 from fne_jax.errors import UserError
 
 COLUMNS = ("image", "caption", "split", "image_id")
@@ -22,18 +25,18 @@ COLUMNS = ("image", "caption", "split", "image_id")
 VAL_SHARE, TEST_SHARE = 0.05, 0.05
 
 
-def pair_table_source(data_dir: str, kind: str) -> Source:
+def read_listing(data_dir: str, kind: str) -> Listing:
     """Returns the dataset of a table, one (image, caption) pair a row.
 
-    Pictures' paths are absolute, or relative to the table. Rows of one picture make one image.
+    Paths of images are absolute, or relative to the table. Rows with the same path make one image.
     Without splits, `split_of_name` parts the images.
 
     Args:
-      data_dir: the table, or the folder that holds it alone of its kind.
-      kind: `csv` (a header names the columns) or `jsonl` (one object a line).
+      data_dir: The table, or the folder that holds it alone of its kind.
+      kind: "csv" (a header names the columns) or "jsonl" (one object a line).
 
     Raises:
-      UserError: naming the file and the line, if something is missing or of the wrong kind.
+      UserError: If something is missing or of the wrong kind; it names the file and the line.
     """
     path = epath.Path(data_dir).expanduser()
     if not data_dir or not path.is_file():
@@ -48,13 +51,13 @@ def pair_table_source(data_dir: str, kind: str) -> Source:
     splits = images_of_rows(rows, path.parent)
     advice = f"; add a column 'split' with {', '.join(SPLIT_OF)}"
     listing.check_listing(str(path), splits, advice)
-    return Source(path.stem, listing.digest_of([path]), splits)
+    return Listing(path.stem, listing.digest_of([path]), splits)
 
 
 def split_of_name(name: str) -> str:
     """Returns the split of an image in a table without splits.
 
-    A function of the path as listed alone, so that an image stays where it is when rows are added:
+    It depends on the path as listed alone, so that an image stays where it is when rows are added:
     of the hashed name as a fraction of its range, the first 5 % are val, the next 5 % test.
     """
     hashed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
@@ -123,6 +126,6 @@ def _with_splits(path: epath.Path, rows: list[ImageRow]) -> Iterator[ImageRow]:
             raise UserError(
                 f"{row.where}: the split is missing, which other rows have; give all rows one, or "
                 f"none, for {1 - VAL_SHARE - TEST_SHARE:.0%} train, {VAL_SHARE:.0%} val and "
-                f"{TEST_SHARE:.0%} test by a hash of the picture's path"
+                f"{TEST_SHARE:.0%} test by a hash of the image's path"
             )
         yield row

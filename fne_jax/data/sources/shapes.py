@@ -1,4 +1,4 @@
-"""`shapes`: a TFDS dataset of drawn scenes whose unlabelled matches are known."""
+"""`shapes`: a TFDS dataset of rendered scenes whose unlabelled matches are known."""
 
 from __future__ import annotations
 
@@ -6,13 +6,40 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
+from fne_jax.data.pairs import SPLITS
 from fne_jax.data.preparation.pair_builder import PairBuilder
 from fne_jax.data.sources import shapes_scenes as scenes
+from fne_jax.errors import UserError
 
-SPLITS = ("train", "val", "test")
+
+def shapes_builder(settings: ml_collections.ConfigDict, cache: epath.Path) -> Shapes:
+    """Returns the builder of the dataset that `config.data.shapes` describes.
+
+    Args:
+      settings: The group `config.data.shapes`.
+      cache: The folder of prepared datasets.
+
+    Raises:
+      UserError: If a number is out of range.
+    """
+    try:
+        vocabulary = scenes.Vocabulary(
+            shapes=settings.shapes,
+            colours=settings.colours,
+            max_objects=settings.max_objects,
+        )
+    except ValueError as error:
+        raise UserError(f"config.data.shapes.{error}") from error
+    sizes = (settings.train_images, settings.val_images, settings.test_images)
+    if min(sizes) < 1:
+        raise UserError(f"config.data.shapes: the split sizes {sizes} must be at least 1")
+    config = ShapesConfig(seed=settings.seed, sizes=sizes, vocabulary=vocabulary)
+    return Shapes(data_dir=cache, config=config)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -20,9 +47,9 @@ class ShapesConfig(tfds.core.BuilderConfig):
     """What the dataset depends on.
 
     Attributes:
-      seed: of the scenes, captions and pictures.
-      sizes: images in train, val and test.
-      vocabulary: see `shapes_scenes.Vocabulary`.
+      seed: The seed of the scenes, the captions and the images.
+      sizes: The numbers of images in train, val and test.
+      vocabulary: How varied the scenes are.
     """
 
     seed: int = 0
@@ -39,7 +66,7 @@ class ShapesConfig(tfds.core.BuilderConfig):
 
 
 class Shapes(PairBuilder, skip_registration=True):
-    """Draws the scenes of a `ShapesConfig`, the same at each build."""
+    """Renders the scenes of a `ShapesConfig`, the same at each build."""
 
     name = "shapes"
     builder_config: ShapesConfig
@@ -55,12 +82,19 @@ class Shapes(PairBuilder, skip_registration=True):
             ),
         }
 
+    def known_truth(self, extras: list[dict[str, Any]]) -> scenes.SceneTruth:
+        """Returns the truth of a split from the scenes and the facts of its records."""
+        return scenes.SceneTruth(
+            scenes=np.stack([extra["scene"] for extra in extras]),
+            facts=np.concatenate([extra["facts"] for extra in extras]),
+        )
+
     def sizes(self) -> dict[str, int]:
-        """Returns the images of train, val and test."""
+        """Returns the numbers of images of train, val and test."""
         return dict(zip(SPLITS, self.builder_config.sizes, strict=True))
 
     def records(self, split: str, rows: range) -> Iterator[dict[str, Any]]:
-        """Yields scenes; image ids count on from split to split."""
+        """Yields the records of a split's scenes; image ids count on from split to split."""
         config, number = self.builder_config, SPLITS.index(split)
         first_id = sum(config.sizes[:number])
         for index in rows:
@@ -70,7 +104,7 @@ class Shapes(PairBuilder, skip_registration=True):
             captions, facts = scenes.random_captions(rng, scene)
             image_id = first_id + index
             yield {
-                "image": scenes.draw(rng, scene),
+                "image": scenes.render_image(rng, scene),
                 "image_id": image_id,
                 "captions": captions,
                 "caption_ids": [image_id * len(captions) + i for i in range(len(captions))],

@@ -1,10 +1,10 @@
-"""Scenes of coloured shapes, their pictures, captions that state part of them, and the truth.
+"""Scenes of coloured shapes, their images, captions that state part of them, and the truth.
 
 A scene is an int array [MAX_OBJECTS, SCENE_FIELDS], one row an object: shape, colour, size (0
-small, 1 large), and the x and y of its centre in pixels of a 64-pixel picture; rows of -1 are
-absent objects. A caption's facts are an int array [FACT_FIELDS]: shape, colour, size and cell of a
-first object, the same of a second, and how the two relate; -1 where the caption says nothing.
-Because both are known, so is whether any caption is true of any picture: see `is_true`.
+small, 1 large), and the x and y of its centre in pixels of a 64-pixel image; rows of -1 are absent
+objects. A caption's facts are an int array [FACT_FIELDS]: shape, colour, size and cell of a first
+object, the same of a second, and how the two relate; -1 where the caption says nothing. Because
+both are known, so is whether any caption is true of any image, which `is_true` tells.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-PICTURE_SIZE = 64
+IMAGE_SIZE = 64
 MAX_OBJECTS = 3
 SCENE_FIELDS = 5
 FACT_FIELDS = 9
@@ -37,7 +38,7 @@ COLOURS = {
 }
 SIZES = (("small", "little"), ("large", "big"))
 RADII = ((6.5, 8.0), (11.5, 12.5))
-# One object at most stands in each quarter of the picture, near its middle.
+# One object at most stands in each quarter of the image, near its middle.
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 JITTER = 3  # pixels, either way
 UNSTATED = -1
@@ -61,9 +62,9 @@ class Vocabulary:
     """How varied the scenes are.
 
     Attributes:
-      shapes: how many of `SHAPES` are used.
-      colours: how many of `COLOURS` are used.
-      max_objects: most objects in a scene, 1 to `MAX_OBJECTS`.
+      shapes: How many of `SHAPES` are used.
+      colours: How many of `COLOURS` are used.
+      max_objects: The largest number of objects in a scene, 1 to `MAX_OBJECTS`.
     """
 
     shapes: int = 5
@@ -82,6 +83,31 @@ class Vocabulary:
                 )
 
 
+@dataclasses.dataclass(frozen=True)
+class SceneTruth:
+    """The `KnownTruth` of a split of scenes.
+
+    Attributes:
+      scenes: The [images, MAX_OBJECTS, SCENE_FIELDS] int scenes of the images.
+      facts: The [pairs, FACT_FIELDS] int facts of the captions.
+    """
+
+    scenes: np.ndarray
+    facts: np.ndarray
+
+    def matrix(self) -> np.ndarray:
+        """Returns the truth of all captions, [images, pairs] bool."""
+        return truth_matrix(self.facts, self.scenes)
+
+    def is_true(self, caption: np.ndarray, image: np.ndarray) -> np.ndarray:
+        """Returns [n] bool for the [n] indices of captions and of images."""
+        return is_true(self.facts[caption], self.scenes[image])
+
+    def of_captions(self, rows: Sequence[int]) -> SceneTruth:
+        """Returns the truth of some of the captions, which are numbered anew in that order."""
+        return SceneTruth(self.scenes, self.facts[rows])
+
+
 def is_true(facts: np.ndarray, scene: np.ndarray) -> np.ndarray:
     """Returns whether captions are true of scenes, broadcasting over leading axes.
 
@@ -89,8 +115,8 @@ def is_true(facts: np.ndarray, scene: np.ndarray) -> np.ndarray:
     one about two if two different objects do and relate as stated.
 
     Args:
-      facts: [..., FACT_FIELDS] int.
-      scene: [..., MAX_OBJECTS, SCENE_FIELDS] int.
+      facts: The [..., FACT_FIELDS] int facts of the captions.
+      scene: The [..., MAX_OBJECTS, SCENE_FIELDS] int scenes.
 
     Returns:
       [...] bool.
@@ -110,7 +136,7 @@ def is_true(facts: np.ndarray, scene: np.ndarray) -> np.ndarray:
 
 
 def truth_matrix(facts: np.ndarray, scenes: np.ndarray) -> np.ndarray:
-    """Returns the [images, captions] bool matrix of `is_true`, in blocks of little memory."""
+    """Returns the [images, captions] bool matrix of `is_true`, made a row at a time."""
     truth = np.empty((len(scenes), len(facts)), bool)
     for row, scene in enumerate(scenes):
         truth[row] = is_true(facts, scene)
@@ -127,17 +153,17 @@ def _fits(stated, scene):
 
 def _cell(scene):
     """Returns the index of `CELLS` in which objects [..., SCENE_FIELDS] have their centres."""
-    half = PICTURE_SIZE // 2
+    half = IMAGE_SIZE // 2
     return (scene[..., 4] >= half) * 2 + (scene[..., 3] >= half)
 
 
 def random_scene(rng: np.random.Generator, vocabulary: Vocabulary) -> np.ndarray:
-    """Returns a scene of one to `max_objects` objects in different quarters of the picture."""
+    """Returns a scene of one to `max_objects` objects in different quarters of the image."""
     weights = np.array([1.0, 3.0, 2.0])[: vocabulary.max_objects]
     count = 1 + rng.choice(vocabulary.max_objects, p=weights / weights.sum())
     scene = np.full((MAX_OBJECTS, SCENE_FIELDS), UNSTATED, np.int32)
     for row, cell in enumerate(rng.permutation(len(CELLS))[:count]):
-        quarter = PICTURE_SIZE // 4
+        quarter = IMAGE_SIZE // 4
         x, y = (2 * np.array([cell % 2, cell // 2]) + 1) * quarter
         x, y = np.array([x, y]) + rng.integers(-JITTER, JITTER + 1, 2)
         shape, colour = rng.integers(vocabulary.shapes), rng.integers(vocabulary.colours)
@@ -207,20 +233,20 @@ def _phrase(rng, facts):
     return _OPENINGS[rng.integers(len(_OPENINGS))].format(subject)
 
 
-def draw(rng: np.random.Generator, scene: np.ndarray) -> bytes:
-    """Returns a 64-pixel JPEG of a scene, background, shades and sizes jittered."""
-    scale = 3  # drawn larger and averaged down, so that edges are smooth
-    side = PICTURE_SIZE * scale
-    picture = Image.fromarray(_background(rng)).resize((side, side), Image.Resampling.BILINEAR)
-    canvas = ImageDraw.Draw(picture)
+def render_image(rng: np.random.Generator, scene: np.ndarray) -> bytes:
+    """Returns a 64-pixel JPEG of a scene, its background, shades and sizes jittered."""
+    scale = 3  # rendered larger and averaged down, so that edges are smooth
+    side = IMAGE_SIZE * scale
+    image = Image.fromarray(_background(rng)).resize((side, side), Image.Resampling.BILINEAR)
+    canvas = ImageDraw.Draw(image)
     for shape, colour, size, x, y in scene[scene[:, 0] != UNSTATED]:
         shade = np.array(list(COLOURS.values())[colour]) + rng.normal(0, 8, 3)
         fill = tuple(int(value) for value in np.clip(shade, 0, 255))
         radius = rng.uniform(*RADII[size]) * scale
-        _draw_shape(canvas, SHAPES[shape], (x * scale, y * scale), radius, fill)
-    picture = picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX)
+        _render_shape(canvas, SHAPES[shape], (x * scale, y * scale), radius, fill)
+    image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=92)
+    image.save(stream, "JPEG", quality=92)
     return stream.getvalue()
 
 
@@ -231,7 +257,7 @@ def _background(rng):
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
-def _draw_shape(canvas, shape, centre, radius, fill):
+def _render_shape(canvas, shape, centre, radius, fill):
     x, y = centre
     box = [x - radius, y - radius, x + radius, y + radius]
 

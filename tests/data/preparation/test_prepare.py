@@ -13,7 +13,7 @@ from PIL import Image
 from fne_jax import prepare
 from fne_jax.data import loading
 from fne_jax.data.batches import BatchOrder, evaluation_images, training_batches
-from fne_jax.data.pairs import load_split
+from fne_jax.data.loading import load_split
 from fne_jax.data.preparation import checked_parts, pair_builder
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.training.loop import train_and_evaluate

@@ -1,4 +1,4 @@
-"""The truth of `shapes`, against hand-made scenes and over drawn ones."""
+"""The truth of `shapes`, against hand-made scenes and over sampled ones."""
 
 import io
 
@@ -57,24 +57,24 @@ def test_relations_need_a_clear_gap():
 
 
 @pytest.fixture(scope="module")
-def drawn():
+def rendered():
     vocabulary = scenes.Vocabulary()
     result = []
     for index in range(300):
         rng = np.random.default_rng([7, index])
         scene = scenes.random_scene(rng, vocabulary)
-        result.append((scene, *scenes.random_captions(rng, scene), scenes.draw(rng, scene)))
+        result.append((scene, *scenes.random_captions(rng, scene), scenes.render_image(rng, scene)))
     return result
 
 
-def test_all_captions_are_true_of_their_image(drawn):
-    for scene, captions, stated, _ in drawn:
+def test_all_captions_are_true_of_their_image(rendered):
+    for scene, captions, stated, _ in rendered:
         assert scenes.is_true(stated, scene).all(), (captions, scene)
         assert len(captions) == len(np.unique(stated, axis=0)) == scenes.CAPTIONS_PER_IMAGE
 
 
-def test_captions_say_what_their_facts_say(drawn):
-    for _, captions, stated, _ in drawn:
+def test_captions_say_what_their_facts_say(rendered):
+    for _, captions, stated, _ in rendered:
         for caption, row in zip(captions, stated, strict=True):
             assert (scenes.SHAPES[row[0]] in caption) and not caption.endswith(" ")
             if row[1] != NONE:
@@ -84,43 +84,56 @@ def test_captions_say_what_their_facts_say(drawn):
             assert (row[8] == NONE) == (sum(caption.count(n) for n in scenes.SHAPES) == 1)
 
 
-def test_density_of_false_negatives_is_as_stated(drawn):
+def test_density_of_false_negatives_is_as_stated(rendered):
     truth = scenes.truth_matrix(
-        np.concatenate([d[2] for d in drawn]), np.stack([d[0] for d in drawn])
+        np.concatenate([d[2] for d in rendered]), np.stack([d[0] for d in rendered])
     )
-    own = np.repeat(np.eye(len(drawn), dtype=bool), scenes.CAPTIONS_PER_IMAGE, axis=1)
+    own = np.repeat(np.eye(len(rendered), dtype=bool), scenes.CAPTIONS_PER_IMAGE, axis=1)
     assert truth[own].all()
     assert 0.003 < truth[~own].mean() < 0.02
 
 
-def test_truth_matrix_is_is_true(drawn):
+def test_truth_matrix_is_is_true(rendered):
     stated, all_scenes = (
-        np.concatenate([d[2] for d in drawn[:20]]),
-        np.stack([d[0] for d in drawn[:7]]),
+        np.concatenate([d[2] for d in rendered[:20]]),
+        np.stack([d[0] for d in rendered[:7]]),
     )
     truth = scenes.truth_matrix(stated, all_scenes)
     slow = [[bool(scenes.is_true(f, s)) for f in stated] for s in all_scenes]
     np.testing.assert_array_equal(truth, slow)
 
 
-def test_objects_are_drawn_where_the_scene_says(drawn):
+def test_the_truth_of_a_split_and_of_some_of_its_captions(rendered):
+    truth = scenes.SceneTruth(
+        scenes=np.stack([one[0] for one in rendered[:7]]),
+        facts=np.concatenate([one[2] for one in rendered[:7]]),
+    )
+    matrix = truth.matrix()
+    assert matrix.shape == (7, 35)
+    caption, image = np.array([0, 34, 7, 7]), np.array([0, 6, 1, 5])
+    np.testing.assert_array_equal(truth.is_true(caption, image), matrix[image, caption])
+    kept = [3, 0, 34]
+    np.testing.assert_array_equal(truth.of_captions(kept).matrix(), matrix[:, kept])
+
+
+def test_objects_are_rendered_where_the_scene_says(rendered):
     red = np.array(scenes.COLOURS["red"])
     circles = 0
-    for scene, _, _, jpeg in drawn:
-        picture = Image.open(io.BytesIO(jpeg))
-        assert picture.size == (scenes.PICTURE_SIZE,) * 2 and picture.mode == "RGB"
+    for scene, _, _, jpeg in rendered:
+        image = Image.open(io.BytesIO(jpeg))
+        assert image.size == (scenes.IMAGE_SIZE,) * 2 and image.mode == "RGB"
         for shape, colour, _, x, y in scene:
             if (shape, colour) == (CIRCLE, RED):
                 circles += 1
-                assert np.abs(np.array(picture)[y, x] - red).max() < 60
+                assert np.abs(np.array(image)[y, x] - red).max() < 60
     assert circles > 0
 
 
-def test_pictures_and_captions_are_a_function_of_the_seed(drawn):
+def test_images_and_captions_are_a_function_of_the_seed(rendered):
     rng = np.random.default_rng([7, 0])
     scene = scenes.random_scene(rng, scenes.Vocabulary())
     captions, _ = scenes.random_captions(rng, scene)
-    assert (captions, scenes.draw(rng, scene)) == (drawn[0][1], drawn[0][3])
+    assert (captions, scenes.render_image(rng, scene)) == (rendered[0][1], rendered[0][3])
 
 
 def test_vocabulary_out_of_range():
