@@ -1,5 +1,6 @@
 """Every config builds, every field is read, and mistakes are named."""
 
+import json
 import pathlib
 import re
 
@@ -62,7 +63,8 @@ def test_every_field_has_a_comment():
         (["--config.momentum=1.5"], "config.momentum is 1.5"),
         (["--config.data.text_length=600"], "more than config.encoder.text.max_length"),
         (["--config.data.augmentation=flip"], "'flip'; expected one of none, crop_flip, randaug"),
-        (["--config.data.augment_on=gpu"], "augment_on is 'gpu'; expected one of host, device"),
+        (["--config.data.source=cocoa"], "source is 'cocoa'; expected one of flickr8k, .*npz"),
+        (["--config.data.augment_on=host"], "augment_on was removed: images are augmented on the"),
         (["--workdirs=x"], "unknown argument"),
         (["stray"], "unknown argument"),
     ],
@@ -87,6 +89,23 @@ def test_resuming_with_another_config_lists_the_differences(tmp_path):
     assert "config.momentum: 0.995 in the run, 0.5 now" in str(error.value)
     assert "config.fne.margin: 0.2 in the run, 0.3 now" in str(error.value)
     assert configuration.read_config(tmp_path).momentum == 0.995
+
+
+def test_a_stored_config_may_have_a_removed_field_with_its_default(tmp_path):
+    configuration.store_config(tiny_config(), tmp_path)
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    stored["data"]["augment_on"] = "host"
+    path.write_text(json.dumps(stored))
+    read = configuration.read_config(tmp_path)
+    assert read.is_locked and "augment_on" not in read.data
+    configuration.store_config(tiny_config(), tmp_path)  # a resume
+    stored["data"]["augment_on"] = "device"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(
+        UserError, match=r"augment_on is 'device', but the field was removed"
+    ):
+        configuration.read_config(tmp_path)
 
 
 def test_workdir_without_a_config(tmp_path):

@@ -1,8 +1,8 @@
 """RandAugment's operations in plain form: PIL's, and moves one pixel at a time.
 
-`python -m tests.support.plain_operations` writes tests/golden/images.npz from them: rendered images in
-the layout of the authors' figures. Theirs are of photographs that may not be distributed; `pytest
---golden DIR` compares with them.
+`python -m tests.support.plain_operations` writes tests/golden/images.npz from them: rendered images
+in the layout of the authors' figures. Theirs are of photographs that may not be distributed;
+`pytest --golden DIR` compares with them.
 """
 
 import math

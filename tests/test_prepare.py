@@ -11,16 +11,15 @@ import pytest
 from PIL import Image
 
 from fne_jax import prepare
-from fne_jax.data import loading
 from fne_jax.data.batches import BatchOrder, evaluation_images, training_batches
+from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.loading import load_split
-from fne_jax.data.preparation import checked_parts, pair_builder
+from fne_jax.data.pairs import SPLITS
+from fne_jax.data.preparation import checked_parts, pair_builder, prepared_datasets
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.training.loop import train_and_evaluate
 from tests.support import TOP, sources
 from tests.support.tiny import tiny_config
-
-SPLITS = ("train", "val", "test")
 
 
 def config_of(folder, **fields):
@@ -33,10 +32,10 @@ def config_of(folder, **fields):
 
 
 def write_damaged(folder):
-    """Writes good pictures and ten of each damaged kind; returns the kinds by picture."""
+    """Writes good images and ten of each damaged kind; returns the kinds by image."""
     rows = sources.table_rows(folder)
     kinds = {}
-    for kind, content in sources.DAMAGED_PICTURES.items():
+    for kind, content in sources.DAMAGED_IMAGES.items():
         for number in range(10):
             name = f"images/{kind} {number}.jpg"
             kinds[name] = kind
@@ -47,7 +46,7 @@ def write_damaged(folder):
 
 
 def skipped(config):
-    builder = loading.prepared_builder(config.data)
+    builder = prepared_datasets.prepared_builder(config.data)
     return json.loads((pathlib.Path(builder.data_dir) / "skipped.json").read_text())
 
 
@@ -55,7 +54,7 @@ def record_files(folder):
     return sorted((folder / "cache").rglob("*.array_record*"))
 
 
-def test_a_hundred_damaged_pictures(tmp_path):
+def test_a_hundred_damaged_images(tmp_path):
     kinds = write_damaged(tmp_path / "source")
     assert len(kinds) == 100 and len(set(kinds.values())) == 10
     with pytest.raises(UserError) as error:
@@ -69,7 +68,7 @@ def test_a_hundred_damaged_pictures(tmp_path):
 
     config = config_of(tmp_path, data__max_skipped=100)
     listed = skipped(config)
-    assert {entry["picture"] for entry in listed} == {
+    assert {entry["image"] for entry in listed} == {
         str(tmp_path / "source" / name) for name in kinds
     }
     assert all(entry["reason"] and "line " in entry["where"] for entry in listed)
@@ -82,38 +81,51 @@ def test_a_hundred_damaged_pictures(tmp_path):
         load_split(config_of(tmp_path, data__max_skipped=99).data, 8, "train")
 
 
-def test_damaged_captions_and_missing_pictures(tmp_path):
+def test_damaged_captions_and_missing_images(tmp_path):
     rows = sources.table_rows(tmp_path / "source")
     bad = list(sources.DAMAGED_CAPTIONS.values())
-    picture = rows[0]["image"]
+    assert rows[0]["image"] == "images/image0.jpg"
     rows += [rows[0] | {"caption": caption} for caption in bad]
     # An image all of whose captions are bad goes as well.
     sources.write_jsonl(
         tmp_path / "source", [row | {"caption": ""} if row["image"].endswith("e5.jpg") else row
                               for row in rows]
     )  # fmt: skip
-    (tmp_path / "source" / "images" / "picture7.jpg").unlink()
+    (tmp_path / "source" / "images" / "image7.jpg").unlink()
     listed = skipped(config_of(tmp_path, data__max_skipped=20))
-    reasons = [entry["reason"] for entry in listed if entry["picture"].endswith("e0.jpg")]
+    reasons = [entry["reason"] for entry in listed if entry["image"].endswith("e0.jpg")]
     starts = ["not text", "not text", "empty", "empty", "too long: 2002", "not text"]
     assert len(reasons) == len(starts)
     for reason, start in zip(reasons, starts, strict=True):
         assert reason.startswith(f"the caption is {start}")
-    of_five = [entry["reason"] for entry in listed if entry["picture"].endswith("e5.jpg")]
+    of_five = [entry["reason"] for entry in listed if entry["image"].endswith("e5.jpg")]
     assert of_five == ["the caption is empty: ''"] * 4 + ["no caption is left"]
-    of_seven = [entry["reason"] for entry in listed if entry["picture"].endswith("e7.jpg")]
-    assert len(of_seven) == 1 and of_seven[0].startswith("there is no picture")
+    of_seven = [entry["reason"] for entry in listed if entry["image"].endswith("e7.jpg")]
+    assert len(of_seven) == 1 and of_seven[0].startswith("there is no image")
     assert len(listed) == 12
     train = load_split(config_of(tmp_path, data__max_skipped=20).data, 8, "train")
     first = [c for c, o in zip(train.captions, train.caption_image, strict=True) if o == 0]
-    assert picture == "images/picture0.jpg" and len(train.image_id) == 22
-    assert first == ["Picture 0, seen 0 times.", "Picture 0, seen 1 times."]
+    assert len(train.image_id) == 22
+    assert first == ["Image 0, seen 0 times.", "Image 0, seen 1 times."]
+
+
+def test_an_older_list_of_what_was_left_out_is_read(tmp_path):
+    rows = sources.table_rows(tmp_path / "source")
+    sources.write_jsonl(tmp_path / "source", [*rows, rows[0] | {"caption": ""}])
+    config = config_of(tmp_path, data__max_skipped=1)
+    builder = prepared_datasets.prepared_builder(config.data)
+    before = builder.skipped()
+    assert len(before) == 1 and before[0].image.endswith("image0.jpg")
+    text = builder.skipped_path().read_text()
+    builder.skipped_path().write_text(text.replace('"image":', '"picture":'))
+    assert '"picture":' in builder.skipped_path().read_text()
+    assert prepared_datasets.prepared_builder(config.data).skipped() == before
 
 
 def test_a_split_that_is_lost(tmp_path):
     sources.write_jsonl(tmp_path / "source", sources.table_rows(tmp_path / "source"))
     for number in range(24, 29):
-        (tmp_path / "source" / "images" / f"picture{number}.jpg").write_bytes(b"")
+        (tmp_path / "source" / "images" / f"image{number}.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="no image of the split 'val' can be used"):
         load_split(config_of(tmp_path, data__max_skipped=99).data, 8, "train")
 
@@ -183,31 +195,31 @@ def test_an_interrupted_build_goes_on_where_it_was(
 
 def test_only_what_was_refused_or_has_changed_is_checked_again(tmp_path, command, checked):
     images = tmp_path / "source" / "images"
-    good = (images / "picture3.jpg").read_bytes()
-    (images / "picture3.jpg").write_bytes(good[:300])
+    good = (images / "image3.jpg").read_bytes()
+    (images / "image3.jpg").write_bytes(good[:300])
     with pytest.raises(UserError, match="1 images or captions cannot be used"):
         command()
     assert len(checked) == 35
-    (images / "picture3.jpg").write_bytes(good)
-    (images / "picture9.jpg").write_bytes(sources.jpeg(99, width=50))
+    (images / "image3.jpg").write_bytes(good)
+    (images / "image9.jpg").write_bytes(sources.jpeg(99, width=50))
     command()
     assert checked[35:] == [good, sources.jpeg(99, width=50)]
 
 
-def test_a_picture_that_changes_while_it_is_prepared(tmp_path, command, monkeypatch):
-    changing = tmp_path / "source" / "images" / "picture12.jpg"
-    real = checked_parts.PictureParts.check
+def test_an_image_that_changes_while_it_is_prepared(tmp_path, command, monkeypatch):
+    changing = tmp_path / "source" / "images" / "image12.jpg"
+    real = checked_parts.CheckedParts.check
 
     def check_then_change(parts):
         verdicts = real(parts)
         changing.write_bytes(sources.jpeg(77))
         return verdicts
 
-    monkeypatch.setattr(checked_parts.PictureParts, "check", check_then_change)
-    with pytest.raises(UserError, match=r"picture12.jpg: has changed since it was checked"):
+    monkeypatch.setattr(checked_parts.CheckedParts, "check", check_then_change)
+    with pytest.raises(UserError, match=r"image12.jpg: has changed since it was checked"):
         command()
     assert not record_files(tmp_path)
-    monkeypatch.setattr(checked_parts.PictureParts, "check", real)
+    monkeypatch.setattr(checked_parts.CheckedParts, "check", real)
     command()
     assert load_split(config_of(tmp_path).data, 8, "train").images[12]["image"] == sources.jpeg(77)
 
@@ -220,8 +232,10 @@ def test_the_checksum_depends_on_the_records_alone(tmp_path, monkeypatch):
         monkeypatch.setattr(pair_builder, "IMAGES_PER_SHARD", shard)
         config = config_of(tmp_path)
         config.data.cache_dir = str(tmp_path / f"cache{workers}")
-        builder = loading.prepared_builder(config.data)
-        read = {s: pair_builder.summarize(loading.record_source(builder, s)) for s in SPLITS}
+        builder = prepared_datasets.prepared_builder(config.data)
+        read = {
+            s: pair_builder.summarize(prepared_datasets.record_source(builder, s)) for s in SPLITS
+        }
         assert read == pair_builder.stored_summaries(builder)
         summaries.append(read)
         files = list((tmp_path / f"cache{workers}").rglob("*-train.array_record*"))
@@ -230,7 +244,7 @@ def test_the_checksum_depends_on_the_records_alone(tmp_path, monkeypatch):
     assert len({summary.checksum for summary in summaries[0].values()}) == 3
 
 
-def test_smaller_pictures_are_another_dataset(tmp_path, command, capsys):
+def test_smaller_images_are_another_dataset(tmp_path, command, capsys):
     command()
     full = capsys.readouterr().out
     command("--resize-to", "16")
@@ -239,8 +253,8 @@ def test_smaller_pictures_are_another_dataset(tmp_path, command, capsys):
     train = load_split(config_of(tmp_path, data__resize_to=16).data, 8, "train")
     assert "16px" in small and not (tmp_path / "cache" / "unfinished" / "16px").exists()
     for record in train.images:
-        with Image.open(io.BytesIO(record["image"])) as picture:
-            assert min(picture.size) == 16
+        with Image.open(io.BytesIO(record["image"])) as image:
+            assert min(image.size) == 16
     assert len(record_files(tmp_path)) == 6, "training has found it"
 
 
@@ -270,7 +284,7 @@ def test_a_flipped_byte_in_a_prepared_file_names_the_record(tmp_path, command, c
 def test_files_that_were_exchanged_are_noticed(tmp_path, command, monkeypatch):
     command()
     (tmp_path / "cache").rename(tmp_path / "other")
-    (tmp_path / "source" / "images" / "picture5.jpg").write_bytes(sources.jpeg(5, width=60))
+    (tmp_path / "source" / "images" / "image5.jpg").write_bytes(sources.jpeg(5, width=60))
     command()
     for path in record_files(tmp_path):
         path.write_bytes(next((tmp_path / "other").rglob(path.name)).read_bytes())
@@ -294,10 +308,8 @@ def damaged(tmp_path, monkeypatch):
 @pytest.mark.parametrize("augmentation", ["none", "crop_flip"])
 def test_a_damaged_jpeg_in_a_record_is_named_while_reading(damaged, augmentation):
     train = load_split(damaged.data, 8, "train")
-    batches = training_batches(
-        train, tokens_of(train), BatchOrder(0, len(train.captions), 8), range(9),
-        image_size=8, augmentation=augmentation,
-    )  # fmt: skip
+    rows = BatchOrder(0, len(train.captions), 8).rows(range(9))
+    batches = training_batches(train, tokens_of(train), rows, TrainingImages(8, augmentation, 0))
     with pytest.raises(UserError, match=r"record 11 of the split train in .* is damaged"):
         list(batches)
     with pytest.raises(UserError, match=r"record 2 of the split val in .* is damaged"):

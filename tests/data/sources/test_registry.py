@@ -1,0 +1,33 @@
+"""The registry of sources is what the README says."""
+
+import re
+
+import pytest
+
+from fne_jax.data.sources.registry import SOURCES, InMemory, find_source
+from fne_jax.errors import UserError
+from tests.support import TOP
+
+
+def test_the_readme_names_every_source_and_what_it_expects():
+    section = (TOP / "README.md").read_text().split("\n## Your own data\n")[1].split("\n## ")[0]
+    table = section.strip().split("\n\n")[0].splitlines()[2:]
+    listed = {}
+    for line in table:
+        names, in_dir = (cell.strip() for cell in line.strip("|").split("|"))
+        for name in re.findall(r"`(\w+)`", names):
+            assert name not in listed
+            listed[name] = in_dir
+    assert listed == {name: source.in_dir for name, source in SOURCES.items()}
+
+
+def test_an_unknown_source_lists_the_choices():
+    with pytest.raises(UserError) as error:
+        find_source("karpaty")
+    for part in ("config.data.source is 'karpaty'", *SOURCES):
+        assert part in str(error.value)
+
+
+def test_what_need_not_be_prepared():
+    in_memory = {name for name, source in SOURCES.items() if isinstance(source, InMemory)}
+    assert in_memory == {"npz", "synthetic"}
