@@ -102,9 +102,7 @@ def test_a_stored_config_may_have_a_removed_field_with_its_default(tmp_path):
     configuration.store_config(tiny_config(), tmp_path)  # a resume
     stored["data"]["augment_on"] = "device"
     path.write_text(json.dumps(stored))
-    with pytest.raises(
-        UserError, match=r"augment_on is 'device', but the field was removed"
-    ):
+    with pytest.raises(UserError, match=r"augment_on is 'device', but the field was removed"):
         configuration.read_config(tmp_path)
 
 
