@@ -110,6 +110,7 @@ def input_pipeline(
 
 def render_dataset(folder: pathlib.Path, images: int) -> tuple[PairDataset, list[pathlib.Path]]:
     """Returns a prepared dataset of rendered images, one caption each, and their files."""
+    # Kept out of the module's imports: configs/ is not part of the installed package.
     from configs import base
 
     (folder / "images").mkdir()
