@@ -21,7 +21,7 @@ from fne_jax.parallel.sharding import StepLayout, create_mesh
 from fne_jax.training.encoder_passes import WholeBatch
 from fne_jax.training.optimizer import build_optimizer
 from fne_jax.training.train_state import TrainState
-from fne_jax.training.train_step import train_step
+from fne_jax.training.train_step import StepSettings, train_step
 
 # Float32 over ten steps, on figures of size 1: 7e-7 was measured for losses and gradient norms,
 # 3e-6 for statistics, 2e-7 for the queue and 4e-7 for weights, which move by 1e-3 and more.
@@ -87,6 +87,15 @@ def add_batch(stats, step, features):
 def build_step(arrays, *, warmup):
     """Returns our train step with the draws as arguments."""
     margin = float(arrays["margin"])
+    settings = StepSettings(
+        passes=WholeBatch(),
+        layout=StepLayout(create_mesh(devices=jax.devices()[:1])),
+        momentum=float(arrays["momentum"]),
+        mask_same_image=False,
+        # The recorded pixels are normalised already.
+        pixel_statistics=((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
+        learning_rate=optax.constant_schedule(float(arrays["learning_rate"])),
+    )
 
     def from_uniform(rng, features, queue, stats, *, draws):
         return fne_triplet_loss_from_uniform(
@@ -110,17 +119,10 @@ def build_step(arrays, *, warmup):
         return train_step(
             name_by_place(state, batch),
             batch,
-            passes=WholeBatch(),
-            layout=StepLayout(create_mesh(devices=jax.devices()[:1])),
+            settings=settings,
             objective=objective,
             next_statistics=add_batch,
             write_queue=not warmup,
-            momentum=float(arrays["momentum"]),
-            mask_same_image=False,
-            # The recorded pixels are normalised already.
-            image_mean=(0.0, 0.0, 0.0),
-            image_std=(1 / 255, 1 / 255, 1 / 255),
-            learning_rate=optax.constant_schedule(float(arrays["learning_rate"])),
         )
 
     return step

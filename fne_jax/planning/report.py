@@ -19,7 +19,7 @@ SCOPES = (
     train_step.OPTIMIZER,
     train_step.MOMENTUM_UPDATE,
     train_step.OBJECTIVE,
-    train_step.MEMORY,
+    train_step.QUEUE,
 )
 # All else is the strategy's: the objective, the memory, the momentum update and what is unnamed.
 _NOT_STRATEGY = (*ENCODERS, train_step.OPTIMIZER)

@@ -15,7 +15,7 @@ from fne_jax.parallel import sharding
 from fne_jax.training.encoder_passes import MicroBatches, WholeBatch
 from fne_jax.training.timeline import Phase, Timeline
 from fne_jax.training.train_state import TrainState
-from fne_jax.training.train_step import train_step
+from fne_jax.training.train_step import StepSettings, train_step
 
 
 def jitted_steps(
@@ -42,16 +42,16 @@ def jitted_steps(
     passes = WholeBatch()
     if config.micro_batches > 1:
         passes = MicroBatches(config.micro_batches, sharding.micro_batch_sharding(mesh))
-    shared = {
-        "passes": passes,
-        "layout": sharding.StepLayout(mesh),
-        "momentum": config.momentum,
-        "mask_same_image": config.fne.mask_same_image,
-        "next_statistics": registry.next_statistics(config.fne, timeline.steps_per_epoch),
-        "image_mean": config.image_mean,
-        "image_std": config.image_std,
-        "learning_rate": schedule,
-    }
+    settings = StepSettings(
+        passes=passes,
+        layout=sharding.StepLayout(mesh),
+        momentum=config.momentum,
+        mask_same_image=config.fne.mask_same_image,
+        pixel_statistics=(config.image_mean, config.image_std),
+        learning_rate=schedule,
+    )
+    next_statistics = registry.next_statistics(config.fne, timeline.steps_per_epoch)
+    step = functools.partial(train_step, settings=settings, next_statistics=next_statistics)
     warmup, main = registry.warmup_objective(config), registry.main_objective(config)
     kinds = {
         Phase.WARMUP: {"objective": warmup, "write_queue": False},
@@ -60,7 +60,7 @@ def jitted_steps(
     }
     return {
         phase: jax.jit(
-            functools.partial(train_step, **kind, **shared),
+            functools.partial(step, **kind),
             in_shardings=(placed, rows),
             out_shardings=(placed, replicated, replicated),
             donate_argnums=0,

@@ -1,7 +1,8 @@
-"""One step of training, a pure function of the state and a batch (design of the paper's Fig. 2)."""
+"""One step of training: a pure function of the state and a batch."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from fne_jax.encoders.pixels import normalize_pixels
+from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.registry import Features, NextStatistics, Objective
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.objectives.triplet_loss import TripletAux
@@ -17,74 +19,87 @@ from fne_jax.parallel.sharding import StepLayout
 from fne_jax.training.encoder_passes import EncoderPasses
 from fne_jax.training.train_state import TrainState
 
-# Scopes that name each part's operations in the compiled program; what lies in neither of these
-# three is the cost of the training strategy (fne_jax/planning).
+# Scopes that name each part's operations in the compiled program; what lies neither in the encoders
+# nor in the optimizer is the cost of the training strategy (fne_jax/planning).
 ONLINE_ENCODERS = "online_encoders"
 MOMENTUM_ENCODERS = "momentum_encoders"
 OPTIMIZER = "optimizer"
 MOMENTUM_UPDATE = "momentum_update"
 OBJECTIVE = "objective"
-MEMORY = "memory"
+QUEUE = "queue"
+# The fields of the state that a bad batch leaves as they were; the queue sees to itself.
+_HELD = ("params", "momentum_params", "opt_state", "stats")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """What all steps of a run have in common.
+
+    Attributes:
+      passes: How a batch goes through the encoders.
+      layout: Where the step's arrays live on the devices.
+      momentum: The momentum m of the update m * momentum_params + (1 - m) * params.
+      mask_same_image: Whether other captions of an image are no negatives within the batch.
+      pixel_statistics: The mean and the standard deviation of each channel, in [0, 1].
+      learning_rate: The learning rate by step, for the log; the optimizer has its own.
+    """
+
+    passes: EncoderPasses
+    layout: StepLayout
+    momentum: float
+    mask_same_image: bool
+    pixel_statistics: tuple[tuple[float, ...], tuple[float, ...]]
+    learning_rate: optax.Schedule
 
 
 def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
     *,
-    passes: EncoderPasses,
-    layout: StepLayout,
+    settings: StepSettings,
     objective: Objective,
     next_statistics: NextStatistics,
     write_queue: bool,
-    momentum: float,
-    mask_same_image: bool,
-    image_mean: tuple[float, ...],
-    image_std: tuple[float, ...],
-    learning_rate: optax.Schedule,
 ) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
-    """Updates momentum encoders, statistics, weights and memory with one batch.
+    """Updates momentum encoders, statistics, weights and queue with one batch.
 
     A batch whose loss, gradient or momentum embeddings are not finite changes nothing but the step:
     the counts within the optimizer, which schedule the learning rate, stay behind with the rest.
 
     Args:
-      state: donated by the jitted form.
+      state: The state before the step; the jitted form donates it.
       batch: `image` [batch, side, side, 3] uint8, `input_ids` and `attention_mask` [batch, length]
         int32, `image_id` and `pair_id` [batch] int32.
-      passes: how the batch goes through the encoders.
-      layout: of the arrays over the devices.
-      objective: the loss of this phase of the run.
-      next_statistics: adds the batch to the similarity statistics.
-      write_queue: whether the batch's momentum embeddings enter the memory.
-      momentum: of the momentum encoders, which move before they encode.
-      mask_same_image: whether other captions of an image are no negatives within the batch.
-      image_mean: of the pixels in [0, 1], by channel.
-      image_std: of the pixels in [0, 1], by channel.
-      learning_rate: for the log; the optimizer has its own.
+      settings: What all steps of the run have in common.
+      objective: The loss in this phase of the run.
+      next_statistics: Adds the batch to the similarity statistics.
+      write_queue: Whether the batch's momentum embeddings enter the queue.
 
     Returns:
-      The new state, scalars (`applied` is 0 where the batch was not), and the negatives: empty, or
-      [batch] int32 pair ids of the anchors,
-      of the chosen and of the hardest candidates (`anchor`, `negative_i2t`, `negative_t2i`,
-      `hardest_i2t`, `hardest_t2i`), -1 where the memory's slot was empty.
+      The new state; scalars for the log, `applied` being 0 where the batch was not; and the
+      negatives: empty, or [batch] int32 pair ids of the anchors and of their chosen and hardest
+      candidates (`anchor`, `negative_i2t`, `negative_t2i`, `hardest_i2t`, `hardest_t2i`), -1 where
+      a slot of the queue was empty.
+
+    References:
+      Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380, figure 2.
     """
-    rng = jax.random.fold_in(state.key, state.step)
-    sampling_rng, dropout_rng = jax.random.split(rng)
+    layout, passes = settings.layout, settings.passes
+    sampling_rng, dropout_rng = jax.random.split(jax.random.fold_in(state.key, state.step))
     with jax.named_scope(MOMENTUM_UPDATE):
         momentum_params = optax.incremental_update(
-            state.params, state.momentum_params, 1 - momentum
+            state.params, state.momentum_params, 1 - settings.momentum
         )
     # Ids and keys are replicated, as the queue is: each device scores its own anchors.
     image_id, pair_id = layout.replicated((batch["image_id"], batch["pair_id"]))
     same_image = jnp.eye(image_id.shape[0], dtype=bool)
-    if mask_same_image:
+    if settings.mask_same_image:
         same_image = image_id[:, None] == image_id[None, :]
 
     def encode(params, inputs, dropout_rng):
-        pixels = normalize_pixels(inputs["image"], image_mean, image_std)
         embeddings = state.apply_fn(
             {"params": layout.replicated_parameters(params)},
-            pixels,
+            normalize_pixels(inputs["image"], *settings.pixel_statistics),
             inputs["input_ids"],
             inputs["attention_mask"],
             deterministic=dropout_rng is None,
@@ -92,10 +107,10 @@ def train_step(
         )
         return layout.rows(embeddings)
 
-    inputs = {k: batch[k] for k in ("image", "input_ids", "attention_mask")}
+    inputs = {name: batch[name] for name in ("image", "input_ids", "attention_mask")}
     with jax.named_scope(MOMENTUM_ENCODERS):
         momentum_embeddings = passes.embed(encode, momentum_params, inputs)
-    with jax.named_scope(MEMORY):
+    with jax.named_scope(QUEUE):
         momentum_image, momentum_text = layout.replicated(momentum_embeddings)
 
     @jax.named_scope(OBJECTIVE)
@@ -111,48 +126,50 @@ def train_step(
         )
     with jax.named_scope(OPTIMIZER):
         gradient_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-        finite &= jnp.isfinite(momentum_image).all() & jnp.isfinite(momentum_text).all()
+        applied = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        applied &= jnp.isfinite(momentum_image).all() & jnp.isfinite(momentum_text).all()
     queue = state.queue
     if write_queue:
-        with jax.named_scope(MEMORY):
+        with jax.named_scope(QUEUE):
             rows = momentum_image, momentum_text, image_id, pair_id
-            queue = queue.enqueue(*rows, where=finite)
-    scalars = {
-        "loss": loss,
-        "applied": finite,
-        "gradient_norm": gradient_norm,
-        "learning_rate": learning_rate(state.step),
-        **statistics_scalars(stats),
-        "queue_filled": (queue.image_id >= 0).mean(),
-        "queue_age_steps": (queue.image_id >= 0).sum() / image_id.shape[0],
-    }
-    negatives = {}
-    if aux is not None:
-        scalars |= {
-            "fallback_fraction": aux.fallback_fraction,
-            "sampled_posterior": aux.posterior,
-            "hinge_active": aux.active_fraction,
-        }
-        negatives = _negative_pairs(aux, jnp.concatenate([pair_id, state.queue.pair_id]))
+            queue = queue.enqueue(*rows, where=applied)
     with jax.named_scope(OPTIMIZER):
         new = state.apply_gradients(
             grads=grads, momentum_params=momentum_params, stats=stats, queue=queue
         )
-        held = {
-            name: jax.tree.map(functools.partial(jnp.where, finite), getattr(new, name), value)
-            for name, value in (
-                ("params", state.params),
-                ("momentum_params", state.momentum_params),
-                ("opt_state", state.opt_state),
-                ("stats", state.stats),
-            )
-        }
-    return new.replace(**held), scalars, negatives
+        new = new.replace(**{name: _held(applied, name, new, state) for name in _HELD})
+    scalars = {
+        "loss": loss,
+        "applied": applied,
+        "gradient_norm": gradient_norm,
+        "learning_rate": settings.learning_rate(state.step),
+        **statistics_scalars(stats),
+        **queue_scalars(queue, image_id.shape[0]),
+        **negative_scalars(aux),
+    }
+    key_pair_id = jnp.concatenate([pair_id, state.queue.pair_id])
+    return new, scalars, {} if aux is None else _negative_pairs(aux, key_pair_id)
+
+
+def queue_scalars(queue: MemoryQueue, batch_size: int) -> dict[str, jax.Array]:
+    """Returns the share of the queue's slots that are filled, and how many batches they hold."""
+    filled = queue.image_id >= 0
+    return {"queue_filled": filled.mean(), "queue_age_steps": filled.sum() / batch_size}
+
+
+def negative_scalars(aux: TripletAux | None) -> dict[str, jax.Array]:
+    """Returns what a triplet objective tells of its negatives; nothing for other objectives."""
+    if aux is None:
+        return {}
+    return {
+        "fallback_fraction": aux.fallback_fraction,
+        "sampled_posterior": aux.posterior,
+        "hinge_active": aux.active_fraction,
+    }
 
 
 def statistics_scalars(stats: SimilarityStatistics) -> dict[str, Any]:
-    """Returns mean, standard deviation and count of both distributions."""
+    """Returns the mean, standard deviation and count of both distributions."""
     return {
         f"{name}_{field}": value
         for name, gaussian in (("positive", stats.positive), ("negative", stats.negative))
@@ -168,3 +185,8 @@ def _negative_pairs(aux: TripletAux, key_pair_id: jax.Array) -> dict[str, jax.Ar
     names = ("negative_i2t", "negative_t2i", "hardest_i2t", "hardest_t2i")
     pairs = {name: key_pair_id[getattr(aux, name)] for name in names}
     return {"anchor": key_pair_id[: aux.negative_i2t.shape[0]], **pairs}
+
+
+def _held(applied, name, new, old):
+    choose = functools.partial(jnp.where, applied)
+    return jax.tree.map(choose, getattr(new, name), getattr(old, name))

@@ -121,7 +121,7 @@ def test_only_intended_collectives_are_compiled(split_step):
         ("all-gather", "momentum_update"),
         ("all-reduce", "online_encoders"),
         ("all-reduce", "optimizer"),
-        ("all-gather", "memory"),
+        ("all-gather", "queue"),
         ("all-gather", "objective"),
         ("all-reduce", "objective"),
         ("all-to-all", "objective"),
@@ -133,7 +133,7 @@ def test_only_intended_collectives_are_compiled(split_step):
     assert total["all-reduce", "optimizer"] <= 4 * len(leaves)  # norms of the gradients
     # The strategy moves embeddings of the batch and rows of its similarities, never the memory.
     batch, dim = 16, 16
-    assert largest["all-gather", "memory"] == largest["all-gather", "objective"] == batch * dim * 4
+    assert largest["all-gather", "queue"] == largest["all-gather", "objective"] == batch * dim * 4
     assert largest["all-reduce", "objective"] <= 2 * batch * 4
     # Partial maxima of the columns of the batch's own similarities.
     assert total["all-to-all", "objective"] <= batch * batch * 4 / 8
