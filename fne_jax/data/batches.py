@@ -40,22 +40,22 @@ class BatchOrder:
         """Returns the [pairs] int32 permutation of an epoch."""
         return np.random.default_rng([self.seed, epoch]).permutation(self.pairs).astype(np.int32)
 
-    def rows(self, steps: range, process: int = 0, processes: int = 1) -> Iterator[Rows]:
+    def rows(self, steps: range, local: np.ndarray | None = None) -> Iterator[Rows]:
         """Yields the rows of each batch of a range of steps that a process reads.
 
         Args:
           steps: The steps whose batches are wanted.
-          process: The index of the process.
-          processes: The number of processes, each of which reads an equal part of every batch.
+          local: The [rows] places within a batch that the process reads, in increasing order, e.g.
+            from `parallel.sharding.local_rows`; None for all.
         """
-        local = self.global_batch_size // processes
+        local = np.arange(self.global_batch_size) if local is None else local
         epoch, order = -1, None
         for step in steps:
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 order = self.epoch_order(epoch)
-            start = (step % self.steps_per_epoch) * self.global_batch_size + process * local
-            yield Rows(epoch=epoch, pair=order[start : start + local])
+            start = (step % self.steps_per_epoch) * self.global_batch_size
+            yield Rows(epoch=epoch, pair=order[start + local])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +142,7 @@ def evaluation_images(
     dataset: PairDataset,
     image_size: int,
     batch_size: int,
-    process: int = 0,
-    processes: int = 1,
+    local: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields a process's rows of batches that hold every image once, in order.
 
@@ -151,40 +150,42 @@ def evaluation_images(
       dataset: Any split.
       image_size: The pixels of a side.
       batch_size: The images in a batch, over all processes.
-      process: The index of this process.
-      processes: The number of processes, each of which reads its own rows of every batch.
+      local: The [rows] places within a batch that the process reads, in increasing order; None for
+        all.
 
     Yields:
-      [batch_size / processes, side, side, 3] uint8. The last batch is filled up with zeros; the
-      caller knows how many images there are.
+      [rows, side, side, 3] uint8. The last batch is filled up with zeros; the caller knows how many
+      images there are.
 
     Raises:
       UserError: If a record cannot be read or decoded; it names the record.
     """
-    count, local = len(dataset.image_id), batch_size // processes
-    parts = local_parts(count, batch_size, process, processes)
+    rows = batch_size if local is None else len(local)
+    parts = local_parts(len(dataset.image_id), batch_size, local)
     if dataset.in_memory:
         for part in parts:
-            yield pad_rows(dataset.images[part], local)
+            yield pad_rows(dataset.images[part], rows)
         return
     # Kept out of the module's imports: evaluating arrays must work without TensorFlow.
     from fne_jax.data import tf_reader
 
-    yield from tf_reader.read_evaluation_images(dataset.images, parts, image_size, local)
+    yield from tf_reader.read_evaluation_images(dataset.images, parts, image_size, rows)
 
 
-def local_parts(count: int, batch_size: int, process: int, processes: int) -> Iterator[slice]:
-    """Yields a process's rows of each batch of 0, 1, ..., count - 1; the last may have fewer.
+def local_parts(
+    count: int, batch_size: int, local: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
+    """Yields a process's items of each batch of 0, 1, ..., count - 1; the last may have fewer.
 
     Args:
       count: The number of items.
       batch_size: The items in a batch, over all processes.
-      process: The index of the process.
-      processes: The number of processes.
+      local: The [rows] places within a batch that the process reads, in increasing order; None for
+        all.
     """
-    local = batch_size // processes
-    for start in range(process * local, count + process * local, batch_size):
-        yield slice(min(start, count), min(start + local, count))
+    local = np.arange(batch_size) if local is None else local
+    for start in range(0, count, batch_size):
+        yield start + local[start + local < count]
 
 
 def pad_rows(array: np.ndarray, rows: int) -> np.ndarray:

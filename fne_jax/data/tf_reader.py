@@ -66,7 +66,7 @@ def read_training_images(
 
 
 def read_evaluation_images(
-    source: RecordSource, parts: Iterator[slice], image_size: int, batch_size: int
+    source: RecordSource, parts: Iterator[np.ndarray], image_size: int, batch_size: int
 ) -> Iterator[np.ndarray]:
     """Yields [batch_size, side, side, 3] uint8 images, zeros after those that a part names.
 
@@ -94,8 +94,8 @@ def read_evaluation_images(
 
     def indices():
         for part in parts:
-            yield from range(part.start, part.stop)
-            yield from [-1] * (batch_size - (part.stop - part.start))
+            yield from part
+            yield from [-1] * (batch_size - len(part))
 
     images = tf.data.Dataset.from_generator(
         indices, output_signature=tf.TensorSpec([], tf.int64)

@@ -40,6 +40,7 @@ class Embedder:
         before_batch: Callable[[], None] = lambda: None,
     ):
         self._mesh, self._batch_size, self._image_size = mesh, batch_size, image_size
+        self._local = sharding.local_rows(mesh, batch_size)
         self._before_batch = before_batch
         rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         layout = sharding.StepLayout(mesh)
@@ -64,8 +65,7 @@ class Embedder:
 
     def images(self, params: Any, dataset: PairDataset) -> np.ndarray:
         """Returns the [images, dim] float32 embeddings of a split, in order."""
-        where = jax.process_index(), jax.process_count()
-        batches = evaluation_images(dataset, self._image_size, self._batch_size, *where)
+        batches = evaluation_images(dataset, self._image_size, self._batch_size, self._local)
         batches = ({"image": images} for images in batches)
         return self._embed(self._encode_images, params, batches, len(dataset.image_id))
 
@@ -82,17 +82,16 @@ class Embedder:
         )
         return self._embed(self._encode_texts, params, batches, len(ids))
 
-    def _parts(self, count: int) -> Iterator[slice]:
-        """Yields this process's rows of each batch of `count`; the last may be fewer or none."""
-        yield from local_parts(count, self._batch_size, jax.process_index(), jax.process_count())
+    def _parts(self, count: int) -> Iterator[np.ndarray]:
+        """Returns this process's rows of each batch of `count`; the last may have fewer or none."""
+        return local_parts(count, self._batch_size, self._local)
 
     def _embed(self, encode, params, batches: Iterable[dict[str, np.ndarray]], count):
         """Returns the first `count` rows; each batch holds this process's rows of a global one."""
-        local = self._batch_size // jax.process_count()
         parts, running = [], collections.deque()
         for batch in batches:
             self._before_batch()
-            padded = {name: pad_rows(array, local) for name, array in batch.items()}
+            padded = {name: pad_rows(array, len(self._local)) for name, array in batch.items()}
             # Replicated by `out_shardings`, so that each process can fetch all of it.
             running.append(encode(params, sharding.to_devices(padded, self._mesh)))
             # Two stay in flight: more would hold the devices' memory, and back what stops this.

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,13 +116,48 @@ def abstract_on(mesh: Mesh, state: Any) -> Any:
     )
 
 
+@functools.lru_cache
+def local_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
+    """Returns which rows of a global batch the devices of a process hold.
+
+    They need not be neighbours: meshes follow the network, and on many TPU slices the devices of
+    one process lie between those of others.
+
+    Args:
+      mesh: The devices.
+      batch_size: The rows of a global batch.
+      process: The index of the process; None for this one.
+
+    Returns:
+      [rows] int64, in increasing order.
+    """
+    process = jax.process_index() if process is None else process
+    parts = batch_sharding(mesh).devices_indices_map((batch_size,))
+    rows = [
+        np.arange(*part.indices(batch_size))
+        for device, (part,) in parts.items()
+        if device.process_index == process
+    ]
+    rows = np.unique(np.concatenate(rows))
+    rows.flags.writeable = False  # the cache hands out one array
+    return rows
+
+
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns global arrays of which each process gave its rows."""
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
+    """Returns global arrays of which each process gave its rows, those of `local_rows`."""
+    return {name: _global_array(array, mesh) for name, array in batch.items()}
+
+
+def _global_array(local, mesh):
+    size = len(local) * mesh.size // len(mesh.local_devices)
+    rows = local_rows(mesh, size)
+
+    def shard(index):
+        start, stop, _ = index[0].indices(size)
+        place = np.searchsorted(rows, start)
+        return local[place : place + stop - start]
+
+    return jax.make_array_from_callback((size, *local.shape[1:]), batch_sharding(mesh), shard)
 
 
 def place(array: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:

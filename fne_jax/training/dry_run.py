@@ -35,7 +35,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
     )
     state = abstract_state(model, schedule)
     tokens = model.tokenize(train.captions, config.data.text_length)
-    batch = next(batches_of(config, train, tokens, order, range(1)))
+    batch = next(batches_of(config, train, tokens, order, range(1), mesh))
     step = jitted_steps(config, timeline, mesh, schedule, state)[Phase.FNE]
     compiled = step.lower(state, sharding.to_devices(batch, mesh)).compile()
     first = int(batch["pair_id"][0])

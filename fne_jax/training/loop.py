@@ -127,7 +127,7 @@ def train_and_evaluate(
     # be lost to a program of a later phase that does not fit the devices.
     tokens = model.tokenize(train.captions, config.data.text_length)
     steps = range(first_step, last_step)
-    first_batch, batches = peeked(batches_of(config, train, tokens, order, steps))
+    first_batch, batches = peeked(batches_of(config, train, tokens, order, steps, mesh))
     phases = {timeline.phase(step) for step in steps}
     compiled = compile_phases(jitted, phases, state, first_batch, mesh)
     clock = DataClock(batches)
@@ -165,12 +165,13 @@ def batches_of(
     tokens: tuple[Any, Any],
     order: BatchOrder,
     steps: range,
+    mesh: jax.sharding.Mesh,
 ) -> Iterator[Batch]:
     """Returns this process's rows of the batches of a range of steps, as the config says."""
     return training_batches(
         train,
         tokens,
-        order.rows(steps, jax.process_index(), jax.process_count()),
+        order.rows(steps, sharding.local_rows(mesh, config.global_batch_size)),
         TrainingImages(config.encoder.image.image_size, config.data.augmentation, config.seed),
         config.data.prefetch,
     )
