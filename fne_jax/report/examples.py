@@ -16,9 +16,7 @@ from fne_jax.objectives.similarity_statistics import (
     false_negative_posterior,
 )
 from fne_jax.objectives.triplet_loss import rowwise_cosine
-
-# Rows of the similarity matrix held at once.
-_BLOCK_ROWS = 256
+from fne_jax.retrieval.blocks import by_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +120,7 @@ def query_outcomes(
     query_label: np.ndarray,
     gallery_label: np.ndarray,
 ) -> QueryOutcomes:
-    """Returns the outcome of each query, block by block.
+    """Returns the outcome of each query.
 
     Args:
       query_emb: [queries, dim] L2-normalised.
@@ -130,15 +128,15 @@ def query_outcomes(
       query_label: [queries] int; items with the same label match.
       gallery_label: [items] int, of at least two labels, all of the queries' among them.
     """
-    blocks = []
-    for start in range(0, len(query_emb), _BLOCK_ROWS):
-        rows = slice(start, start + _BLOCK_ROWS)
-        blocks.append(_outcomes(query_emb[rows], gallery_emb, query_label[rows], gallery_label))
-    return QueryOutcomes(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
+    gallery = jax.device_put((gallery_emb, gallery_label))
+    outcomes = by_blocks(
+        len(query_emb), lambda part: _outcomes(query_emb[part], query_label[part], *gallery)
+    )
+    return QueryOutcomes(*outcomes)
 
 
 @jax.jit
-def _outcomes(queries, gallery, query_label, gallery_label):
+def _outcomes(queries, query_label, gallery, gallery_label):
     similarity = cosine(queries, gallery)
     own = query_label[:, None] == gallery_label[None, :]
     match = jnp.where(own, similarity, -jnp.inf)

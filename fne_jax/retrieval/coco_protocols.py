@@ -11,7 +11,7 @@ import numpy as np
 
 from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.retrieval.query_scores import QueryScores, match_scores
+from fne_jax.retrieval.metrics import QueryScores, match_scores
 from fne_jax.retrieval.ranked_lists import Matches
 from fne_jax.retrieval.ranks import check_embeddings
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fne_jax.retrieval.query_scores import QueryScores
+from fne_jax.retrieval.metrics import QueryScores
 
 RESAMPLES = 1000
 LEVEL = 95.0

@@ -11,7 +11,7 @@ import numpy as np
 from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.retrieval import coco_protocols, intervals, metrics
-from fne_jax.retrieval.query_scores import QueryScores
+from fne_jax.retrieval.metrics import QueryScores
 
 ALL = "all"
 _DIRECTIONS = {"i2t": ("image", "caption"), "t2i": ("caption", "image")}

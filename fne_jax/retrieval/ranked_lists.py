@@ -1,19 +1,17 @@
-"""The first matches of each query, in an order that equal similarities cannot blur."""
+"""The first items of each query, in an order that equal similarities cannot blur."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fne_jax.objectives.similarity_statistics import cosine
-
-# Queries whose similarities to the whole gallery are held at once.
-_BLOCK_ROWS = 256
+from fne_jax.retrieval.blocks import by_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +19,7 @@ class Matches:
     """What is true of each query, labelled or not.
 
     Attributes:
-      rows: [queries] of integer arrays, the rows of the gallery that match the query.
+      rows: [queries] integer arrays, each with the gallery rows that match the query.
       count: [queries] int, the query's number of matches; more than it has rows where some are
         not in the gallery, as two captions of ECCV Caption.
     """
@@ -31,7 +29,7 @@ class Matches:
 
     @classmethod
     def of_matrix(cls, matches: np.ndarray) -> Matches:
-        """Returns those of a [queries, gallery] bool matrix."""
+        """Returns the matches that a [queries, gallery] bool matrix marks."""
         rows = [np.flatnonzero(row) for row in matches]
         return cls(rows, np.array([len(row) for row in rows]))
 
@@ -45,33 +43,27 @@ class Matches:
 
 
 def first_hits(
-    queries: np.ndarray, gallery: np.ndarray, matches: Matches, depth: int
-) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields for block after block which of the first items match.
+    queries: np.ndarray, gallery: jax.Array, relevant: np.ndarray, length: int
+) -> np.ndarray:
+    """Returns which of the first items match, for a block of queries.
 
     Among equally similar items those that do not match come first.
 
     Args:
       queries: [queries, dim] L2-normalised embeddings.
       gallery: [gallery, dim] L2-normalised embeddings.
-      matches: of the queries.
-      depth: length of the lists that is needed, at least.
+      relevant: [queries, gallery] bool, true where an item matches.
+      length: Length of the lists; they are shorter where the gallery is.
 
-    Yields:
-      The rows of the block, and [rows, length] bool, from the most similar item on; the length is
-      `depth` or the most matches of a query, whichever is more, as far as the gallery goes.
+    Returns:
+      [queries, length] bool, from the most similar item on.
     """
-    length = min(len(gallery), max(depth, int(matches.count.max())))
-    gallery = jax.device_put(gallery)
-    for part in _blocks(len(queries)):
-        relevant = matches.block(part, len(gallery))
-        found = jax.device_get(_first_items(queries[part], gallery, relevant, length))
-        similarity, hits, tied_misses = found
-        hits = np.take_along_axis(hits, np.lexsort((hits, -similarity), axis=1), axis=1)
-        # The list may end among equals: then those that do not match are the ones in it.
-        tied = similarity == similarity[:, -1:]
-        hits = np.where(tied, np.cumsum(tied, axis=1) > tied_misses[:, None], hits)
-        yield part, hits
+    length = min(length, len(gallery))
+    similarity, hits, tied_misses = jax.device_get(_first_items(queries, gallery, relevant, length))
+    hits = np.take_along_axis(hits, np.lexsort((hits, -similarity), axis=1), axis=1)
+    # The list may end among equals: then those that do not match are the ones in it.
+    tied = similarity == similarity[:, -1:]
+    return np.where(tied, np.cumsum(tied, axis=1) > tied_misses[:, None], hits)
 
 
 def top_lists(
@@ -82,7 +74,7 @@ def top_lists(
     Args:
       queries: [queries, dim] L2-normalised embeddings.
       gallery: [gallery, dim] L2-normalised embeddings.
-      length: of the lists; they are shorter where the gallery is.
+      length: Length of the lists; they are shorter where the gallery is.
 
     Returns:
       [queries, length] int32 rows of the gallery, the most similar first and the lower row first
@@ -90,21 +82,14 @@ def top_lists(
     """
     length = min(length, len(gallery))
     gallery = jax.device_put(gallery)
-    blocks = [
-        jax.device_get(_top(queries[part], gallery, length)) for part in _blocks(len(queries))
-    ]
-    similarities, rows = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    similarities, rows = by_blocks(len(queries), lambda part: _top(queries[part], gallery, length))
     return rows, similarities
-
-
-def _blocks(queries):
-    return [slice(start, start + _BLOCK_ROWS) for start in range(0, queries, _BLOCK_ROWS)]
 
 
 @functools.partial(jax.jit, static_argnames="length")
 def _top(queries, gallery, length):
     # + 0 turns -0 into 0, which `top_k` would not count as its equal.
-    return jax.lax.top_k(cosine(queries, gallery) + 0.0, length)
+    return tuple(jax.lax.top_k(cosine(queries, gallery) + 0.0, length))
 
 
 @functools.partial(jax.jit, static_argnames="length")

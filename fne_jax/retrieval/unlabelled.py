@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fne_jax.objectives.similarity_statistics import cosine
-
-# Captions whose similarities to all images are held at once.
-_BLOCK_ROWS = 256
+from fne_jax.retrieval.blocks import by_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +48,13 @@ def unlabelled_pairs(
 ) -> UnlabelledPairs:
     """Returns the best other images of each caption and the best other captions of each image.
 
-    The similarities of a block of captions are held at a time, never all.
-
     Args:
-      image_emb: [images, dim] L2-normalised.
-      text_emb: [captions, dim] L2-normalised.
+      image_emb: [images, dim] L2-normalised embeddings.
+      text_emb: [captions, dim] L2-normalised embeddings.
       caption_image: [captions] index of each caption's own image.
-      per_query: pairs kept of each caption, and of each image. A pair that both keep comes once.
-      relative: score a pair by how far its similarity exceeds that of the caption to its own
-        image, rather than by its similarity alone.
+      per_query: Pairs kept of each caption, and of each image. A pair that both keep comes once.
+      relative: Whether to score a pair by how far its similarity exceeds that of the caption to
+        its own image, rather than by its similarity alone.
 
     Raises:
       ValueError: if an embedding is not finite.
@@ -67,23 +62,25 @@ def unlabelled_pairs(
     for name, array in (("image_emb", image_emb), ("text_emb", text_emb)):
         if not np.isfinite(array).all():
             raise ValueError(f"{name}: not finite")
-    images = len(image_emb)
+    images, captions = image_emb.shape[0], np.arange(len(text_emb))
     own = (text_emb * image_emb[caption_image]).sum(axis=1)
     baseline = own if relative else np.zeros_like(own)
-    of_image = jnp.full((images, per_query), -jnp.inf), jnp.zeros((images, per_query), jnp.int32)
-    image_emb = jnp.asarray(image_emb)
-    score, pair = [], []
-    for start in range(0, len(text_emb), _BLOCK_ROWS):
-        rows = np.arange(start, min(start + _BLOCK_ROWS, len(text_emb)))
-        block = text_emb[rows], caption_image[rows], baseline[rows], rows.astype(np.int32)
-        of_caption, of_image = _block(*block, image_emb, of_image, per_query=per_query)
-        values, candidates = jax.device_get(of_caption)
-        score.append(values.ravel())
-        pair.append((rows[:, None] * images + candidates).ravel())
-    values, captions = jax.device_get(of_image)
-    score = np.concatenate([*score, values.ravel()])
-    of_images = captions.astype(np.int64) * images + np.arange(images)[:, None]
-    pair = np.concatenate([*pair, of_images.ravel()])
+    on_device = jax.device_put(image_emb)
+    # Carried on from block to block: images as queries would need all similarities once more.
+    of_images = jnp.full((images, per_query), -jnp.inf), jnp.zeros((images, per_query), jnp.int32)
+
+    def best_of(part: slice):
+        nonlocal of_images
+        block = text_emb[part], caption_image[part], baseline[part], captions[part]
+        of_captions, of_images = _best(*block, on_device, of_images)
+        return of_captions
+
+    caption_score, best_images = by_blocks(len(captions), best_of)
+    image_score, best_captions = jax.device_get(of_images)
+    score = np.concatenate([caption_score.ravel(), image_score.ravel()])
+    of_captions = captions[:, None] * images + best_images
+    of_images = best_captions.astype(np.int64) * images + np.arange(images)[:, None]
+    pair = np.concatenate([of_captions.ravel(), of_images.ravel()])
 
     there = np.isfinite(score)  # not the fillers where there are fewer others
     pair, first = np.unique(pair[there], return_index=True)
@@ -93,16 +90,19 @@ def unlabelled_pairs(
     return UnlabelledPairs(caption, image, score[order] + baseline[caption], own[caption])
 
 
-@functools.partial(jax.jit, static_argnames="per_query")
-def _block(text_emb, own_image, baseline, caption, image_emb, of_image, *, per_query):
-    """Returns the best of a block's captions, and of the images over all blocks so far."""
+@jax.jit
+def _best(text_emb, own_image, baseline, caption, image_emb, of_images):
+    """Returns the best images of a block's captions, and the images' best captions so far.
+
+    Both are scores [queries, per_query] and the rows that they are of.
+    """
     own = own_image[:, None] == jnp.arange(image_emb.shape[0])[None, :]
     score = jnp.where(own, -jnp.inf, cosine(text_emb, image_emb) - baseline[:, None])
-    of_caption = jax.lax.top_k(score, min(per_query, image_emb.shape[0]))
-    so_far, captions = of_image
+    so_far, captions = of_images
+    per_query = so_far.shape[1]
+    of_captions = tuple(jax.lax.top_k(score, min(per_query, image_emb.shape[0])))
     both = jnp.concatenate([so_far, score.T], axis=1)
-    captions = jnp.concatenate(
-        [captions, jnp.broadcast_to(caption[None, :], score.T.shape)], axis=1
-    )
+    caption = jnp.broadcast_to(caption[None, :], score.T.shape)
     values, column = jax.lax.top_k(both, per_query)
-    return of_caption, (values, jnp.take_along_axis(captions, column, axis=1))
+    captions = jnp.concatenate([captions, caption], axis=1)
+    return of_captions, (values, jnp.take_along_axis(captions, column, axis=1))

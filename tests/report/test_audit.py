@@ -10,7 +10,7 @@ from fne_jax import audit
 from fne_jax.data.sources.shapes_scenes import SceneTruth
 from fne_jax.errors import UserError
 from fne_jax.report import audit_pages
-from fne_jax.retrieval import unlabelled
+from fne_jax.retrieval import blocks, unlabelled
 from fne_jax.retrieval.split_statistics import split_statistics
 from tests.report.test_report import (
     HOSTILE,
@@ -24,7 +24,7 @@ from tests.report.test_report import (
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("per_query", [2, 9])
 def test_pairs_against_a_plain_version(monkeypatch, relative, per_query):
-    monkeypatch.setattr(unlabelled, "_BLOCK_ROWS", 4)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 4)
     rng = np.random.default_rng(0)
     image_emb, text_emb, owner = unit_rows(rng, 5, 3), unit_rows(rng, 11, 3), np.arange(11) % 5
     pairs = unlabelled.unlabelled_pairs(

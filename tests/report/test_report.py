@@ -22,6 +22,7 @@ from fne_jax.objectives.similarity_statistics import (
     false_negative_posterior,
 )
 from fne_jax.report import examples, run_report, tensorboard
+from fne_jax.retrieval import blocks
 from fne_jax.training.metric_log import MetricLog
 from tests.support.tiny import tiny_config
 
@@ -116,7 +117,7 @@ def test_choices_against_a_plain_version():
 
 
 def test_outcomes_against_a_plain_version(monkeypatch):
-    monkeypatch.setattr(examples, "_BLOCK_ROWS", 4)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 4)
     rng = np.random.default_rng(2)
     queries, items = unit_rows(rng, 11, 3), unit_rows(rng, 6, 3)
     items[5] = items[0]  # a tie counts against the query

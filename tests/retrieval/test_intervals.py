@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fne_jax.retrieval import intervals
-from fne_jax.retrieval.query_scores import QueryScores, rank_scores
+from fne_jax.retrieval.metrics import QueryScores, rank_scores
 
 
 def test_each_resample_is_the_metrics_of_the_drawn_images(monkeypatch):

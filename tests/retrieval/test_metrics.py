@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fne_jax import retrieval_metrics
-from fne_jax.retrieval import metrics, ranked_lists, ranks
+from fne_jax.retrieval import blocks, metrics, ranked_lists, ranks
 
 
 def unit(rng, rows, dim=6):
@@ -28,6 +28,13 @@ def test_any_number_of_captions_an_image_in_any_order():
     assert scores["t2i_r1"] == pytest.approx(100 * np.mean([r < 1 for r in t2i]))
     assert scores["t2i_meanr"] == pytest.approx(np.mean(t2i) + 1)
     assert scores["t2i_medr"] == np.floor(np.median(t2i)) + 1
+
+
+def test_the_example_at_the_head_of_the_module_is_right():
+    similarity = np.array([[0.9, 0.2, 0.5, 0.1], [0.3, 0.7, 0.6, 0.4]])
+    scores = retrieval_metrics(np.eye(2), similarity.T, np.array([0, 0, 1, 1]))
+    assert (scores["i2t_r1"], scores["i2t_r5"], scores["i2t_meanr"]) == (50, 100, 1.5)
+    assert (scores["t2i_r1"], scores["t2i_meanr"]) == (75, 1.25)
 
 
 def test_ties_count_against_the_model():
@@ -82,7 +89,7 @@ def test_blocks_do_not_show(monkeypatch):
     truth = rng.random((23, 46)) < 0.1
     truth[owner, np.arange(46)] = True
     whole = retrieval_metrics(image, text, owner) | metrics.complete_metrics(image, text, truth)
-    monkeypatch.setattr(ranked_lists, "_BLOCK_ROWS", 5)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 5)
     monkeypatch.setattr(ranks, "_TILE_IMAGES", 5)
     monkeypatch.setattr(ranks, "_TILE_TEXTS", 7)
     parts = retrieval_metrics(image, text, owner) | metrics.complete_metrics(image, text, truth)
@@ -137,7 +144,7 @@ def test_a_query_without_a_match_is_named():
 
 
 def test_top_lists_are_sorted_and_the_lower_row_goes_first(monkeypatch):
-    monkeypatch.setattr(ranked_lists, "_BLOCK_ROWS", 4)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 4)
     rng = np.random.default_rng(6)
     # Small integers over 4: many equal similarities, positive, negative and zero of both signs.
     queries = rng.integers(-1, 2, (11, 3)).astype(np.float32) / 4
@@ -154,8 +161,8 @@ def test_top_lists_are_sorted_and_the_lower_row_goes_first(monkeypatch):
 def test_equally_similar_items_that_do_not_match_come_first():
     queries, gallery = np.ones((1, 1), np.float32), np.ones((6, 1), np.float32)
     gallery[5] = 0.5
-    matches = ranked_lists.Matches([np.array([0, 2, 5])], np.array([3]))
-    ((_, hits),) = ranked_lists.first_hits(queries, gallery, matches, 6)
+    relevant = ranked_lists.Matches([np.array([0, 2, 5])], np.array([3])).block(slice(0, 1), 6)
+    hits = ranked_lists.first_hits(queries, gallery, relevant, 6)
     assert hits.tolist() == [[False, False, False, True, True, True]]
-    ((_, hits),) = ranked_lists.first_hits(queries, gallery, matches, 1)
-    assert hits.tolist() == [[False, False, False]]  # as long as there are matches
+    hits = ranked_lists.first_hits(queries, gallery, relevant, 3)
+    assert hits.tolist() == [[False, False, False]]
