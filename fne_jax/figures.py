@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
-import matplotlib
 import ml_collections
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from fne_jax.objectives.negative_sampling import candidate_weight
 from fne_jax.objectives.registry import candidate_settings
@@ -20,6 +21,13 @@ from fne_jax.objectives.similarity_statistics import (
     SimilarityStatistics,
     false_negative_posterior,
 )
+from fne_jax.retrieval.metric_names import describe
+
+# matplotlib is imported late throughout: training can do without it.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_log = logging.getLogger(__name__)
 
 # Text and axes: dark on TensorBoard's white, the page's text colour in an SVG.
 _INK = "#1f2329"
@@ -27,7 +35,7 @@ _INK = "#1f2329"
 BLUE, ORANGE, GREEN, GREY = "#3b82c4", "#d9662b", "#2f9e62", "#8a8f98"
 # Inches. Small, so that the text stays readable where a page is as narrow as a phone.
 _SIZE = (4.2, 3.0)
-STYLE = {
+_STYLE = {
     "font.size": 10,
     "text.color": _INK,
     "axes.labelcolor": _INK,
@@ -41,41 +49,46 @@ STYLE = {
     "svg.fonttype": "none",
 }
 
-# Title of a figure, and its curves: the name in metrics.jsonl, and what the legend calls it.
-CURVES = (
-    ("Training loss", {"loss": "loss"}),
-    (
-        "Validation recall, %",
-        {"eval_i2t_r1": "image to text R@1", "eval_t2i_r1": "text to image R@1"},
+# Title of a figure, and its curves' names in metrics.jsonl.
+CURVES = {
+    "Training loss": ("loss",),
+    "Validation recall, %": ("eval_i2t_r1", "eval_t2i_r1"),
+    "Similarities that the statistics see": ("positive_mean", "negative_mean"),
+    "Negatives that are in truth matches": (
+        "hardest_false_negative_rate",
+        "sampled_false_negative_rate",
     ),
-    (
-        "Similarities that the statistics see",
-        {"positive_mean": "matching pairs", "negative_mean": "their hardest negatives"},
-    ),
-    (
-        "Negatives that are in truth matches",
-        {
-            "hardest_false_negative_rate": "hardest candidate",
-            "sampled_false_negative_rate": "chosen negative",
-        },
-    ),
-)
+}
 
 
-@matplotlib.rc_context(STYLE)
+@contextlib.contextmanager
+def style(**more: Any) -> Iterator[None]:
+    """Lets figures be made and written in this package's style, within a block or a function.
+
+    Args:
+      **more: further settings of matplotlib, with `_` for the points in their names.
+    """
+    import matplotlib
+
+    settings = {name.replace("_", ".", 1): value for name, value in more.items()}
+    with matplotlib.rc_context(_STYLE | settings):
+        yield
+
+
+@style()
 def learning_curves(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
     """Returns a figure for each entry of `CURVES` that was logged, by title.
 
     Args:
-      lines: of metrics.jsonl.
+      lines: The lines of a run's metrics.jsonl, in order.
     """
     figures = {}
     # Logged from the end of the warm-up on.
     after_warmup = [line["step"] for line in lines if "hinge_active" in line]
-    for title, curves in CURVES:
+    for title, names in CURVES.items():
         logged = {
-            label: [(line["step"], line[name]) for line in lines if name in line]
-            for name, label in curves.items()
+            describe(name).legend: [(line["step"], line[name]) for line in lines if name in line]
+            for name in names
         }
         logged = {label: points for label, points in logged.items() if points}
         if not logged:
@@ -94,14 +107,14 @@ def learning_curves(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
     return figures
 
 
-@matplotlib.rc_context(STYLE)
+@style()
 def statistics_figures(
     stats: SimilarityStatistics, fne: ml_collections.ConfigDict
 ) -> dict[str, Figure]:
     """Returns what the statistics mean for candidates; nothing before they have seen two pairs.
 
     Args:
-      stats: on the host.
+      stats: The similarity statistics, on the host.
       fne: `config.fne`.
 
     Returns:
@@ -116,16 +129,35 @@ def statistics_figures(
     }
 
 
+def statistics_images(
+    stats: SimilarityStatistics, fne: ml_collections.ConfigDict
+) -> dict[str, np.ndarray]:
+    """Returns `statistics_figures` as [1, height, width, 3] uint8, as TensorBoard takes them.
+
+    None, with a warning, where matplotlib is not installed.
+
+    Args:
+      stats: The similarity statistics of a train state.
+      fne: `config.fne`.
+    """
+    try:
+        figures = statistics_figures(jax.device_get(stats), fne)
+        return {name: as_pixels(figure)[None] for name, figure in figures.items()}
+    except ImportError as error:
+        _log.warning("no figures in TensorBoard: pip install %s", error.name)
+        return {}
+
+
 def as_svg(figure: Figure, name: str) -> str:
     """Returns an SVG element without size or colours of its own for text and axes.
 
     Args:
-      figure: one of this module's.
-      name: distinguishes the ids inside it from those of a page's other figures.
+      figure: A figure of this module.
+      name: Tells the ids inside it from those of a page's other figures.
     """
     stream = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+    with style(svg_hashsalt=name):
         figure.savefig(stream, format="svg", transparent=True, metadata=metadata)
     text = stream.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
@@ -137,7 +169,9 @@ def as_svg(figure: Figure, name: str) -> str:
 
 
 def as_pixels(figure: Figure) -> np.ndarray:
-    """Returns [height, width, 3] uint8 on white."""
+    """Returns a figure as [height, width, 3] uint8, on white."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     figure.set_facecolor("white")
     canvas.draw()
@@ -145,6 +179,8 @@ def as_pixels(figure: Figure) -> np.ndarray:
 
 
 def _new_figure():
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=_SIZE, dpi=110, layout="constrained")
     return figure, figure.add_subplot()
 

@@ -9,35 +9,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import matplotlib  # noqa: F401  imported late in figures; without it there is no page
 import numpy as np
 
 from fne_jax import configuration, figures
 from fne_jax.data.pairs import PairDataset
 from fne_jax.model.model import Model
 from fne_jax.report import example_cards, html
+from fne_jax.retrieval.metric_names import COMPLETE, DIRECTIONS, RETRIEVAL
 from fne_jax.training import metric_log
 
 FILE_NAME = "report.html"
 
-_DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers"),
     *("ml-collections", "tensorflow-cpu", "tensorflow", "tensorflow-datasets", "clu"),
 )
-# Of a metric's name without its direction.
-_MEANINGS = {
-    "r1": "% of queries whose first result matches",
-    "r5": "% with a match among the first 5",
-    "r10": "% with a match among the first 10",
-    "medr": "median place of the first match, 1 is best",
-    "meanr": "mean place of the first match, 1 is best",
-    "r_precision": "% of matches among the first R results, R being their number",
-    "map_at_r": "% mean average precision within the first R results",
-}
-_NAMES = {
-    **{"r1": "R@1", "r5": "R@5", "r10": "R@10", "medr": "median rank", "meanr": "mean rank"},
-    **{"r_precision": "R-Precision", "map_at_r": "mAP@R"},
-}
 
 
 def write_run_report(
@@ -100,19 +87,17 @@ def write_run_report(
 def metric_tables(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the metrics as tables: `title`, `columns` and `rows` of name, meaning and values."""
     tables, shown = [], {"rsum"}
-    for prefix, title in (
-        ("", "Labelled matches"),
-        ("complete_", "All true matches, labelled or not"),
-    ):
+    columns = [direction.title for direction in DIRECTIONS.values()]
+    for truth, title in (("", "Labelled matches"), (COMPLETE, "All true matches, labelled or not")):
         rows = []
-        for key, meaning in _MEANINGS.items():
-            names = [f"{prefix}{direction}_{key}" for direction in _DIRECTIONS]
+        for key, metric in RETRIEVAL.items():
+            names = [f"{truth}{direction}_{key}" for direction in DIRECTIONS]
             if all(name in metrics for name in names):
                 shown.update(names)
                 values = [_value_text(metrics[name]) for name in names]
-                rows.append({"name": _NAMES[key], "meaning": meaning, "values": values})
+                rows.append({"name": metric.heading, "meaning": metric.meaning, "values": values})
         if rows:
-            tables.append({"title": title, "columns": list(_DIRECTIONS.values()), "rows": rows})
+            tables.append({"title": title, "columns": columns, "rows": rows})
     others = [
         {"name": name, "meaning": _definition(value), "values": [_value_text(value)]}
         for name, value in metrics.items()

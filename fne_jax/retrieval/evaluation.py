@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,28 +10,12 @@ from typing import Any
 import numpy as np
 
 from fne_jax.errors import UserError
+from fne_jax.files import write_atomically
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.retrieval import intervals
+from fne_jax.retrieval.metric_names import DIRECTIONS, RETRIEVAL, TRUTHS
 from fne_jax.retrieval.metrics import complete_metrics, retrieval_metrics
 from fne_jax.retrieval.protocols import Measurement
-
-# By prefix of the metrics' names.
-_TITLES = {
-    "": "",
-    "complete_": "against the complete truth",
-    "coco_1k_": "COCO 1K, mean of 5 folds",
-    "eccv_": "ECCV Caption",
-    "cxc_": "CxC",
-}
-_COLUMNS = {
-    "r1": "R@1",
-    "r5": "R@5",
-    "r10": "R@10",
-    "r_precision": "R-Prec",
-    "map_at_r": "mAP@R",
-    "medr": "median",
-    "meanr": "mean rank",
-}
 
 
 def score_split(split: EmbeddedSplit) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -58,7 +41,7 @@ def write_report(
 ) -> None:
     """Writes `{"metrics": {name: {"value", "low", "high", ...}}, **about}` as JSON.
 
-    The file is always whole. `read_values` reads its metrics.
+    `read_values` reads its metrics.
 
     Raises:
       UserError: if it cannot be written.
@@ -72,10 +55,8 @@ def write_report(
             "resamples": intervals.RESAMPLES,
         },
     }
-    scratch = path.with_suffix(".incomplete")
     try:
-        scratch.write_text(json.dumps(report, indent=2) + "\n")
-        os.replace(scratch, path)
+        write_atomically(path, json.dumps(report, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}") from error
 
@@ -91,18 +72,19 @@ def read_values(report: Mapping[str, Any]) -> dict[str, float]:
 def format_table(measured: Mapping[str, Measurement]) -> str:
     """Returns each protocol's metrics and intervals, both directions, as lines for a terminal."""
     tables = []
-    for prefix, title in _TITLES.items():
-        keys = [key for key in _COLUMNS if f"{prefix}i2t_{key}" in measured]
+    for truth, title in TRUTHS.items():
+        keys = [key for key in RETRIEVAL if f"{truth}i2t_{key}" in measured]
         if not keys:
             continue
-        lines = [f"{title:28}" + "".join(f"{_COLUMNS[key]:>13}" for key in keys)]
-        for direction, name in (("i2t", "image to text"), ("t2i", "text to image")):
-            row = [measured[f"{prefix}{direction}_{key}"] for key in keys]
-            lines.append(f"{name:28}" + "".join(f"{one.value:13.1f}" for one in row))
-            spans = (f"{one.low:.1f}-{one.high:.1f}" for one in row)
+        lines = [f"{title:28}" + "".join(f"{RETRIEVAL[key].heading:>13}" for key in keys)]
+        for name, direction in DIRECTIONS.items():
+            row = [(RETRIEVAL[key], measured[f"{truth}{name}_{key}"]) for key in keys]
+            values = (metric.text(one.value) for metric, one in row)
+            spans = (f"{metric.text(one.low)}-{metric.text(one.high)}" for metric, one in row)
+            lines.append(f"{direction.title:28}" + "".join(f"{value:>13}" for value in values))
             lines.append(f"{'  95 % interval':28}" + "".join(f"{span:>13}" for span in spans))
-        if f"{prefix}rsum" in measured:
-            one = measured[f"{prefix}rsum"]
+        if f"{truth}rsum" in measured:
+            one = measured[f"{truth}rsum"]
             lines.append(f"rSum {one.value:.1f} ({one.low:.1f}-{one.high:.1f})")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)

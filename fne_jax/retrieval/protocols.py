@@ -11,10 +11,10 @@ import numpy as np
 from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.retrieval import coco_protocols, intervals, metrics
+from fne_jax.retrieval.metric_names import DIRECTIONS, RETRIEVAL
 from fne_jax.retrieval.metrics import QueryScores
 
 ALL = "all"
-_DIRECTIONS = {"i2t": ("image", "caption"), "t2i": ("caption", "image")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,17 +163,22 @@ def _measurements(
 ) -> dict[str, Measurement]:
     """Returns the means over folds with their intervals, and rSum where all six recalls are."""
     measured, samples = {}, {}
-    for direction, (query, item) in _DIRECTIONS.items():
+    for direction, words in DIRECTIONS.items():
         scores = [fold[direction] for fold in folds]
         values = [one.metrics() for one in scores]
-        drawn = [intervals.resampled(one, stream) for stream, one in enumerate(scores)]
+        resamples = [intervals.resampled(one, stream) for stream, one in enumerate(scores)]
+        subject = (
+            f"{words.query} queries, the {words.item}s of {within} ranked by cosine similarity, "
+            "ties last: "
+        )
         for key in values[0]:
             name = f"{direction}_{key}"
-            samples[name] = np.mean([of_fold[key] for of_fold in drawn], axis=0)
+            samples[name] = np.mean([of_fold[key] for of_fold in resamples], axis=0)
+            definition = RETRIEVAL[key].definition.format(match=match.format(words.item))
             measured[prefix + name] = Measurement(
                 float(np.mean([of_fold[key] for of_fold in values])),
                 *intervals.interval(samples[name]),
-                _definition(key, query, item, match.format(item), within),
+                subject + definition,
                 sum(len(one.image) for one in scores),
                 scores[0].candidates,
             )
@@ -189,18 +194,3 @@ def _measurements(
             [parts[0].candidates, parts[-1].candidates],
         )
     return measured
-
-
-def _definition(key, query, item, match, within):
-    subject = f"{query} queries, the {item}s of {within} ranked by cosine similarity, ties last: "
-    if key == "medr":
-        return subject + f"median rank of {match}, from 1, halves rounded down"
-    if key == "meanr":
-        return subject + f"mean rank of {match}, from 1"
-    if key == "r_precision":
-        return subject + f"percentage of the first R that are {match}, R their number"
-    if key == "map_at_r":
-        return (
-            subject + f"mean over queries of sum_(k<=R) precision(k) [the k-th is {match}] / R, %"
-        )
-    return subject + f"percentage of queries with {match} among the first {key.removeprefix('r')}"

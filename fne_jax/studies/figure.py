@@ -1,4 +1,4 @@
-"""A study in one picture."""
+"""A study in one figure."""
 
 from __future__ import annotations
 
@@ -6,82 +6,67 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from fne_jax.figures import BLUE, GREEN, GREY, ORANGE, STYLE
-from fne_jax.studies.summary import Results, estimate
+from fne_jax.figures import BLUE, GREEN, GREY, ORANGE, style
+from fne_jax.retrieval.metric_names import describe
+from fne_jax.studies.summary import Results, estimate, is_known
 
 _ACROSS = 3  # panels in a row
 _LEAST = 30  # candidates that a point of the calibration stands for
-# Title of a panel, and its points: metric, colour, legend, factor.
-_PANELS = (
-    (
-        "R@1 by the complete truth, %",
-        (
-            ("complete_i2t_r1", BLUE, "image to text", 1),
-            ("complete_t2i_r1", ORANGE, "text to image", 1),
-        ),
-    ),
-    (
-        "R@1 by the labels, %",
-        (("i2t_r1", BLUE, "image to text", 1), ("t2i_r1", ORANGE, "text to image", 1)),
-    ),
-    (
-        "Negatives that are in truth matches, %",
-        (
-            ("sampled_false_negative_rate", BLUE, "chosen", 100),
-            ("hardest_false_negative_rate", GREY, "hardest candidate", 100),
-        ),
-    ),
-    (
-        "The posterior as a detector",
-        (("roc_auc", BLUE, "ROC AUC", 1), ("average_precision", GREEN, "average precision", 1)),
-    ),
-)
+# Title of a panel, and the colours of its metrics.
+_PANELS = {
+    "R@1 by the complete truth, %": {"complete_i2t_r1": BLUE, "complete_t2i_r1": ORANGE},
+    "R@1 by the labels, %": {"i2t_r1": BLUE, "t2i_r1": ORANGE},
+    "Negatives that are in truth matches, %": {
+        "sampled_false_negative_rate": BLUE,
+        "hardest_false_negative_rate": GREY,
+    },
+    "The posterior as a detector": {"roc_auc": BLUE, "average_precision": GREEN},
+}
 
 
-@matplotlib.rc_context(STYLE)
+@style()
 def study_figure(results: Results) -> Figure:
     """Returns the figure: a dot a seed, a line at their mean, and the posterior's calibration."""
-    known = [
-        (title, shown)
-        for title, points in _PANELS
-        if (shown := [point for point in points if _is_known(results, point[0])])
-    ]
+    known = {
+        title: shown
+        for title, metrics in _PANELS.items()
+        if (shown := {name: c for name, c in metrics.items() if is_known(results, name)})
+    }
     calibrated = any("calibration" in run for of in results.values() for run in of.values())
     count = len(known) + calibrated
     rows, columns = -(-count // _ACROSS), min(count, _ACROSS)
     height = rows * max(1.2 + 0.26 * len(results), 3.0)
     figure = Figure(figsize=(4.4 * columns, height), dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for place, (panel, (title, points)) in enumerate(zip(axes, known, strict=False)):
-        _draw_dots(panel, results, points, labelled=place % _ACROSS == 0)
+    for place, (panel, title) in enumerate(zip(axes, known, strict=False)):
+        _plot_dots(panel, results, known[title], labelled=place % _ACROSS == 0)
         panel.set_title(title, fontsize=10)
     if calibrated:
-        _draw_calibration(axes[count - 1], results)
+        _plot_calibration(axes[count - 1], results)
     for unused in axes[count:]:
         unused.set_axis_off()
     return figure
 
 
-def _is_known(results, metric):
-    return any(estimate(results, cell, metric) is not None for cell in results)
-
-
-def _draw_dots(axes, results, points, labelled):
+def _plot_dots(axes, results, colours, labelled):
     rows = np.arange(len(results))[::-1]
-    for metric, colour, label, factor in points:
+    for name, colour in colours.items():
+        metric = describe(name)
+        label = metric.legend
         for row, (cell, of) in zip(rows, results.items(), strict=True):
-            values = [run[metric] * factor for run in of.values() if run.get(metric) is not None]
+            values = [run[name] * metric.scale for run in of.values() if run.get(name) is not None]
             axes.plot(values, [row] * len(values), "o", color=colour, ms=4, alpha=0.6, label=label)
             label = "_again"  # named once
-            found = estimate(results, cell, metric)
+            found = estimate(results, cell, name)
             if found is not None:
-                axes.plot([found.mean * factor] * 2, [row - 0.3, row + 0.3], color=colour, lw=2)
+                mean = found.mean * metric.scale
+                axes.plot([mean] * 2, [row - 0.3, row + 0.3], color=colour, lw=2)
     axes.set_yticks(rows, [cell.name for cell in results] if labelled else [])
     axes.grid(axis="x", color=GREY, alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
 
-def _draw_calibration(axes, results):
+def _plot_calibration(axes, results):
     axes.plot([0, 1], [0, 1], color=GREY, ls=":", label="calibrated")
     colours = matplotlib.colormaps["tab10"].colors
     for number, (cell, of) in enumerate(results.items()):

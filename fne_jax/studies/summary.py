@@ -12,25 +12,17 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
+from fne_jax.retrieval.metric_names import describe
 from fne_jax.studies.cells import Cell
 
 # Of the intervals of differences, in percent.
 LEVEL = 95
 
-# Name in the results, heading, decimals, and factor before it is shown.
+# Metrics that the tables show, as far as any run knows them.
 COLUMNS = (
-    ("rsum", "rSum", 1, 1),
-    ("i2t_r1", "R@1 i2t", 1, 1),
-    ("t2i_r1", "R@1 t2i", 1, 1),
-    ("complete_i2t_r1", "true R@1 i2t", 1, 1),
-    ("complete_t2i_r1", "true R@1 t2i", 1, 1),
-    ("complete_i2t_map_at_r", "mAP@R i2t", 1, 1),
-    ("complete_t2i_map_at_r", "mAP@R t2i", 1, 1),
-    ("sampled_false_negative_rate", "false negatives, %", 1, 100),
-    ("roc_auc", "AUC", 3, 1),
-    ("average_precision", "AP", 3, 1),
-    ("density", "density, %", 2, 100),
-    ("mean_posterior", "mean posterior, %", 2, 100),
+    *("rsum", "i2t_r1", "t2i_r1"),
+    *("complete_i2t_r1", "complete_t2i_r1", "complete_i2t_map_at_r", "complete_t2i_map_at_r"),
+    *("sampled_false_negative_rate", "roc_auc", "average_precision", "density", "mean_posterior"),
 )
 # Of these the table of differences tells.
 _COMPARED = (
@@ -92,9 +84,14 @@ def difference(results: Results, cell: Cell, other: Cell, metric: str) -> Estima
     return Estimate.of(known) if known else None
 
 
+def is_known(results: Results, metric: str) -> bool:
+    """Returns whether any run of the study knows a metric."""
+    return any(estimate(results, cell, metric) is not None for cell in results)
+
+
 def markdown(results: Results, baseline: str) -> str:
     """Returns both tables, of the metrics and of the differences to the baseline."""
-    shown = [column for column in COLUMNS if _known(results, column[0])]
+    shown = [name for name in COLUMNS if is_known(results, name)]
     seeds = max(len(of) for of in results.values())
     lines = [
         f"Test metrics of the last weights: mean ± standard deviation over {seeds} seeds.",
@@ -104,28 +101,21 @@ def markdown(results: Results, baseline: str) -> str:
         "",
     ]
     lines += _table(
-        ["", *(heading for _, heading, _, _ in shown)],
+        ["", *(describe(name).heading for name in shown)],
         [
-            [cell.name]
-            + [
-                _shown(estimate(results, cell, name), digits, factor)
-                for name, _, digits, factor in shown
-            ]
+            [cell.name, *(_shown(name, estimate(results, cell, name)) for name in shown)]
             for cell in results
         ],
     )
-    compared = [column for column in shown if column[0] in _COMPARED]
+    compared = [name for name in shown if name in _COMPARED]
     rows = []
     for cell in results:
         other = cell.baseline(baseline)
         if other == cell:
             continue
-        found = [difference(results, cell, other, name) for name, *_ in compared]
-        if any(one is not None for one in found):
-            values = [
-                _shown_difference(one, digits, factor)
-                for one, (_, _, digits, factor) in zip(found, compared, strict=True)
-            ]
+        found = {name: difference(results, cell, other, name) for name in compared}
+        if any(one is not None for one in found.values()):
+            values = [_shown_difference(name, one) for name, one in found.items()]
             rows.append([f"{cell.name} less {other.name}", *values])
     if rows:
         lines += [
@@ -135,7 +125,7 @@ def markdown(results: Results, baseline: str) -> str:
             "the seeds (or of a single seed): they say nothing.",
             "",
         ]
-        lines += _table(["", *(heading for _, heading, _, _ in compared)], rows)
+        lines += _table(["", *(describe(name).heading for name in compared)], rows)
     return "\n".join(lines) + "\n"
 
 
@@ -162,7 +152,7 @@ def summary_csv(results: Results, baseline: str) -> str:
     """Returns a line for each cell and metric: its estimate, and its difference to the baseline."""
     rows = []
     for cell in results:
-        for name, *_ in COLUMNS:
+        for name in COLUMNS:
             value = estimate(results, cell, name)
             if value is None:
                 continue
@@ -174,24 +164,22 @@ def summary_csv(results: Results, baseline: str) -> str:
     return _csv([*header, "difference", "half_width"], rows)
 
 
-def _known(results, metric):
-    return any(estimate(results, cell, metric) is not None for cell in results)
-
-
-def _shown(value, digits, factor):
+def _shown(name, value):
     if value is None:
         return "-"
-    mean = f"{value.mean * factor:.{digits}f}"
-    return mean if value.count == 1 else f"{mean} ± {value.deviation * factor:.{digits}f}"
+    metric = describe(name)
+    mean = metric.text(value.mean)
+    return mean if value.count == 1 else f"{mean} ± {metric.text(value.deviation)}"
 
 
-def _shown_difference(value, digits, factor):
+def _shown_difference(name, value):
     if value is None:
         return "-"
-    mean = f"{value.mean * factor:+.{digits}f}"
+    metric = describe(name)
+    mean = metric.text(value.mean, sign="+")
     if value.count == 1:
         return mean
-    return f"{mean} ± {value.half_width * factor:.{digits}f}{' *' if value.tells else ''}"
+    return f"{mean} ± {metric.text(value.half_width)}{' *' if value.tells else ''}"
 
 
 def _table(header, rows):

@@ -21,7 +21,7 @@ from fne_jax.objectives.similarity_statistics import (
     SimilarityStatistics,
     false_negative_posterior,
 )
-from fne_jax.report import examples, run_report, tensorboard
+from fne_jax.report import examples, run_report
 from fne_jax.retrieval import blocks
 from fne_jax.training.metric_log import MetricLog
 from tests.support.tiny import tiny_config
@@ -243,14 +243,12 @@ def test_the_page_of_a_run_that_knows_little(tmp_path, evaluated):
 def test_without_matplotlib_there_is_a_warning_and_no_page(
     tmp_path, evaluated, monkeypatch, caplog
 ):
-    for name in ("fne_jax.figures", "fne_jax.report.run_report"):
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("fne_jax.figures")
+    monkeypatch.delitem(sys.modules, "fne_jax.report.run_report")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     split = hostile_split()
     with caplog.at_level(logging.WARNING):
         evaluate._write_page(tmp_path, evaluated, split, embeddings(split), {}, "test")
-        assert tensorboard.statistics_images(statistics(), evaluated.config.fne) == {}
+        assert figures.statistics_images(statistics(), evaluated.config.fne) == {}
     assert [record.getMessage() for record in caplog.records] == [
         "no report.html: pip install matplotlib",
         "no figures in TensorBoard: pip install matplotlib",
@@ -260,7 +258,7 @@ def test_without_matplotlib_there_is_a_warning_and_no_page(
 
 def test_tensorboard_gets_the_figures(tmp_path, monkeypatch):
     log = MetricLog(tmp_path, 0)
-    log.write_images(7, lambda: tensorboard.statistics_images(statistics(), tiny_config().fne))
+    log.write_images(7, lambda: figures.statistics_images(statistics(), tiny_config().fne))
     log.flush()
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
     assert set(events.Tags()["tensors"]) == {"similarity_distributions", "sampling_weights"}
