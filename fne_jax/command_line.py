@@ -1,15 +1,15 @@
-"""What the commands share: set-up of the machine, and errors as one line."""
+"""What the commands share: a parser, logging, and errors as one line."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable
 
 from fne_jax.errors import Interrupted, UserError
+from fne_jax.logs import set_up_logging
 
 EXIT_USER_ERROR = 2
 
@@ -22,17 +22,6 @@ class _Parser(argparse.ArgumentParser):
 def parser(description: str, command: str) -> argparse.ArgumentParser:
     """Returns a parser that reports bad arguments as a UserError."""
     return _Parser(prog=f"python -m fne_jax.{command}", description=description, allow_abbrev=False)
-
-
-def set_up_logging(level: int) -> None:
-    """Lets this package log from a level up, and quiets what it builds on."""
-    # TensorFlow and transformers greet on import otherwise; a user's own settings stand.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("fne_jax").setLevel(level)
-    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def run(main: Callable[[list[str]], None]) -> None:

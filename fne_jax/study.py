@@ -1,4 +1,4 @@
-"""Compares objectives and settings over several seeds, in one table and one picture.
+"""Compares objectives and settings over several seeds, in one table and one figure.
 
 python -m fne_jax.study --config=configs/shapes.py --objectives=fne,hardest,infonce --seeds=3
 python -m fne_jax.study --config=configs/shapes.py --objectives=fne --vary=fne.prior=0.2
@@ -16,36 +16,24 @@ from fne_jax.errors import UserError
 def main(arguments: list[str]) -> None:
     """Parses the command line, trains what is missing, and writes the tables."""
     options, overrides = _parse(arguments)
-
     try:
-        from fne_jax.studies import cells, execution, schedule, summary
+        # scikit-learn, SciPy and matplotlib: only studies need them all.
+        from fne_jax.studies import cells, execution, outputs, schedule, summary
     except ImportError as error:
         raise UserError(f"{error}: install the extra with `pip install -e .[study]`") from error
     workdir = pathlib.Path(options.workdir)
-    objectives = options.objectives.split(",")
-    baseline = options.baseline
-    if baseline is None:
-        baseline = "hardest" if "hardest" in objectives else objectives[0]
-    if baseline not in objectives:
-        raise UserError(f"--baseline={baseline} is none of --objectives={options.objectives}")
     runs = cells.study_runs(
-        options.config, overrides, objectives, options.vary, options.seeds, workdir
+        options.config, overrides, options.objectives, options.vary, options.seeds, workdir
     )
     failures = []
     if not options.report_only:
         failures = schedule.work_through(runs, options.jobs, lambda line: print(line, flush=True))
-    results = {}
-    for run in runs:
-        result = execution.read_result(run)
-        of_cell = results.setdefault(run.cell, {})
-        if result is not None:
-            of_cell[run.seed] = result
-    results = {cell: of_cell for cell, of_cell in results.items() if of_cell}
+    results = execution.read_results(runs)
     if not results:
         raise UserError("no run has a result:\n  " + "\n  ".join(failures or ["none was trained"]))
-    table = summary.markdown(results, baseline)
-    _write(workdir, options.name, table, results, baseline)
-    print(f"\n{table}\nwritten to {workdir / options.name}.md, .csv, _runs.csv and .png")
+    outputs.write_tables(workdir, options.name, results, options.baseline)
+    print(f"\n{summary.markdown(results, options.baseline)}")
+    print(f"written to {workdir / options.name}.md, .csv, _runs.csv and .png")
     if failures:
         raise UserError("these could not be trained:\n  " + "\n  ".join(failures))
 
@@ -83,20 +71,17 @@ def _parse(arguments):
             raise UserError(f"--{name} is {getattr(options, name)}; expected at least 1")
     if options.jobs > (os.cpu_count() or 1):
         raise UserError(f"--jobs is {options.jobs}, more than the {os.cpu_count()} cores")
+    objectives = options.objectives.split(",")
+    if options.baseline is None:
+        options.baseline = "hardest" if "hardest" in objectives else objectives[0]
+    if options.baseline not in objectives:
+        raise UserError(
+            f"--baseline={options.baseline} is none of --objectives={options.objectives}"
+        )
+    options.objectives = objectives
     if options.workdir is None:
         options.workdir = f"runs/study_{pathlib.Path(options.config).stem}"
     return options, overrides
-
-
-def _write(workdir, name, table, results, baseline):
-    from fne_jax.report import html
-    from fne_jax.studies import summary
-    from fne_jax.studies.figure import study_figure
-
-    html.write_text(workdir / f"{name}.md", table)
-    html.write_text(workdir / f"{name}.csv", summary.summary_csv(results, baseline))
-    html.write_text(workdir / f"{name}_runs.csv", summary.runs_csv(results))
-    study_figure(results).savefig(workdir / f"{name}.png")
 
 
 if __name__ == "__main__":

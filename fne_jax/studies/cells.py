@@ -45,8 +45,8 @@ class Cell:
     """One line of the table.
 
     Attributes:
-      objective: a key of `OBJECTIVES`.
-      variant: what else is changed, as `--vary` had it; "" for nothing.
+      objective: A key of `OBJECTIVES`.
+      variant: What else is changed, as `--vary` had it; "" for nothing.
     """
 
     objective: str
@@ -54,7 +54,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As the table and the folders name it."""
+        """What the table and the folders call it."""
         return f"{self.objective} {self.variant}" if self.variant else self.objective
 
     def baseline(self, study_baseline: str) -> Cell:
@@ -72,12 +72,12 @@ class Run:
     """One training run of a study.
 
     Attributes:
-      cell: what it belongs to.
-      seed: its number among the cell's runs, and `config.seed`.
-      config: whole, as `train` would take it.
-      workdir: its folder.
-      warmup: folder of the warm-up that it shares with other runs, None for a run without one.
-      warmup_config: config that the warm-up is trained with.
+      cell: The cell that it belongs to.
+      seed: Its number among the cell's runs, and `config.seed`.
+      config: The config, complete, as `train` would take it.
+      workdir: Its folder.
+      warmup: The folder of the warm-up that it shares with other runs; None for a run without one.
+      warmup_config: The config that the warm-up is trained with.
     """
 
     cell: Cell
@@ -102,12 +102,12 @@ def study_runs(
     in what follows the warm-up share that.
 
     Args:
-      config_path: config file.
-      overrides: of all runs, as `--config.x=y`.
-      objectives: keys of `OBJECTIVES`.
-      variants: each `field=value`, or several of these with commas between.
-      seeds: runs of each cell.
-      workdir: folder of the study.
+      config_path: The config file.
+      overrides: Changes that hold for all runs, as `--config.x=y`.
+      objectives: Keys of `OBJECTIVES`.
+      variants: Each `field=value`, or several of these with commas between.
+      seeds: The number of runs of each cell.
+      workdir: The folder of the study.
 
     Raises:
       UserError: if an objective is unknown or named twice, or a config is wrong.

@@ -18,14 +18,14 @@ _BINS = 10
 
 
 def judged_candidates(model: Model, train: PairDataset) -> tuple[np.ndarray, np.ndarray]:
-    """Returns posterior [n] float32 and truth [n] bool of the candidates in a run's memory.
+    """Returns the posterior [n] float32 and the truth [n] bool of the candidates in a run's queue.
 
     The anchors are the first training images, and the first caption of each; their candidates are
-    what the memory holds of other images: the very pairs that the loss weighs.
+    what the queue holds of other images: the very pairs that the loss weighs.
 
     Args:
       model: The model of the run, with its queue and statistics.
-      train: its training split, of known truth.
+      train: Its training split, whose true matches are all known.
     """
     fne = model.config.fne
     queue, stats = jax.device_get((model.queue, model.stats))
@@ -72,8 +72,8 @@ def detection_scores(posterior: np.ndarray, truth: np.ndarray) -> dict[str, Any]
     """Returns how good a probability is at telling what is true.
 
     Args:
-      posterior: [n] in [0, 1].
-      truth: [n] bool.
+      posterior: [n] probabilities, in [0, 1].
+      truth: [n] bool, what is true.
 
     Returns:
       `roc_auc`, `average_precision` (None where all or nothing is true), `density` (the share that

@@ -5,24 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fne_jax import configuration
+from fne_jax.files import whole_folder, write_atomically
 from fne_jax.model.model import restore_model
 from fne_jax.retrieval.metrics import complete_metrics, retrieval_metrics
-from fne_jax.studies.cells import Run
+from fne_jax.studies.cells import Cell, Run
 from fne_jax.studies.detector import detection_scores, judged_candidates
 from fne_jax.training.loop import train_and_evaluate
 from fne_jax.training.metric_log import read_metrics
 
 RESULT_NAME = "study.json"
 LOG_NAME = "study.log"
-# Written into a warm-up's folder when it is whole.
+# Written into a warm-up's folder once it has ended.
 _DONE_NAME = "warmup.json"
 
 
@@ -36,7 +37,7 @@ def train_warmup(run: Run) -> None:
     """Trains the warm-up that the run shares with others.
 
     Raises:
-      UserError: as `train_and_evaluate`.
+      UserError: if the warm-up cannot be trained.
     """
     with _logging_to(run.warmup / LOG_NAME):
         train_and_evaluate(run.warmup_config, run.warmup, warmup_only=True)
@@ -49,7 +50,7 @@ def train_and_measure(run: Run) -> None:
     Equal to the bit to training it alone: the warm-up depends on nothing that sets it apart.
 
     Raises:
-      UserError: as `train_and_evaluate`.
+      UserError: if the run cannot be trained, or its folder cannot be made.
     """
     if run.warmup is not None and not run.workdir.exists():
         _copy_warmup(run)
@@ -59,7 +60,7 @@ def train_and_measure(run: Run) -> None:
 
 
 def read_result(run: Run) -> dict[str, Any] | None:
-    """Returns what `measured` did, or None of a run that is still to come.
+    """Returns what `measured` returned once, or None for a run that is still to come.
 
     Raises:
       UserError: if the folder holds a run of another config.
@@ -68,6 +69,20 @@ def read_result(run: Run) -> dict[str, Any] | None:
         return None
     configuration.store_config(run.config, run.workdir)
     return json.loads((run.workdir / RESULT_NAME).read_text())
+
+
+def read_results(runs: Sequence[Run]) -> dict[Cell, dict[int, dict[str, Any]]]:
+    """Returns the results that there are, by cell and seed; cells without any are left out.
+
+    Raises:
+      UserError: if a folder holds a run of another config.
+    """
+    results: dict[Cell, dict[int, dict[str, Any]]] = {run.cell: {} for run in runs}
+    for run in runs:
+        result = read_result(run)
+        if result is not None:
+            results[run.cell][run.seed] = result
+    return {cell: of_cell for cell, of_cell in results.items() if of_cell}
 
 
 def measured(run: Run) -> dict[str, Any]:
@@ -93,19 +108,17 @@ def measured(run: Run) -> dict[str, Any]:
 
 
 def _copy_warmup(run):
-    """Makes the run's folder from its warm-up's; there whole, or not at all."""
-    incomplete = run.workdir.with_name(run.workdir.name + ".incomplete")
-    shutil.rmtree(incomplete, ignore_errors=True)
-    shutil.copytree(run.warmup, incomplete)
-    for own in (configuration.FILE_NAME, _DONE_NAME, LOG_NAME):
-        (incomplete / own).unlink()
-    configuration.store_config(run.config, incomplete)
-    os.replace(incomplete, run.workdir)
+    """Makes the run's folder from its warm-up's."""
+    with whole_folder(run.workdir) as folder:
+        shutil.copytree(run.warmup, folder, dirs_exist_ok=True)
+        for own in (configuration.FILE_NAME, _DONE_NAME, LOG_NAME):
+            (folder / own).unlink()
+        configuration.store_config(run.config, folder)
 
 
 @contextlib.contextmanager
 def _logging_to(path):
-    """Sends the package's log to a file, which a restart goes on with."""
+    """Sends the package's log to a file, to which a restart adds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     logger = logging.getLogger("fne_jax")
     handler, propagate = logging.FileHandler(path), logger.propagate
@@ -121,6 +134,4 @@ def _logging_to(path):
 
 
 def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    scratch = path.with_suffix(".incomplete")
-    scratch.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(scratch, path)
+    write_atomically(path, json.dumps(content, indent=2) + "\n")

@@ -39,10 +39,10 @@ class Estimate:
     """A metric over the seeds.
 
     Attributes:
-      mean: over the seeds.
-      deviation: standard deviation of a seed (n - 1), NaN for a single one.
-      half_width: of the mean's 95 % t-interval, NaN for a single seed.
-      count: number of seeds.
+      mean: The mean over the seeds.
+      deviation: The standard deviation of a seed (n - 1), NaN for a single one.
+      half_width: Half of the mean's 95 % t-interval, NaN for a single seed.
+      count: The number of seeds.
     """
 
     mean: float
@@ -63,12 +63,12 @@ class Estimate:
 
     @property
     def tells(self) -> bool:
-        """True where zero is outside of the interval."""
+        """Whether zero lies outside of the interval."""
         return abs(self.mean) > self.half_width
 
 
 def estimate(results: Results, cell: Cell, metric: str) -> Estimate | None:
-    """Returns a cell's metric, None where no run knows it."""
+    """Returns a cell's metric over its seeds, or None where no run knows it."""
     values = [of.get(metric) for of in results.get(cell, {}).values()]
     known = [value for value in values if value is not None]
     return Estimate.of(known) if known else None
@@ -90,14 +90,14 @@ def is_known(results: Results, metric: str) -> bool:
 
 
 def markdown(results: Results, baseline: str) -> str:
-    """Returns both tables, of the metrics and of the differences to the baseline."""
+    """Returns two tables: the metrics, and their differences to the baseline's."""
     shown = [name for name in COLUMNS if is_known(results, name)]
     seeds = max(len(of) for of in results.values())
     lines = [
         f"Test metrics of the last weights: mean ± standard deviation over {seeds} seeds.",
         "R@1 and rSum are by the labels; `true` and mAP@R by the complete truth; false negatives",
         "are those among the negatives that the loss chose after the warm-up; AUC and AP (average",
-        "precision) are the posterior's as a detector of false negatives in the memory.",
+        "precision) are the posterior's as a detector of false negatives in the queue.",
         "",
     ]
     lines += _table(

@@ -300,8 +300,13 @@ def _note_cores(path):
     time.sleep(1)
 
 
-def _fail(path):
-    raise UserError(f"{path} is wrong")
+def _note_or_end(path):
+    """Notes its cores, or ends as the file's name says."""
+    if path.name == "wrong":
+        raise UserError(f"{path} is wrong")
+    if path.name == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    _note_cores(path)
 
 
 def _sleep(path):
@@ -312,16 +317,15 @@ def _sleep(path):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are shared out on Linux")
 @pytest.mark.skipif(os.cpu_count() < 2, reason="two processes need two cores")
 def test_processes_share_the_cores_and_report_errors(tmp_path):
-    with schedule._Processes(2) as processes:
-        running = {processes.submit(tmp_path / name, _note_cores): name for name in "ab"}
-        running[processes.submit(tmp_path / "c", _fail)] = "c"
-        done = {}
-        while len(done) < 3:
-            for future in processes.wait(running):
-                done[running.pop(future)] = future.result()
-    assert done["c"][1] == f"{tmp_path / 'c'} is wrong" and done["a"][1] is None
+    names = ("killed", "a", "b", "wrong")
+    with schedule._Workers(2) as workers:
+        outcomes = dict(workers.each(_note_or_end, [tmp_path / name for name in names]))
+    errors = {path.name: error for path, (_, error) in outcomes.items()}
+    assert errors.pop("wrong") == f"{tmp_path / 'wrong'} is wrong"
+    assert "died with exit code -9" in errors.pop("killed")
+    assert errors == {"a": None, "b": None}
     one, two = (json.loads((tmp_path / name).read_text()) for name in "ab")
-    assert one != two and not set(one) & set(two)
+    assert len(set(one) | set(two)) == len(one) + len(two)
 
 
 def test_a_signal_stops_the_processes(tmp_path):
@@ -334,12 +338,12 @@ def test_a_signal_stops_the_processes(tmp_path):
 
     thread = threading.Thread(target=stop_when_asleep)
     started = time.monotonic()
-    with schedule._Processes(2) as processes:
-        running = {processes.submit(asleep, _sleep): "one"}
+    with schedule._Workers(2) as workers:
         thread.start()
-        assert processes.wait(running) == []
-        assert processes.stopped_by == signal.SIGTERM
+        assert list(workers.each(_sleep, [asleep, tmp_path / "other", tmp_path / "third"])) == []
+        assert workers.stopped_by == signal.SIGTERM
     assert time.monotonic() - started < 50
+    assert not (tmp_path / "third").exists()
     thread.join()
 
 
