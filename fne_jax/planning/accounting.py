@@ -28,10 +28,10 @@ class Work:
     """What one scope costs a device in a step.
 
     Attributes:
-      flops: operations, a multiplication and an addition as two.
-      matrix_passes: operations of matrix products alone, each as often as a matrix unit of
+      flops: Operations, a multiplication and an addition as two.
+      matrix_passes: Operations of matrix products alone, each as often as a matrix unit of
         bfloat16 takes it: six times at the highest precision of float32.
-      bytes: read and written of the main memory.
+      bytes: Bytes of the main memory read and written.
     """
 
     flops: float = 0.0
@@ -44,10 +44,11 @@ class Collective:
     """A communication.
 
     Attributes:
-      kind: one of COLLECTIVES.
-      scope: that it comes from.
-      bytes: of what it gives each device (of what it takes, for a reduce-scatter), each time.
-      count: of its runs in a step.
+      kind: One of COLLECTIVES.
+      scope: The scope that it comes from.
+      bytes: The size of what it gives each device (of what it takes, for a reduce-scatter), each
+        time.
+      count: How often it runs in a step.
     """
 
     kind: str
@@ -61,8 +62,8 @@ class Account:
     """The work of a program.
 
     Attributes:
-      work: by scope.
-      collectives: all that it holds.
+      work: The work of each scope.
+      collectives: All collectives of the program.
     """
 
     work: dict[str, Work]
@@ -76,9 +77,9 @@ def account(text: str, scopes: tuple[str, ...], other: str = "other") -> Account
     so has no name, belongs to what reads it.
 
     Args:
-      text: of `compiled.as_text()`.
-      scopes: names to tell apart.
-      other: name of all else.
+      text: The program, as `compiled.as_text()` returns it.
+      scopes: The names to tell apart.
+      other: The name of all else.
 
     Raises:
       ValueError: if a loop's trip count cannot be read.

@@ -28,9 +28,9 @@ class Array:
     """Shape of an array and the memory it lies in.
 
     Attributes:
-      dtype: XLA's name, such as f32 or pred.
-      dims: sizes.
-      space: memory space, 0 for the main memory.
+      dtype: XLA's name of it, such as f32 or pred.
+      dims: The size of each axis.
+      space: The memory space, 0 for the main memory.
     """
 
     dtype: str
@@ -56,12 +56,12 @@ class Instruction:
     """One line of a program.
 
     Attributes:
-      name: unique in its computation.
-      opcode: such as `fusion`.
-      arrays: its output, or the leaves of it.
-      operands: names of instructions, or of computations' parameters.
-      text: of the operands, as printed: a constant's value or a parameter's number.
-      attributes: all that follows the operands.
+      name: Its name, unique in its computation.
+      opcode: What it does, such as `fusion`.
+      arrays: Its output, or the leaves of it.
+      operands: The names of instructions, or of computations' parameters.
+      text: The operands as printed: a constant's value or a parameter's number.
+      attributes: All that follows the operands.
     """
 
     name: str
@@ -88,8 +88,8 @@ class Computation:
     """A list of instructions of which the last, or the one marked so, is the result.
 
     Attributes:
-      instructions: by name, in order.
-      root: name of the result.
+      instructions: The instructions by name, in order.
+      root: The name of the result.
     """
 
     instructions: dict[str, Instruction]
@@ -115,8 +115,8 @@ class Module:
     """A program.
 
     Attributes:
-      computations: by name.
-      entry: name of the one that runs.
+      computations: The computations by name.
+      entry: The name of the one that runs.
     """
 
     computations: dict[str, Computation]
@@ -124,7 +124,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Returns the program of its text.
+    """Returns the program that a text prints.
 
     Raises:
       ValueError: if it has no entry.
@@ -161,9 +161,9 @@ def trip_count(module: Module, computation: Computation, instruction: Instructio
     """Returns how often a loop runs, as XLA says, or as its condition compares a counter.
 
     Args:
-      module: the program.
-      computation: that holds the loop.
-      instruction: the loop.
+      module: The program.
+      computation: The computation that holds the loop.
+      instruction: The loop.
 
     Raises:
       ValueError: if neither can be read.

@@ -25,8 +25,8 @@ class Operations(NamedTuple):
     """What an instruction computes each time.
 
     Attributes:
-      flops: operations, a multiplication and an addition as two.
-      matrix_passes: those of matrix products alone, as often as a bfloat16 matrix unit does them.
+      flops: Operations, a multiplication and an addition as two.
+      matrix_passes: Those of matrix products alone, as often as a bfloat16 matrix unit does them.
     """
 
     flops: int

@@ -14,7 +14,7 @@ from fne_jax import configuration
 from fne_jax.encoders.attention import AUTO
 from fne_jax.model.model import build_model, build_module
 from fne_jax.parallel import sharding
-from fne_jax.planning.architectures import read_architectures
+from fne_jax.planning.published import read_architectures
 from fne_jax.planning.topology import CPU, Topology
 from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.optimizer import learning_rate_schedule
@@ -35,15 +35,15 @@ class Program:
     """A compiled train step.
 
     Attributes:
-      config: with what its towers leave open filled in.
-      mesh: of the devices.
-      state: shapes, dtypes and shardings of the train state.
-      batch: the same of a batch.
-      memory: bytes of the main memory that a device needs; at least, if it does not fit.
-      scratch: bytes of it that are neither state nor batch; None if the program does not fit.
-      fits: whether the compiler could place it.
-      limit: bytes that it may take, if the compiler said so.
-      text: the program; None if it does not fit.
+      config: The config, with what its towers leave open filled in.
+      mesh: The mesh of the devices.
+      state: The shapes, dtypes and shardings of the train state.
+      batch: The shapes, dtypes and shardings of a batch.
+      memory: Bytes of the main memory that a device needs; at least, if it does not fit.
+      scratch: Bytes of it that are neither state nor batch; None if the program does not fit.
+      fits: Whether the compiler could place it.
+      limit: Bytes that it may take, if the compiler said so.
+      text: The program as text; None if it does not fit.
     """
 
     config: ml_collections.ConfigDict
@@ -63,9 +63,9 @@ def compile_step(
     """Returns the compiled FNE step of a config; no array is allocated.
 
     Args:
-      config: of the run.
-      topology: the machine.
-      steps_per_epoch: which the program holds as constants.
+      config: The config of the run.
+      topology: The machine.
+      steps_per_epoch: Number of steps in an epoch, which the program holds as a constant.
 
     Raises:
       UserError: if the config does not suit the machine.
@@ -109,10 +109,10 @@ def out_of_memory(message: str) -> tuple[int, int] | None:
     """Returns the bytes that a program would need at least, and that it may have.
 
     Args:
-      message: of the compiler's error.
+      message: The message of the compiler's error.
 
     Returns:
-      None if the error is another.
+      Both numbers of bytes, or None if the error is another.
     """
     found = _OUT_OF_MEMORY.search(message)
     if found is None:

@@ -20,10 +20,10 @@ class Chip:
     """Peak figures of one chip.
 
     Attributes:
-      flops: of bfloat16 matrix products, a second.
-      main_memory: bytes.
-      memory_bandwidth: bytes a second.
-      link_bandwidth: bytes a second that it sends to other chips, all links together.
+      flops: Operations of bfloat16 matrix products a second.
+      main_memory: Bytes of the main memory.
+      memory_bandwidth: Bytes of the main memory read or written a second.
+      link_bandwidth: Bytes a second that it sends to other chips, all links together.
     """
 
     flops: float
@@ -58,9 +58,9 @@ class Topology:
     """A machine.
 
     Attributes:
-      name: as given.
-      devices: to compile for; they need not be there.
-      chip: figures of each; None for CPUs.
+      name: Its name, as given.
+      devices: The devices to compile for; they need not be there.
+      chip: The figures of each chip; None for CPUs.
     """
 
     name: str

@@ -30,9 +30,10 @@ def main_memory(
     """Returns the bytes that an instruction reads and writes, those of what it calls left out.
 
     Args:
-      module: the program.
-      computation: that holds the instruction; not a fused one, whose fusion has its traffic.
-      instruction: what is counted.
+      module: The program.
+      computation: The computation that holds the instruction; not a fused one, whose fusion has
+        its traffic.
+      instruction: The instruction that is counted.
 
     Returns:
       Bytes by the `op_name` of what reads or writes them, where a fusion joins several; "" for the

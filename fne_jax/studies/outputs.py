@@ -11,9 +11,7 @@ from fne_jax.studies import summary
 from fne_jax.studies.figure import study_figure
 
 
-def write_tables(
-    folder: pathlib.Path, name: str, results: summary.Results, baseline: str
-) -> None:
+def write_tables(folder: pathlib.Path, name: str, results: summary.Results, baseline: str) -> None:
     """Writes `.md`, both tables, `.csv`, `_runs.csv`, every run's metrics, and the figure, `.png`.
 
     Args:

@@ -15,7 +15,7 @@ from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, build_module
 from fne_jax.parallel import sharding
 from fne_jax.planning.accounting import account
-from fne_jax.planning.report import SCOPES
+from fne_jax.planning.summary import SCOPES
 from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.encoder_passes import MicroBatches
 from fne_jax.training.optimizer import learning_rate_schedule

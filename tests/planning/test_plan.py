@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from fne_jax import configuration, plan
 from fne_jax.errors import UserError
-from fne_jax.planning import program, report, topology
+from fne_jax.planning import program, published, summary, topology
 from fne_jax.planning.accounting import Collective, account
 from tests.parallel.test_sharding import mesh_of
 from tests.support import TOP
@@ -153,7 +153,7 @@ def tiny_plan():
     config = tiny_config(encoder__scan_layers=True)
     machine = topology.find("cpu:4")
     compiled = program.compile_step(config, machine, 3)
-    return config, compiled, report.summarize(compiled, machine, 48, 3)
+    return config, compiled, summary.summarize(compiled, machine, 48, 3)
 
 
 def test_the_plan_of_a_tiny_run(tiny_plan):
@@ -166,7 +166,7 @@ def test_the_plan_of_a_tiny_run(tiny_plan):
     assert sizes["queue"] == 40 * (2 * 16 + 2) * 4 + 4
     assert sizes["batch"] == (16 // 4) * (8 * 8 * 3 + 2 * 8 * 4 + 2 * 4)
     assert found["hbm_bytes_per_chip"] >= sum(sizes.values()) * 0.9
-    shares = [found["work_per_chip"][s]["flops"] / found["flops_per_chip"] for s in report.SCOPES]
+    shares = [found["work_per_chip"][s]["flops"] / found["flops_per_chip"] for s in summary.SCOPES]
     np.testing.assert_allclose(sum(shares), 1, atol=0.02)
     assert found["strategy_flop_share"] == pytest.approx(sum(shares[3:]), abs=0.02)
     assert found["flops"] == 4 * found["flops_per_chip"]
@@ -176,12 +176,12 @@ def test_the_plan_of_a_tiny_run(tiny_plan):
 
     # Four rows on each device, of 4 patches of 4 x 4 pixels, a class token and 8 words.
     forward = 4 * (tower(5) + tower(8) + 2 * 4 * 48 * 16)
-    work = account(compiled.text, report.SCOPES).work
+    work = account(compiled.text, summary.SCOPES).work
     assert work["momentum_encoders"].matrix_passes == forward
     # Backwards twice as much, but for the gradient of the pixels.
     assert work["online_encoders"].matrix_passes == 3 * forward - 4 * (2 * 4 * 48 * 16)
     assert json.loads(json.dumps(found)) == found
-    text = report.render(found)
+    text = summary.render(found)
     assert "fits: yes" in text and "no roofline" in text and "momentum_encoders" in text
     assert config.encoder.attention == "auto"
 
@@ -193,14 +193,14 @@ def test_rooflines_and_hours(tiny_plan):
     compiled = program.Program(
         config, mesh_of(1), program_state(), {}, 2, 1, True, None, TPU_PROGRAM
     )
-    found = report.summarize(compiled, machine, 48, 3)
+    found = summary.summarize(compiled, machine, 48, 3)
     assert not found["fits"]  # 2 bytes of 1
     assert found["roofline_bound_by"] == "memory"
     seconds = found["hbm_traffic_bytes_per_chip"] / 1e6
     assert found["roofline_step_seconds"] == seconds
     assert found["roofline_pairs_per_second"] == pytest.approx(16 / seconds)
     assert found["roofline_hours"] == pytest.approx(2 * 3 * seconds / 3600)
-    assert "fits: NO" in report.render(found) and "bound by memory" in report.render(found)
+    assert "fits: NO" in summary.render(found) and "bound by memory" in summary.render(found)
 
 
 def program_state():
@@ -237,9 +237,9 @@ def test_a_program_that_does_not_fit():
     config = tiny_config()
     machine = topology.Topology("made-up", jax.devices()[:1], None)
     compiled = program.Program(config, mesh_of(1), program_state(), {}, 3, None, False, 2, None)
-    found = report.summarize(compiled, machine, 48, 3)
+    found = summary.summarize(compiled, machine, 48, 3)
     assert not found["fits"] and found["hbm_limit_bytes_per_chip"] == 2
-    assert "fits: NO, at least 3 B of 2 B a device" in report.render(found)
+    assert "fits: NO, at least 3 B of 2 B a device" in summary.render(found)
 
 
 @pytest.mark.parametrize("name", ["v5e", "v4:2x2x1", "v5e:0x4", "cpu:0", "cpu:4x4", "gpu:8", ""])
@@ -254,12 +254,12 @@ def test_more_devices_than_there_are():
 
 
 def test_training_pairs_are_told_or_known():
-    assert plan.training_pairs(None, "coco_reference") == 566_747
-    assert plan.training_pairs(None, "shapes") is None
-    assert plan.training_pairs("flickr30k", "coco") == 145_000
-    assert plan.training_pairs("12", "coco") == 12
+    assert published.training_pairs(None, "coco_reference") == 566_747
+    assert published.training_pairs(None, "shapes") is None
+    assert published.training_pairs("flickr30k", "coco") == 145_000
+    assert published.training_pairs("12", "coco") == 12
     with pytest.raises(UserError, match="--pairs=some: expected a number above 0 or one of coco"):
-        plan.training_pairs("some", "coco")
+        published.training_pairs("some", "coco")
 
 
 def test_published_towers_need_no_hub_and_coco_divides_its_slices():

@@ -21,7 +21,7 @@ SCOPES = (
     train_step.OBJECTIVE,
     train_step.QUEUE,
 )
-# All else is the strategy's: the objective, the memory, the momentum update and what is unnamed.
+# All else is the strategy's: the objective, the queue, the momentum update and what is unnamed.
 _NOT_STRATEGY = (*ENCODERS, train_step.OPTIMIZER)
 # Read from the program and from the chip's peak figures; None where there is neither.
 _COUNTED = (
@@ -51,10 +51,10 @@ def summarize(
     """Returns the plan as JSON-able values; what cannot be known is None.
 
     Args:
-      program: the compiled step.
-      topology: the machine that it is compiled for.
-      pairs: training pairs; None if unknown.
-      steps_per_epoch: of the run; None if unknown.
+      program: The compiled step.
+      topology: The machine that it is compiled for.
+      pairs: The number of training pairs; None if unknown.
+      steps_per_epoch: The number of steps in an epoch; None if unknown.
     """
     config, chip = program.config, topology.chip
     state = program.state
@@ -151,7 +151,7 @@ def render(plan: dict[str, Any]) -> str:
     lines = [
         f"{plan['topology']}: {plan['devices']} devices, mesh {mesh}",
         f"batch {plan['global_batch_size']:,} in {plan['micro_batches']} part(s), "
-        f"memory of {plan['queue_size']:,}",
+        f"queue of {plan['queue_size']:,}",
         f"fits: {'yes, ' if plan['fits'] else 'NO, at least '}"
         f"{_size(plan['hbm_bytes_per_chip'])}{of} a device",
     ]

@@ -1,4 +1,4 @@
-"""Architectures of published encoders, so that planning needs neither the hub nor a download."""
+"""Published encoders and datasets, so that planning needs neither the hub nor a download."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import ml_collections
 
 from fne_jax.encoders.hub_files import read_architecture
 from fne_jax.encoders.towers import TOWERS
+from fne_jax.errors import UserError
 
 _BASE = {
     "hidden_size": 768,
@@ -37,6 +38,10 @@ PUBLISHED = {
     },
 }
 
+# Training pairs of the datasets in Karpathy's splits: captions of 113,287 images of COCO (train
+# and restval), and five of each of 29,000 images of Flickr30K.
+TRAINING_PAIRS = {"coco": 566_747, "flickr30k": 145_000}
+
 
 def read_architectures(encoder: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
     """Returns the config.json of each pretrained tower: from here if published, else its source's.
@@ -58,3 +63,23 @@ def published_towers(encoder: ml_collections.ConfigDict) -> list[str]:
     """Returns the names of the config's towers whose architecture is known here."""
     names = (encoder[tower].pretrained for tower in TOWERS)
     return [name for name in names if name in PUBLISHED]
+
+
+def training_pairs(given: str | None, config_name: str) -> int | None:
+    """Returns the number that is given, or that of the dataset named, or None.
+
+    Args:
+      given: What the command line says: a number, the name of a dataset, or nothing.
+      config_name: The name of the config's file, which may begin with that of a dataset.
+
+    Raises:
+      UserError: if it is neither.
+    """
+    if given is None:
+        return next((n for name, n in TRAINING_PAIRS.items() if config_name.startswith(name)), None)
+    if given in TRAINING_PAIRS:
+        return TRAINING_PAIRS[given]
+    if given.isdigit() and int(given) > 0:
+        return int(given)
+    known = ", ".join(TRAINING_PAIRS)
+    raise UserError(f"--pairs={given}: expected a number above 0 or one of {known}")
