@@ -14,6 +14,7 @@ import numpy as np
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 from fne_jax.report import example_cards, html
+from fne_jax.report.suspects import RANKINGS, JudgedSplit, Suspects
 from fne_jax.retrieval.unlabelled import UnlabelledPairs
 
 CSV_NAME, JSONL_NAME = "likely_false_negatives.csv", "likely_false_negatives.jsonl"
@@ -22,13 +23,40 @@ _ROWS_A_PAGE = 50
 Row = dict[str, Any]
 
 
+def write_audit(folder: pathlib.Path, judged: JudgedSplit, suspects: Suspects, limit: int) -> int:
+    """Writes the first pairs of an audit, and returns how many these are.
+
+    Args:
+      folder: The folder to write into; it is created if need be.
+      judged: The split.
+      suspects: All its suspects.
+      limit: The most pairs that are written.
+
+    Raises:
+      UserError: if a file cannot be written.
+    """
+    about = {
+        "run": judged.name,
+        "step": judged.step,
+        "split": judged.split_name,
+        "suspected": len(suspects.posterior),
+        "least": suspects.least,
+        "per_query": suspects.per_query,
+        "rank_by": RANKINGS[suspects.rank_by],
+        "prior": judged.config.fne.prior,
+    }
+    listed = rows(judged.dataset, suspects.pairs[:limit], suspects.posterior[:limit])
+    write(folder, judged.dataset, listed, about)
+    return len(listed)
+
+
 def rows(dataset: PairDataset, pairs: UnlabelledPairs, posterior: np.ndarray) -> list[Row]:
     """Returns a row for each pair, as CSV and JSON lines hold it.
 
     Args:
-      dataset: the split.
-      pairs: of its captions and images.
-      posterior: [pairs].
+      dataset: The split.
+      pairs: Pairs of its captions and images.
+      posterior: [pairs] probability that each is a match.
     """
     own = dataset.caption_image[pairs.caption]
     in_truth = None
@@ -63,10 +91,10 @@ def write(
     """Writes the CSV, the JSON lines and the pages; pages of a longer audit before it go.
 
     Args:
-      folder: created if need be.
-      dataset: the split, for its pictures.
-      found: of `rows`.
-      about: what the pages' heading tells; see the template.
+      folder: The folder to write into; it is created if need be.
+      dataset: The split, for its images.
+      found: What `rows` returned.
+      about: What the pages' heading tells, by the template's names.
 
     Raises:
       UserError: if a file cannot be written.

@@ -15,7 +15,7 @@ from fne_jax.objectives.registry import candidate_settings
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.report import examples, html
 
-# Anchors whose negatives are drawn, and those shown: the most suspect, and any others.
+# Anchors whose negatives are sampled, and those shown: the most suspect, and any others.
 _ANCHORS, _SHOWN_SUSPECT, _SHOWN_OTHERS = 256, 4, 2
 # Queries shown at either end.
 _SHOWN_QUERIES = 4
@@ -28,16 +28,17 @@ class Direction:
     """One direction of retrieval over a split.
 
     Attributes:
-      title: image to text, or text to image.
-      query_emb: [queries, dim].
-      item_emb: [items, dim].
+      title: Image to text, or text to image.
+      query_emb: [queries, dim] L2-normalised embeddings.
+      item_emb: [items, dim] L2-normalised embeddings.
       query_image: [queries] index of each query's image.
-      item_image: [items] the same of the items.
+      item_image: [items] index of each item's image.
       pair_query: [pairs] the query that each labelled pair holds.
-      pair_item: [pairs] the item that it holds.
-      show_query: of a query's index, what a page shows of it.
-      show_item: the same of an item.
-      is_true: of [n] queries and [n] items, whether they match in truth; None if unknown.
+      pair_item: [pairs] the item that each labelled pair holds.
+      show_query: Takes a query's index and returns what a page shows of it.
+      show_item: Takes an item's index and returns what a page shows of it.
+      is_true: Takes [n] queries and [n] items and returns whether they match in truth; None if
+        that is unknown.
     """
 
     title: str
@@ -78,10 +79,10 @@ def directions(
 
 
 def show_image(dataset: PairDataset, index: int) -> Card:
-    """Returns an image's small `picture`, its source's `name` for it, and a `caption` of it."""
+    """Returns the `uri` of an image's small copy, its source's `name` for it, and a `caption`."""
     captions = np.flatnonzero(dataset.caption_image == index)
     return {
-        "picture": html.picture_uri(dataset, index),
+        "uri": html.image_uri(dataset, index),
         "name": dataset.source_image_id[index],
         "caption": dataset.captions[captions[0]] if len(captions) else "",
     }
@@ -90,16 +91,16 @@ def show_image(dataset: PairDataset, index: int) -> Card:
 def gallery(
     direction: Direction, seed: int, stats: SimilarityStatistics, fne: ml_collections.ConfigDict
 ) -> Card:
-    """Returns what hardest-negative mining and FNE choose for anchors drawn from a split.
+    """Returns what hardest-negative mining and FNE choose for random anchors of a split.
 
     Args:
-      direction: of at least two images.
-      seed: of the anchors and of FNE's draws.
-      stats: the similarity statistics.
+      direction: A direction over at least two images.
+      seed: The seed of the anchors and of FNE's negatives.
+      stats: The similarity statistics.
       fne: `config.fne`.
     """
     pairs = np.random.default_rng(seed).permutation(len(direction.pair_query))
-    # One pair of each query, in the order in which they were drawn.
+    # One pair of each query, in the order of the permutation.
     pairs = pairs[np.sort(np.unique(direction.pair_query[pairs], return_index=True)[1])]
     pairs = pairs[: min(_ANCHORS, len(direction.item_emb))]
     query, own = direction.pair_query[pairs], direction.pair_item[pairs]
@@ -138,7 +139,7 @@ def gallery(
         }
 
     order = np.argsort(-choices.hardest.posterior, kind="stable")
-    # In the order in which they were drawn, so that the first of the others are any.
+    # In the order of the permutation, so that the first of the others are any.
     others = np.sort(order[_SHOWN_SUSPECT:])
     return {
         "title": direction.title,

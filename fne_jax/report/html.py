@@ -1,11 +1,10 @@
-"""Self-contained pages from the templates: everything escaped, pictures and figures inside."""
+"""Self-contained pages from the templates: everything escaped, images and figures inside."""
 
 from __future__ import annotations
 
 import base64
 import functools
 import io
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +16,9 @@ from PIL import Image
 from fne_jax.data.images import preprocessing
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
+from fne_jax.files import write_atomically
 
-# Pixels of a picture's longer side in a page.
+# Pixels of an image's longer side in a page.
 _THUMBNAIL = 144
 _JPEG_QUALITY = 75
 
@@ -41,8 +41,8 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     """Returns a page.
 
     Args:
-      template: name of a file in templates/.
-      values: what it shows; text in it is escaped, unless it is `svg_markup`'s.
+      template: The name of a file in templates/.
+      values: What it shows; text in it is escaped, unless it is `svg_markup`'s.
     """
     return _environment().get_template(template).render(values)
 
@@ -52,17 +52,17 @@ def svg_markup(svg: str) -> markupsafe.Markup:
     return markupsafe.Markup(svg)
 
 
-def picture_uri(dataset: PairDataset, image: int) -> str:
-    """Returns a small copy of a split's picture as a `data:` address.
+def image_uri(dataset: PairDataset, index: int) -> str:
+    """Returns a small copy of an image as a `data:` address.
 
     Args:
-      dataset: the split.
-      image: index of the image.
+      dataset: The split.
+      index: The index of the image.
     """
-    picture = dataset.images[image] if dataset.in_memory else dataset.images[image]["image"]
-    if isinstance(picture, bytes):
-        picture = preprocessing.decode_jpeg(picture, _THUMBNAIL, _THUMBNAIL)
-    small = Image.fromarray(picture)
+    image = dataset.images[index] if dataset.in_memory else dataset.images[index]["image"]
+    if isinstance(image, bytes):
+        image = preprocessing.decode_jpeg(image, _THUMBNAIL, _THUMBNAIL)
+    small = Image.fromarray(image)
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     stream = io.BytesIO()
     small.save(stream, "JPEG", quality=_JPEG_QUALITY)
@@ -70,15 +70,13 @@ def picture_uri(dataset: PairDataset, image: int) -> str:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is always whole.
+    """Writes a file atomically, its line ends as they are.
 
     Raises:
       UserError: if it cannot be written.
     """
-    scratch = path.with_name(path.name + ".incomplete")
     try:
-        scratch.write_text(text, encoding="utf-8", newline="")
-        os.replace(scratch, path)
+        write_atomically(path, text.encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}") from error
 
@@ -88,7 +86,7 @@ def _percent(share):
 
 
 def _posterior_text(probability):
-    """Percent, with the ends told apart from certainty."""
+    """Returns a probability in percent, its ends told apart from certainty."""
     if probability > 0.999:
         return "> " + _percent(0.999)
     return "< " + _percent(0.001) if probability < 0.001 else _percent(probability)

@@ -9,9 +9,9 @@ import pytest
 from fne_jax import audit
 from fne_jax.data.sources.shapes_scenes import SceneTruth
 from fne_jax.errors import UserError
-from fne_jax.report import audit_pages
+from fne_jax.model.embedded_split import EmbeddedSplit
+from fne_jax.report import audit_pages, suspects
 from fne_jax.retrieval import blocks, unlabelled
-from fne_jax.retrieval.split_statistics import split_statistics
 from tests.report.test_report import (
     HOSTILE,
     Page,
@@ -115,7 +115,7 @@ def test_precision_counts_what_is_in_truth_a_match(monkeypatch):
     object.__setattr__(split, "truth", truth)
     caption = np.array([3, 0, 1, 2])
     pairs = unlabelled.UnlabelledPairs(caption, 1 - split.caption_image[caption], *np.ones((2, 4)))
-    assert "precision at 4: 25.0%" in audit._precision(split, pairs)
+    assert "precision at 4: 25.0%" in suspects.precision_text(split, pairs)
     assert [row["in_truth"] for row in audit_pages.rows(split, pairs, np.ones(4))] == [
         True, False, False, False,
     ]  # fmt: skip
@@ -146,7 +146,8 @@ def test_statistics_of_a_split_are_those_of_its_batches():
     image_emb, owner = unit_rows(rng, 6, 4), np.arange(17) % 6
     text_emb = image_emb[owner] + 0.5 * unit_rows(rng, 17, 4)
     text_emb /= np.linalg.norm(text_emb, axis=1, keepdims=True)
-    stats = split_statistics(image_emb, text_emb, owner, batch=5, seed=1)
+    split = EmbeddedSplit(image_emb, text_emb, owner, np.arange(6), np.arange(17))
+    stats = suspects.split_statistics(split, batch=5, seed=1)
     order = np.random.default_rng(1).permutation(17)[:15].reshape(3, 5)
     positive, negative = [], []
     for rows in order:
