@@ -10,6 +10,9 @@ import argparse
 import pathlib
 
 from fne_jax import command_line, configuration
+from fne_jax.conversion.export import export
+from fne_jax.conversion.reference import convert
+from fne_jax.errors import UserError
 
 REFERENCE_CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "flickr30k_reference.py"
 
@@ -27,34 +30,31 @@ def main(arguments: list[str]) -> None:
         help="config that names the encoders and the tokenizer it was trained with",
     )
     reference.set_defaults(convert=convert_reference)
-    export = commands.add_parser("export", help="a run's two encoders, as transformers opens them")
-    export.add_argument("--workdir", required=True, help="folder of the run")
-    export.add_argument("--checkpoint", default="best", help="best, latest or a step")
-    export.add_argument("--out", required=True, help="folder to make")
-    export.set_defaults(convert=convert_export)
+    exported = commands.add_parser(
+        "export", help="a run's two encoders, as transformers opens them"
+    )
+    exported.add_argument("--workdir", required=True, help="folder of the run")
+    exported.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    exported.add_argument("--out", required=True, help="folder to make")
+    exported.set_defaults(convert=convert_export)
     options, overrides = parser.parse_known_args(arguments)
     options.convert(options, overrides)
 
 
 def convert_reference(options: argparse.Namespace, overrides: list[str]) -> None:
     """Writes a run from the authors' checkpoint."""
-    from fne_jax.conversion import reference
-
     config = configuration.load_config(options.config, overrides)
     out = pathlib.Path(options.out)
-    step = reference.convert(pathlib.Path(options.checkpoint), config, out)
+    step = convert(pathlib.Path(options.checkpoint), config, out)
     print(f"written to {out}: step {step}")
     print(f"python -m fne_jax.evaluate --workdir={out} --split=test")
 
 
 def convert_export(options: argparse.Namespace, overrides: list[str]) -> None:
     """Writes a run's encoders."""
-    from fne_jax.conversion import export
-    from fne_jax.errors import UserError
-
     if overrides:
         raise UserError(f"unknown argument {overrides[0]!r}; see --help")
-    for path in export.export(
+    for path in export(
         pathlib.Path(options.workdir), options.checkpoint, pathlib.Path(options.out)
     ):
         print(f"written to {path}")

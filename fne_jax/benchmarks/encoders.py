@@ -25,11 +25,11 @@ def encoders(
     """Times both towers on one device, forward alone and with the gradient of all weights.
 
     Args:
-      encoder: `config.encoder`, see configs/base.py.
-      vocab_size: number of the tokenizer's ids.
-      text_tokens: tokens of a caption, all of them real.
-      batch: pairs.
-      repeats: timed calls of each.
+      encoder: `config.encoder`.
+      vocab_size: The number of the tokenizer's ids.
+      text_tokens: The tokens of a caption, none of them padding.
+      batch: Pairs at a time.
+      repeats: Timed calls of each.
 
     Returns:
       One benchmark line: medians in seconds, pairs and FLOPs a second, and the share of the peak
@@ -94,9 +94,9 @@ def attention(
     """Times attention without its projections, of the image tower's size, on one device.
 
     Args:
-      encoder: `config.encoder`, see configs/base.py.
-      batch: images.
-      repeats: timed calls of each.
+      encoder: `config.encoder`.
+      batch: Images at a time.
+      repeats: Timed calls of each.
 
     Yields:
       For each of `ATTENTIONS`, timed in turns, a benchmark line as `encoders` gives; for one that
@@ -154,8 +154,8 @@ def forward_flops(encoder: ml_collections.ConfigDict, text_tokens: int) -> int:
     a projection to d dimensions. Softmax, norms and activations are left out.
 
     Args:
-      encoder: `config.encoder`, see configs/base.py.
-      text_tokens: tokens of a caption.
+      encoder: `config.encoder`.
+      text_tokens: The tokens of a caption.
     """
     layers = 0
     for tower, tokens in ((encoder.image, _image_tokens(encoder)), (encoder.text, text_tokens)):
@@ -173,8 +173,8 @@ def training_flops(encoder: ml_collections.ConfigDict, text_tokens: int) -> int:
     computed again (`remat`) do not count.
 
     Args:
-      encoder: `config.encoder`, see configs/base.py.
-      text_tokens: tokens of a caption.
+      encoder: `config.encoder`.
+      text_tokens: The tokens of a caption.
     """
     return 3 * forward_flops(encoder, text_tokens) - _patch_flops(encoder)
 

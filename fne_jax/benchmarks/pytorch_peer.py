@@ -27,9 +27,9 @@ def image_tower(
     """Times forward and backward passes in both frameworks, in turns, on the CPU.
 
     Args:
-      encoder: `config.encoder`, see configs/base.py; its compute dtype is not looked at.
-      batch: images.
-      repeats: timed calls of each.
+      encoder: `config.encoder`; its compute dtype is not looked at.
+      batch: Images at a time.
+      repeats: Timed calls of each.
 
     Yields:
       A benchmark line for the whole tower and for each kind of its parts: seconds in JAX and in

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 
 from fne_jax.benchmarks.timing import machine, median_seconds
+from fne_jax.errors import UserError
 from fne_jax.objectives.similarity_statistics import cosine
+from fne_jax.retrieval.blocks import BLOCK_ROWS
 from fne_jax.retrieval.metrics import retrieval_metrics
 
 
@@ -19,16 +21,21 @@ def retrieval(images: int, captions: int, dim: int, repeats: int) -> dict[str, A
     """Times the standard metrics against the one product of all images and all captions.
 
     Args:
-      images: of the split.
-      captions: of the split, dealt out to the images in turn.
-      dim: of the embeddings.
-      repeats: timed calls of each.
+      images: The number of images to rank.
+      captions: The number of captions to rank, dealt out to the images in turn.
+      dim: The dimension of the embeddings.
+      repeats: Timed calls of each.
 
     Returns:
       One benchmark line. `product_s` is the product with nothing kept of it, a block of images at
       a time; `peak_mib` the most memory that the process, JAX and the embeddings included, had
       held after the metrics were computed and before the product was.
+
+    Raises:
+      UserError: if there are fewer captions than images.
     """
+    if captions < images:
+        raise UserError(f"--captions is {captions}; expected one for each image, {images}")
     rng = np.random.default_rng(0)
     image_emb, text_emb = _unit_rows(rng, images, dim), _unit_rows(rng, captions, dim)
     owner = np.sort(np.arange(captions) % images)
@@ -36,7 +43,10 @@ def retrieval(images: int, captions: int, dim: int, repeats: int) -> dict[str, A
     rank()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     on_device = jax.device_put(text_emb)
-    blocks = [jax.device_put(image_emb[start : start + 256]) for start in range(0, images, 256)]
+    blocks = [
+        jax.device_put(image_emb[start : start + BLOCK_ROWS])
+        for start in range(0, images, BLOCK_ROWS)
+    ]
     product = jax.jit(cosine)
 
     def products():

@@ -7,6 +7,7 @@ import pathlib
 
 from fne_jax.encoders.pretrained_weights import save_pretrained
 from fne_jax.errors import UserError
+from fne_jax.files import write_atomically
 from fne_jax.model.model import restore_model
 from fne_jax.retrieval.evaluation import read_values
 
@@ -37,9 +38,9 @@ def export(workdir: pathlib.Path, checkpoint: str, out: pathlib.Path) -> list[pa
     and `out/text`. Pooling and L2 normalisation are not part of these models: README.md says which.
 
     Args:
-      workdir: of the run.
-      checkpoint: best, latest or a step.
-      out: folder to make.
+      workdir: The folder of the run.
+      checkpoint: `best`, `latest` or a step.
+      out: The folder to make.
 
     Returns:
       The folders that transformers can open.
@@ -63,7 +64,7 @@ def export(workdir: pathlib.Path, checkpoint: str, out: pathlib.Path) -> list[pa
         save_pretrained(out / "image", module.image, model.params["image"])
         save_pretrained(out / "text", module.text, model.params["text"])
     model.tokenizer.save_pretrained(folders[-1])
-    (out / "README.md").write_text(_model_card(workdir, model))
+    write_atomically(out / "README.md", _model_card(workdir, model))
     return folders
 
 

@@ -36,16 +36,16 @@ _PARTS = {
 
 
 def convert(path: pathlib.Path, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
-    """Writes a workdir with the checkpoint's encoders, momentum encoders and memory.
+    """Writes a workdir with the checkpoint's encoders, momentum encoders and queue.
 
     Their optimizer's state is not in the file, so the run can be evaluated and begun from
     (`init_from`), not resumed where theirs stopped.
 
     Args:
-      path: `model_best.pth.tar`.
-      config: names the sources of both encoders, for their sizes, and the tokenizer; the length
-        of the memory and the margin are taken from the file.
-      workdir: folder that is not there yet.
+      path: The checkpoint, `model_best.pth.tar`.
+      config: Names the sources of both encoders, for their sizes, and the tokenizer; the length
+        of the queue and the margin are taken from the file.
+      workdir: A folder that is not there yet.
 
     Returns:
       The step under which it is saved, their epoch.
@@ -133,11 +133,11 @@ def _load(path) -> dict[str, Any]:
 
 
 def _queue(path, tensors) -> MemoryQueue:
-    """Returns the memory; theirs holds a column a slot, and -100 for empty."""
+    """Returns the queue; theirs holds a column a slot, and -100 for empty."""
     names = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
     absent = [name for name in names if name not in tensors]
     if absent:
-        raise UserError(f"{path}: the memory is missing: {', '.join(absent)}")
+        raise UserError(f"{path}: the queue is missing: {', '.join(absent)}")
     ids = tensors["idx_queue"].reshape(-1)
     ids = np.where(ids < 0, EMPTY_ID, ids).astype(np.int32)
     return MemoryQueue(

@@ -24,9 +24,9 @@ class Chosen:
     """The negatives that a rule chooses.
 
     Attributes:
-      index: [anchors] gallery rows.
-      similarity: [anchors] of each anchor to its negative.
-      posterior: [anchors] probability that it is a false negative.
+      index: [anchors] gallery row of each negative.
+      similarity: [anchors] similarity of each anchor to its negative.
+      posterior: [anchors] probability that the negative is a false one.
     """
 
     index: np.ndarray
@@ -39,9 +39,9 @@ class NegativeChoices:
     """The negatives that two rules choose for the same anchors, in one direction.
 
     Attributes:
-      positive_similarity: [anchors] of each anchor to its own match.
-      hardest: those of hardest-negative mining.
-      chosen: those that FNE draws, or its fallback.
+      positive_similarity: [anchors] similarity of each anchor to its own match.
+      hardest: The negatives of hardest-negative mining.
+      chosen: The negatives that FNE samples, or its fallback.
       sampled: [anchors] bool, false where every candidate weighs 0 and FNE falls back.
     """
 
@@ -63,14 +63,14 @@ def choose_negatives(
     """Returns the negatives of hardest-negative mining and of FNE for some anchors.
 
     Args:
-      rng: PRNG key of the draws.
+      rng: A typed PRNG key.
       anchor_emb: [anchors, dim] L2-normalised.
       positive_emb: [anchors, dim] the match of each anchor, L2-normalised.
       gallery_emb: [keys, dim] the candidates, L2-normalised, at least as many as anchors.
       same_image: [anchors, keys] bool, true where a candidate shows the anchor's image. Every
         anchor needs a candidate that does not.
-      stats: the similarity statistics.
-      **settings: of `sampling_weights`, with `prior` and `monotone`.
+      stats: The similarity statistics.
+      **settings: The settings of `sampling_weights`, with `prior` and `monotone`.
     """
     similarity = cosine(jnp.asarray(anchor_emb), jnp.asarray(gallery_emb))
     positive = rowwise_cosine(jnp.asarray(anchor_emb), jnp.asarray(positive_emb))
@@ -96,9 +96,9 @@ class QueryOutcomes:
 
     Attributes:
       match: [queries] gallery row of its most similar match.
-      match_similarity: [queries].
+      match_similarity: [queries] similarity of the two.
       rival: [queries] gallery row of the most similar item that is not labelled a match.
-      rival_similarity: [queries].
+      rival_similarity: [queries] similarity of the two.
       rank: [queries] place of the match, from 1; an equally similar rival counts before it.
     """
 

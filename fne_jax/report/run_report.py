@@ -39,19 +39,19 @@ def write_run_report(
     """Writes `report.html` into a run's folder and returns its path.
 
     Args:
-      workdir: the run's folder; its metrics.jsonl gives the learning curves.
+      workdir: The run's folder; its metrics.jsonl gives the learning curves.
       model: The model of the run, with its statistics.
-      dataset: the evaluated split.
-      image_emb: [images, dim] its L2-normalised embeddings.
-      text_emb: [captions, dim].
-      metrics: by name, a number or `{"value", "low", "high"}`.
-      split: name of the split.
+      dataset: The evaluated split.
+      image_emb: [images, dim] L2-normalised embeddings of the split.
+      text_emb: [captions, dim] L2-normalised embeddings of the split.
+      metrics: The metrics by name, each a number or `{"value", "low", "high"}`.
+      split: The name of the split.
 
     Raises:
       UserError: if the file cannot be written.
     """
     config, stats = model.config, jax.device_get(model.stats)
-    drawn = figures.statistics_figures(stats, config.fne)
+    of_statistics = figures.statistics_figures(stats, config.fne)
     directions = example_cards.directions(dataset, image_emb, text_emb)
     comparable = len(dataset.image_id) > 1
     page = html.render(
@@ -66,11 +66,11 @@ def write_run_report(
             "tables": metric_tables(metrics),
             "curves": _labelled(_learning_curves(workdir)),
             "statistics": _statistics_values(stats),
-            "figures_of_statistics": _labelled(drawn),
+            "figures_of_statistics": _labelled(of_statistics),
             "galleries": [
                 example_cards.gallery(direction, config.seed, stats, config.fne)
                 for direction in directions
-                if comparable and drawn
+                if comparable and of_statistics
             ],
             "queries": [example_cards.queries(d) for d in directions if comparable],
             "fne": config.fne,
@@ -142,9 +142,9 @@ def _learning_curves(workdir):
     return figures.learning_curves(metric_log.read_metrics(workdir))
 
 
-def _labelled(drawn):
+def _labelled(plotted):
     return {
-        title: html.svg_markup(figures.as_svg(figure, title)) for title, figure in drawn.items()
+        title: html.svg_markup(figures.as_svg(figure, title)) for title, figure in plotted.items()
     }
 
 

@@ -49,7 +49,7 @@ def extended_scores(split: EmbeddedSplit, source: str) -> dict[str, QueryScores]
 
     Args:
       split: COCO's test split, with COCO's ids, in any order.
-      source: `eccv` or `cxc`.
+      source: Whose matches are taken, `eccv` or `cxc`.
 
     Raises:
       UserError: if the package is not installed, or any of its images or captions is missing.
@@ -77,12 +77,12 @@ def test_rows(
     """Returns the rows of the images and captions that `eccv_caption` ranks.
 
     Args:
-      image_id: [images] ids of a split.
+      image_id: [images] ids of a split's images.
       caption_id: [captions] ids of its captions.
-      protocol: named in errors.
+      protocol: The name of the protocol, for errors.
 
     Raises:
-      UserError: as `extended_scores`.
+      UserError: if the package is not installed, or any of its images or captions is missing.
     """
     coco = _package().coco_gts
     images = _rows("image", image_id, coco["i2t"], protocol)

@@ -12,15 +12,15 @@ and `names.json` with `images`, what the source calls them, and the raw `caption
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import pathlib
-import shutil
 
 import numpy as np
 
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
+from fne_jax.files import write_atomically
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.retrieval.ranked_lists import top_lists
 
@@ -32,17 +32,20 @@ _UNIT = 1e-3
 def write_embeddings(
     folder: pathlib.Path, split: EmbeddedSplit, dataset: PairDataset | None
 ) -> None:
-    """Writes a split's files; those that are already in the folder are replaced.
+    """Writes a split's files; those of an older dump in the same folder are replaced or go.
 
     Args:
-      folder: made if need be.
-      split: what to write.
-      dataset: for the names of the images and the captions, or None.
+      folder: The folder to write into; it is created if need be.
+      split: What to write.
+      dataset: The split's dataset, for the names of images and captions; None if there is none.
 
     Raises:
       UserError: if the folder cannot be written to.
     """
-    scratch = folder.with_name(folder.name + ".incomplete")
+    i2t, i2t_similarity = top_lists(split.image_emb, split.text_emb, TOP)
+    t2i, t2i_similarity = top_lists(split.text_emb, split.image_emb, TOP)
+    lists = {"i2t": i2t, "t2i": t2i}
+    lists |= {"i2t_similarity": i2t_similarity, "t2i_similarity": t2i_similarity}
     arrays = {
         "image_embeddings": split.image_emb,
         "text_embeddings": split.text_emb,
@@ -51,26 +54,27 @@ def write_embeddings(
         "caption_id": split.caption_id,
         "matches": split.truth,
     }
-    i2t, i2t_similarity = top_lists(split.image_emb, split.text_emb, TOP)
-    t2i, t2i_similarity = top_lists(split.text_emb, split.image_emb, TOP)
-    lists = {"i2t": i2t, "t2i": t2i}
-    lists |= {"i2t_similarity": i2t_similarity, "t2i_similarity": t2i_similarity}
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("matches.npy", "names.json"):
+            # Not every split has them, and those of another would be taken for this one's.
+            (folder / name).unlink(missing_ok=True)
         for name, array in arrays.items():
             if array is not None:
-                np.save(scratch / f"{name}.npy", array)
-        np.savez(scratch / f"top{TOP}.npz", **lists)
+                write_atomically(folder / f"{name}.npy", _as_bytes(np.save, array))
+        write_atomically(folder / f"top{TOP}.npz", _as_bytes(np.savez, **lists))
         if dataset is not None:
             names = {"images": dataset.source_image_id, "captions": dataset.captions}
-            (scratch / "names.json").write_text(json.dumps(names) + "\n")
-        folder.mkdir(exist_ok=True)
-        for path in scratch.iterdir():
-            os.replace(path, folder / path.name)
-        scratch.rmdir()
+            write_atomically(folder / "names.json", json.dumps(names) + "\n")
     except OSError as error:
         raise UserError(f"--dump={folder}: cannot be written: {error}") from error
+
+
+def _as_bytes(save, *arrays, **named):
+    """Returns what NumPy's `save` or `savez` writes."""
+    stream = io.BytesIO()
+    save(stream, *arrays, **named)
+    return stream.getvalue()
 
 
 def read_embeddings(folder: pathlib.Path) -> EmbeddedSplit:

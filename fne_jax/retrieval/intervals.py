@@ -1,7 +1,7 @@
 """Bootstrap intervals of retrieval metrics.
 
-What is drawn is images, each with its captions: the captions of one image are queries that rise
-and fall together, and both directions of a draw see the same images.
+What is resampled is images, each with its captions: the captions of one image are queries that
+rise and fall together, and both directions see the same images in each resample.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def resampled(scores: QueryScores, stream: int = 0) -> dict[str, np.ndarray]:
     """Returns each metric in every resample, [resamples].
 
     Args:
-      scores: of one direction's queries. Two directions over the same images are resampled
-        alike.
-      stream: another number draws otherwise, for another fold.
+      scores: The scores of one direction's queries. Two directions over the same images are
+        resampled alike.
+      stream: A number for each fold, so that folds are resampled independently.
     """
     images, group = np.unique(scores.image, return_inverse=True)
     queries = np.bincount(group)
@@ -31,7 +31,7 @@ def resampled(scores: QueryScores, stream: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng([_SEED, stream])
     blocks = []
     for start in range(0, RESAMPLES, _BLOCK):
-        weights = _draw(rng, min(_BLOCK, RESAMPLES - start), len(images))
+        weights = _sample_images(rng, min(_BLOCK, RESAMPLES - start), len(images))
         block = {name: weights @ total / (weights @ queries) for name, total in totals.items()}
         if scores.ranks is not None:
             block["medr"] = _median_ranks(scores.ranks, weights[:, group])
@@ -45,11 +45,11 @@ def interval(samples: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _draw(rng, resamples, images):
-    """Returns [resamples, images], how often each image is drawn."""
-    drawn = rng.integers(0, images, (resamples, images))
-    drawn += images * np.arange(resamples)[:, None]
-    return np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+def _sample_images(rng, resamples, images):
+    """Returns [resamples, images], how often each image is in each resample."""
+    sampled = rng.integers(0, images, (resamples, images))
+    sampled += images * np.arange(resamples)[:, None]
+    return np.bincount(sampled.ravel(), minlength=sampled.size).reshape(sampled.shape)
 
 
 def _median_ranks(ranks, weights):

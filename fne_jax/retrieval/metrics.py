@@ -37,10 +37,10 @@ class QueryScores:
     """What each query of one direction scored.
 
     Attributes:
-      means: by metric, [queries] floats whose mean is the metric.
+      means: For each metric, [queries] floats whose mean is the metric.
       ranks: [queries] 0-based ranks, of which the median rank is taken, or None.
       image: [queries] int, the image that a query is or belongs to.
-      candidates: number of items that each query ranks.
+      candidates: The number of items that each query ranks.
     """
 
     means: dict[str, np.ndarray]

@@ -22,12 +22,12 @@ class Measurement:
     """One metric of a protocol.
 
     Attributes:
-      value: recalls and precisions in percent, ranks from 1.
-      low: lower end of the 95 % bootstrap interval.
-      high: its upper end.
-      definition: in words.
-      queries: number of queries; both directions' for rSum.
-      candidates: number of items that each query ranks; both directions' for rSum.
+      value: The metric: recalls and precisions in percent, ranks from 1.
+      low: The lower end of the 95 % bootstrap interval.
+      high: The upper end of the interval.
+      definition: What the metric is, in words.
+      queries: The number of queries; both directions' for rSum.
+      candidates: The number of items that each query ranks; both directions' for rSum.
     """
 
     value: float
@@ -46,8 +46,8 @@ def measure(split: EmbeddedSplit, protocol: str) -> tuple[dict[str, Measurement]
     """Returns the metrics of a protocol, or of all that the split allows.
 
     Args:
-      split: its embeddings.
-      protocol: a key of `PROTOCOLS`, or `all`.
+      split: The embeddings of the split.
+      protocol: A key of `PROTOCOLS`, or `all`.
 
     Returns:
       The metrics by name, those of the whole split without a prefix; and for `all` the protocols
@@ -71,8 +71,8 @@ def check_suits(protocol: str, image_id: np.ndarray, caption_id: np.ndarray) -> 
     """Checks before anything is embedded whether a split suits a protocol.
 
     Args:
-      protocol: a key of `PROTOCOLS`, or `all`, which suits every split.
-      image_id: [images] ids of the split.
+      protocol: A key of `PROTOCOLS`, or `all`, which suits every split.
+      image_id: [images] ids of the split's images.
       caption_id: [captions] ids of its captions.
 
     Raises:

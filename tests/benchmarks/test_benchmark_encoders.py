@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from fne_jax import benchmark
-from fne_jax.benchmarks import encoders
+from fne_jax.benchmarks import cases, encoders
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import UserError
 from tests.support.tiny import tiny_config
@@ -60,7 +60,7 @@ def test_flops_of_vit_base_and_bert_base():
 
 
 def test_a_line_for_the_encoders_and_one_for_each_attention(monkeypatch, capsys):
-    monkeypatch.setitem(benchmark.ENCODER_SIZES, "tiny", "tiny_size")
+    monkeypatch.setitem(cases.ENCODER_SIZES, "tiny", "tiny_size")
     monkeypatch.setitem(sys.modules, "tiny_size", types.SimpleNamespace(get_config=tiny_config))
     monkeypatch.setattr(encoders, "PEAK_SIDE", 64)
     benchmark.main(["encoders", "--size", "tiny", "--batch", "2", "--repeats", "1"])
@@ -95,6 +95,6 @@ def test_wrong_arguments(arguments, message):
 
 
 def test_without_the_configs(monkeypatch):
-    monkeypatch.setitem(benchmark.ENCODER_SIZES, "shapes", "configs_that_are_not_there")
+    monkeypatch.setitem(cases.ENCODER_SIZES, "shapes", "configs_that_are_not_there")
     with pytest.raises(UserError, match="run this from the top of the repository"):
         benchmark.main(["encoders", "--size", "shapes"])

@@ -65,6 +65,12 @@ def test_what_is_written_is_read_to_the_bit(split, tmp_path):
     )
 
 
+def test_nothing_of_an_older_dump_is_taken_for_the_new_one_s(split, tmp_path):
+    write_embeddings(tmp_path, split, None)
+    write_embeddings(tmp_path, EmbeddedSplit(**(vars(split) | {"truth": None})), None)
+    assert read_embeddings(tmp_path).truth is None
+
+
 def test_a_dump_needs_a_folder(split, tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(UserError, match=r"--dump=.*taken: cannot be written"):

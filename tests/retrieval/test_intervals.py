@@ -12,8 +12,10 @@ def test_each_resample_is_the_metrics_of_the_drawn_images(monkeypatch):
     image = np.array([7, 2, 2, 5, 7, 7, 9])  # uneven numbers of captions; an image without
     ranks = rng.integers(0, 12, 7)
     drawn = []
-    draw = intervals._draw
-    monkeypatch.setattr(intervals, "_draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    sample = intervals._sample_images
+    monkeypatch.setattr(
+        intervals, "_sample_images", lambda *a: drawn.append(sample(*a)) or drawn[-1]
+    )
     samples = intervals.resampled(rank_scores(ranks, image, 12))
     weights = np.concatenate(drawn)
     assert weights.shape == (intervals.RESAMPLES, 4) and (weights.sum(axis=1) == 4).all()
