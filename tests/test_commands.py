@@ -12,7 +12,7 @@ import pytest
 
 from fne_jax import audit, evaluate, train
 from fne_jax.errors import UserError
-from fne_jax.report import audit_pages
+from fne_jax.report import audit_pages, suspects
 from fne_jax.retrieval.evaluation import read_values
 from tests.report.test_report import statistics
 from tests.support import TOP
@@ -117,12 +117,12 @@ def test_audit_lists_likely_false_negatives(shapes_run, capsys, tmp_path, monkey
     arguments = (f"--workdir={workdir}", "--split=val", "--checkpoint=latest")
     # In so short a run, hardly any pair is each other's first choice.
     assert "statistics of fewer than two pairs" in refused("audit", *arguments)
-    restore_model = audit.restore_model
+    restore_model = suspects.restore_model
 
     def restore_with_statistics(*arguments):
         return dataclasses.replace(restore_model(*arguments), stats=statistics())
 
-    monkeypatch.setattr(audit, "restore_model", restore_with_statistics)
+    monkeypatch.setattr(suspects, "restore_model", restore_with_statistics)
     audit.main([*arguments, "--min-posterior=0", "--limit=70", f"--out={tmp_path}"])
     assert_all_in(capsys.readouterr().out, "45 captions, 9 images", "precision at 100: ")
     rows = [json.loads(line) for line in (tmp_path / audit_pages.JSONL_NAME).open()]

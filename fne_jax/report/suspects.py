@@ -92,7 +92,8 @@ def judged_by_run(workdir: pathlib.Path, checkpoint: str, split_name: str) -> Ju
         split_name=split_name,
         config=model.config,
         dataset=dataset,
-        embedded=model.embed_split(dataset),
+        # The matrix of all true matches, large for a training split, is not needed.
+        embedded=model.embed_split(dataclasses.replace(dataset, truth=None)),
         stats=jax.device_get(model.stats),
     )
 
