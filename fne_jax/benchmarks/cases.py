@@ -18,7 +18,7 @@ STRATEGY_CASES = ((32, 8224, 768), (256, 65536, 768))
 KEY_CHUNK = 1024
 # Parameters of ViT-B/16 and BERT-base together, rounded.
 _PARAMETERS = 200_000_000
-# The configs whose encoders are measured.
+# The configs whose encoders are measured; configs/ is not part of the installed package.
 ENCODER_SIZES = {
     "vit_b16_384": "configs.base",
     "shapes": "configs.shapes",
