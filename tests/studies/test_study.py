@@ -296,17 +296,12 @@ def test_the_judged_candidates_are_those_of_the_memory(finished):
 
 
 def _note_cores(path):
-    pathlib.Path(path).write_text(json.dumps(sorted(os.sched_getaffinity(0))))
-    time.sleep(1)
-
-
-def _note_or_end(path):
-    """Notes its cores, or ends as the file's name says."""
+    """Notes its cores, and ends as the file's name says."""
+    path.write_text(json.dumps(sorted(os.sched_getaffinity(0))))
     if path.name == "wrong":
         raise UserError(f"{path} is wrong")
     if path.name == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    _note_cores(path)
 
 
 def _sleep(path):
@@ -317,15 +312,15 @@ def _sleep(path):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are shared out on Linux")
 @pytest.mark.skipif(os.cpu_count() < 2, reason="two processes need two cores")
 def test_processes_share_the_cores_and_report_errors(tmp_path):
-    names = ("killed", "a", "b", "wrong")
     with schedule._Workers(2) as workers:
-        outcomes = dict(workers.each(_note_or_end, [tmp_path / name for name in names]))
-    errors = {path.name: error for path, (_, error) in outcomes.items()}
-    assert errors.pop("wrong") == f"{tmp_path / 'wrong'} is wrong"
-    assert "died with exit code -9" in errors.pop("killed")
-    assert errors == {"a": None, "b": None}
-    one, two = (json.loads((tmp_path / name).read_text()) for name in "ab")
-    assert len(set(one) | set(two)) == len(one) + len(two)
+        paths = [tmp_path / name for name in ("well", "wrong", "killed")]
+        outcomes = {run.name: outcome for run, outcome in workers.each(_note_cores, paths)}
+    assert outcomes["well"][1] is None
+    assert outcomes["wrong"][1] == f"{tmp_path / 'wrong'} is wrong"
+    assert "died with exit code -9" in outcomes["killed"][1]
+    # The first two began together, the third where one of them had ended.
+    one, two, three = (json.loads(path.read_text()) for path in paths)
+    assert len({*one, *two}) == len(one) + len(two) and three in (one, two)
 
 
 def test_a_signal_stops_the_processes(tmp_path):
