@@ -121,19 +121,19 @@ def get_config() -> ConfigDict:
 
     # Momentum m of the momentum encoders' update m <- m * momentum + (1 - m) * online.
     config.momentum = 0.995
-    # Slots of the memory of momentum embeddings.
+    # Slots of the queue of momentum embeddings.
     config.queue_size = 8224
 
-    # What follows the warm-up.
+    # What follows the warm-up (fne_jax/objectives/registry.py lists all objectives).
     config.objective = objective = ConfigDict()
     # fne; triplets with the hardest, a semi_hard or a random key as negative; infonce (contrastive
-    # over the memory); or sigmoid (SigLIP's, within the batch).
+    # over the queue); or sigmoid (SigLIP's, within the batch).
     objective.name = "fne"
-    # Candidates from the memory as well, or from the batch alone.
-    objective.memory = True
+    # Whether candidates come from the queue as well, or from the batch alone.
+    objective.queue = True
     # Divisor of the similarities in infonce and sigmoid (0.1 is where SigLIP starts).
     objective.temperature = 0.07
-    # Of sigmoid: added to the logits.
+    # Number that sigmoid adds to the logits.
     objective.bias = -10.0
 
     # False negative elimination, section 3 of the paper. `margin` and `prior` also serve the
@@ -141,9 +141,10 @@ def get_config() -> ConfigDict:
     config.fne = fne = ConfigDict()
     # Epochs of warm-up before it; may be fractional.
     fne.start_epoch = 1.0
+    # Similarity by which the positive should win.
     fne.margin = 0.2
-    # tau of the sampling weights.
-    fne.decay = 0.5
+    # tau of the sampling weights, the paper's.
+    fne.tau = 0.5
     # Prior probability of a candidate being a false negative; it should follow the dataset.
     fne.prior = 1e-4
     # Posterior above which a candidate is suspected.
@@ -154,25 +155,27 @@ def get_config() -> ConfigDict:
     # authors leave out the diagonal only.
     fne.mask_same_image = True
     # How suspected candidates are weighed: soft (by their posterior, the paper's), hard (never
-    # drawn), or none (as ordinary ones). With `cut_down` False ordinary candidates weigh 1.
+    # sampled), or none (as ordinary ones).
     fne.elimination = "soft"
+    # Whether ordinary candidates weigh the more the nearer they are to the positive; without it
+    # they all weigh 1.
     fne.cut_down = True
     # Hold the posterior where its formula would fall as similarity rises.
     fne.monotone = False
-    # 1 collects the statistics of an epoch and resets them at its start, as the paper; less keeps
-    # that share of them at each step, for data without epochs.
-    fne.statistics_keep = 1.0
-    # Keys of the memory scored at a time, a multiple of 16, to save memory; 0 for all at once.
+    # 1 collects the statistics of an epoch and resets them at its start, as the paper; less makes
+    # them an exponential moving average that keeps this share at each step, for data without epochs.
+    fne.ema_decay = 1.0
+    # Keys of the queue scored at a time, a multiple of 16, to save memory; 0 for all at once.
     fne.key_chunk = 0
 
     config.warmup = warmup = ConfigDict()
     # hardest (the paper's, for pretrained encoders); for encoders from random weights, where the
     # hardest negative collapses, clip (contrastive within the batch, the faster) or infonce
-    # (contrastive over the memory).
+    # (contrastive over the queue).
     warmup.objective = "hardest"
-    # Of clip and infonce.
+    # Divisor of the similarities in clip and infonce.
     warmup.temperature = 0.07
-    # Write the memory during the last steps of the warm-up, as many as fill it, so that FNE does
+    # Write the queue during the last steps of the warm-up, as many as fill it, so that FNE does
     # not start on random vectors. The authors do not. (infonce writes it from the first step.)
     warmup.fill_queue = True
 

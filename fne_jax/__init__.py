@@ -1,17 +1,21 @@
 """False Negative Elimination for image-text retrieval, in JAX.
 
-The strategy is importable by itself and needs neither TensorFlow nor a config: see
-`fne_triplet_loss`.
+The losses and the encoders are pure JAX and importable by themselves: they need neither TensorFlow
+nor a config. Start at `fne_triplet_loss`.
 """
+
+import importlib
+import warnings
 
 from fne_jax.encoders.pretrained_weights import load_pretrained, save_pretrained
 from fne_jax.objectives.contrastive import clip_loss, infonce_loss, sigmoid_loss
+from fne_jax.objectives.fne_loss import fne_triplet_loss, fne_triplet_loss_from_uniform
 from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.negative_mining import (
-    hardest_key,
+    hardest_negative,
     mined_triplet_loss,
-    random_key,
-    semi_hard_key,
+    random_negative,
+    semi_hard_negative,
 )
 from fne_jax.objectives.negative_sampling import (
     sample_negatives,
@@ -23,11 +27,7 @@ from fne_jax.objectives.similarity_statistics import (
     false_negative_posterior,
     update_similarity_statistics,
 )
-from fne_jax.objectives.triplet_loss import (
-    fne_triplet_loss,
-    fne_triplet_loss_from_uniform,
-    hardest_negative_triplet_loss,
-)
+from fne_jax.objectives.triplet_loss import hardest_negative_triplet_loss
 from fne_jax.retrieval.metrics import retrieval_metrics
 
 __all__ = [
@@ -37,28 +37,37 @@ __all__ = [
     "false_negative_posterior",
     "fne_triplet_loss",
     "fne_triplet_loss_from_uniform",
-    "hardest_key",
+    "hardest_negative",
     "hardest_negative_triplet_loss",
     "infonce_loss",
     "load_pretrained",
     "load_workdir",
     "mined_triplet_loss",
-    "random_key",
+    "random_negative",
     "retrieval_metrics",
     "sample_negatives",
     "sample_negatives_from_uniform",
     "sampling_weights",
     "save_pretrained",
-    "semi_hard_key",
+    "semi_hard_negative",
     "sigmoid_loss",
     "update_similarity_statistics",
 ]
 
+_RENAMED = {
+    "hardest_key": "hardest_negative",
+    "random_key": "random_negative",
+    "semi_hard_key": "semi_hard_negative",
+}
+# Imported on first use, because Orbax and transformers are behind it, which the losses do without.
+_LATE = {"load_workdir": "fne_jax.model.model"}
+
 
 def __getattr__(name):
-    # Late, because it needs Orbax and transformers, which the strategy alone does not.
-    if name == "load_workdir":
-        from fne_jax.model.model import load_workdir
-
-        return load_workdir
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
+    if name in _RENAMED:
+        new = _RENAMED[name]
+        warnings.warn(f"fne_jax.{name} is now fne_jax.{new}", DeprecationWarning, stacklevel=2)
+        return globals()[new]
     raise AttributeError(f"module 'fne_jax' has no attribute {name!r}")

@@ -21,9 +21,17 @@ from fne_jax.encoders import towers
 from fne_jax.encoders.dual_encoder import CHECKPOINT, LONGEST_POOLING
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
+from fne_jax.objectives import registry
 from fne_jax.objectives.key_blocks import BLOCK
 
 FILE_NAME = "config.json"
+
+# Fields that have another name by now, and which; an old run's config.json is read under the new.
+RENAMED_FIELDS = {
+    "fne.decay": "fne.tau",
+    "fne.statistics_keep": "fne.ema_decay",
+    "objective.memory": "objective.queue",
+}
 
 # Fields that may change when a run resumes: none alters what the run computes.
 MAY_CHANGE = (
@@ -93,6 +101,8 @@ def _check_field(name, fields):
         return
     if name in REMOVED_FIELDS:
         raise UserError(f"config.{name} was removed: {REMOVED_FIELDS[name][1]}")
+    if name in RENAMED_FIELDS:
+        raise UserError(f"config.{name} is now config.{RENAMED_FIELDS[name]}")
     if any(field.startswith(name + ".") for field in fields):
         raise UserError(f"config.{name} is a group of fields; set one of its fields")
     near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5)
@@ -116,6 +126,7 @@ def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, ob
 def validate(config: ml_collections.ConfigDict) -> None:
     """Raises UserError, naming the field, if a number or a name cannot be."""
     fields = flatten(config)
+    registry.check(config)
     positive = (
         "num_epochs",
         "global_batch_size",
@@ -138,7 +149,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"config.{name} is {fields[name]}; expected a number above 0")
     for name in (
         "fne.margin",
-        "fne.decay",
+        "fne.tau",
         "fne.min_count",
         "fne.start_epoch",
         "seed",
@@ -151,10 +162,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"config.{name} is {fields[name]}; expected a number of at least 0")
     if not 0 < config.fne.prior < 1:
         raise UserError(f"config.fne.prior is {config.fne.prior}; expected a number in (0, 1)")
-    if not 0 < config.fne.statistics_keep <= 1:
+    if not 0 < config.fne.ema_decay <= 1:
         raise UserError(
-            f"config.fne.statistics_keep is {config.fne.statistics_keep}; "
-            "expected a number in (0, 1]"
+            f"config.fne.ema_decay is {config.fne.ema_decay}; expected a number in (0, 1]"
         )
     if config.fne.key_chunk < 0 or config.fne.key_chunk % BLOCK:
         raise UserError(
@@ -329,7 +339,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     if not path.is_file():
         raise UserError(f"{path} is not there: {workdir} is not the workdir of a run")
     try:
-        config = ml_collections.ConfigDict(json.loads(path.read_text()))
+        config = ml_collections.ConfigDict(_with_new_names(json.loads(path.read_text())))
     except ValueError as error:
         raise UserError(f"{path}: not a JSON file: {error}") from error
     _drop_removed_fields(config, path)
@@ -349,6 +359,15 @@ def _drop_removed_fields(config, path):
             )
         group, _, leaf = name.rpartition(".")
         del (config[group] if group else config)[leaf]
+
+
+def _with_new_names(stored):
+    """Returns a stored config's nested fields under the names that they have by now."""
+    for old, new in RENAMED_FIELDS.items():
+        (group, old_leaf), new_leaf = old.split("."), new.rpartition(".")[2]
+        if old_leaf in stored.get(group, {}):
+            stored[group][new_leaf] = stored[group].pop(old_leaf)
+    return stored
 
 
 def _through_json(config):

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from fne_jax.objectives.fne_settings import FNESettings
 from fne_jax.objectives.negative_sampling import candidate_weight
-from fne_jax.objectives.registry import candidate_settings
 from fne_jax.objectives.similarity_statistics import (
     GaussianStatistics,
     SimilarityStatistics,
@@ -239,7 +239,7 @@ def _weights(stats, fne):
             jnp.full(similarity.shape, positive, jnp.float32),
             jnp.zeros(similarity.shape, bool),
             stats,
-            **candidate_settings(fne),
+            FNESettings.from_config(fne),
         )
         axes.plot(similarity, weight, color=colour, label=f"{label} ({positive:.2f})")
     axes.set(xlabel="cosine similarity of the candidate", ylabel="sampling weight", ylim=(0, 1.05))

@@ -11,6 +11,7 @@ import pathlib
 
 from fne_jax import command_line
 from fne_jax.errors import UserError
+from fne_jax.objectives import registry
 
 
 def main(arguments: list[str]) -> None:
@@ -45,8 +46,7 @@ def _parse(arguments):
     parser.add_argument(
         "--objectives",
         default="fne,hardest",
-        help="some of fne, hardest, semi_hard, random, infonce, sigmoid, fne_no_memory, "
-        "fne_no_elimination, fne_no_cutdown, with commas between",
+        help=f"some of {', '.join((*registry.MAIN, *registry.FNE_VARIANTS))}, with commas between",
     )
     parser.add_argument(
         "--vary",

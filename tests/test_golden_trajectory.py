@@ -14,9 +14,9 @@ import pytest
 from configs import base
 from fne_jax import MemoryQueue, SimilarityStatistics, load_pretrained
 from fne_jax.encoders.dual_encoder import DualEncoder
+from fne_jax.objectives.fne_loss import fne_triplet_loss_from_uniform
 from fne_jax.objectives.registry import hardest_objective
 from fne_jax.objectives.similarity_statistics import update_similarity_statistics
-from fne_jax.objectives.triplet_loss import fne_triplet_loss_from_uniform
 from fne_jax.parallel.sharding import StepLayout, create_mesh
 from fne_jax.training.encoder_passes import WholeBatch
 from fne_jax.training.optimizer import build_optimizer

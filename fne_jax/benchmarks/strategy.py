@@ -1,4 +1,4 @@
-"""What FNE costs beside the bare products of anchors and keys, and what the memory costs."""
+"""What FNE costs beside the bare products of anchors and keys, and what the queue costs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from fne_jax.benchmarks.timing import machine, median_seconds
+from fne_jax.objectives.features import Features
+from fne_jax.objectives.fne_loss import fne_loss
+from fne_jax.objectives.fne_settings import FNESettings
 from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.similarity_statistics import (
     GaussianStatistics,
@@ -17,13 +20,12 @@ from fne_jax.objectives.similarity_statistics import (
     cosine,
     update_similarity_statistics,
 )
-from fne_jax.objectives.triplet_loss import fne_triplet_loss
 
 # Statistics under which many candidates are suspected and many are too easy, so that every branch
 # of the weights is taken; their values do not change the work.
 _STATS = SimilarityStatistics(
-    positive=GaussianStatistics(jnp.float32(500), jnp.float32(50), jnp.float32(2.0)),
-    negative=GaussianStatistics(jnp.float32(1000), jnp.float32(50), jnp.float32(2.0)),
+    positive=GaussianStatistics.from_moments(500, mean=0.1, variance=0.004),
+    negative=GaussianStatistics.from_moments(1000, mean=0.05, variance=0.002),
 )
 
 
@@ -33,11 +35,11 @@ def strategy(
     """Times statistics, both directions and the gradient against the two bare products.
 
     Args:
-      batch: anchors of a direction.
-      queue_size: slots of the memory.
-      dim: of the embeddings.
-      key_chunk: see `fne_triplet_loss`.
-      repeats: timed calls of each.
+      batch: number of anchors in either direction.
+      queue_size: number of slots in the queue.
+      dim: dimension of the embeddings.
+      key_chunk: keys of the queue that are scored at a time, a multiple of 16; None for all.
+      repeats: number of timed calls of each.
 
     Returns:
       One benchmark line: medians in seconds and their ratio, and the strategy's scratch memory.
@@ -54,18 +56,9 @@ def strategy(
     def step(image_emb, text_emb, momentum_image_emb, momentum_text_emb, queue):
         stats = update_similarity_statistics(_STATS, image_emb, text_emb)
 
-        def loss_fn(image_emb, text_emb):
-            return fne_triplet_loss(
-                rng,
-                image_emb,
-                text_emb,
-                momentum_image_emb,
-                momentum_text_emb,
-                image_id,
-                queue,
-                stats,
-                key_chunk=key_chunk,
-            )
+        def loss_fn(*online):
+            features = Features(*online, momentum_image_emb, momentum_text_emb, image_id)
+            return fne_loss(rng, features, queue, stats, FNESettings(key_chunk=key_chunk))
 
         return stats, jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(image_emb, text_emb)
 
@@ -96,7 +89,7 @@ def strategy(
 
 
 def queue_update(batch: int, queue_size: int, dim: int, repeats: int) -> dict[str, Any]:
-    """Times writing a batch into a donated memory; returns one benchmark line."""
+    """Times writing a batch into a donated queue; returns one benchmark line."""
     rng = jax.random.key(1)
     image, text = (_unit_rows(jax.random.fold_in(rng, n), batch, dim) for n in range(2))
     image_id = jnp.arange(batch, dtype=jnp.int32)

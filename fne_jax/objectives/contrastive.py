@@ -20,7 +20,16 @@ def infonce_loss(
     *,
     temperature: float = 0.07,
 ) -> jax.Array:
-    """Returns the contrastive loss over the batch's momentum keys and the memory.
+    """Returns the contrastive loss over the batch's momentum keys and the queue.
+
+    >>> import jax.numpy as jnp
+    >>> image_emb = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> text_emb = jnp.array([[0.8, 0.6], [0.6, 0.8]])  # similarities 0.8 own, 0.6 other
+    >>> loss = infonce_loss(
+    ...     image_emb, text_emb, image_emb, text_emb, jnp.arange(2), None, temperature=0.1
+    ... )
+    >>> print(f"{loss:.3f}")  # log(1 + exp((0.6 - 0.8) / 0.1))
+    0.127
 
     Args:
       image_emb: [batch, dim] L2-normalised online image embeddings.
@@ -28,8 +37,8 @@ def infonce_loss(
       momentum_image_emb: [batch, dim] the momentum encoder's embeddings of the same images.
       momentum_text_emb: [batch, dim] the momentum encoder's embeddings of the same captions.
       image_id: [batch] integer ids. Keys of the anchor's own image, other than its own match, and
-        empty slots take no part.
-      queue: the memory, or None for in-batch keys only.
+        empty slots of the queue take no part.
+      queue: the queue of momentum embeddings, or None for the batch's keys only.
       temperature: divisor of the similarities, above 0; 0.07 in MoCo and ALBEF.
 
     Returns:
@@ -82,12 +91,18 @@ def clip_loss(
     Towers that start from random weights learn several times faster with it than against
     momentum keys, which give each pair's gradient to one side at a time.
 
+    >>> import jax.numpy as jnp
+    >>> image_emb = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> text_emb = jnp.array([[0.8, 0.6], [0.6, 0.8]])  # similarities 0.8 own, 0.6 other
+    >>> print(f"{clip_loss(image_emb, text_emb, temperature=0.1):.3f}")  # log(1 + exp(-2))
+    0.127
+
     Args:
       image_emb: [batch, dim] L2-normalised image embeddings.
       text_emb: [batch, dim] L2-normalised embeddings of the matching captions.
       temperature: divisor of the similarities, above 0.
       same_image: [batch, batch] bool, true where two pairs show one image; such off-diagonal
-        entries take no part. None leaves all in.
+        entries take no part. None lets all take part.
 
     Returns:
       The [] float32 cross entropy, the mean over the anchors of both directions.
@@ -121,13 +136,20 @@ def sigmoid_loss(
 
     SigLIP learns temperature and bias, starting from these defaults; give traced values to do so.
 
+    >>> import jax.numpy as jnp
+    >>> image_emb = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> text_emb = jnp.array([[0.8, 0.6], [0.6, 0.8]])  # similarities 0.8 own, 0.6 other
+    >>> loss = sigmoid_loss(image_emb, text_emb, temperature=0.1, bias=-7.0)
+    >>> print(f"{loss:.3f}")  # log(1 + exp(-1)) of its own match, and of the other
+    0.627
+
     Args:
       image_emb: [batch, dim] L2-normalised image embeddings.
       text_emb: [batch, dim] L2-normalised embeddings of the matching captions.
       temperature: divisor of the similarities, above 0.
-      bias: added to the logits; about the log odds of a match at similarity 0.
+      bias: number added to the logits, about the log odds of a match at similarity 0.
       same_image: [batch, batch] bool, true where two pairs show one image; such off-diagonal
-        entries take no part. None leaves all in.
+        entries take no part. None lets all take part.
 
     Returns:
       The [] float32 loss, summed over all pairs and divided by the batch.

@@ -1,8 +1,8 @@
-"""Candidates in blocks: what a draw needs to know of many keys, without a [batch, keys] matrix.
+"""Candidates in blocks: what sampling needs to know of many keys, without a [batch, keys] matrix.
 
 The scores of all keys are reduced to one number for each block of 16 keys; a block is then chosen
 by these, and only its own keys are scored again. So nothing larger than a chunk of the scores is
-ever held, the keys of the batch and of the memory are never joined, and no long row is summed
+ever held, the keys of the batch and of the queue are never joined, and no long row is summed
 element by element.
 """
 
@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from fne_jax.objectives.features import Direction
 from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.similarity_statistics import cosine
 
@@ -28,7 +29,7 @@ Weigh = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class BlockTable(NamedTuple):
-    """What is kept of each block.
+    """What is kept of each block of keys.
 
     Attributes:
       weight: [batch, blocks] sum of the weights.
@@ -43,9 +44,9 @@ class BlockScores(NamedTuple):
     """The keys of one block for each anchor.
 
     Attributes:
-      index: [batch, BLOCK] int32 into the keys: the batch's first, then the memory's slots.
-      similarity: [batch, BLOCK] float32.
-      weight: [batch, BLOCK] float32, 0 beyond the last key.
+      index: [batch, BLOCK] int32 indices into the keys: the batch's first, then the queue's slots.
+      similarity: [batch, BLOCK] float32 similarities to the anchor.
+      weight: [batch, BLOCK] float32 weights, 0 beyond the last key.
       other_image: [batch, BLOCK] bool, true for existing keys of another image.
     """
 
@@ -60,12 +61,13 @@ class KeyBlocks:
     """The candidates of one direction; no gradient flows through any of them.
 
     Attributes:
-      anchor: [batch, dim] embeddings.
+      anchor: [batch, dim] embeddings of the anchors.
       positive: [batch] similarity of each anchor to its own match.
-      image_id: [batch] of the anchors, which are those of the batch's keys as well.
-      batch_similarity: [batch, batch] of keys (rows) and anchors (columns).
-      queue_keys: [size, dim] keys of the memory, or None.
-      queue_id: [size] their image ids, or None.
+      image_id: [batch] image ids of the anchors, which are those of the batch's keys as well.
+      batch_similarity: [batch, batch] similarities of the batch's keys (rows) to the anchors
+        (columns).
+      queue_keys: [size, dim] the queue's keys, or None without a queue.
+      queue_id: [size] their image ids, or None without a queue.
     """
 
     anchor: jax.Array
@@ -77,15 +79,16 @@ class KeyBlocks:
 
     @classmethod
     def create(
-        cls,
-        anchor: jax.Array,
-        batch_keys: jax.Array,
-        image_id: jax.Array,
-        queue_keys: jax.Array | None,
-        queue: MemoryQueue | None,
+        cls, direction: Direction, image_id: jax.Array, queue: MemoryQueue | None
     ) -> KeyBlocks:
-        """Returns the candidates: batch_keys [batch, dim], then queue_keys [size, dim]."""
-        anchor, batch_keys, queue_keys = jax.lax.stop_gradient((anchor, batch_keys, queue_keys))
+        """Returns the candidates of a direction: the batch's keys, then the queue's.
+
+        Args:
+          direction: the anchors and their keys.
+          image_id: [batch] integer image ids of the anchors.
+          queue: where the direction's queue keys come from, for their image ids; or None.
+        """
+        anchor, batch_keys, queue_keys = jax.lax.stop_gradient(tuple(direction))
         similarity = cosine(batch_keys, anchor)
         return cls(
             anchor=anchor,
@@ -97,11 +100,11 @@ class KeyBlocks:
         )
 
     def table(self, weigh: Weigh, key_chunk: int | None) -> BlockTable:
-        """Returns the blocks' weights and best similarities.
+        """Returns the weight and the best similarity of every block.
 
         Args:
-          weigh: see `Weigh`.
-          key_chunk: keys of the memory scored at a time, a multiple of BLOCK; None for all.
+          weigh: maps similarities to weights.
+          key_chunk: keys of the queue scored at a time, a multiple of BLOCK; None for all.
         """
         parts = [self._reduce(self.batch_similarity, self.image_id, weigh)]
         if self.queue_keys is not None:
@@ -110,7 +113,12 @@ class KeyBlocks:
         return BlockTable(weight, best)
 
     def scores(self, block: jax.Array, weigh: Weigh) -> BlockScores:
-        """Returns the keys of one block, [batch] numbers, for each anchor."""
+        """Returns the keys of one block for each anchor.
+
+        Args:
+          block: [batch] int32, the block's number in the `BlockTable`.
+          weigh: maps similarities to weights.
+        """
         batch = self.anchor.shape[0]
         batch_blocks = -(-batch // BLOCK)
         column = jnp.arange(BLOCK, dtype=jnp.int32)[None, :]
@@ -144,7 +152,7 @@ class KeyBlocks:
         )
 
     def _reduce(self, similarity, key_id, weigh):
-        """Returns both [blocks, batch] tables of some [keys, batch] similarities."""
+        """Returns the weights and best similarities, [blocks, batch], of [keys, batch] scores."""
         same_image = key_id[:, None] == self.image_id[None, :]
         weight = weigh(similarity, self.positive[None, :], same_image)
         others = jnp.where(same_image, -jnp.inf, similarity)
@@ -161,21 +169,21 @@ class KeyBlocks:
             keys = jax.lax.dynamic_slice_in_dim(self.queue_keys, start, chunk)
             return None, table_of(keys, jax.lax.dynamic_slice_in_dim(self.queue_id, start, chunk))
 
-        whole = size - size % chunk
-        if whole == chunk:  # one chunk holds all: no loop
+        chunked = size - size % chunk
+        if chunked == chunk:  # fewer than two chunks: no loop
             return [table_of(self.queue_keys, self.queue_id)]
-        _, tables = jax.lax.scan(step, None, jnp.arange(0, whole, chunk))
+        _, tables = jax.lax.scan(step, None, jnp.arange(0, chunked, chunk))
         parts = [tuple(table.reshape(-1, batch) for table in tables)]
-        if whole < size:
-            parts.append(table_of(self.queue_keys[whole:], self.queue_id[whole:]))
+        if chunked < size:
+            parts.append(table_of(self.queue_keys[chunked:], self.queue_id[chunked:]))
         return parts
 
 
 def _by_block(matrix, reduce):
     """Reduces each BLOCK rows of [keys, batch] to one; the last block may be shorter."""
     keys, batch = matrix.shape
-    whole = keys - keys % BLOCK
-    reduced = reduce(matrix[:whole].reshape(-1, BLOCK, batch), axis=1)
-    if whole == keys:
+    filled = keys - keys % BLOCK
+    reduced = reduce(matrix[:filled].reshape(-1, BLOCK, batch), axis=1)
+    if filled == keys:
         return reduced
-    return jnp.concatenate([reduced, reduce(matrix[whole:], axis=0, keepdims=True)])
+    return jnp.concatenate([reduced, reduce(matrix[filled:], axis=0, keepdims=True)])

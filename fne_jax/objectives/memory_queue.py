@@ -1,4 +1,4 @@
-"""The momentum memory: a ring buffer of embeddings of recent batches (MoCo, arXiv 1911.05722)."""
+"""The queue of momentum embeddings: a ring buffer of recent batches (MoCo, arXiv 1911.05722)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,20 @@ EMPTY_ID = -1
 class MemoryQueue:
     """Momentum embeddings of the last pairs, both modalities of a pair in one slot.
 
+    >>> import jax, jax.numpy as jnp
+    >>> queue = MemoryQueue.create(jax.random.key(0), size=5, dim=2)
+    >>> rows = jnp.eye(3, 2)
+    >>> queue = queue.enqueue(rows, rows, image_id=jnp.array([7, 8, 9]))
+    >>> queue = queue.enqueue(rows, rows, image_id=jnp.array([10, 11, 12]))  # wraps around
+    >>> queue.image_id.tolist(), int(queue.pointer)
+    ([12, 8, 9, 10, 11], 1)
+
     Attributes:
       image: [size, dim] float32 L2-normalised momentum image embeddings.
       text: [size, dim] float32 L2-normalised momentum text embeddings.
-      image_id: [size] int32 image of each slot's pair; -1 where the slot is empty.
-      pair_id: [size] int32 which (image, caption) pair the slot holds, to name a sampled
-        negative afterwards; -1 where empty or not told.
+      image_id: [size] int32 image id of each slot's pair; -1 where the slot is empty.
+      pair_id: [size] int32 id of the (image, caption) pair in each slot, by which a sampled
+        negative can be named afterwards; -1 where the slot is empty or the id was not given.
       pointer: [] int32, the slot that is written next.
     """
 
@@ -32,7 +40,7 @@ class MemoryQueue:
 
     @classmethod
     def create(cls, rng: jax.Array, size: int, dim: int) -> MemoryQueue:
-        """Returns an empty queue: random unit vectors under the id -1.
+        """Returns an empty queue, whose slots hold random unit vectors under the id -1.
 
         Args:
           rng: PRNG key for the random vectors.
@@ -67,13 +75,15 @@ class MemoryQueue:
         pair_id: jax.Array | None = None,
         where: jax.Array | bool = True,
     ) -> MemoryQueue:
-        """Writes a batch at the pointer, over the oldest slots, wrapping around at the end.
+        """Returns the queue with a batch written at the pointer, over the oldest slots.
+
+        A batch that runs past the end wraps around. No gradient enters the queue.
 
         Args:
           image_emb: [batch, dim] momentum image embeddings.
           text_emb: [batch, dim] momentum text embeddings.
           image_id: [batch] non-negative integer image ids.
-          pair_id: [batch] integer pair ids, if the caller wants to name its negatives.
+          pair_id: [batch] integer pair ids, for callers that name their negatives; or None.
           where: [] bool; where it is False, the queue stays as it is.
 
         Raises:
@@ -92,7 +102,7 @@ class MemoryQueue:
 
         def write(buffer, rows):
             rows = jax.lax.stop_gradient(rows).astype(buffer.dtype)
-            # Chosen among the rows written: among whole buffers it would move all of the memory.
+            # Chosen among the rows written: among entire buffers it would move all of the queue.
             rows = jnp.where(where, rows, buffer[slots])
             return buffer.at[slots].set(rows, unique_indices=True)
 

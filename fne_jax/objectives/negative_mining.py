@@ -1,10 +1,20 @@
 """Other rules for the negative, over the same keys as FNE's, to compare it with.
 
 A rule is a pure function of one direction: it takes a PRNG key, the [batch, keys] float32
-similarities, the [batch] similarity of each anchor to its own match, and [batch, keys] bool, which
-keys are candidates (existing keys of another image); it returns [batch] int32 choices and [batch]
-bool, whether the rule itself found one rather than fell back. `mined_triplet_loss` trains with it.
-The rules are written plainly, over the whole matrix: the fast form is FNE's alone.
+similarities, the [batch] similarity of each anchor to its own match, and [batch, keys] bool, true
+where a key is a candidate (an existing key of another image); it returns [batch] int32 choices and
+[batch] bool, whether the rule itself found one rather than fell back. `mined_triplet_loss` trains
+with it. The rules are written plainly, over the full matrix: the fast form is FNE's alone.
+
+>>> import jax, jax.numpy as jnp
+>>> similarity = jnp.array([[0.8, 0.6, 0.9], [0.3, 0.7, 0.65]])
+>>> positive = jnp.array([0.8, 0.7])  # of key 0 to anchor 0, of key 1 to anchor 1
+>>> candidate = jnp.array([[False, True, True], [True, False, True]])
+>>> for rule in (hardest_negative, semi_hard_negative):
+...     index, found = rule(jax.random.key(0), similarity, positive, candidate)
+...     print(index.tolist(), found.tolist())
+[2, 2] [True, True]
+[1, 2] [True, True]
 """
 
 from __future__ import annotations
@@ -16,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from fne_jax.objectives import checks
+from fne_jax.objectives.features import Features, check_features, directions
 from fne_jax.objectives.memory_queue import EMPTY_ID, MemoryQueue
 from fne_jax.objectives.negative_sampling import sample_negatives
 from fne_jax.objectives.similarity_statistics import (
@@ -23,27 +34,26 @@ from fne_jax.objectives.similarity_statistics import (
     cosine,
     false_negative_posterior,
 )
-from fne_jax.objectives.triplet_loss import (
-    Choice,
-    TripletAux,
-    check_features,
-    triplet_loss_of_choices,
-)
+from fne_jax.objectives.triplet_loss import Choice, TripletAux, triplet_loss_of_choices
 
 Rule = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
-def hardest_key(rng, similarity, positive, candidate) -> tuple[jax.Array, jax.Array]:
-    """Chooses the most similar candidate: VSE++ (arXiv 1707.05612, equation 6), over a memory."""
+def hardest_negative(rng, similarity, positive, candidate) -> tuple[jax.Array, jax.Array]:
+    """Chooses the most similar candidate.
+
+    As VSE++ does within the batch (Faghri et al., arXiv 1707.05612, equation 6), over a queue.
+    """
     del rng, positive
     return _most_similar(similarity, candidate), candidate.any(axis=1)
 
 
-def semi_hard_key(rng, similarity, positive, candidate) -> tuple[jax.Array, jax.Array]:
+def semi_hard_negative(rng, similarity, positive, candidate) -> tuple[jax.Array, jax.Array]:
     """Chooses the most similar candidate that is less similar than the positive.
 
-    Where there is none, the least similar candidate. FaceNet (arXiv 1503.03832, section 3.2);
-    which one of the semi-hard, and the fallback, as its common implementations do.
+    Where there is none, it chooses the least similar candidate. FaceNet (Schroff et al., arXiv
+    1503.03832, section 3.2) leaves open which of the semi-hard is taken, and what where there is
+    none; both are as its common implementations do.
     """
     del rng
     semi_hard = candidate & (similarity < positive[:, None])
@@ -52,7 +62,7 @@ def semi_hard_key(rng, similarity, positive, candidate) -> tuple[jax.Array, jax.
     return jnp.where(found, _most_similar(similarity, semi_hard), fallback), found
 
 
-def random_key(rng, similarity, positive, candidate) -> tuple[jax.Array, jax.Array]:
+def random_negative(rng, similarity, positive, candidate) -> tuple[jax.Array, jax.Array]:
     """Chooses any candidate, all equally likely: the baseline of Wu et al., arXiv 1706.07567."""
     del positive
     fallback = jnp.zeros(similarity.shape[0], jnp.int32)
@@ -70,23 +80,65 @@ def mined_triplet_loss(
     stats: SimilarityStatistics,
     *,
     rule: Rule,
-    margin: float = 0.2,
-    prior: float = 1e-4,
+    **settings,
 ) -> tuple[jax.Array, TripletAux]:
     """Returns the triplet loss over momentum keys with the negatives that a rule chooses.
 
+    >>> import jax, jax.numpy as jnp
+    >>> image_emb = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> text_emb = jnp.array([[0.8, 0.6], [0.6, 0.8]])  # similarities 0.8 own, 0.6 other
+    >>> loss, aux = mined_triplet_loss(
+    ...     jax.random.key(0), image_emb, text_emb, image_emb, text_emb, jnp.arange(2), None,
+    ...     SimilarityStatistics.create(), rule=hardest_negative, margin=0.3,
+    ... )
+    >>> print(f"{loss:.3f}", aux.negative_i2t.tolist())
+    0.200 [1, 0]
+
     Args:
-      rng: see `fne_triplet_loss`, as all up to `queue`.
-      image_emb: see `fne_triplet_loss`.
-      text_emb: see `fne_triplet_loss`.
-      momentum_image_emb: see `fne_triplet_loss`.
-      momentum_text_emb: see `fne_triplet_loss`.
-      image_id: see `fne_triplet_loss`.
-      queue: see `fne_triplet_loss`; its empty slots are no candidates.
-      stats: for the posterior in the TripletAux alone.
-      rule: `hardest_key`, `semi_hard_key`, `random_key`, or another of their kind.
-      margin: similarity by which the positive should win.
-      prior: for the posterior in the TripletAux alone.
+      rng: PRNG key from which the rule may sample.
+      image_emb: [batch, dim] L2-normalised online image embeddings.
+      text_emb: [batch, dim] L2-normalised online text embeddings of the matching captions.
+      momentum_image_emb: [batch, dim] the momentum encoder's embeddings of the same images.
+      momentum_text_emb: [batch, dim] the momentum encoder's embeddings of the same captions.
+      image_id: [batch] integer ids; keys with the anchor's id are no candidates.
+      queue: the queue of momentum embeddings, whose empty slots are no candidates; or None for
+        the batch's keys only.
+      stats: the similarity statistics, for the posterior in the TripletAux alone.
+      rule: `hardest_negative`, `semi_hard_negative`, `random_negative`, or another of their kind.
+      **settings: `margin=0.2`, the similarity by which the positive should win, and `prior=1e-4`,
+        for the posterior in the TripletAux alone.
+
+    Returns:
+      The [] float32 loss, summed over both directions and divided by the batch, and a TripletAux.
+
+    Raises:
+      TypeError: on an unknown setting.
+      ValueError: on a wrong shape, dtype or range.
+    """
+    features = Features(image_emb, text_emb, momentum_image_emb, momentum_text_emb, image_id)
+    return mined_loss(rng, features, queue, stats, rule=rule, **settings)
+
+
+def mined_loss(
+    rng: jax.Array,
+    features: Features,
+    queue: MemoryQueue | None,
+    stats: SimilarityStatistics,
+    *,
+    rule: Rule,
+    margin: float = 0.2,
+    prior: float = 1e-4,
+) -> tuple[jax.Array, TripletAux]:
+    """Returns `mined_triplet_loss` of features that are a struct.
+
+    Args:
+      rng: PRNG key from which the rule may sample.
+      features: the embeddings of the batch.
+      queue: the queue of momentum embeddings, or None for the batch's keys only.
+      stats: the similarity statistics, for the posterior in the TripletAux alone.
+      rule: which candidate becomes the negative.
+      margin: similarity by which the positive should win, at least 0.
+      prior: share of false negatives, for the posterior in the TripletAux alone.
 
     Returns:
       The [] float32 loss, summed over both directions and divided by the batch, and a TripletAux.
@@ -94,15 +146,12 @@ def mined_triplet_loss(
     Raises:
       ValueError: on a wrong shape, dtype or range.
     """
-    check_features(image_emb, text_emb, momentum_image_emb, momentum_text_emb, image_id, queue)
+    check_features(features, queue)
     checks.in_range("margin", margin, 0)
-    candidate = image_id[:, None] != image_id[None, :]
-    if queue is not None:
-        in_queue = image_id[:, None] != queue.image_id[None, :]
-        in_queue &= (queue.image_id != EMPTY_ID)[None, :]
-        candidate = jnp.concatenate([candidate, in_queue], axis=1)
+    candidate = _candidates(features.image_id, queue)
 
-    def choose(rng, anchor, batch_keys, queue_keys):
+    def choose(rng, direction):
+        anchor, batch_keys, queue_keys = direction
         similarity = cosine(anchor, batch_keys)
         positive = jnp.diagonal(similarity)
         if queue_keys is not None:
@@ -113,19 +162,20 @@ def mined_triplet_loss(
         return Choice(index, hardest, found, candidate.any(axis=1))
 
     i2t_rng, t2i_rng = jax.random.split(rng)
-    queue_text = None if queue is None else queue.text
-    queue_image = None if queue is None else queue.image
-    return triplet_loss_of_choices(
-        choose(i2t_rng, image_emb, momentum_text_emb, queue_text),
-        choose(t2i_rng, text_emb, momentum_image_emb, queue_image),
-        image_emb,
-        text_emb,
-        momentum_image_emb,
-        momentum_text_emb,
-        queue,
-        functools.partial(false_negative_posterior, stats=stats, prior=prior),
-        margin=margin,
-    )
+    image_to_text, text_to_image = directions(features, queue)
+    choices = choose(i2t_rng, image_to_text), choose(t2i_rng, text_to_image)
+    posterior = functools.partial(false_negative_posterior, stats=stats, prior=prior)
+    return triplet_loss_of_choices(choices, features, queue, posterior, margin=margin)
+
+
+def _candidates(image_id, queue):
+    """Returns [batch, keys] bool, true for existing keys of another image."""
+    candidate = image_id[:, None] != image_id[None, :]
+    if queue is None:
+        return candidate
+    in_queue = image_id[:, None] != queue.image_id[None, :]
+    in_queue &= (queue.image_id != EMPTY_ID)[None, :]
+    return jnp.concatenate([candidate, in_queue], axis=1)
 
 
 def _most_similar(similarity, candidate):

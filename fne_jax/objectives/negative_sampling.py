@@ -1,4 +1,43 @@
-"""Which candidate becomes an anchor's negative: FNE's weights and the draw from them."""
+"""Which candidate becomes an anchor's negative: FNE's weights, and sampling by them.
+
+Two anchors and three keys, the first two of which are the anchors' own matches, while similarities
+of true matches are at 0.7 on average and the hardest negatives' at 0.4:
+
+            key 0    key 1    key 2
+  anchor 0  0.8 own  0.6      0.9
+  anchor 1  0.3      0.7 own  0.65
+
+Own matches weigh 0. Key 0 weighs 0 for anchor 1 too: a similarity of 0.3 is no more than 0.7 less
+the margin of 0.2, too easy to matter. Key 2 is suspected of being a false negative of anchor 0,
+with a posterior of 0.92, and weighs exp(-0.5 * 0.92) = 0.63. The other two are ordinary: they weigh
+the more the nearer they are to the positive, exp(-0.5 (0.6 - 0.8)^2) = 0.98 and
+exp(-0.5 (0.65 - 0.7)^2) = 1.00.
+
+>>> import jax.numpy as jnp
+>>> from fne_jax.objectives.similarity_statistics import GaussianStatistics
+>>> similarity = jnp.array([[0.8, 0.6, 0.9], [0.3, 0.7, 0.65]])
+>>> same_image = jnp.array([[True, False, False], [False, True, False]])
+>>> stats = SimilarityStatistics(
+...     positive=GaussianStatistics.from_moments(500, mean=0.7, variance=0.01),
+...     negative=GaussianStatistics.from_moments(1000, mean=0.4, variance=0.02),
+... )
+>>> weights = sampling_weights(
+...     similarity, jnp.array([0.8, 0.7]), same_image, stats, prior=0.1, posterior_threshold=0.5
+... )
+>>> for row in weights.tolist():
+...     print([round(weight, 2) for weight in row])
+[0.0, 0.98, 0.63]
+[0.0, 0.0, 1.0]
+
+A uniform number picks the first key whose cumulative weight exceeds that share of the row's total:
+0.5 of 1.61 lies within key 1, 0.7 of it within key 2.
+
+>>> fallback = jnp.array([0, 0])  # for rows whose weights are all 0
+>>> sample_negatives_from_uniform(jnp.array([0.5, 0.5]), weights, fallback).tolist()
+[1, 2]
+>>> sample_negatives_from_uniform(jnp.array([0.7, 0.5]), weights, fallback).tolist()
+[2, 2]
+"""
 
 from __future__ import annotations
 
@@ -6,6 +45,7 @@ import jax
 import jax.numpy as jnp
 
 from fne_jax.objectives import checks
+from fne_jax.objectives.fne_settings import FNESettings
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics, false_negative_posterior
 
 # Columns whose weights are summed before any cumulative sum. About the square root of a large
@@ -18,41 +58,39 @@ def sampling_weights(
     positive_similarity: jax.Array,
     same_image: jax.Array,
     stats: SimilarityStatistics,
-    *,
-    margin: float = 0.2,
-    decay: float = 0.5,
-    elimination_decay: float | None = None,
-    prior: float = 1e-4,
-    posterior_threshold: float = 1e-3,
-    min_count: int = 200,
-    monotone: bool = False,
+    **settings,
 ) -> jax.Array:
-    """Returns how much each candidate deserves to be the negative (section 3.3 of the paper).
+    """Returns how much each candidate deserves to be the negative.
 
-    Ordinary candidates weigh `exp(-decay (s - d)^2)`: the harder, the more. Suspected false
-    negatives weigh `exp(-elimination_decay P)` with P their posterior. Keys of the anchor's own
-    image, and candidates too easy to matter (`s <= mean positive similarity - margin`), weigh 0.
+    Ordinary candidates weigh `exp(-tau (s - d)^2)`, with s their similarity to the anchor and d
+    that of the anchor's own match: the harder, the more. Suspected false negatives weigh
+    `exp(-elimination_tau P)`, with P their posterior. Keys of the anchor's own image, and
+    candidates too easy to matter (`s <= mean positive similarity - margin`), weigh 0. The head of
+    this module works an example.
 
     Args:
       similarity: [batch, keys] cosine similarity of each anchor to each key.
       positive_similarity: [batch] cosine similarity of each anchor to its own match.
       same_image: [batch, keys] bool, true where a key shows the anchor's image.
       stats: the similarity statistics, already updated for this batch.
-      margin: the triplet margin.
-      decay: tau in the paper; 0 makes all ordinary candidates equal.
-      elimination_decay: tau for suspected false negatives, the same as `decay` by default. A
-        very large number removes the suspected altogether.
-      prior: see `false_negative_posterior`.
-      posterior_threshold: posterior above which a candidate is suspected; 1 suspects none.
-      min_count: positive similarities that must have been seen before anything is suspected.
-      monotone: see `false_negative_posterior`.
+      **settings: the fields of `FNESettings` by name: `margin=0.2` of the triplet loss; `tau=0.5`
+        and `elimination_tau=None` (as `tau`), the strengths above; `prior=1e-4`, the share of
+        candidates that are unlabelled matches; `posterior_threshold=1e-3`, above which a candidate
+        is suspected; `min_count=200`, the positive similarities that must have been seen before
+        any is; `monotone=False`, whether the posterior is kept from falling as similarity rises.
+        `decay` and `elimination_decay` are deprecated names of `tau` and `elimination_tau`.
 
     Returns:
       [batch, keys] float32 weights, at least 0, without gradient. A row may be all 0.
 
     Raises:
+      TypeError: on an unknown setting.
       ValueError: on a wrong shape or a setting out of range.
+
+    References:
+      Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380, section 3.3.
     """
+    settings = FNESettings.from_keywords(settings)
     if jnp.ndim(similarity) != 2:
         raise ValueError(f"similarity: expected shape [batch, keys], got {jnp.shape(similarity)}")
     checks.shape("positive_similarity", positive_similarity, (similarity.shape[0],))
@@ -68,13 +106,7 @@ def sampling_weights(
         jax.lax.stop_gradient(positive_similarity)[:, None],
         same_image,
         stats,
-        margin=margin,
-        decay=decay,
-        elimination_decay=elimination_decay,
-        prior=prior,
-        posterior_threshold=posterior_threshold,
-        min_count=min_count,
-        monotone=monotone,
+        settings,
     )
 
 
@@ -83,35 +115,42 @@ def candidate_weight(
     positive_similarity: jax.Array,
     same_image: jax.Array,
     stats: SimilarityStatistics,
-    *,
-    margin: float,
-    decay: float,
-    elimination_decay: float | None,
-    prior: float,
-    posterior_threshold: float,
-    min_count: int,
-    monotone: bool,
+    settings: FNESettings,
 ) -> jax.Array:
-    """Returns `sampling_weights` element by element, of arrays that broadcast in any layout."""
-    checks.in_range("margin", margin, 0)
-    checks.in_range("decay", decay, 0)
-    checks.in_range("posterior_threshold", posterior_threshold, 0, 1)
-    checks.in_range("min_count", min_count, 0)
-    elimination_decay = decay if elimination_decay is None else elimination_decay
-    checks.in_range("elimination_decay", elimination_decay, 0)
-    posterior = false_negative_posterior(similarity, stats, prior, monotone=monotone)
-    suspected = (stats.positive.count > min_count) & (posterior > posterior_threshold)
+    """Returns what candidates weigh, element by element, for arrays of any layout.
+
+    Args:
+      similarity: float32 similarities of candidates to their anchors.
+      positive_similarity: similarities of the anchors to their own matches.
+      same_image: bool, true where a candidate shows its anchor's image.
+      stats: the similarity statistics.
+      settings: the constants of the method.
+
+    Returns:
+      The float32 weights, of the shape to which the three arrays broadcast.
+    """
+    elimination_tau = settings.tau if settings.elimination_tau is None else settings.elimination_tau
+    posterior = false_negative_posterior(
+        similarity, stats, settings.prior, monotone=settings.monotone
+    )
+    suspected = stats.positive.count > settings.min_count
+    suspected &= posterior > settings.posterior_threshold
     exponent = jnp.where(
         suspected,
-        elimination_decay * posterior,
-        decay * jnp.square(similarity - positive_similarity),
+        elimination_tau * posterior,
+        settings.tau * jnp.square(similarity - positive_similarity),
     )
-    ruled_out = same_image | (similarity <= stats.positive.mean - margin)
-    return jnp.where(ruled_out, 0.0, jnp.exp(-exponent))
+    too_easy = similarity <= stats.positive.mean - settings.margin
+    return jnp.where(same_image | too_easy, 0.0, jnp.exp(-exponent))
 
 
 def sample_negatives(rng: jax.Array, weights: jax.Array, fallback: jax.Array) -> jax.Array:
-    """Draws one key for each anchor with probability proportional to its weight.
+    """Returns one key for each anchor, sampled with probability proportional to its weight.
+
+    >>> import jax, jax.numpy as jnp
+    >>> weights = jnp.array([[0.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
+    >>> sample_negatives(jax.random.key(0), weights, fallback=jnp.array([0, 2])).tolist()
+    [1, 2]
 
     Args:
       rng: PRNG key.
@@ -119,7 +158,7 @@ def sample_negatives(rng: jax.Array, weights: jax.Array, fallback: jax.Array) ->
       fallback: [batch] integer index returned for rows whose weights are all 0.
 
     Returns:
-      [batch] int32 indices. An entry of weight 0 is never drawn.
+      [batch] int32 indices. An entry of weight 0 is never sampled.
 
     Raises:
       ValueError: on a wrong shape or dtype.
@@ -134,9 +173,9 @@ def sample_negatives_from_uniform(
 ) -> jax.Array:
     """Returns the first key whose cumulative weight exceeds `uniform` times the row's total.
 
-    The draw of `sample_negatives` with its randomness as an argument. Sums are taken over blocks
-    of columns and then inside the chosen block: one float32 cumulative sum over a long row is
-    neither monotone nor cheap.
+    This is `sample_negatives` with its randomness as an argument, for replays. Sums are taken over
+    groups of columns and then inside the chosen group: one float32 cumulative sum over a long row
+    is neither monotone nor cheap. The head of this module works an example.
 
     Args:
       uniform: [batch] numbers in [0, 1).
@@ -144,7 +183,7 @@ def sample_negatives_from_uniform(
       fallback: [batch] integer index returned for rows whose weights are all 0.
 
     Returns:
-      [batch] int32 indices.
+      [batch] int32 indices. An entry of weight 0 is never sampled.
 
     Raises:
       ValueError: on a wrong shape or dtype.
@@ -155,25 +194,25 @@ def sample_negatives_from_uniform(
     checks.shape("uniform", uniform, (batch,))
     checks.ids("fallback", fallback, batch)
     weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
-    index, _, total = draw(uniform, weights)
+    index, _, total = sample_entry(uniform, weights)
     return jnp.where(total > 0, index, fallback).astype(jnp.int32)
 
 
-def draw(uniform: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the entry that each row's uniform number falls on.
+def sample_entry(uniform: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the entry on which each row's uniform number falls.
 
     Args:
       uniform: [batch] numbers in [0, 1).
       weights: [batch, n] float32, at least 0.
 
     Returns:
-      [batch] index, meaningless where a row is all 0; [batch] what is left of `uniform` times the
-      total beyond the entries before it; [batch] the row's total.
+      The [batch] int32 index of the entry, meaningless where a row is all 0; [batch] by how much
+      `uniform` times the total exceeds the sum of the entries before it; and the [batch] totals.
     """
     n = weights.shape[1]
-    whole = n - n % GROUP
-    sums = weights[:, :whole].reshape(weights.shape[0], -1, GROUP).sum(axis=-1)
-    sums = jnp.concatenate([sums, weights[:, whole:].sum(axis=-1, keepdims=True)], axis=1)
+    grouped = n - n % GROUP
+    sums = weights[:, :grouped].reshape(weights.shape[0], -1, GROUP).sum(axis=-1)
+    sums = jnp.concatenate([sums, weights[:, grouped:].sum(axis=-1, keepdims=True)], axis=1)
     total = sums.sum(axis=1)
     group, target = first_exceeding(uniform.astype(jnp.float32) * total, sums)
     # Reading past the last column would repeat it, so those columns are masked to weight 0.
@@ -188,17 +227,17 @@ def first_exceeding(target: jax.Array, weights: jax.Array) -> tuple[jax.Array, j
     """Returns each row's first positive entry whose running total exceeds the target, and the rest.
 
     Args:
-      target: [batch] in [0, total).
-      weights: [batch, n], with a positive entry in every row that matters.
+      target: [batch] numbers in [0, total).
+      weights: [batch, n] weights, with a positive entry in every row that matters.
 
     Returns:
-      [batch] index, and [batch] the target less the running total before that index.
+      The [batch] index, and [batch] the target less the running total before that index.
     """
     running = jnp.cumsum(weights, axis=1)
     positive = weights > 0
     exceeds = positive & (running > target[:, None])
     # Rounding can leave the target at or above the last running total; the last entry that could
-    # have been drawn is then the right one.
+    # have been sampled is then the right one.
     last_positive = weights.shape[1] - 1 - jnp.argmax(positive[:, ::-1], axis=1)
     index = jnp.where(exceeds.any(axis=1), jnp.argmax(exceeds, axis=1), last_positive)
     before = jnp.take_along_axis(running - weights, index[:, None], axis=1)[:, 0]

@@ -1,80 +1,79 @@
-"""The objective of each phase of a run, as one signature that the train step calls."""
+"""Every training objective: its name, what it does, how a config builds it, what it reads.
+
+To add an objective, add an entry to `OBJECTIVES` (and the fields that it reads to configs/base.py).
+Training, the study and the README's table take it from here.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
 
 from fne_jax.errors import UserError
 from fne_jax.objectives.contrastive import clip_loss, infonce_loss, sigmoid_loss
+from fne_jax.objectives.features import Features
+from fne_jax.objectives.fne_loss import fne_loss
+from fne_jax.objectives.fne_settings import FNESettings, check_elimination
 from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.negative_mining import (
-    hardest_key,
-    mined_triplet_loss,
-    random_key,
-    semi_hard_key,
+    hardest_negative,
+    mined_loss,
+    random_negative,
+    semi_hard_negative,
 )
 from fne_jax.objectives.similarity_statistics import (
     SimilarityStatistics,
     update_similarity_statistics,
 )
-from fne_jax.objectives.triplet_loss import (
-    TripletAux,
-    fne_triplet_loss,
-    hardest_negative_triplet_loss,
-)
+from fne_jax.objectives.triplet_loss import TripletAux, hardest_negative_triplet_loss
 
-
-@flax.struct.dataclass
-class Features:
-    """The embeddings of a batch and what is known of its pairs.
-
-    Attributes:
-      image: [batch, dim] online image embeddings.
-      text: [batch, dim] online text embeddings.
-      momentum_image: [batch, dim] momentum image embeddings.
-      momentum_text: [batch, dim] momentum text embeddings.
-      image_id: [batch] int32.
-      same_image: [batch, batch] bool, which pairs count as one image in the batch.
-    """
-
-    image: jax.Array
-    text: jax.Array
-    momentum_image: jax.Array
-    momentum_text: jax.Array
-    image_id: jax.Array
-    same_image: jax.Array
-
-
+# Maps a PRNG key, the features of a batch, the queue and the updated statistics to the loss and,
+# for losses that choose negatives, what they chose.
 Objective = Callable[
     [jax.Array, Features, MemoryQueue | None, SimilarityStatistics],
     tuple[jax.Array, TripletAux | None],
 ]
 
 
-def key_objective(rng, features, queue, stats, *, loss, **settings):
-    """`fne_triplet_loss`, or a loss that takes and returns the same, as an Objective."""
-    return loss(
-        rng,
-        features.image,
-        features.text,
-        features.momentum_image,
-        features.momentum_text,
-        features.image_id,
-        queue,
-        stats,
-        **settings,
-    )
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """How a config builds an objective for one phase of a run.
+
+    Attributes:
+      build: maps a config to the objective.
+      fields: dotted names of the config fields that `build` reads.
+    """
+
+    build: Callable[[ml_collections.ConfigDict], Objective]
+    fields: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A training objective.
+
+    Attributes:
+      name: the value of `config.objective.name` or `config.warmup.objective` that selects it.
+      description: what becomes of the candidates, in a few words.
+      source: the work that it comes from.
+      main: how it is built for what follows the warm-up, or None if it cannot follow one.
+      warmup: how it is built for the warm-up, or None if it cannot warm up.
+    """
+
+    name: str
+    description: str
+    source: str
+    main: Role | None = None
+    warmup: Role | None = None
 
 
 def hardest_objective(rng, features, queue, stats, *, margin):
-    """`hardest_negative_triplet_loss` as an Objective."""
+    """Computes `hardest_negative_triplet_loss` as an Objective."""
     del rng, queue, stats
     loss = hardest_negative_triplet_loss(
         features.image, features.text, margin=margin, same_image=features.same_image
@@ -83,7 +82,7 @@ def hardest_objective(rng, features, queue, stats, *, margin):
 
 
 def infonce_objective(rng, features, queue, stats, *, temperature):
-    """`infonce_loss` as an Objective."""
+    """Computes `infonce_loss` as an Objective."""
     del rng, stats
     loss = infonce_loss(
         features.image,
@@ -98,7 +97,7 @@ def infonce_objective(rng, features, queue, stats, *, temperature):
 
 
 def clip_objective(rng, features, queue, stats, *, temperature):
-    """`clip_loss` as an Objective."""
+    """Computes `clip_loss` as an Objective."""
     del rng, queue, stats
     loss = clip_loss(
         features.image,
@@ -110,7 +109,7 @@ def clip_objective(rng, features, queue, stats, *, temperature):
 
 
 def sigmoid_objective(rng, features, queue, stats, *, temperature, bias):
-    """`sigmoid_loss` as an Objective."""
+    """Computes `sigmoid_loss` as an Objective."""
     del rng, queue, stats
     loss = sigmoid_loss(
         features.image,
@@ -122,117 +121,210 @@ def sigmoid_objective(rng, features, queue, stats, *, temperature, bias):
     return loss, None
 
 
-def within_the_batch(objective: Objective) -> Objective:
-    """Returns an objective whose candidates are the batch's own keys, without the memory."""
+def _over_keys(objective, config):
+    """Returns an objective whose candidates are those that `config.objective.queue` allows."""
+    if config.objective.queue:
+        return objective
 
-    def without_memory(rng, features, queue, stats):
+    def within_the_batch(rng, features, queue, stats):
         del queue
         return objective(rng, features, None, stats)
 
-    return without_memory
+    return within_the_batch
+
+
+def _fne(config):
+    settings = FNESettings.from_config(config.fne)
+    return _over_keys(functools.partial(fne_loss, settings=settings), config)
+
+
+def _mined(rule):
+    def build(config):
+        mined = functools.partial(
+            mined_loss, rule=rule, margin=config.fne.margin, prior=config.fne.prior
+        )
+        return _over_keys(mined, config)
+
+    return build
+
+
+def _hardest_in_batch(config):
+    return functools.partial(hardest_objective, margin=config.fne.margin)
+
+
+def _hardest(config):
+    # Within the batch, VSE++ compares online embeddings, and both sides learn.
+    build = _mined(hardest_negative) if config.objective.queue else _hardest_in_batch
+    return build(config)
+
+
+def _infonce(config):
+    return _over_keys(
+        functools.partial(infonce_objective, temperature=config.objective.temperature), config
+    )
+
+
+def _infonce_warmup(config):
+    return functools.partial(infonce_objective, temperature=config.warmup.temperature)
+
+
+def _clip_warmup(config):
+    return functools.partial(clip_objective, temperature=config.warmup.temperature)
+
+
+def _sigmoid(config):
+    return functools.partial(
+        sigmoid_objective,
+        temperature=config.objective.temperature,
+        bias=config.objective.bias,
+    )
+
+
+_FNE_FIELDS = (
+    "objective.queue",
+    "fne.margin",
+    "fne.tau",
+    "fne.prior",
+    "fne.posterior_threshold",
+    "fne.min_count",
+    "fne.elimination",
+    "fne.cut_down",
+    "fne.monotone",
+    "fne.key_chunk",
+)
+_MINED_FIELDS = ("objective.queue", "fne.margin", "fne.prior")
+
+OBJECTIVES: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            name="fne",
+            description="sampled by false negative elimination",
+            source="Li et al. 2023",
+            main=Role(_fne, _FNE_FIELDS),
+        ),
+        Entry(
+            name="hardest",
+            description="the most similar key; with `objective.queue=False` of the batch, online",
+            source="VSE++",
+            main=Role(_hardest, _MINED_FIELDS),
+            warmup=Role(_hardest_in_batch, ("fne.margin",)),
+        ),
+        Entry(
+            name="semi_hard",
+            description="the most similar key that is less similar than the positive",
+            source="FaceNet",
+            main=Role(_mined(semi_hard_negative), _MINED_FIELDS),
+        ),
+        Entry(
+            name="random",
+            description="any key, all equally likely",
+            source="Wu et al. 2017",
+            main=Role(_mined(random_negative), _MINED_FIELDS),
+        ),
+        Entry(
+            name="infonce",
+            description="all keys, contrastively",
+            source="MoCo, ALBEF",
+            main=Role(_infonce, ("objective.queue", "objective.temperature")),
+            warmup=Role(_infonce_warmup, ("warmup.temperature",)),
+        ),
+        Entry(
+            name="sigmoid",
+            description="all of the batch, each judged by itself; temperature and bias are fixed",
+            source="SigLIP",
+            main=Role(_sigmoid, ("objective.temperature", "objective.bias")),
+        ),
+        Entry(
+            name="clip",
+            description="all of the batch, contrastively, both sides with gradient",
+            source="CLIP",
+            warmup=Role(_clip_warmup, ("warmup.temperature",)),
+        ),
+    )
+}
+
+MAIN: dict[str, Role] = {e.name: e.main for e in OBJECTIVES.values() if e.main}
+WARMUP: dict[str, Role] = {e.name: e.warmup for e in OBJECTIVES.values() if e.warmup}
+
+# Parts of FNE switched off, for ablations: a name, and what changes in a config.
+FNE_VARIANTS: dict[str, dict[str, str]] = {
+    "fne_no_queue": {"objective.queue": "False"},
+    "fne_no_elimination": {"fne.elimination": "none"},
+    "fne_no_cutdown": {"fne.cut_down": "False"},
+}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Checks the names by which a config selects objectives, before anything is built.
+
+    Raises:
+      UserError: if `config.objective.name`, `config.warmup.objective` or `config.fne.elimination`
+        is unknown.
+    """
+    _check_name("objective.name", config.objective.name, MAIN)
+    _check_name("warmup.objective", config.warmup.objective, WARMUP)
+    check_elimination(config.fne)
 
 
 def main_objective(config: ml_collections.ConfigDict) -> Objective:
     """Returns the objective after the warm-up, `config.objective`.
 
     Raises:
-      UserError: if `config.objective.name` or `config.fne.elimination` is unknown.
+      UserError: if a name in the config is unknown.
     """
-    fne, chosen = config.fne, config.objective
-    mined = functools.partial(
-        key_objective, loss=mined_triplet_loss, margin=fne.margin, prior=fne.prior
-    )
-    hardest = functools.partial(mined, rule=hardest_key)
-    if not chosen.memory:
-        # Within the batch, VSE++ compares online embeddings, and both sides learn.
-        hardest = functools.partial(hardest_objective, margin=fne.margin)
-    objectives = {
-        "fne": functools.partial(key_objective, loss=fne_triplet_loss, **sampling_settings(fne)),
-        "hardest": hardest,
-        "semi_hard": functools.partial(mined, rule=semi_hard_key),
-        "random": functools.partial(mined, rule=random_key),
-        "infonce": functools.partial(infonce_objective, temperature=chosen.temperature),
-        "sigmoid": functools.partial(
-            sigmoid_objective, temperature=chosen.temperature, bias=chosen.bias
-        ),
-    }
-    objective = objectives[_one_of("objective.name", chosen.name, objectives)]
-    return objective if chosen.memory else within_the_batch(objective)
-
-
-def sampling_settings(fne: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns `fne_triplet_loss`'s settings, as `config.fne` says.
-
-    Raises:
-      UserError: if `config.fne.elimination` is unknown.
-    """
-    return candidate_settings(fne) | {"key_chunk": fne.key_chunk or None}
-
-
-def candidate_settings(fne: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns `sampling_weights`'s settings, its parts switched on or off as `config.fne` says.
-
-    Raises:
-      UserError: if `config.fne.elimination` is unknown.
-    """
-    eliminations = {
-        "soft": {"elimination_decay": fne.decay, "posterior_threshold": fne.posterior_threshold},
-        # exp(-1e30 P) is 0 for every P above the threshold.
-        "hard": {"elimination_decay": 1e30, "posterior_threshold": fne.posterior_threshold},
-        "none": {"elimination_decay": fne.decay, "posterior_threshold": 1.0},
-    }
-    return {
-        **eliminations[_one_of("fne.elimination", fne.elimination, eliminations)],
-        "decay": fne.decay if fne.cut_down else 0.0,
-        "margin": fne.margin,
-        "prior": fne.prior,
-        "min_count": fne.min_count,
-        "monotone": fne.monotone,
-    }
+    check(config)
+    return MAIN[config.objective.name].build(config)
 
 
 def warmup_objective(config: ml_collections.ConfigDict) -> Objective:
-    """Returns the objective of the warm-up.
+    """Returns the objective of the warm-up, `config.warmup`.
 
     Raises:
-      UserError: if `config.warmup.objective` is unknown.
+      UserError: if a name in the config is unknown.
     """
-    warmup = config.warmup
-    objectives = {
-        "hardest": functools.partial(hardest_objective, margin=config.fne.margin),
-        "infonce": functools.partial(infonce_objective, temperature=warmup.temperature),
-        "clip": functools.partial(clip_objective, temperature=warmup.temperature),
-    }
-    return objectives[_one_of("warmup.objective", warmup.objective, objectives)]
+    check(config)
+    return WARMUP[config.warmup.objective].build(config)
 
 
-# Of the statistics so far, the step's number, and the batch.
+def fields_after_warmup(config: ml_collections.ConfigDict) -> set[str]:
+    """Returns the dotted names of the fields on which the warm-up of a config does not depend."""
+    after = {f"objective.{field}" for field in config.objective}
+    after |= {field for role in MAIN.values() for field in role.fields}
+    return after - set(WARMUP[config.warmup.objective].fields)
+
+
+# Maps the statistics so far, the step's number and the batch to the statistics with the batch.
 NextStatistics = Callable[[SimilarityStatistics, jax.Array, Features], SimilarityStatistics]
 
 
 def next_statistics(fne: ml_collections.ConfigDict, steps_per_epoch: int) -> NextStatistics:
-    """Returns how a step's batch enters the statistics: reset at each epoch, or decayed."""
-    if fne.statistics_keep == 1:
+    """Returns how a step's batch enters the statistics.
 
-        def next_of_epoch(stats, step, features):
-            starts_epoch = step % steps_per_epoch == 0
-            stats = jax.tree.map(lambda value: jnp.where(starts_epoch, 0.0, value), stats)
-            return update_similarity_statistics(
-                stats, features.image, features.text, features.same_image
-            )
+    Args:
+      fne: `config.fne`; with an `ema_decay` of 1 the statistics are reset at each epoch, with less
+        they are an exponential moving average.
+      steps_per_epoch: number of steps in an epoch.
+    """
 
-        return next_of_epoch
+    ema_decay = fne.ema_decay
 
-    def next_decayed(stats, step, features):
-        del step
+    def add(stats, features):
         return update_similarity_statistics(
-            stats, features.image, features.text, features.same_image, keep=fne.statistics_keep
+            stats, features.image, features.text, features.same_image, ema_decay=ema_decay
         )
 
-    return next_decayed
+    def add_to_epoch(stats, step, features):
+        starts_epoch = step % steps_per_epoch == 0
+        return add(jax.tree.map(lambda value: jnp.where(starts_epoch, 0.0, value), stats), features)
+
+    def add_to_average(stats, step, features):
+        del step
+        return add(stats, features)
+
+    return add_to_epoch if ema_decay == 1 else add_to_average
 
 
-def _one_of(field, value, names):
+def _check_name(field, value, names):
     if value not in names:
         raise UserError(f"config.{field} is {value!r}; expected one of {', '.join(names)}")
-    return value

@@ -1,11 +1,34 @@
 """Running statistics of matching and hardest other similarities, and the posterior from them.
 
-FNE models the similarity of true matches and of hardest negatives as two Gaussians, estimated
+FNE models the similarities of true matches and of hardest negatives as two Gaussians, estimated
 while training goes on, and asks Bayes' rule how likely a candidate negative is a match that the
 dataset forgot to label (Li et al. 2023, arXiv 2308.04380, section 3.2).
+
+In a batch of three pairs with these similarities of images (rows) to texts (columns)
+
+            text 0   text 1   text 2
+  image 0    0.9      0.1      0.3
+  image 1    0.2      0.5      0.6
+  image 2    0.0      0.4      0.7
+
+pairs 0 and 2 are each other's top match and pair 1 is not: image 1 prefers text 2. So 0.9 and 0.7
+enter the positive distribution. Into the negative one go the hardest negatives of the same two
+pairs, of their row and of their column: 0.3 and 0.2 for pair 0, 0.4 and 0.6 for pair 2.
+
+>>> import jax.numpy as jnp
+>>> similarity = jnp.array([[0.9, 0.1, 0.3], [0.2, 0.5, 0.6], [0.0, 0.4, 0.7]])
+>>> stats = SimilarityStatistics.create()
+>>> # Texts on the axes make the products of the rows the similarities above.
+>>> stats = update_similarity_statistics(stats, similarity, jnp.eye(3))
+>>> for gaussian in (stats.positive, stats.negative):
+...     print(f"{gaussian.count:.0f} values, mean {gaussian.mean:.3f}")
+2 values, mean 0.800
+4 values, mean 0.375
 """
 
 from __future__ import annotations
+
+import warnings
 
 import flax.struct
 import jax
@@ -13,7 +36,7 @@ import jax.numpy as jnp
 
 from fne_jax.objectives import checks
 
-# Below it a Gaussian is as good as a point, and its square would overflow the log-odds.
+# A narrower Gaussian is as good as a point, and its exponent would overflow the log-odds.
 MIN_VARIANCE = 1e-8
 
 
@@ -22,9 +45,9 @@ class GaussianStatistics:
     """Count, sum and squared deviations of a stream of similarities.
 
     Attributes:
-      count: [] float32, values seen (fractional where the stream is decayed).
-      total: [] float32, their sum.
-      deviation: [] float32, sum of squared deviations, each batch's from the mean that includes it.
+      count: [] float32 number of values seen (fractional where old values are forgotten).
+      total: [] float32 sum of the values.
+      deviation: [] float32 sum of squared deviations, each batch's from the mean that includes it.
     """
 
     count: jax.Array
@@ -33,34 +56,43 @@ class GaussianStatistics:
 
     @classmethod
     def create(cls) -> GaussianStatistics:
-        """Returns the statistics of nothing."""
+        """Returns statistics that have seen no value yet."""
         # Three arrays rather than one thrice: a donated train state must not hold a buffer twice.
         return cls(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
 
+    @classmethod
+    def from_moments(cls, count: float, mean: float, variance: float) -> GaussianStatistics:
+        """Returns statistics of so many values with this mean and (unbiased) variance."""
+        return cls(
+            jnp.float32(count), jnp.float32(count * mean), jnp.float32((count - 1) * variance)
+        )
+
     @property
     def mean(self) -> jax.Array:
-        """[] mean similarity; 0 while nothing was seen."""
+        """[] mean similarity; 0 while no value has been seen."""
         return jnp.where(self.count > 0, self.total / jnp.maximum(self.count, 1e-6), 0.0)
 
     @property
     def variance(self) -> jax.Array:
-        """[] unbiased variance; 0 while fewer than two values were seen."""
+        """[] unbiased variance; 0 while fewer than two values have been seen."""
         return jnp.where(self.count > 1, self.deviation / jnp.maximum(self.count - 1, 1e-6), 0.0)
 
-    def update(self, values: jax.Array, mask: jax.Array, keep: float = 1.0) -> GaussianStatistics:
-        """Adds the values where `mask` holds.
+    def update(
+        self, values: jax.Array, mask: jax.Array, ema_decay: float = 1.0
+    ) -> GaussianStatistics:
+        """Returns the statistics with the values added for which `mask` holds.
 
         Args:
-          values: float32, any shape.
+          values: float32 values of any shape.
           mask: bool, shaped as `values`.
-          keep: share of the old count, sum and deviation that is kept, in (0, 1].
+          ema_decay: share of the old count, sum and deviation that is kept, in (0, 1].
         """
         values = jnp.where(mask, values, 0.0)
-        count = keep * self.count + mask.sum()
-        total = keep * self.total + values.sum()
+        count = ema_decay * self.count + mask.sum()
+        total = ema_decay * self.total + values.sum()
         mean = total / jnp.maximum(count, 1e-6)
-        deviation = keep * self.deviation + jnp.where(mask, jnp.square(values - mean), 0.0).sum()
-        return GaussianStatistics(count, total, deviation)
+        added = jnp.where(mask, jnp.square(values - mean), 0.0).sum()
+        return GaussianStatistics(count, total, ema_decay * self.deviation + added)
 
 
 @flax.struct.dataclass
@@ -77,7 +109,7 @@ class SimilarityStatistics:
 
     @classmethod
     def create(cls) -> SimilarityStatistics:
-        """Returns the statistics of nothing, as at the start of an epoch."""
+        """Returns statistics that have seen no batch yet, as at the start of an epoch."""
         return cls(GaussianStatistics.create(), GaussianStatistics.create())
 
 
@@ -87,12 +119,14 @@ def update_similarity_statistics(
     text_emb: jax.Array,
     same_image: jax.Array | None = None,
     *,
-    keep: float = 1.0,
+    ema_decay: float = 1.0,
+    keep: float | None = None,
 ) -> SimilarityStatistics:
-    """Adds one batch to the similarity statistics (design of the paper's section 3.2).
+    """Returns the similarity statistics with one batch added.
 
-    Pairs that are each other's top match give their own similarity to the positive distribution
-    and the hardest negative of their row and of their column to the negative one.
+    Pairs that are each other's top match give their own similarity to the positive distribution,
+    and the hardest negatives of their row and of their column to the negative one. The head of
+    this module works an example.
 
     Args:
       stats: the statistics so far.
@@ -101,18 +135,25 @@ def update_similarity_statistics(
       same_image: [batch, batch] bool, true where two pairs show one image. Such off-diagonal
         entries are no competitors for the top match and count as similarity 0 among the
         negatives. None leaves only the diagonal out, as the authors do.
-      keep: share of the old statistics kept at each update. 1 accumulates until a reset (the
-        paper: at each epoch); below 1 it forgets exponentially, for streams without epochs, with
-        an effective memory of 1 / (1 - keep) batches.
+      ema_decay: share of the old statistics that is kept at each update, in (0, 1]. 1 accumulates
+        until a reset (the paper resets at each epoch); below 1 the statistics are an exponential
+        moving average over some 1 / (1 - ema_decay) batches, for data without epochs.
+      keep: deprecated name of `ema_decay`.
 
     Returns:
       The updated statistics. No gradient flows through them.
 
     Raises:
-      ValueError: on a wrong shape or dtype, or `keep` outside (0, 1].
+      ValueError: on a wrong shape or dtype, or an `ema_decay` outside (0, 1].
+
+    References:
+      Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380, section 3.2.
     """
+    if keep is not None:
+        warnings.warn("keep is now called ema_decay", DeprecationWarning, stacklevel=2)
+        ema_decay = keep
     checks.embeddings(image_emb=image_emb, text_emb=text_emb)
-    checks.in_range("keep", keep, 0, 1, low_open=True)
+    checks.in_range("ema_decay", ema_decay, 0, 1, low_open=True)
     batch = image_emb.shape[0]
     own = jnp.eye(batch, dtype=bool)
     if same_image is None:
@@ -126,8 +167,8 @@ def update_similarity_statistics(
     negatives = jnp.where(same_image | own, 0.0, similarity)
     hardest = jnp.stack([negatives.max(axis=1), negatives.max(axis=0)])
     return SimilarityStatistics(
-        positive=stats.positive.update(jnp.diagonal(similarity), mutual, keep),
-        negative=stats.negative.update(hardest, jnp.stack([mutual, mutual]), keep),
+        positive=stats.positive.update(jnp.diagonal(similarity), mutual, ema_decay),
+        negative=stats.negative.update(hardest, jnp.stack([mutual, mutual]), ema_decay),
     )
 
 
@@ -138,26 +179,38 @@ def false_negative_posterior(
     *,
     monotone: bool = False,
 ) -> jax.Array:
-    """Returns the probability that a candidate of this similarity is a match (section 3.2).
+    """Returns the probability that a candidate of this similarity is an unlabelled match.
 
     Bayes' rule over the two Gaussians, as the sigmoid of a log-odds so that it is finite for any
     similarity. The log-odds is a parabola in the similarity: where the variances differ it turns
     round at its vertex, and beyond it the authors' formula calls a lower similarity likelier to
     be a match (or a higher one less likely).
 
+    >>> import jax.numpy as jnp
+    >>> stats = SimilarityStatistics(
+    ...     positive=GaussianStatistics.from_moments(500, mean=0.7, variance=0.01),
+    ...     negative=GaussianStatistics.from_moments(1000, mean=0.4, variance=0.02),
+    ... )
+    >>> posterior = false_negative_posterior(jnp.array([0.4, 0.6, 0.8]), stats, prior=0.1)
+    >>> [f"{p:.3f}" for p in posterior]
+    ['0.002', '0.206', '0.839']
+
     Args:
-      similarity: cosine similarities, any shape.
+      similarity: cosine similarities of any shape.
       stats: the similarity statistics.
       prior: share of candidates that are unlabelled matches, in (0, 1); 1e-4 in the paper.
-      monotone: hold the posterior at the vertex's value on the falling side of the parabola, so
-        that it never falls as similarity rises. False keeps the authors' formula.
+      monotone: whether the posterior is held at the vertex's value on the falling side of the
+        parabola, so that it never falls as similarity rises; False keeps the authors' formula.
 
     Returns:
-      The posterior in [0, 1], shaped as `similarity`, without gradient; the prior itself while
-      either distribution has seen fewer than two values.
+      The float32 posterior in [0, 1], shaped as `similarity`, without gradient; the prior itself
+      while either distribution has seen fewer than two values.
 
     Raises:
       ValueError: if the prior is outside (0, 1).
+
+    References:
+      Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380, section 3.2.
     """
     checks.in_range("prior", prior, 0, 1, low_open=True, high_open=True)
     similarity = jax.lax.stop_gradient(jnp.asarray(similarity, jnp.float32))
@@ -176,8 +229,9 @@ def false_negative_posterior(
 def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns the [n, m] float32 products of the rows of [n, dim] and [m, dim].
 
-    In full precision on every backend: TPUs and recent GPUs would otherwise round the inputs to
-    bfloat16 or TF32, an error of the size of the margins between hard negatives.
+    They are computed in full precision on every backend: TPUs and recent GPUs would otherwise
+    round the inputs to bfloat16 or TF32, an error of the size of the margins between hard
+    negatives.
     """
     return jnp.matmul(
         a.astype(jnp.float32), b.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST
@@ -185,13 +239,13 @@ def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _log_density(similarity, gaussian):
-    """Gaussian log density without the constant that both distributions share."""
+    """Returns the Gaussian log density without the constant that both distributions share."""
     variance = jnp.maximum(gaussian.variance, MIN_VARIANCE)
     return -0.5 * (jnp.square(similarity - gaussian.mean) / variance + jnp.log(variance))
 
 
 def _onto_rising_branch(similarity, stats):
-    """Moves similarities on the falling side of the log-odds parabola to its vertex."""
+    """Returns the similarities, those on the falling side of the parabola moved to its vertex."""
     positive, negative = stats.positive, stats.negative
     precision_p = 1 / jnp.maximum(positive.variance, MIN_VARIANCE)
     precision_n = 1 / jnp.maximum(negative.variance, MIN_VARIANCE)

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from fne_jax.data.pairs import PairDataset
-from fne_jax.objectives.registry import candidate_settings
+from fne_jax.objectives.fne_settings import FNESettings
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.report import examples, html
 
@@ -111,7 +111,7 @@ def gallery(
         direction.item_emb,
         direction.query_image[query][:, None] == direction.item_image[None, :],
         stats,
-        **candidate_settings(fne),
+        FNESettings.from_config(fne),
     )
     rules = {"hardest": choices.hardest, "chosen": choices.chosen}
 

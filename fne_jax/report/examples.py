@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fne_jax.objectives.negative_mining import hardest_key
-from fne_jax.objectives.negative_sampling import sample_negatives, sampling_weights
+from fne_jax.objectives.fne_settings import FNESettings
+from fne_jax.objectives.negative_mining import hardest_negative
+from fne_jax.objectives.negative_sampling import candidate_weight, sample_negatives
 from fne_jax.objectives.similarity_statistics import (
     SimilarityStatistics,
     cosine,
@@ -58,7 +59,7 @@ def choose_negatives(
     gallery_emb: np.ndarray,
     same_image: np.ndarray,
     stats: SimilarityStatistics,
-    **settings,
+    settings: FNESettings,
 ) -> NegativeChoices:
     """Returns the negatives of hardest-negative mining and of FNE for some anchors.
 
@@ -70,19 +71,19 @@ def choose_negatives(
       same_image: [anchors, keys] bool, true where a candidate shows the anchor's image. Every
         anchor needs a candidate that does not.
       stats: The similarity statistics.
-      **settings: The settings of `sampling_weights`, with `prior` and `monotone`.
+      settings: The constants of FNE.
     """
     similarity = cosine(jnp.asarray(anchor_emb), jnp.asarray(gallery_emb))
     positive = rowwise_cosine(jnp.asarray(anchor_emb), jnp.asarray(positive_emb))
     same_image = jnp.asarray(same_image)
-    hardest, _ = hardest_key(rng, similarity, positive, ~same_image)
-    weights = sampling_weights(similarity, positive, same_image, stats, **settings)
+    hardest, _ = hardest_negative(rng, similarity, positive, ~same_image)
+    weights = candidate_weight(similarity, positive[:, None], same_image, stats, settings)
     chosen = sample_negatives(rng, weights, hardest)
 
     def of(index):
         picked = jnp.take_along_axis(similarity, index[:, None], axis=1)[:, 0]
         posterior = false_negative_posterior(
-            picked, stats, settings["prior"], monotone=settings["monotone"]
+            picked, stats, settings.prior, monotone=settings.monotone
         )
         return Chosen(np.asarray(index), np.asarray(picked), np.asarray(posterior))
 

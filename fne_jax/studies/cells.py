@@ -12,32 +12,15 @@ import ml_collections
 
 from fne_jax import configuration
 from fne_jax.errors import UserError
+from fne_jax.objectives import registry
 
-# What each objective changes in the config.
-OBJECTIVES = {
-    "fne": ("objective.name=fne",),
-    "hardest": ("objective.name=hardest",),
-    "semi_hard": ("objective.name=semi_hard",),
-    "random": ("objective.name=random",),
-    "infonce": ("objective.name=infonce",),
-    "sigmoid": ("objective.name=sigmoid",),
-    "fne_no_memory": ("objective.name=fne", "objective.memory=False"),
-    "fne_no_elimination": ("objective.name=fne", "fne.elimination=none"),
-    "fne_no_cutdown": ("objective.name=fne", "fne.cut_down=False"),
+# What each objective, or variant of FNE, changes in the config.
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    name: (f"objective.name={name}",) for name in registry.MAIN
+} | {
+    name: ("objective.name=fne", *(f"{field}={value}" for field, value in changes.items()))
+    for name, changes in registry.FNE_VARIANTS.items()
 }
-# Fields that the warm-up does not depend on (the margin only where it mines the hardest negative).
-_AFTER_WARMUP = (
-    "objective.",
-    "fne.margin",
-    "fne.decay",
-    "fne.prior",
-    "fne.posterior_threshold",
-    "fne.min_count",
-    "fne.elimination",
-    "fne.cut_down",
-    "fne.monotone",
-    "fne.key_chunk",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +111,8 @@ def study_runs(
             common.append(f"--config.seed={seed}")
             chosen = [f"--config.{change}" for change in OBJECTIVES[cell.objective]]
             config = _completed(configuration.load_config(config_path, [*common, *chosen]))
-            after = tuple(_after_warmup(config))
-            before = [o for o in common if not o.removeprefix("--config.").startswith(after)]
+            after = registry.fields_after_warmup(config)
+            before = [o for o in common if _field(o) not in after]
             warmup_config = _completed(configuration.load_config(config_path, before))
             runs.append(
                 Run(
@@ -162,10 +145,9 @@ def _completed(config):
     return configuration.resolve(config)[0]
 
 
-def _after_warmup(config):
-    for field in _AFTER_WARMUP:
-        if field != "fne.margin" or config.warmup.objective != "hardest":
-            yield field
+def _field(override):
+    """Returns the field that `--config.x=y` sets."""
+    return override.removeprefix("--config.").partition("=")[0]
 
 
 def _folder(name):

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from fne_jax.encoders.pixels import normalize_pixels
+from fne_jax.objectives.features import Features
 from fne_jax.objectives.memory_queue import MemoryQueue
-from fne_jax.objectives.registry import Features, NextStatistics, Objective
+from fne_jax.objectives.registry import NextStatistics, Objective
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.objectives.triplet_loss import TripletAux
 from fne_jax.parallel.sharding import StepLayout

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fne_jax import evaluate, figures
 from fne_jax.data.pairs import PairDataset
 from fne_jax.model.model import Model
-from fne_jax.objectives.registry import candidate_settings
+from fne_jax.objectives.fne_settings import FNESettings
 from fne_jax.objectives.similarity_statistics import (
     GaussianStatistics,
     SimilarityStatistics,
@@ -91,10 +91,10 @@ def test_choices_against_a_plain_version():
     rng = np.random.default_rng(1)
     anchors, gallery = unit_rows(rng, 5, 6), unit_rows(rng, 9, 6)
     same = np.arange(5)[:, None] == np.arange(9)[None, :] % 5
-    settings = candidate_settings(tiny_config(fne__elimination="hard", fne__prior=0.1).fne)
+    settings = FNESettings.from_config(tiny_config(fne__elimination="hard", fne__prior=0.1).fne)
     stats = statistics(positive=(0.3, 0.2), negative=(0.1, 0.2))
     choices = examples.choose_negatives(
-        jax.random.key(0), anchors, gallery[:5], gallery, same, stats, **settings
+        jax.random.key(0), anchors, gallery[:5], gallery, same, stats, settings
     )
     similarity = anchors @ gallery.T
     posterior = np.asarray(false_negative_posterior(similarity, stats, 0.1))
@@ -105,8 +105,8 @@ def test_choices_against_a_plain_version():
         eligible = [
             key
             for key in others
-            if posterior[row, key] <= settings["posterior_threshold"]
-            and similarity[row, key] > 0.3 - settings["margin"]
+            if posterior[row, key] <= settings.posterior_threshold
+            and similarity[row, key] > 0.3 - settings.margin
         ]
         assert choices.sampled[row] == bool(eligible)
         assert choices.chosen.index[row] in (eligible or [hardest])

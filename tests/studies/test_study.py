@@ -160,7 +160,7 @@ def test_objectives_change_what_they_are_named_for(config_path):
     chosen = {
         run.cell.objective: (
             run.config.objective.name,
-            run.config.objective.memory,
+            run.config.objective.queue,
             run.config.fne.elimination,
             run.config.fne.cut_down,
         )
@@ -169,7 +169,7 @@ def test_objectives_change_what_they_are_named_for(config_path):
     as_it_is = (True, "soft", True)
     assert chosen == {
         **{name: (name, *as_it_is) for name in list(cells.OBJECTIVES)[:6]},
-        "fne_no_memory": ("fne", False, "soft", True),
+        "fne_no_queue": ("fne", False, "soft", True),
         "fne_no_elimination": ("fne", True, "none", True),
         "fne_no_cutdown": ("fne", True, "soft", False),
     }

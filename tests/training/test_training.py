@@ -21,6 +21,7 @@ from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.model.model import restore_model
 from fne_jax.objectives import registry
+from fne_jax.objectives.features import Features
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.parallel import sharding
 from fne_jax.training import loop
@@ -128,7 +129,7 @@ def test_statistics_begin_anew_with_each_epoch_or_decay():
     rng = np.random.default_rng(0)
     image = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
     image /= jnp.linalg.norm(image, axis=1, keepdims=True)
-    features = registry.Features(image, image, image, image, jnp.arange(6), jnp.eye(6, dtype=bool))
+    features = Features(image, image, image, image, jnp.arange(6), jnp.eye(6, dtype=bool))
     config = tiny_config()
     add = registry.next_statistics(config.fne, steps_per_epoch=3)
     stats, counts = SimilarityStatistics.create(), []
@@ -136,7 +137,7 @@ def test_statistics_begin_anew_with_each_epoch_or_decay():
         stats = add(stats, jnp.int32(step), features)
         counts.append(int(stats.positive.count))
     assert counts == [6, 12, 18, 6, 12]
-    config.fne.statistics_keep = 0.5
+    config.fne.ema_decay = 0.5
     add = registry.next_statistics(config.fne, steps_per_epoch=3)
     for step in range(5):
         stats = add(stats, jnp.int32(step), features)
@@ -144,13 +145,13 @@ def test_statistics_begin_anew_with_each_epoch_or_decay():
 
 
 @pytest.mark.parametrize(
-    ("name", "memory"),
+    ("name", "queue"),
     [("hardest", True), ("hardest", False), ("semi_hard", True), ("random", True),
      ("random", False), ("infonce", True), ("infonce", False), ("sigmoid", False)],
 )  # fmt: skip
-def test_every_objective_trains_by_the_same_loop(name, memory):
+def test_every_objective_trains_by_the_same_loop(name, queue):
     config = tiny_config(
-        objective__name=name, objective__memory=memory, fne__start_epoch=0.0, num_epochs=1.0
+        objective__name=name, objective__queue=queue, fne__start_epoch=0.0, num_epochs=1.0
     )
     towers = LinearTowers()
     start, _, _, _ = run_steps(config, mesh_of(1), 0, towers)
@@ -159,37 +160,16 @@ def test_every_objective_trains_by_the_same_loop(name, memory):
     assert all(np.isfinite(s["loss"]) and s["loss"] > 0 for s in scalars)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, start.params)
     assert all(jax.tree.leaves(moved))
-    if name in ("semi_hard", "random") or (name == "hardest" and memory):
+    if name in ("semi_hard", "random") or (name == "hardest" and queue):
         last = negatives[-1]
-        from_memory = ~np.isin(last["negative_i2t"], last["anchor"])
-        assert memory or not from_memory.any()
+        from_queue = ~np.isin(last["negative_i2t"], last["anchor"])
+        assert queue or not from_queue.any()
         same_as_hardest = (last["negative_i2t"] == last["hardest_i2t"]).mean()
         assert (same_as_hardest == 1) == (name == "hardest")
     else:
         assert negatives[-1] == {}
 
 
-@pytest.mark.parametrize(
-    ("part", "setting"),
-    [
-        ({"fne__elimination": "none"}, {"posterior_threshold": 1.0, "decay": 0.5}),
-        ({"fne__elimination": "hard"}, {"elimination_decay": 1e30, "posterior_threshold": 1e-3}),
-        ({"fne__cut_down": False}, {"decay": 0.0, "elimination_decay": 0.5}),
-        ({"fne__monotone": True}, {"monotone": True}),
-        ({"fne__key_chunk": 32}, {"key_chunk": 32}),
-        ({}, {"elimination_decay": 0.5, "posterior_threshold": 1e-3, "key_chunk": None}),
-    ],
-)
-def test_parts_of_fne_are_switched_by_the_config(part, setting):
-    settings = registry.sampling_settings(tiny_config(**part).fne)
-    assert {name: settings[name] for name in setting} == setting
-
-
-def test_unknown_objectives_are_named():
-    with pytest.raises(UserError, match=r"config.objective.name is 'fen'; expected one of fne, ha"):
-        registry.main_objective(tiny_config(objective__name="fen"))
-    with pytest.raises(UserError, match=r"config.fne.elimination is 'all'; expected one of soft"):
-        registry.main_objective(tiny_config(fne__elimination="all"))
 
 
 def test_momentum_encoders_follow_before_they_encode():
