@@ -162,8 +162,8 @@ def get_config() -> ConfigDict:
     fne.cut_down = True
     # Hold the posterior where its formula would fall as similarity rises.
     fne.monotone = False
-    # 1 collects the statistics of an epoch and resets them at its start, as the paper; less makes
-    # them an exponential moving average that keeps this share at each step, for data without epochs.
+    # 1 collects the statistics of an epoch and resets them at its start, as the paper; below 1 they
+    # are an exponential moving average that keeps this share at each step, for data without epochs.
     fne.ema_decay = 1.0
     # Keys of the queue scored at a time, a multiple of 16, to save memory; 0 for all at once.
     fne.key_chunk = 0

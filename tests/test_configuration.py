@@ -65,6 +65,9 @@ def test_every_field_has_a_comment():
         (["--config.data.augmentation=flip"], "'flip'; expected one of none, crop_flip, randaug"),
         (["--config.data.source=cocoa"], "source is 'cocoa'; expected one of flickr8k, .*npz"),
         (["--config.data.augment_on=host"], "augment_on was removed: images are augmented on the"),
+        (["--config.fne.decay=1"], "^config.fne.decay is now config.fne.tau$"),
+        (["--config.objective.memory=False"], "objective.memory is now config.objective.queue"),
+        (["--config.objective.name=fen"], "objective.name is 'fen'; expected one of fne, hardest"),
         (["--workdirs=x"], "unknown argument"),
         (["stray"], "unknown argument"),
     ],
@@ -104,6 +107,24 @@ def test_a_stored_config_may_have_a_removed_field_with_its_default(tmp_path):
     path.write_text(json.dumps(stored))
     with pytest.raises(UserError, match=r"augment_on is 'device', but the field was removed"):
         configuration.read_config(tmp_path)
+
+
+def test_a_run_that_was_stored_under_old_names_is_read(tmp_path):
+    fields = configuration.flatten(tiny_config(fne__tau=0.7, objective__queue=False))
+    old_names = {new: old for old, new in configuration.RENAMED_FIELDS.items()}
+    assert set(old_names) <= set(fields)
+    nested = {}
+    for name, value in fields.items():
+        *groups, leaf = old_names.get(name, name).split(".")
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[leaf] = value
+    (tmp_path / "config.json").write_text(json.dumps(nested))
+    config = configuration.read_config(tmp_path)
+    assert (config.fne.tau, config.fne.ema_decay, config.objective.queue) == (0.7, 1.0, False)
+    assert "decay" not in config.fne and "memory" not in config.objective
+    configuration.store_config(tiny_config(fne__tau=0.7, objective__queue=False), tmp_path)
 
 
 def test_workdir_without_a_config(tmp_path):

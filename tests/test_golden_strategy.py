@@ -1,41 +1,43 @@
 """The strategy against the authors' figures, step by step."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from fne_jax import (
     MemoryQueue,
     SimilarityStatistics,
+    false_negative_posterior,
     fne_triplet_loss_from_uniform,
     hardest_negative_triplet_loss,
     sampling_weights,
     update_similarity_statistics,
 )
 from fne_jax.objectives.similarity_statistics import cosine
+from tests.support import TOP
 
 TOLERANCE = 1e-5
-
-
-def strategy_files(config):
-    import pathlib
-
-    return sorted(pathlib.Path(config.getoption("--golden")).glob("strategy_*.npz"))
+# Share of a row's total weight by which a float32 sum may miss a border between two keys.
+BORDER = 1e-6
+# The authors' threshold of suspicion, which the files do not hold.
+POSTERIOR_THRESHOLD = 1e-3
 
 
 def pytest_generate_tests(metafunc):
     if "strategy_file" in metafunc.fixturenames:
-        files = strategy_files(metafunc.config)
-        assert files, "no strategy_*.npz in the golden folder"
+        folder = pathlib.Path(metafunc.config.getoption("--golden"))
+        files = sorted(folder.glob("strategy_*.npz"))
+        assert files, f"no strategy_*.npz in {folder}"
         metafunc.parametrize("strategy_file", files, ids=lambda path: path.stem)
 
 
 def steps_of(arrays):
-    step = 0
-    while f"t{step}_loss" in arrays:
-        yield step, {k.removeprefix(f"t{step}_"): v for k, v in arrays.items()}
-        step += 1
+    return [
+        {k.removeprefix(f"t{step}_"): v for k, v in arrays.items() if k.startswith(f"t{step}_")}
+        for step in range(int(arrays["steps"]))
+    ]
 
 
 def as_stored(stats):
@@ -43,99 +45,126 @@ def as_stored(stats):
     return np.array([v for g in halves for v in (g.mean, g.count, g.variance, g.count)])
 
 
+def away_from_borders(uniform, weights, negative):
+    """Returns draws that pick the recorded keys, those on a border moved into the middle of theirs.
+
+    Where a number falls within rounding of the border between two keys, float32 may pick the other.
+    """
+    running = np.cumsum(weights.astype(np.float64), axis=1)
+    row = np.arange(len(uniform))
+    high = running[row, negative] / running[:, -1]
+    low = high - weights[row, negative] / running[:, -1]
+    assert ((low - BORDER <= uniform) & (uniform <= high + BORDER)).all()
+    on_border = (uniform - low < BORDER) | (high - uniform < BORDER)
+    return np.where(on_border, (low + high) / 2, uniform).astype(np.float32)
+
+
+def queue_of(figures):
+    batch = len(figures["image_id"])
+    key_id = figures["key_image_id"][batch:].astype(np.int32)
+    if not len(key_id):
+        return None
+    return MemoryQueue(
+        image=figures["image_keys"][batch:],
+        text=figures["text_keys"][batch:],
+        image_id=key_id,
+        pair_id=np.full(len(key_id), -1, np.int32),
+        pointer=np.int32(0),
+    )
+
+
 def test_replays_the_authors_steps(strategy_file):
     arrays = dict(np.load(strategy_file))
     margin, min_count = float(arrays["margin"]), int(arrays["ready_count"])
+    settings = {"margin": margin, "min_count": min_count}
+    update = jax.jit(update_similarity_statistics)
+
+    @jax.jit
+    def differentiate(image_emb, text_emb, draws, momentum, image_id, queue, stats):
+        def loss_fn(*online):
+            return fne_triplet_loss_from_uniform(
+                *draws, *online, *momentum, image_id, queue, stats, **settings
+            )
+
+        return jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(image_emb, text_emb)
+
+    @jax.jit
+    def weigh(anchor, keys, same_image, stats):
+        similarity = cosine(anchor, keys)
+        weights = sampling_weights(
+            similarity, jnp.diagonal(similarity), same_image, stats, **settings
+        )
+        return weights, similarity, false_negative_posterior(similarity, stats)
+
     stats = SimilarityStatistics.create()
-
-    def loss_fn(image_emb, text_emb, draws, momentum, image_id, queue, stats):
-        return fne_triplet_loss_from_uniform(
-            *draws,
-            image_emb,
-            text_emb,
-            *momentum,
-            image_id,
-            queue,
-            stats,
-            margin=margin,
-            min_count=min_count,
-        )
-
-    differentiate = jax.jit(jax.value_and_grad(loss_fn, (0, 1), has_aux=True))
-    trusted_steps = seen_steps = 0
-    for step, figures in steps_of(arrays):
+    for step, figures in enumerate(steps_of(arrays)):
         batch = len(figures["image_id"])
-        image_keys, text_keys = figures["image_keys"], figures["text_keys"]
-        key_id = figures["key_image_id"].astype(np.int32)
-        queue = MemoryQueue(
-            image=image_keys[batch:],
-            text=text_keys[batch:],
-            image_id=jnp.asarray(key_id[batch:]),
-            pair_id=jnp.full(len(key_id) - batch, -1),
-            pointer=jnp.array(0),
-        )
         image_emb, text_emb = figures["image_emb"], figures["text_emb"]
-        stats = update_similarity_statistics(stats, image_emb, text_emb)
+        image_keys, text_keys = figures["image_keys"], figures["text_keys"]
+        stats = update(stats, image_emb, text_emb)
         np.testing.assert_allclose(
             as_stored(stats), figures["stats"], rtol=TOLERANCE, atol=TOLERANCE, err_msg=str(step)
         )
 
+        draws = [
+            away_from_borders(*(figures[f"{name}_{way}"] for name in ("u", "weights", "negative")))
+            for way in ("i2t", "t2i")
+        ]
         (loss, aux), grads = differentiate(
             image_emb,
             text_emb,
-            draws=[figures[name].astype(np.float32) for name in ("u_i2t", "u_t2i")],
-            momentum=(image_keys[:batch], text_keys[:batch]),
-            image_id=figures["image_id"].astype(np.int32),
-            queue=queue,
-            stats=stats,
+            draws,
+            (image_keys[:batch], text_keys[:batch]),
+            figures["image_id"].astype(np.int32),
+            queue_of(figures),
+            stats,
         )
         np.testing.assert_array_equal(aux.negative_i2t, figures["negative_i2t"])
         np.testing.assert_array_equal(aux.negative_t2i, figures["negative_t2i"])
-        np.testing.assert_allclose(loss, figures["loss"], rtol=TOLERANCE)
+        np.testing.assert_allclose(loss, figures["loss"], rtol=TOLERANCE, atol=TOLERANCE)
         np.testing.assert_allclose(grads[0], figures["grad_image_emb"], atol=TOLERANCE)
         np.testing.assert_allclose(grads[1], figures["grad_text_emb"], atol=TOLERANCE)
 
-        for anchor, keys, name in ((image_emb, text_keys, "i2t"), (text_emb, image_keys, "t2i")):
-            weights = sampling_weights(
-                cosine(anchor, keys),
-                (anchor * keys[:batch]).sum(axis=1),
-                figures["image_id"][:, None] == figures["key_image_id"][None, :],
-                stats,
-                margin=margin,
-                min_count=min_count,
-            )
-            expected = figures[f"weights_{name}"]
-            sampled = np.asarray(weights).any(axis=1)
-            np.testing.assert_allclose(weights[sampled], expected[sampled], atol=TOLERANCE)
+        same_image = figures["image_id"][:, None] == figures["key_image_id"][None, :]
+        for anchor, keys, way in ((image_emb, text_keys, "i2t"), (text_emb, image_keys, "t2i")):
+            weights, similarity, posterior = map(np.asarray, weigh(anchor, keys, same_image, stats))
+            expected = figures[f"weights_{way}"]
+            sampled = weights.any(axis=1)
+            # Where rounding decides between 0 and a weight, or between two formulas, all is right.
+            clear = np.abs(similarity - (stats.positive.mean - margin)) > BORDER
+            clear &= np.abs(posterior / POSTERIOR_THRESHOLD - 1) > 1e-3
+            clear &= sampled[:, None]
+            assert clear.mean() > 0.9 * sampled.mean()
+            np.testing.assert_allclose(weights[clear], expected[clear], atol=TOLERANCE)
             # A row with nothing to sample is stored as weight 1 at its fallback.
             np.testing.assert_array_equal(
-                expected[~sampled].argmax(axis=1), figures[f"negative_{name}"][~sampled]
+                expected[~sampled].argmax(axis=1), figures[f"negative_{way}"][~sampled]
             )
-        trusted_steps += bool(stats.positive.count > min_count)
-        seen_steps += 1
-    assert 0 < trusted_steps < seen_steps, "the file should cross the step of trust"
 
 
 def test_warmup_triplet(golden):
     figures = np.load(golden / "warmup_triplet.npz")
-    loss, grads = jax.value_and_grad(
-        lambda image, text: hardest_negative_triplet_loss(
-            image, text, margin=float(figures["margin"])
-        ),
-        (0, 1),
-    )(figures["image_emb"], figures["text_emb"])
+    margin = float(figures["margin"])
+    differentiate = jax.jit(
+        jax.value_and_grad(
+            lambda *emb: hardest_negative_triplet_loss(*emb, margin=margin), argnums=(0, 1)
+        )
+    )
+    loss, grads = differentiate(figures["image_emb"], figures["text_emb"])
     np.testing.assert_allclose(loss, figures["loss"], rtol=TOLERANCE)
     np.testing.assert_allclose(grads[0], figures["grad_image_emb"], atol=TOLERANCE)
     np.testing.assert_allclose(grads[1], figures["grad_text_emb"], atol=TOLERANCE)
 
 
-def test_golden_folder_has_both_kinds_of_rows(golden):
-    fallback = [
-        ((arrays[key] == 1) & (arrays[key].sum(axis=1, keepdims=True) == 1)).any()
-        for arrays in map(np.load, sorted(golden.glob("strategy_*.npz")))
-        for key in arrays
-        if "weights" in key
-    ]
-    if not fallback:
-        pytest.fail("no strategy files")
-    assert any(fallback)
+def test_our_own_files_hold_every_kind_of_step_and_row():
+    """Of the files in this repository only: others need not."""
+    files = [dict(np.load(path)) for path in (TOP / "tests" / "golden").glob("strategy_*.npz")]
+    steps = [(step, int(file["ready_count"])) for file in files for step in steps_of(file)]
+    trusted = [step["stats"][1] > ready for step, ready in steps]
+    assert 0 < sum(trusted) < len(trusted), "statistics before and after they are trusted"
+    weights = [step[f"weights_{way}"] for step, _ in steps for way in ("i2t", "t2i")]
+    fallback = np.concatenate(
+        [((w == 1).any(axis=1)) & ((w > 0).sum(axis=1) == 1) for w in weights]
+    )
+    assert 0 < fallback.sum() < len(fallback), "rows that are sampled and rows that fall back"
+    assert any((step["key_image_id"] < 0).any() for step, _ in steps), "empty slots"

@@ -45,10 +45,11 @@ def fne_triplet_loss(
     >>> import jax, jax.numpy as jnp
     >>> image_emb = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> text_emb = jnp.array([[0.8, 0.6], [0.6, 0.8]])  # similarities 0.8 own, 0.6 other
+    >>> momentum = image_emb, text_emb  # stand for the momentum encoders' embeddings
     >>> stats = SimilarityStatistics.create()
-    >>> loss, aux = fne_triplet_loss(
-    ...     jax.random.key(0), image_emb, text_emb, image_emb, text_emb,
-    ...     image_id=jnp.arange(2), queue=None, stats=stats, margin=0.3,
+    >>> loss, aux = jax.jit(fne_triplet_loss)(
+    ...     jax.random.key(0), image_emb, text_emb, *momentum, image_id=jnp.arange(2),
+    ...     queue=None, stats=stats, margin=0.3,
     ... )
     >>> print(f"{loss:.3f}", aux.negative_i2t.tolist())
     0.200 [1, 0]
@@ -96,11 +97,12 @@ def fne_triplet_loss_from_uniform(
 ) -> tuple[jax.Array, TripletAux]:
     """Returns `fne_triplet_loss` of given uniform numbers, to replay a recorded run.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> unit = jnp.eye(3)
-    >>> loss, aux = fne_triplet_loss_from_uniform(
-    ...     jnp.array([0.1, 0.1, 0.1]), jnp.array([0.9, 0.9, 0.9]), unit, unit, unit, unit,
-    ...     jnp.arange(3), None, SimilarityStatistics.create(), margin=0.2,
+    >>> embeddings = unit, unit, unit, unit
+    >>> low, high = jnp.full(3, 0.1), jnp.full(3, 0.9)
+    >>> loss, aux = jax.jit(fne_triplet_loss_from_uniform)(
+    ...     low, high, *embeddings, jnp.arange(3), None, SimilarityStatistics.create()
     ... )
     >>> aux.negative_i2t.tolist(), aux.negative_t2i.tolist()
     ([1, 0, 0], [2, 2, 1])

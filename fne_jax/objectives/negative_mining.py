@@ -15,6 +15,9 @@ with it. The rules are written plainly, over the full matrix: the fast form is F
 ...     print(index.tolist(), found.tolist())
 [2, 2] [True, True]
 [1, 2] [True, True]
+>>> index, found = random_negative(jax.random.key(0), similarity, positive, candidate)
+>>> bool(candidate[jnp.arange(2), index].all())  # any of them
+True
 """
 
 from __future__ import annotations

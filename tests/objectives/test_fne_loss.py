@@ -1,0 +1,250 @@
+"""The loss of FNE against plain loops, in chunks, over devices, and its gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fne_jax
+from fne_jax import MemoryQueue
+from fne_jax.objectives.features import Features
+from fne_jax.objectives.fne_loss import fne_loss, fne_loss_from_uniform
+from fne_jax.objectives.fne_settings import FNESettings
+from fne_jax.objectives.similarity_statistics import cosine
+from fne_jax.objectives.triplet_loss import rowwise_cosine
+from tests.support.fne import (
+    arguments_of,
+    assert_gradient,
+    make_batch,
+    matching_rows,
+    slow_loss,
+    statistics,
+)
+
+TRUSTED = statistics()
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def differentiate(uniforms, features, queue, stats, settings):
+    """Returns (loss, aux) and the gradient for all four embeddings."""
+
+    def loss_fn(*embeddings):
+        drawn = Features(*embeddings, features.image_id)
+        return fne_loss_from_uniform(uniforms, drawn, queue, stats, settings)
+
+    embeddings = arguments_of(features)[:4]
+    return jax.value_and_grad(loss_fn, (0, 1, 2, 3), has_aux=True)(*embeddings)
+
+
+def uniforms_of(seed, batch):
+    return tuple(np.random.default_rng(seed).random((2, batch)).astype(np.float32))
+
+
+@pytest.mark.parametrize("positive_mean", [0.3, 0.7, 1.3])  # at 1.3 nothing can be sampled
+def test_loss_agrees_with_the_slow_version(positive_mean):
+    stats = statistics((positive_mean, 0.01), (0.2, 0.02), counts=(500, 999))
+    for seed in range(6):
+        features, queue = make_batch(seed)
+        uniforms = uniforms_of(seed, 6)
+        (loss, aux), _ = differentiate(uniforms, features, queue, stats, FNESettings(margin=0.4))
+        expected, chosen = slow_loss(uniforms, features, queue, stats, 0.4)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        np.testing.assert_array_equal(aux.negative_i2t, chosen[0])
+        np.testing.assert_array_equal(aux.negative_t2i, chosen[1])
+        assert (aux.fallback_fraction == 1) == (positive_mean == 1.3)
+
+
+@pytest.mark.parametrize("key_chunk", [16, 48, 112, 4096])
+def test_chunks_of_keys_change_nothing(key_chunk):
+    features, queue = make_batch(
+        11, batch=19, dim=7, queue_size=16 * 7 + 5, filled=16 * 7, images=30
+    )
+    uniforms = uniforms_of(1, 19)
+    for positive_mean in (0.4, 1.3):  # at 1.3 nothing can be sampled
+        stats = statistics((positive_mean, 0.02), (0.2, 0.02), counts=(500, 999))
+        at_once, chunked = (
+            differentiate(uniforms, features, queue, stats, FNESettings(key_chunk=chunk))
+            for chunk in (None, key_chunk)
+        )
+        (loss, aux), grads = at_once
+        (chunked_loss, chunked_aux), chunked_grads = chunked
+        for name in ("negative_i2t", "negative_t2i", "hardest_i2t", "hardest_t2i"):
+            np.testing.assert_array_equal(getattr(chunked_aux, name), getattr(aux, name))
+        assert max(aux.negative_i2t) > 19, "the case should reach into the queue"
+        np.testing.assert_allclose(chunked_loss, loss, rtol=1e-6)
+        for ours, theirs in zip(chunked_grads, grads, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-6)
+        # Both agree with the plain loops.
+        expected, chosen = slow_loss(uniforms, features, queue, stats, 0.2)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        np.testing.assert_array_equal(aux.negative_i2t, chosen[0])
+        np.testing.assert_array_equal(aux.negative_t2i, chosen[1])
+
+
+def test_chunks_of_keys_bound_the_memory():
+    batch, queue_size, dim = 64, 131_072 - 64, 96
+    shaped = jax.ShapeDtypeStruct
+    emb, ids = shaped((batch, dim), jnp.float32), shaped((batch,), jnp.int32)
+    queue = jax.eval_shape(lambda: MemoryQueue.create(jax.random.key(0), queue_size, dim))
+    uniforms = (shaped((batch,), jnp.float32),) * 2
+
+    def scratch_mib(key_chunk):
+        compiled = differentiate.lower(
+            uniforms,
+            Features(emb, emb, emb, emb, ids),
+            queue,
+            TRUSTED,
+            FNESettings(key_chunk=key_chunk),
+        ).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+    matrix_mib = batch * (batch + queue_size) * 4 / 2**20
+    assert matrix_mib == 32
+    assert scratch_mib(4096) < matrix_mib / 2
+    assert scratch_mib(None) > matrix_mib
+
+
+@pytest.mark.parametrize("key_chunk", [None, 32])
+def test_eight_devices_sample_what_one_samples(key_chunk):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    features, queue = make_batch(3, batch=16, dim=9, queue_size=77, filled=77, images=40)
+    jitted = jax.jit(fne_loss, static_argnums=4)
+    settings = FNESettings(margin=0.4, key_chunk=key_chunk)
+    loss, aux = jitted(jax.random.key(7), features, queue, TRUSTED, settings)
+    sharded_loss, sharded_aux = jitted(
+        jax.random.key(7),
+        jax.device_put(features, rows),
+        jax.device_put(queue, replicated),
+        TRUSTED,
+        settings,
+    )
+    np.testing.assert_allclose(sharded_loss, loss, rtol=1e-6)
+    for name in ("negative_i2t", "negative_t2i"):
+        np.testing.assert_array_equal(getattr(sharded_aux, name), getattr(aux, name))
+
+
+def test_gradient_is_that_of_the_chosen_triplets():
+    features, queue = make_batch(2)
+    uniforms = uniforms_of(2, 6)
+
+    def loss_and_gradient(image, text):
+        moved = features.replace(image=image, text=text)
+        (loss, _), grads = differentiate(uniforms, moved, queue, TRUSTED, FNESettings(margin=0.4))
+        for momentum_grad in grads[2:]:
+            np.testing.assert_array_equal(momentum_grad, 0)
+        assert all((np.asarray(grad) != 0).any() for grad in grads[:2])
+        return loss, grads[:2]
+
+    assert_gradient(loss_and_gradient, (features.image, features.text))
+
+
+def test_a_lone_pair_without_a_queue_has_no_loss():
+    image, text = matching_rows(np.random.default_rng(0), 1, 5)
+    loss, aux = jax.jit(fne_jax.fne_triplet_loss)(
+        jax.random.key(0), image, text, image, text, np.array([3]), None, TRUSTED
+    )
+    assert loss == 0 and aux.fallback_fraction == 1
+
+
+def test_backward_pass_has_no_product_over_the_keys():
+    features, queue = make_batch(0, queue_size=1009)
+
+    def loss_fn(image, text):
+        return fne_jax.fne_triplet_loss(
+            jax.random.key(0), image, text, *arguments_of(features)[2:], queue, TRUSTED
+        )[0]
+
+    def dots_over_keys(function):
+        text = str(jax.make_jaxpr(function)(features.image, features.text))
+        return sum("dot_general" in line and "1009" in line for line in text.splitlines())
+
+    assert dots_over_keys(loss_fn) == dots_over_keys(jax.grad(loss_fn, (0, 1))) == 2
+
+
+def test_the_public_calls_are_the_losses_of_the_structs():
+    features, queue = make_batch(5)
+    keywords = {"margin": 0.3, "tau": 0.7, "min_count": 5, "key_chunk": 16}
+    settings = FNESettings(**keywords)
+    rng, uniforms = jax.random.key(3), uniforms_of(0, 6)
+
+    def program(function):
+        return str(jax.make_jaxpr(function)(features))
+
+    struct = program(lambda f: fne_loss(rng, f, queue, TRUSTED, settings))
+    public = program(
+        lambda f: fne_jax.fne_triplet_loss(rng, *arguments_of(f), queue, TRUSTED, **keywords)
+    )
+    default = program(lambda f: fne_jax.fne_triplet_loss(rng, *arguments_of(f), queue, TRUSTED))
+    assert struct == public != default
+
+    struct = program(lambda f: fne_loss_from_uniform(uniforms, f, queue, TRUSTED, settings))
+    public = program(
+        lambda f: fne_jax.fne_triplet_loss_from_uniform(
+            *uniforms, *arguments_of(f), queue, TRUSTED, **keywords
+        )
+    )
+    assert struct == public
+
+
+def test_the_old_name_of_tau_still_works():
+    features, queue = make_batch(5)
+
+    def loss_fn(**settings):
+        return jax.make_jaxpr(
+            lambda image: fne_jax.fne_triplet_loss(
+                jax.random.key(0), image, *arguments_of(features)[1:], queue, TRUSTED, **settings
+            )
+        )(features.image)
+
+    with pytest.warns(DeprecationWarning, match="decay is now called tau") as warned:
+        old = loss_fn(decay=0.7)
+    assert warned[0].filename == __file__
+    assert str(old) == str(loss_fn(tau=0.7)) != str(loss_fn())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"margin": -0.1}, "margin: expected a number in"),
+        ({"prior": 0.0}, r"prior: expected a number in \(0, 1\), got 0.0"),
+        ({"key_chunk": 24}, "key_chunk: expected a multiple of 16 or None, got 24"),
+        ({"text_emb": np.ones((5, 9), np.float32)}, r"text_emb: expected shape \(6, 9\)"),
+        ({"image_id": np.ones(6, np.float32)}, "image_id: expected an integer dtype, got float32"),
+        ({"image_emb": np.ones((6, 9), np.int32)}, "image_emb: expected a float dtype"),
+        ({"queue": make_batch(0, dim=8)[1]}, "queue.image: expected shape"),
+    ],
+)
+def test_wrong_arguments_are_named_while_tracing(change, message):
+    features, queue = make_batch(0)
+    names = "image_emb", "text_emb", "momentum_image_emb", "momentum_text_emb", "image_id"
+    arguments = dict(zip(names, arguments_of(features), strict=True)) | {"queue": queue} | change
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(
+            lambda: fne_jax.fne_triplet_loss(jax.random.key(0), **arguments, stats=TRUSTED)
+        )
+
+
+def test_uniform_numbers_of_another_batch_are_refused():
+    features, queue = make_batch(0)
+    with pytest.raises(ValueError, match=r"uniform_t2i: expected shape \(6,\), got \(5,\)"):
+        fne_jax.fne_triplet_loss_from_uniform(
+            np.zeros(6, "f"), np.zeros(5, "f"), *arguments_of(features), queue, TRUSTED
+        )
+
+
+def test_half_precision_embeddings_are_compared_in_float32():
+    features, queue = make_batch(1)
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), arguments_of(features)[:4])
+    loss, _ = jax.eval_shape(
+        lambda: fne_jax.fne_triplet_loss(
+            jax.random.key(0), *half, features.image_id, queue, TRUSTED
+        )
+    )
+    assert loss.dtype == jnp.float32
+    rounded = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    for product in (jax.jit(cosine), jax.jit(rowwise_cosine)):
+        np.testing.assert_array_equal(product(*half[:2]), product(*rounded[:2]))

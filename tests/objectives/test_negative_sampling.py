@@ -1,0 +1,131 @@
+"""FNE's weights and the sampling by them, against loops and on edge cases."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+import fne_jax
+from tests.support.fne import slow_posterior, slow_sample, slow_weights, statistics
+
+TRUSTED = statistics()
+
+weigh = jax.jit(fne_jax.sampling_weights)
+sample = jax.jit(fne_jax.sample_negatives)
+sample_from_uniform = jax.jit(fne_jax.sample_negatives_from_uniform)
+
+
+@pytest.mark.parametrize("min_count", [200, 700])
+def test_weights_agree_with_the_slow_version(min_count):
+    rng = np.random.default_rng(3)
+    s = rng.uniform(-0.2, 1, (4, 23)).astype(np.float32)
+    d = rng.uniform(0.5, 0.9, 4).astype(np.float32)
+    same = rng.random((4, 23)) < 0.2
+    settings = {"margin": 0.3, "tau": 0.7, "prior": 0.02, "min_count": min_count}
+    ours = weigh(s, d, same, TRUSTED, posterior_threshold=0.1, **settings)
+    slow = slow_weights(s, d, same, TRUSTED, threshold=0.1, **settings)
+    np.testing.assert_allclose(ours, slow, rtol=1e-5)
+    assert (slow == 0).any() and (slow > 0).any()
+
+
+def test_parts_of_the_weights_can_be_switched_off():
+    s = np.array([[0.55, 0.72, 0.95]], np.float32)
+    args = s, np.array([0.8], np.float32), np.zeros((1, 3), bool), TRUSTED
+    posterior = slow_posterior(s, TRUSTED, 0.5)
+    cutdown = np.exp(-0.5 * (s - 0.8) ** 2)
+    off = weigh(*args, prior=0.5, posterior_threshold=1.0)
+    np.testing.assert_allclose(off, cutdown, rtol=1e-6)
+    shared = {"prior": 0.5, "posterior_threshold": 0.8}
+    uniform = weigh(*args, tau=0.0, elimination_tau=0.5, **shared)
+    expected = np.where(posterior > 0.8, np.exp(-0.5 * posterior), 1.0)
+    np.testing.assert_allclose(uniform, expected, rtol=1e-5)
+    hard = weigh(*args, elimination_tau=1e30, **shared)
+    np.testing.assert_array_equal(np.asarray(hard) == 0, posterior > 0.8)
+    assert 0 < (posterior > 0.8).sum() < 3
+
+
+def test_the_old_names_of_tau_still_work():
+    args = np.full((2, 3), 0.6, "f"), np.full(2, 0.8, "f"), np.zeros((2, 3), bool), TRUSTED
+    with pytest.warns(DeprecationWarning) as warned:
+        old = fne_jax.sampling_weights(*args, margin=0.3, decay=2.0, elimination_decay=3.0)
+    assert [str(w.message) for w in warned] == [
+        "decay is now called tau",
+        "elimination_decay is now called elimination_tau",
+    ]
+    assert {w.filename for w in warned} == {__file__}
+    new = fne_jax.sampling_weights(*args, margin=0.3, tau=2.0, elimination_tau=3.0)
+    np.testing.assert_array_equal(old, new)
+    assert (new < 1).all()
+    with pytest.raises(TypeError, match="decay is the old name of tau; give tau alone"):
+        fne_jax.sampling_weights(*args, decay=2.0, tau=2.0)
+
+
+def test_fewer_keys_than_anchors_are_refused():
+    with pytest.raises(ValueError, match=r"at least as many keys as the 3 anchors.*, got 2"):
+        fne_jax.sampling_weights(
+            np.ones((3, 2), "f"), np.ones(3, "f"), np.zeros((3, 2), bool), TRUSTED
+        )
+
+
+@pytest.mark.parametrize("keys", [1, 5, 127, 128, 129, 300, 1000])
+def test_samples_agree_with_the_slow_version(keys):
+    rng = np.random.default_rng(keys)
+    # Multiples of 1/64 add up exactly, so that both versions see the same borders.
+    weights = (rng.integers(0, 65, (64, keys)) / 64 * (rng.random((64, keys)) < 0.3)).astype("f")
+    weights[::9] = 0
+    uniform = rng.random(64).astype(np.float32)
+    fallback = rng.integers(0, keys, 64)
+    ours = sample_from_uniform(uniform, weights, fallback)
+    np.testing.assert_array_equal(ours, slow_sample(uniform, weights, fallback))
+
+
+def test_samples_are_proportional_to_the_weights():
+    rng = np.random.default_rng(0)
+    weights = rng.random(301).astype(np.float32) * (rng.random(301) < 0.5)
+    rows = np.broadcast_to(weights, (1000, 301))
+    draws = 100_000
+    keys = jax.random.split(jax.random.key(1), draws // 1000)
+    sampled = jax.jit(
+        lambda keys: jax.lax.map(
+            lambda key: fne_jax.sample_negatives(key, rows, jnp.zeros(1000, jnp.int32)), keys
+        )
+    )(keys)
+    counts = np.bincount(np.asarray(sampled).ravel(), minlength=301)
+    assert (counts[weights == 0] == 0).all()
+    expected = draws * weights.astype(np.float64) / weights.sum(dtype=np.float64)
+    assert scipy_stats.chisquare(counts[weights > 0], expected[weights > 0]).pvalue > 1e-3
+
+
+def test_never_samples_a_zero_weight_among_many_keys():
+    keys = 131_072
+    rng = np.random.default_rng(5)
+    weights = np.zeros((32, keys), np.float32)
+    for row in weights:
+        row[rng.choice(keys, 40, replace=False)] = rng.random(40) + 1e-3
+    edge = np.float32(1) - np.float32(2) ** -24
+    for uniform in (np.zeros(32, np.float32), np.full(32, edge), rng.random(32).astype("f")):
+        sampled = np.asarray(sample_from_uniform(uniform, weights, np.zeros(32, np.int32)))
+        assert (weights[np.arange(32), sampled] > 0).all()
+
+
+def test_sampling_is_reproducible_and_uses_the_fallback():
+    weights = np.ones((3, 700), np.float32)
+    weights[1] = 0
+    fallback = np.array([1, 2, 3])
+    first, again = (sample(jax.random.key(4), weights, fallback) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert first[1] == 2
+    other = sample(jax.random.key(5), weights, fallback)
+    assert (np.asarray(other) != np.asarray(first)).any()
+
+
+def test_eight_devices_sample_what_one_samples():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    weights = np.random.default_rng(2).random((16, 1000)).astype("f")
+    fallback = np.zeros(16, np.int32)
+    np.testing.assert_array_equal(
+        sample(jax.random.key(1), weights, fallback),
+        sample(jax.random.key(1), jax.device_put(weights, rows), fallback),
+    )
