@@ -1,4 +1,4 @@
-"""Implementations of softmax attention, alike in what they compute and unlike in speed."""
+"""Implementations of softmax attention, which compute the same at different speeds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AUTO = "auto"
 _LOOP_QUERIES = 256
 
 _HIDDEN = jnp.finfo(jnp.float32).min
-# Of `dot_general`, for the product of a transposed left side, a.T @ b.
+# The dimension numbers by which `dot_general` computes a.T @ b.
 _TRANSPOSED_LEFT = (((0,), (0,)), ((), ()))
 
 
@@ -31,17 +31,17 @@ def attend(
 ) -> jax.Array:
     """Returns softmax(query key^T / sqrt(dim)) value, with a float32 softmax.
 
-    A query that may look nowhere looks everywhere alike, except in "cudnn".
+    A query whose mask is False everywhere weighs all tokens alike, except in "cudnn".
 
     Args:
-      query: [batch, queries, heads, dim].
-      key: [batch, tokens, heads, dim], of the same dtype, as `value`.
-      value: [batch, tokens, heads, dim].
-      mask: bool, [batch, 1 or queries, tokens], False where a query must not look; or None.
-      implementation: a key of `ATTENTIONS`, or "auto", see `resolve`.
+      query: [batch, queries, heads, dim] float array.
+      key: [batch, tokens, heads, dim] array of the same dtype.
+      value: [batch, tokens, heads, dim] array of the same dtype.
+      mask: [batch, 1 or queries, tokens] bool, False where a query must not look; or None.
+      implementation: a key of `ATTENTIONS`, or "auto" for the fastest on this kind of device.
 
     Returns:
-      [batch, queries, heads, dim] in the dtype of `value`.
+      A [batch, queries, heads, dim] array in the dtype of `value`.
 
     Raises:
       UserError: if there is no such implementation, or it cannot run here.
@@ -57,7 +57,7 @@ def resolve(implementation: str, *, queries: int) -> str:
 
     Args:
       implementation: a key of `ATTENTIONS`, or "auto".
-      queries: tokens that ask.
+      queries: number of query tokens.
 
     Raises:
       UserError: if there is no such implementation.
@@ -81,7 +81,7 @@ def check_name(implementation: str, field: str) -> None:
 def xla_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
 ) -> jax.Array:
-    """All heads at once, as two batched products; arguments and result as in `attend`."""
+    """Computes `attend` for all heads at once, as two batched products."""
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
     scores *= query.shape[-1] ** -0.5
@@ -94,10 +94,10 @@ def xla_attention(
 def cudnn_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
 ) -> jax.Array:
-    """cuDNN's fused kernel, which never stores the scores; as in `attend`, in half precision.
+    """Computes `attend` by cuDNN's fused kernel, which never stores the scores.
 
     Raises:
-      UserError: if the backend is no GPU or the dtype is not bfloat16 or float16.
+      UserError: if the backend is not a GPU, or the dtype is neither bfloat16 nor float16.
     """
     if jax.default_backend() != "gpu":
         raise UserError(
@@ -116,7 +116,7 @@ def cudnn_attention(
 def head_loop_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
 ) -> jax.Array:
-    """One head of one example after the other; arguments and result as in `attend`.
+    """Computes `attend` for one head of one example after the other.
 
     The scores of one head stay in a CPU's cache, and a plain product runs several times as fast
     there as a batched one. The backward pass computes the scores again, so that none are kept.
@@ -140,7 +140,7 @@ def head_loop_attention(
 
 @jax.custom_vjp
 def _one_head(query, key, value, mask):
-    """[queries, dim], twice [tokens, dim] and a mask or None -> [queries, dim]."""
+    """Returns [queries, dim] of a query of that shape, and a key and value of [tokens, dim]."""
     return _one_head_forward(query, key, value, mask)[0]
 
 

@@ -26,15 +26,15 @@ class ClipVision(VisionTower, kw_only=True):
 
     @property
     def pooled_dim(self) -> int:
-        """Dimension of `pooled`."""
+        """The dimension of `pooled`."""
         return self.projection_dim
 
     @nn.compact
     def __call__(self, pixels: jax.Array, *, deterministic: bool = True) -> EncoderOutput:
         """Encodes [batch, height, width, 3] normalised pixels; token 0 is the class token.
 
-        The last hidden state is that before the last LayerNorm, which only the class token, on
-        its way to `pooled`, goes through.
+        `last_hidden_state` is taken before the last LayerNorm, which is applied to the class token
+        alone, for `pooled`.
 
         Raises:
           ValueError: if the pixels are not `image_size` square.
@@ -62,7 +62,7 @@ class ClipText(TextTower, kw_only=True):
 
     @property
     def pooled_dim(self) -> int:
-        """Dimension of `pooled`."""
+        """The dimension of `pooled`."""
         return self.projection_dim
 
     @nn.compact

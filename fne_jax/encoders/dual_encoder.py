@@ -1,4 +1,4 @@
-"""Two towers into one space: pooling, optional projection, L2 normalisation."""
+"""An image tower and a text tower into one space: pooling, projection, L2 normalisation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ _MIN_NORM = 1e-12
 
 
 def pool_mean(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the [batch, dim] mean of the real tokens of [batch, tokens, dim] and their mask."""
+    """Returns the [batch, dim] float32 mean of the tokens that are not padding.
+
+    Args:
+      hidden: [batch, tokens, dim] hidden states.
+      mask: [batch, tokens], 0 at padding.
+    """
     weights = mask.astype(jnp.float32)[..., None]
     total = (hidden.astype(jnp.float32) * weights).sum(axis=1)
     return total / jnp.maximum(weights.sum(axis=1), 1.0)
@@ -29,8 +34,8 @@ def pool_mean_with_padding(hidden: jax.Array, mask: jax.Array) -> jax.Array:
 def pool_mean_to_longest(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the mean of as many tokens as the batch's longest text has.
 
-    What `pool_mean_with_padding` gives where batches are padded to their longest text, as the
-    authors' training does, without a length that changes from batch to batch.
+    This is what `pool_mean_with_padding` gives where batches are padded to their longest text, as
+    in the authors' training, without a length that changes from batch to batch.
     """
     longest = mask.sum(axis=1).max()
     counted = jnp.arange(mask.shape[1])[None, :] < longest
@@ -38,7 +43,7 @@ def pool_mean_to_longest(hidden: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def pool_first(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the first token, the class token of ViT and BERT."""
+    """Returns the first token's hidden state, that of the class token in ViT and BERT."""
     del mask
     return hidden[:, 0].astype(jnp.float32)
 
@@ -63,7 +68,7 @@ class DualEncoder(nn.Module):
       text: the text tower.
       image_pooling: a key of `POOLINGS`, or "checkpoint" for the embedding that the tower itself
         gives (CLIP and SigLIP).
-      text_pooling: as `image_pooling`.
+      text_pooling: a key of `POOLINGS`, or "checkpoint" for the tower's own embedding.
       projection_dim: dimension of a learned bias-free projection after pooling; 0 for none.
     """
 
@@ -82,14 +87,25 @@ class DualEncoder(nn.Module):
             )
 
     def __call__(self, pixels, input_ids, attention_mask, *, deterministic=True):
-        """Returns the [batch, dim] embeddings of images and of captions."""
+        """Returns the [batch, dim] unit embeddings of images and of captions, float32.
+
+        Args:
+          pixels: [batch, height, width, 3] normalised pixels.
+          input_ids: [batch, tokens] int32 token ids.
+          attention_mask: [batch, tokens] int32, 0 at padding.
+          deterministic: whether dropout is off.
+        """
         return (
             self.encode_image(pixels, deterministic=deterministic),
             self.encode_text(input_ids, attention_mask, deterministic=deterministic),
         )
 
     def encode_image(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """[batch, height, width, 3] normalised pixels -> [batch, dim] unit vectors, float32.
+        """Returns the [batch, dim] unit embeddings of images, float32.
+
+        Args:
+          pixels: [batch, height, width, 3] normalised pixels.
+          deterministic: whether dropout is off.
 
         Raises:
           UserError: if the pooling is "checkpoint" and the tower has no embedding of its own.
@@ -101,7 +117,12 @@ class DualEncoder(nn.Module):
     def encode_text(
         self, input_ids: jax.Array, attention_mask: jax.Array, *, deterministic: bool = True
     ) -> jax.Array:
-        """[batch, tokens] ids and mask -> [batch, dim] unit vectors, float32.
+        """Returns the [batch, dim] unit embeddings of texts, float32.
+
+        Args:
+          input_ids: [batch, tokens] int32 token ids.
+          attention_mask: [batch, tokens] int32, 0 at padding.
+          deterministic: whether dropout is off.
 
         Raises:
           UserError: if the pooling is "checkpoint" and the tower has no embedding of its own.

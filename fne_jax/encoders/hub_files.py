@@ -36,15 +36,15 @@ def read_architecture(path_or_hub_name: str | os.PathLike, revision: str | None 
 def find_folder(
     path_or_hub_name: str | os.PathLike, revision: str | None, patterns: list[str]
 ) -> pathlib.Path:
-    """Returns the local folder, or that into which the hub's client has put the files.
+    """Returns the local folder of a model, which the hub's client downloads where need be.
 
     Args:
       path_or_hub_name: a local folder, or a name on the hub.
-      revision: branch, tag or commit on the hub.
-      patterns: of the files to fetch.
+      revision: branch, tag or commit on the hub, None for the newest.
+      patterns: glob patterns of the files to download.
 
     Raises:
-      UserError: if it is neither.
+      UserError: if the name is neither a local folder nor a model that the hub gives.
     """
     path = pathlib.Path(path_or_hub_name).expanduser()
     if path.is_dir():
@@ -69,7 +69,7 @@ def read_config(folder: pathlib.Path) -> dict:
     """Returns the content of a folder's config.json.
 
     Raises:
-      UserError: if it is not there or damaged.
+      UserError: if the file is not there or damaged.
     """
     path = folder / CONFIG
     if not path.exists():
@@ -90,7 +90,10 @@ def _read_json(path):
 def read_tensors(
     paths: list[pathlib.Path],
 ) -> Iterator[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]]:
-    """Yields name, shape, safetensors' name of the dtype, and reader of every tensor of some files.
+    """Yields every tensor of some files: its name, its shape, its dtype and how to read it.
+
+    The dtype is named as safetensors does ("F32"); the last element is a function that returns the
+    array.
 
     Raises:
       UserError: if a file is damaged.
@@ -111,10 +114,10 @@ def read_tensors(
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the files of weights of a folder.
+    """Returns the paths of the safetensors files in which a folder holds its weights.
 
     Raises:
-      UserError: if there are none, one is missing, or they are pickles.
+      UserError: if there are none, one is missing, or there are only pickles.
     """
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]

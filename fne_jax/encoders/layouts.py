@@ -20,7 +20,7 @@ from fne_jax.encoders.vision_transformer import VisionTransformer
 
 
 class Transform(NamedTuple):
-    """How a tensor of theirs becomes a parameter of ours, and back."""
+    """How a tensor of a checkpoint becomes a parameter of ours, and back."""
 
     load: Callable[[np.ndarray], np.ndarray]
     save: Callable[[np.ndarray], np.ndarray]
@@ -59,11 +59,11 @@ class Layout(NamedTuple):
     """What Hugging Face calls the parts of one of our towers.
 
     Attributes:
-      fields: our attributes and the fields of their configs.
-      fixed: fields of their configs for which our tower has one value only.
-      weights: our paths, their names and what they hold.
-      layer: their name of layer {}; ours is `encoder/layer_{}`.
-      layer_weights: as `weights`, within a layer.
+      fields: for each of our attributes, the field of their config.json.
+      fixed: fields of their config.json for which our tower supports one value only.
+      weights: for each parameter its path in ours, its name in theirs, and its transforms.
+      layer: the beginning of the names of layer {} in theirs; in ours it is `encoder/layer_{}`.
+      layer_weights: the same as `weights`, relative to a layer.
     """
 
     fields: Mapping[str, str]
@@ -204,7 +204,13 @@ LAYOUTS: dict[type[Tower], Layout] = {
 
 
 class Model(NamedTuple):
-    """One of their model types: its class, our towers, and its scalars with their first values."""
+    """A model type of Hugging Face's.
+
+    Attributes:
+      architecture: the name of its class in transformers.
+      towers: the types of our towers that it consists of.
+      scalars: further parameters, with the values that their authors begin with.
+    """
 
     architecture: str
     towers: tuple[type[Tower], ...]

@@ -6,7 +6,6 @@ import logging
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -38,6 +37,7 @@ from fne_jax.encoders.layouts import IGNORED, LAYOUTS, MODELS, VALUE, Transform
 from fne_jax.encoders.position_interpolation import resize_positions
 from fne_jax.encoders.vision_transformer import VisionTower
 from fne_jax.errors import UserError
+from fne_jax.files import write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def load_pretrained(
     remat: bool = False,
     revision: str | None = None,
 ) -> tuple[nn.Module, dict]:
-    """Reads an encoder, or a pair of them, in Hugging Face's layout.
+    """Returns an encoder, or a pair of them, read from Hugging Face's layout.
 
     Model types `vit` and `bert` give a `VisionTransformer` and a `Bert`. `clip` and `siglip` give
     a `DualEncoder` of both towers with pooling "checkpoint"; its params also hold the model's
@@ -64,12 +64,14 @@ def load_pretrained(
     Args:
       path_or_hub_name: a local folder, or a name on the Hugging Face hub; the hub's cache and
         HF_HUB_OFFLINE are respected.
-      image_size: pixels of a side, a multiple of the patch size. Where it differs from the
+      image_size: pixels along a side, a multiple of the patch size. Where it differs from the
         checkpoint's, position embeddings are interpolated bicubically. None for the checkpoint's.
       dtype: compute dtype.
-      attention: see `attention.attend`.
-      scan_layers: see `TransformerStack`.
-      remat: see `TransformerStack`.
+      attention: how attention is computed: "xla", "cudnn", "head_loop", or "auto" for the fastest
+        on this kind of device.
+      scan_layers: whether the layers' parameters are stacked along a leading axis, under one name,
+        so that one layer is compiled and looped over.
+      remat: whether activations are computed again in the backward pass rather than kept.
       revision: branch, tag or commit on the hub; a local folder has none.
 
     Returns:
@@ -113,8 +115,8 @@ def save_pretrained(path: str | os.PathLike, module: nn.Module, params: Mapping)
       params: its parameters, with layers stacked or not.
 
     Raises:
-      UserError: if the module is another, the params are not its (all that are not are named), or
-        the path is a file.
+      UserError: if the module is of another kind, the params are not those of the module (all that
+        differ are named), or the path is a file.
     """
     path = pathlib.Path(path)
     if path.exists() and not path.is_dir():
@@ -131,15 +133,11 @@ def save_pretrained(path: str | os.PathLike, module: nn.Module, params: Mapping)
         name: np.asarray(_join(weights, paths, transform), np.float32, order="C")
         for name, (paths, transform) in _names(module).items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-        scratch = pathlib.Path(scratch)
-        # Not save_file, whose files only their owner may read.
-        (scratch / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
-        (scratch / CONFIG).write_text(config_json(module), "utf-8")
-        path.mkdir(exist_ok=True)
-        for name in (WEIGHTS, CONFIG):
-            os.replace(scratch / name, path / name)
+    config = config_json(module)
+    path.mkdir(parents=True, exist_ok=True)
+    # Not save_file, whose files only their owner may read.
+    write_atomically(path / WEIGHTS, safetensors.numpy.save(tensors, {"format": "pt"}))
+    write_atomically(path / CONFIG, config)
 
 
 def _names(module) -> dict[str, tuple[list[str], Transform]]:
@@ -176,7 +174,7 @@ def _shapes(module) -> dict[str, tuple[int, ...]]:
 
 
 def _join(weights: Mapping[str, np.ndarray], paths, transform) -> np.ndarray:
-    """Returns the tensor of theirs that the parameters at these paths make up."""
+    """Returns the tensor in Hugging Face's layout that the parameters at these paths make up."""
     parts = [transform.save(np.asarray(weights[path])) for path in paths]
     return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
@@ -210,7 +208,7 @@ def _read_weights(folder, module) -> dict[str, np.ndarray]:
 
 
 def _collect(module, entries, where) -> dict[str, np.ndarray]:
-    """Returns the parameters by path, float32, layers unstacked, of entries as `_entries`'s."""
+    """Returns the parameters by path, float32, layers unstacked, of what `read_tensors` yields."""
     names = _names(module)
     # Without memory of their own, whatever the sizes.
     blanks = {path: np.broadcast_to(np.float32(0), s) for path, s in _shapes(module).items()}
@@ -233,7 +231,7 @@ def _collect(module, entries, where) -> dict[str, np.ndarray]:
 
 
 def _split(tensor, paths, transform) -> dict[str, np.ndarray]:
-    """Undoes `_join`."""
+    """Returns the parameters that a tensor in Hugging Face's layout is made up of, by path."""
     tensor = tensor.astype(np.float32)
     parts = np.split(tensor, len(paths)) if len(paths) > 1 else [tensor]
     return {path: transform.load(part) for path, part in zip(paths, parts, strict=True)}
@@ -263,7 +261,7 @@ def _differences(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> l
 
 
 def _stack_layers(weights: Mapping[str, Any], module) -> dict[str, Any]:
-    """Moves the parameters of layers 0, 1, ... into the layout of scanned layers."""
+    """Returns the parameters with those of all layers stacked, as scanned layers hold them."""
     stacked = {k: v for k, v in weights.items() if "encoder/layer_" not in k}
     for begin, tower in towers_of(module).items():
         first = f"{begin}encoder/layer_0/"
@@ -275,7 +273,7 @@ def _stack_layers(weights: Mapping[str, Any], module) -> dict[str, Any]:
 
 
 def _unstack_layers(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Undoes `_stack_layers`; unstacked layers stay as they are."""
+    """Returns the parameters with stacked layers taken apart; others stay as they are."""
     unstacked = {}
     for path, value in weights.items():
         begin, found, end = path.partition("encoder/layers/")

@@ -27,7 +27,7 @@ class SiglipVision(VisionTower, kw_only=True):
 
     @property
     def pooled_dim(self) -> int:
-        """Dimension of `pooled`."""
+        """The dimension of `pooled`."""
         return self.width
 
     @nn.compact
@@ -68,7 +68,7 @@ class SiglipText(TextTower, kw_only=True):
 
     @property
     def pooled_dim(self) -> int:
-        """Dimension of `pooled`."""
+        """The dimension of `pooled`."""
         return self.projection_dim
 
     @nn.compact
@@ -93,7 +93,16 @@ class SiglipText(TextTower, kw_only=True):
 
 
 class _AttentionPooling(nn.Module):
-    """One learned query over all tokens, then an MLP with a residual; attributes as in `Tower`."""
+    """One learned query that attends over all tokens, and an MLP with a residual.
+
+    Attributes:
+      heads: number of attention heads.
+      mlp_width: width of the MLP's hidden layer.
+      activation: activation of the MLP, a key of `ACTIVATIONS`.
+      norm_epsilon: epsilon of the LayerNorm.
+      dtype: compute dtype.
+      attention: how attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
+    """
 
     heads: int
     mlp_width: int
@@ -104,7 +113,7 @@ class _AttentionPooling(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """[batch, tokens, width] -> [batch, width] float32."""
+        """Returns the [batch, width] float32 summary of [batch, tokens, width] hidden states."""
         batch, _, width = hidden.shape
         probe = self.param("probe", KERNEL_INIT, (1, 1, width))
         probe = jnp.broadcast_to(probe.astype(self.dtype), (batch, 1, width))

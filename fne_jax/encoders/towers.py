@@ -34,7 +34,7 @@ def read_architectures(
 
     Args:
       encoder: `config.encoder`.
-      workdir: of the run, if there is one.
+      workdir: the workdir of the run, if there is one.
 
     Raises:
       UserError: if a pretrained source is not there.
@@ -69,9 +69,9 @@ def build_dual_encoder(
     """Returns the model that the `encoder` part of a config describes.
 
     Args:
-      encoder: `config.encoder`, see configs/base.py.
+      encoder: `config.encoder`, whose fields configs/base.py describes.
       vocab_size: number of the tokenizer's ids.
-      architectures: of `read_architectures`, for towers that are pretrained.
+      architectures: what `read_architectures` returned, for towers that are pretrained.
 
     Raises:
       UserError: naming the field, if the sizes do not fit together or a name is unknown.
@@ -134,8 +134,8 @@ def pretrained_params(
 
     Args:
       encoder: `config.encoder`.
-      params: of the model; what is not pretrained (a projection, a tower from random weights)
-        stays.
+      params: the model's params; what is not pretrained (a projection, a tower from random
+        weights) stays.
     """
     params = dict(params)
     for name in TOWERS:

@@ -1,4 +1,4 @@
-"""What all encoders share: the transformer layer, a stack of them, sizes and options."""
+"""What all encoders share: the transformer layer, stacks of layers, sizes and options."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ ACTIVATIONS = {
 
 @flax.struct.dataclass
 class EncoderOutput:
-    """What an encoder gives.
+    """What an encoder computes.
 
     Attributes:
-      last_hidden_state: [batch, tokens, width] in the compute dtype.
-      pooled: [batch, dim] float32, the embedding that the encoder was trained to give, not
-        normalised; None for encoders that have none of their own (ViT and BERT).
+      last_hidden_state: [batch, tokens, width] hidden states in the compute dtype.
+      pooled: [batch, dim] float32 embedding that the encoder was trained to give, not normalised;
+        None for encoders that have none of their own (ViT and BERT).
     """
 
     last_hidden_state: jax.Array
@@ -54,7 +54,7 @@ class Attention(nn.Module):
     Attributes:
       heads: number of heads; it must divide the width.
       dtype: compute dtype. The softmax is float32 in any case.
-      attention: the implementation, a key of `ATTENTIONS`, or "auto" for the fastest here.
+      attention: how attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
     """
 
     heads: int
@@ -65,15 +65,15 @@ class Attention(nn.Module):
     def __call__(
         self, hidden: jax.Array, mask: jax.Array | None, queries: jax.Array | None = None
     ) -> jax.Array:
-        """Attends over tokens.
+        """Returns the mixture of tokens that each query attends to.
 
         Args:
-          hidden: [batch, tokens, width].
-          mask: bool, [batch, 1 or queries, tokens], False where a query must not look; or None.
-          queries: [batch, queries, width], what asks; None for the tokens themselves.
+          hidden: [batch, tokens, width] hidden states.
+          mask: [batch, 1 or queries, tokens] bool, False where a query must not look; or None.
+          queries: [batch, queries, width] hidden states that ask; None for the tokens themselves.
 
         Returns:
-          [batch, queries, width].
+          A [batch, queries, width] array in the compute dtype.
 
         Raises:
           UserError: if there is no such implementation, or it cannot run here.
@@ -97,13 +97,13 @@ class TransformerLayer(nn.Module):
 
     Attributes:
       heads: number of attention heads.
-      mlp_width: width of the hidden layer of the MLP.
-      pre_norm: normalise the input of each part rather than the sum after it.
-      norm_epsilon: of the LayerNorms.
-      activation: of the MLP, a key of `ACTIVATIONS`.
-      dropout: rate on the output of each part.
+      mlp_width: width of the MLP's hidden layer.
+      pre_norm: whether the input of each part is normalised, rather than the sum after it.
+      norm_epsilon: epsilon of the LayerNorms.
+      activation: activation of the MLP, a key of `ACTIVATIONS`.
+      dropout: dropout rate on the output of each part.
       dtype: compute dtype.
-      attention: see `Attention`.
+      attention: how attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
     """
 
     heads: int
@@ -119,7 +119,13 @@ class TransformerLayer(nn.Module):
     def __call__(
         self, hidden: jax.Array, mask: jax.Array | None, deterministic: bool
     ) -> tuple[jax.Array, None]:
-        """[batch, tokens, width] -> the same and None, the pair that `nn.scan` asks for."""
+        """Returns the next hidden states and None, the pair that `nn.scan` asks for.
+
+        Args:
+          hidden: [batch, tokens, width] hidden states.
+          mask: [batch, 1 or tokens, tokens] bool, False where a token must not look; or None.
+          deterministic: whether dropout is off.
+        """
 
         def mix(x):
             return Attention(self.heads, self.dtype, self.attention, name="attention")(x, mask)
@@ -140,16 +146,17 @@ class TransformerStack(nn.Module):
 
     Attributes:
       layers: number of layers.
-      scan_layers: keep the layers' parameters stacked along a leading axis, under one name.
-      remat: recompute activations in the backward pass instead of keeping them.
-      heads: see `TransformerLayer`, as all below.
-      mlp_width: see `TransformerLayer`.
-      pre_norm: see `TransformerLayer`.
-      norm_epsilon: see `TransformerLayer`.
-      activation: see `TransformerLayer`.
-      dropout: see `TransformerLayer`.
-      dtype: see `TransformerLayer`.
-      attention: see `TransformerLayer`.
+      heads: number of attention heads.
+      mlp_width: width of the MLPs' hidden layers.
+      pre_norm: whether the input of each part is normalised, rather than the sum after it.
+      norm_epsilon: epsilon of the LayerNorms.
+      activation: activation of the MLPs, a key of `ACTIVATIONS`.
+      dropout: dropout rate on the output of each part.
+      dtype: compute dtype.
+      attention: how attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
+      scan_layers: whether the layers' parameters are stacked along a leading axis, under one name,
+        so that one layer is compiled and looped over.
+      remat: whether activations are computed again in the backward pass rather than kept.
     """
 
     layers: int
@@ -166,7 +173,13 @@ class TransformerStack(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, mask: jax.Array | None, deterministic: bool) -> jax.Array:
-        """[batch, tokens, width] and a mask as `Attention` takes -> [batch, tokens, width]."""
+        """Returns the [batch, tokens, width] hidden states after all layers.
+
+        Args:
+          hidden: [batch, tokens, width] hidden states.
+          mask: [batch, 1 or tokens, tokens] bool, False where a token must not look; or None.
+          deterministic: whether dropout is off.
+        """
         layer = TransformerLayer
         if self.remat:
             # `deterministic` (argument 3 with self) must stay a Python bool.
@@ -199,17 +212,18 @@ class Tower(nn.Module, kw_only=True):
     """Sizes and options that every encoder has.
 
     Attributes:
-      width: dimension of a token.
+      width: dimension of a token's hidden state.
       layers: number of transformer layers.
       heads: number of attention heads.
-      mlp_width: width of the MLPs.
-      activation: of the MLPs, a key of `ACTIVATIONS`.
-      norm_epsilon: of the LayerNorms; 1e-12 in Google's ViT and BERT.
-      dropout: rate after the embeddings and in the layers.
+      mlp_width: width of the MLPs' hidden layers.
+      activation: activation of the MLPs, a key of `ACTIVATIONS`.
+      norm_epsilon: epsilon of the LayerNorms; 1e-12 in Google's ViT and BERT.
+      dropout: dropout rate after the embeddings and in the layers.
       dtype: compute dtype; parameters stay float32.
-      attention: see `Attention`.
-      scan_layers: see `TransformerStack`.
-      remat: see `TransformerStack`.
+      attention: how attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
+      scan_layers: whether the layers' parameters are stacked along a leading axis, under one name,
+        so that one layer is compiled and looped over.
+      remat: whether activations are computed again in the backward pass rather than kept.
     """
 
     width: int
@@ -226,13 +240,20 @@ class Tower(nn.Module, kw_only=True):
 
     @property
     def pooled_dim(self) -> int:
-        """Dimension of the encoder's own `pooled`; 0 where it has none."""
+        """The dimension of the encoder's own `pooled`; 0 where it has none."""
         return 0
 
     def run_layers(
         self, hidden: jax.Array, mask: jax.Array | None, deterministic: bool, *, pre_norm: bool
     ) -> jax.Array:
-        """Runs the embeddings, [batch, tokens, width], through dropout and all layers."""
+        """Returns the [batch, tokens, width] hidden states after dropout and all layers.
+
+        Args:
+          hidden: [batch, tokens, width] embeddings.
+          mask: [batch, 1 or tokens, tokens] bool, False where a token must not look; or None.
+          deterministic: whether dropout is off.
+          pre_norm: whether the input of each part is normalised, rather than the sum after it.
+        """
         hidden = nn.Dropout(self.dropout)(hidden, deterministic=deterministic)
         return TransformerStack(
             layers=self.layers,
@@ -255,14 +276,17 @@ class TextTower(Tower):
 
     Attributes:
       vocab_size: number of token ids.
-      max_length: longest sequence that has position embeddings.
+      max_length: number of tokens that have position embeddings.
     """
 
     vocab_size: int
     max_length: int
 
     def embed_tokens(self, input_ids: jax.Array) -> jax.Array:
-        """[batch, tokens] ids -> [batch, tokens, width], words and positions, in float32.
+        """Returns the [batch, tokens, width] float32 sum of word and position embeddings.
+
+        Args:
+          input_ids: [batch, tokens] int32 token ids.
 
         Raises:
           ValueError: if the sequence is longer than `max_length`.
@@ -274,7 +298,7 @@ class TextTower(Tower):
         return words + self.table("position_embedding", self.max_length)[None, :tokens]
 
     def table(self, name: str, rows: int) -> jax.Array:
-        """Returns the embeddings of that name, [rows, width]."""
+        """Returns the [rows, width] float32 embeddings that are stored under a name."""
         return self.param(name, nn.initializers.normal(0.02), (rows, self.width))
 
 
@@ -282,13 +306,13 @@ def mlp(x: jax.Array, hidden_width: int, activation: str, dtype: Any) -> jax.Arr
     """Applies the two dense layers `mlp_in` and `mlp_out` of the module that calls this.
 
     Args:
-      x: [..., width].
-      hidden_width: outputs of the first layer.
+      x: [..., width] hidden states.
+      hidden_width: number of outputs of the first layer.
       activation: a key of `ACTIVATIONS`.
       dtype: compute dtype.
 
     Returns:
-      [..., width].
+      A [..., width] array in the compute dtype.
 
     Raises:
       UserError: if there is no such activation.

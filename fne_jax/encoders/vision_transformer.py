@@ -13,8 +13,8 @@ class VisionTower(Tower):
     """What the image encoders share.
 
     Attributes:
-      image_size: pixels of a side; a remainder that fills no patch, right and below, is unseen.
-      patch_size: pixels of a patch's side.
+      image_size: pixels along a side; what fills no patch, at the right and below, is not seen.
+      patch_size: pixels along a patch's side.
     """
 
     image_size: int
@@ -23,15 +23,15 @@ class VisionTower(Tower):
     def embed_patches(
         self, pixels: jax.Array, *, class_token: bool, patch_bias: bool = True
     ) -> jax.Array:
-        """Embeds patches and their places.
+        """Returns the embeddings of the patches and of their positions, summed.
 
         Args:
-          pixels: [batch, image_size, image_size, 3], normalised.
-          class_token: put a learned token first.
-          patch_bias: add a bias to the patches' embeddings.
+          pixels: [batch, image_size, image_size, 3] normalised pixels.
+          class_token: whether a learned token comes first.
+          patch_bias: whether a bias is added to the patches' embeddings.
 
         Returns:
-          [batch, tokens, width] in the compute dtype, patches in reading order.
+          A [batch, tokens, width] array in the compute dtype, patches in reading order.
 
         Raises:
           ValueError: if the pixels are not `image_size` square.
@@ -75,9 +75,14 @@ class VisionTransformer(VisionTower):
 
 
 def flatten_patches(pixels: jax.Array, patch_size: int) -> jax.Array:
-    """[batch, height, width, 3] -> [batch, patches, patch_size * patch_size * 3], rows first."""
+    """Returns the [batch, patches, patch_size * patch_size * 3] pixels of patches in reading order.
+
+    Args:
+      pixels: [batch, height, width, 3] array.
+      patch_size: pixels along a patch's side.
+    """
     batch, height, width, channels = pixels.shape
     rows, columns = height // patch_size, width // patch_size
-    whole = pixels[:, : rows * patch_size, : columns * patch_size]
-    patches = whole.reshape(batch, rows, patch_size, columns, patch_size, channels)
+    covered = pixels[:, : rows * patch_size, : columns * patch_size]
+    patches = covered.reshape(batch, rows, patch_size, columns, patch_size, channels)
     return patches.swapaxes(2, 3).reshape(batch, rows * columns, -1)

@@ -1,5 +1,7 @@
 """Implementations of attention: equal results and gradients, and which of them runs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,7 @@ def inputs(queries=TOKENS, dtype=jnp.float32):
     return [jax.random.normal(k, s, dtype) * 2 for k, s in zip(keys, shapes, strict=True)]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def output_and_gradients(name, arrays, mask):
     def run(*arrays):
         return attend(*arrays, mask, implementation=name)
@@ -59,7 +62,7 @@ def direct(query, key, value, mask):
 @pytest.mark.parametrize("mask", masks())
 def test_agrees_with_the_definition(name, mask):
     arrays, mask = inputs(), masks()[mask]
-    out = attend(*arrays, mask, implementation=name)
+    out = jax.jit(attend, static_argnames="implementation")(*arrays, mask, implementation=name)
     np.testing.assert_allclose(out, direct(*arrays, mask), atol=1e-5)
 
 
@@ -98,7 +101,7 @@ def test_the_choice_reaches_the_layers(options, monkeypatch):
     monkeypatch.setitem(attention.ATTENTIONS, "spied", spied)
     sizes = {"width": 12, "layers": 2, "heads": 3, "mlp_width": 20}
     tower = VisionTransformer(8, 4, **sizes, attention="spied", **options)
-    tower.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     assert used
 
 

@@ -1,5 +1,7 @@
 """The towers: what they must not depend on, and options that must not change the result."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,66 +37,70 @@ def stacked(params):
     return {**params, "encoder": {"layers": inner}}
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("remat", [False, True])
-def test_scan_and_remat_change_nothing(pixels, tokens, scan_layers, remat):
-    for build, inputs in (
-        (lambda **o: VisionTransformer(12, 4, **SIZES, **o), (pixels,)),
-        (lambda **o: Bert(30, 9, **SIZES, **o), tokens),
-    ):
-        plain, other = build(), build(scan_layers=scan_layers, remat=remat)
-        params = plain.init(jax.random.key(2), *inputs)["params"]
-        params_other = stacked(params) if scan_layers else params
+TOWERS = {
+    "image": lambda **options: VisionTransformer(12, 4, **SIZES, **options),
+    "text": lambda **options: Bert(30, 9, **SIZES, **options),
+}
 
-        def total(params, module=plain, inputs=inputs):
-            hidden = module.apply({"params": params}, *inputs).last_hidden_state
-            # Weighted, because a LayerNorm's output has a constant sum of squares.
-            return (hidden * jnp.sin(jnp.arange(hidden.size)).reshape(hidden.shape)).sum()
 
-        np.testing.assert_allclose(
-            plain.apply({"params": params}, *inputs).last_hidden_state,
-            other.apply({"params": params_other}, *inputs).last_hidden_state,
-            rtol=1e-4,
-            atol=1e-5,
-        )
-        grads = jax.grad(total)(params)
-        grads_other = jax.grad(lambda p, o=other, i=inputs: total(p, o, i))(params_other)
-        expected = stacked(grads) if scan_layers else grads
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-            expected,
-            grads_other,
-        )
+@functools.partial(jax.jit, static_argnums=0)
+def hidden_and_gradients(module, params, inputs):
+    def total(params):
+        hidden = module.apply({"params": params}, *inputs).last_hidden_state
+        # Weighted, because a LayerNorm's output has a constant sum of squares.
+        return (hidden * jnp.sin(jnp.arange(hidden.size)).reshape(hidden.shape)).sum(), hidden
+
+    grads, hidden = jax.grad(total, has_aux=True)(params)
+    return hidden, grads
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize(
+    ("scan_layers", "remat"), [(True, False), (False, True), (True, True)], ids=str
+)
+def test_scan_and_remat_change_nothing(pixels, tokens, tower, scan_layers, remat):
+    inputs = (pixels,) if tower == "image" else tokens
+    plain, other = TOWERS[tower](), TOWERS[tower](scan_layers=scan_layers, remat=remat)
+    params = jax.jit(plain.init)(jax.random.key(2), *inputs)["params"]
+    arranged = stacked if scan_layers else lambda params: params
+    hidden, grads = hidden_and_gradients(plain, params, inputs)
+    hidden_other, grads_other = hidden_and_gradients(other, arranged(params), inputs)
+    np.testing.assert_allclose(hidden, hidden_other, rtol=1e-4, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        arranged(grads),
+        grads_other,
+    )
 
 
 def test_text_embedding_does_not_depend_on_padding(tokens):
-    ids, mask = tokens
+    ids, mask = (np.asarray(array) for array in tokens)
     text = Bert(30, 9, **SIZES)
-    params = text.init(jax.random.key(0), ids, mask)
     module = DualEncoder(image=VisionTransformer(12, 4, **SIZES), text=text)
-    params = module.init(jax.random.key(0), jnp.zeros((1, 12, 12, 3)), ids, mask)
-
-    def embed(ids, mask, **options):
-        return module.clone(**options).apply(params, ids, mask, method="encode_text")
-
-    np.testing.assert_allclose(
-        embed(ids[1:2], mask[1:2])[0], embed(ids[1:2, :4], mask[1:2, :4])[0], atol=1e-6
+    params = jax.jit(functools.partial(module.init, method="encode_text"))(
+        jax.random.key(0), ids, mask
     )
-    np.testing.assert_allclose(
-        embed(ids, mask), embed(jnp.where(mask == 1, ids, 17), mask), atol=1e-6
-    )
-    with_padding = embed(ids, mask, text_pooling="mean_with_padding")
-    assert not np.allclose(with_padding[2], embed(ids, mask)[2], atol=1e-3)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def embed(ids, mask, pooling="mean"):
+        other = module.clone(text_pooling=pooling)
+        return other.apply(params, ids, mask, method="encode_text")
+
+    batch = np.asarray(embed(ids, mask))
+    np.testing.assert_allclose(batch[1], embed(ids[1:2, :4], mask[1:2, :4])[0], atol=1e-6)
+    np.testing.assert_allclose(batch, embed(np.where(mask == 1, ids, 17), mask), atol=1e-6)
+    with_padding = np.asarray(embed(ids, mask, "mean_with_padding"))
+    assert not np.allclose(with_padding[2], batch[2], atol=1e-3)
 
 
 def test_embeddings_are_unit_vectors_and_tell_inputs_apart(pixels, tokens):
     module = DualEncoder(
         image=VisionTransformer(12, 4, **SIZES), text=Bert(30, 9, **SIZES), projection_dim=5
     )
-    params = module.init(jax.random.key(0), pixels, *tokens)
-    image, text = module.apply(params, pixels, *tokens)
+    (image, text), _ = jax.jit(module.init_with_output)(jax.random.key(0), pixels, *tokens)
     assert image.shape == (2, 5) and text.shape == (3, 5)
     assert image.dtype == text.dtype == jnp.float32
+    image, text = np.asarray(image), np.asarray(text)
     np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, rtol=1e-5)
     assert not np.allclose(image[0], image[1], atol=1e-4)
@@ -119,13 +125,13 @@ def test_a_tower_may_bring_its_own_pooling(pixels, tokens):
         image_pooling="checkpoint",
         text_pooling="checkpoint",
     )
-    params = module.init(jax.random.key(0), pixels, *tokens)
-    image, text = module.apply(params, pixels, *tokens)
+    (image, text), _ = jax.jit(module.init_with_output)(jax.random.key(0), pixels, *tokens)
     assert image.shape == (2, 5) and text.shape == (3, 5)
     np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, rtol=1e-5)
     with pytest.raises(UserError, match="no embedding of its own; expected one of mean"):
-        DualEncoder(VisionTransformer(12, 4, **SIZES), module.text, "checkpoint").init(
-            jax.random.key(0), pixels, *tokens
+        jax.eval_shape(
+            DualEncoder(VisionTransformer(12, 4, **SIZES), module.text, "checkpoint").init,
+            *(jax.random.key(0), pixels, *tokens),
         )
 
 
@@ -143,23 +149,24 @@ def test_mean_pooling_is_over_real_tokens():
 
 def test_bfloat16_is_close_and_parameters_stay_float32(pixels):
     module = VisionTransformer(12, 4, **SIZES)
-    params = module.init(jax.random.key(0), pixels)
-    half = module.clone(dtype=jnp.bfloat16).apply(params, pixels).last_hidden_state
+    out, params = jax.jit(module.init_with_output)(jax.random.key(0), pixels)
+    half = jax.jit(module.clone(dtype=jnp.bfloat16).apply)(params, pixels).last_hidden_state
     assert half.dtype == jnp.bfloat16
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
-    full = module.apply(params, pixels).last_hidden_state
+    full = out.last_hidden_state
     np.testing.assert_allclose(half.astype(jnp.float32), full, atol=0.06)
 
 
 def test_dropout_is_off_unless_asked_for(pixels):
     module = VisionTransformer(12, 4, **SIZES, dropout=0.5)
-    params = module.init(jax.random.key(0), pixels)
-    out = [module.apply(params, pixels).last_hidden_state for _ in range(2)]
-    np.testing.assert_array_equal(*out)
-    dropped = module.apply(
-        params, pixels, deterministic=False, rngs={"dropout": jax.random.key(3)}
-    ).last_hidden_state
-    assert not np.allclose(dropped, out[0])
+    out, params = jax.jit(module.init_with_output)(jax.random.key(0), pixels)
+    apply = jax.jit(lambda rngs: module.apply(params, pixels, deterministic=not rngs, rngs=rngs))
+    np.testing.assert_allclose(apply({}).last_hidden_state, out.last_hidden_state, atol=1e-5)
+    dropped, again, other = (
+        np.asarray(apply({"dropout": jax.random.key(seed)}).last_hidden_state) for seed in (3, 3, 4)
+    )
+    np.testing.assert_array_equal(dropped, again)
+    assert not np.allclose(dropped, out.last_hidden_state) and not np.allclose(dropped, other)
 
 
 @pytest.mark.parametrize(
