@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from typing import Any
-
-import ml_collections
+from typing import TYPE_CHECKING, Any
 
 from fne_jax.errors import UserError
 from fne_jax.objectives import checks
 from fne_jax.objectives.key_blocks import BLOCK
+
+if TYPE_CHECKING:  # the losses alone need no config
+    import ml_collections
 
 # Keyword arguments of the public functions whose names have changed; the old ones still work.
 RENAMED = {"decay": "tau", "elimination_decay": "elimination_tau"}

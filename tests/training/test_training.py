@@ -170,8 +170,6 @@ def test_every_objective_trains_by_the_same_loop(name, queue):
         assert negatives[-1] == {}
 
 
-
-
 def test_momentum_encoders_follow_before_they_encode():
     config = tiny_config(momentum=0.75)
     start, _, _, _ = run_steps(config, mesh_of(1), 0, LinearTowers())
