@@ -16,6 +16,7 @@ from fne_jax.encoders.vision_transformer import VisionTransformer, flatten_patch
 from fne_jax.errors import UserError
 
 SIZES = {"width": 12, "layers": 3, "heads": 3, "mlp_width": 20}
+ONE_LAYER = {**SIZES, "layers": 1}
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +76,8 @@ def test_scan_and_remat_change_nothing(pixels, tokens, tower, scan_layers, remat
 
 def test_text_embedding_does_not_depend_on_padding(tokens):
     ids, mask = (np.asarray(array) for array in tokens)
-    text = Bert(30, 9, **SIZES)
-    module = DualEncoder(image=VisionTransformer(12, 4, **SIZES), text=text)
+    text = Bert(30, 9, **ONE_LAYER)
+    module = DualEncoder(image=VisionTransformer(12, 4, **ONE_LAYER), text=text)
     params = jax.jit(functools.partial(module.init, method="encode_text"))(
         jax.random.key(0), ids, mask
     )
@@ -95,7 +96,7 @@ def test_text_embedding_does_not_depend_on_padding(tokens):
 
 def test_embeddings_are_unit_vectors_and_tell_inputs_apart(pixels, tokens):
     module = DualEncoder(
-        image=VisionTransformer(12, 4, **SIZES), text=Bert(30, 9, **SIZES), projection_dim=5
+        image=VisionTransformer(12, 4, **ONE_LAYER), text=Bert(30, 9, **ONE_LAYER), projection_dim=5
     )
     (image, text), _ = jax.jit(module.init_with_output)(jax.random.key(0), pixels, *tokens)
     assert image.shape == (2, 5) and text.shape == (3, 5)
@@ -120,8 +121,8 @@ def test_a_remainder_that_fills_no_patch_is_unseen():
 
 def test_a_tower_may_bring_its_own_pooling(pixels, tokens):
     module = DualEncoder(
-        image=ClipVision(12, 4, **SIZES, projection_dim=5),
-        text=ClipText(30, 9, **SIZES, projection_dim=5, eos_token_id=2),
+        image=ClipVision(12, 4, **ONE_LAYER, projection_dim=5),
+        text=ClipText(30, 9, **ONE_LAYER, projection_dim=5, eos_token_id=2),
         image_pooling="checkpoint",
         text_pooling="checkpoint",
     )
@@ -130,13 +131,13 @@ def test_a_tower_may_bring_its_own_pooling(pixels, tokens):
     np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, rtol=1e-5)
     with pytest.raises(UserError, match="no embedding of its own; expected one of mean"):
         jax.eval_shape(
-            DualEncoder(VisionTransformer(12, 4, **SIZES), module.text, "checkpoint").init,
+            DualEncoder(VisionTransformer(12, 4, **ONE_LAYER), module.text, "checkpoint").init,
             *(jax.random.key(0), pixels, *tokens),
         )
 
 
 def test_an_unknown_activation_is_refused(pixels):
-    module = VisionTransformer(12, 4, **SIZES, activation="relu")
+    module = VisionTransformer(12, 4, **ONE_LAYER, activation="relu")
     with pytest.raises(UserError, match="activation is 'relu'; expected one of gelu"):
         module.init(jax.random.key(0), pixels)
 
@@ -148,7 +149,7 @@ def test_mean_pooling_is_over_real_tokens():
 
 
 def test_bfloat16_is_close_and_parameters_stay_float32(pixels):
-    module = VisionTransformer(12, 4, **SIZES)
+    module = VisionTransformer(12, 4, **ONE_LAYER)
     out, params = jax.jit(module.init_with_output)(jax.random.key(0), pixels)
     half = jax.jit(module.clone(dtype=jnp.bfloat16).apply)(params, pixels).last_hidden_state
     assert half.dtype == jnp.bfloat16
@@ -158,7 +159,7 @@ def test_bfloat16_is_close_and_parameters_stay_float32(pixels):
 
 
 def test_dropout_is_off_unless_asked_for(pixels):
-    module = VisionTransformer(12, 4, **SIZES, dropout=0.5)
+    module = VisionTransformer(12, 4, **ONE_LAYER, dropout=0.5)
     out, params = jax.jit(module.init_with_output)(jax.random.key(0), pixels)
     apply = jax.jit(lambda rngs: module.apply(params, pixels, deterministic=not rngs, rngs=rngs))
     np.testing.assert_allclose(apply({}).last_hidden_state, out.last_hidden_state, atol=1e-5)

@@ -43,7 +43,9 @@ def test_blocks_are_slices_of_the_full_matrix():
                 table.weight[:, block], weight[:, part].sum(axis=1), rtol=1e-5, atol=1e-6
             )
             others = np.where(same, -np.inf, similarity)[:, part]
-            np.testing.assert_allclose(table.best[:, block], others.max(axis=1), rtol=1e-5)
+            np.testing.assert_allclose(
+                table.best[:, block], others.max(axis=1), rtol=1e-5, atol=1e-6
+            )
             size = end - start
             index, found, weighed, other = (np.asarray(array[block]) for array in scores)
             assert (index[:, :size] == np.arange(start, end)).all()
