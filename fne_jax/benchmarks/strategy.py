@@ -35,11 +35,11 @@ def strategy(
     """Times statistics, both directions and the gradient against the two bare products.
 
     Args:
-      batch: number of anchors in either direction.
-      queue_size: number of slots in the queue.
-      dim: dimension of the embeddings.
-      key_chunk: keys of the queue that are scored at a time, a multiple of 16; None for all.
-      repeats: number of timed calls of each.
+      batch: Number of anchors in either direction.
+      queue_size: Number of slots in the queue.
+      dim: Dimension of the embeddings.
+      key_chunk: Keys of the queue that are scored at a time, a multiple of 16; None for all.
+      repeats: Number of timed calls of each.
 
     Returns:
       One benchmark line: medians in seconds and their ratio, and the strategy's scratch memory.

@@ -17,8 +17,8 @@ def build_from_architecture(fields: Mapping[str, Any], where: str) -> nn.Module:
     """Returns the module that `load_pretrained` would, from `read_architecture`'s fields alone.
 
     Args:
-      fields: the content of a config.json.
-      where: the file's name, for errors.
+      fields: The content of a config.json.
+      where: The file's name, for errors.
 
     Raises:
       UserError: if the model is of another type or size than is supported.

@@ -38,7 +38,7 @@ def attend(
       key: [batch, tokens, heads, dim] array of the same dtype.
       value: [batch, tokens, heads, dim] array of the same dtype.
       mask: [batch, 1 or queries, tokens] bool, False where a query must not look; or None.
-      implementation: a key of `ATTENTIONS`, or "auto" for the fastest on this kind of device.
+      implementation: A key of `ATTENTIONS`, or "auto" for the fastest on this kind of device.
 
     Returns:
       A [batch, queries, heads, dim] array in the dtype of `value`.
@@ -56,8 +56,8 @@ def resolve(implementation: str, *, queries: int) -> str:
     "auto" is "head_loop" for long sequences on a single CPU, and "xla" elsewhere.
 
     Args:
-      implementation: a key of `ATTENTIONS`, or "auto".
-      queries: number of query tokens.
+      implementation: A key of `ATTENTIONS`, or "auto".
+      queries: Number of query tokens.
 
     Raises:
       UserError: if there is no such implementation.

@@ -12,7 +12,7 @@ class Bert(TextTower):
     """Word, position and segment embeddings, and post-norm layers.
 
     Attributes:
-      segments: number of segment ("token type") embeddings; every token gets that of segment 0.
+      segments: Number of segment ("token type") embeddings; every token gets that of segment 0.
     """
 
     segments: int = 2

@@ -17,7 +17,7 @@ class ClipVision(VisionTower, kw_only=True):
     """A ViT with a LayerNorm before the layers, read at its class token.
 
     Attributes:
-      projection_dim: dimension of the space shared with the text tower.
+      projection_dim: Dimension of the space shared with the text tower.
     """
 
     projection_dim: int
@@ -50,8 +50,8 @@ class ClipText(TextTower, kw_only=True):
     """A causal transformer, read at the token that ends the text.
 
     Attributes:
-      projection_dim: dimension of the space shared with the image tower.
-      eos_token_id: id of the token that ends a text; 2, which OpenAI's checkpoints state, stands
+      projection_dim: Dimension of the space shared with the image tower.
+      eos_token_id: Id of the token that ends a text; 2, which OpenAI's checkpoints state, stands
         for the highest id in a text.
     """
 

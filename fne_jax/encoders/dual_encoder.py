@@ -64,12 +64,12 @@ class DualEncoder(nn.Module):
     """An image tower and a text tower that embed into the same unit sphere.
 
     Attributes:
-      image: the image tower.
-      text: the text tower.
-      image_pooling: a key of `POOLINGS`, or "checkpoint" for the embedding that the tower itself
+      image: The image tower.
+      text: The text tower.
+      image_pooling: A key of `POOLINGS`, or "checkpoint" for the embedding that the tower itself
         gives (CLIP and SigLIP).
-      text_pooling: a key of `POOLINGS`, or "checkpoint" for the tower's own embedding.
-      projection_dim: dimension of a learned bias-free projection after pooling; 0 for none.
+      text_pooling: A key of `POOLINGS`, or "checkpoint" for the tower's own embedding.
+      projection_dim: Dimension of a learned bias-free projection after pooling; 0 for none.
     """
 
     image: nn.Module

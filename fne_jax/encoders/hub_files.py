@@ -39,9 +39,9 @@ def find_folder(
     """Returns the local folder of a model, which the hub's client downloads where need be.
 
     Args:
-      path_or_hub_name: a local folder, or a name on the hub.
-      revision: branch, tag or commit on the hub, None for the newest.
-      patterns: glob patterns of the files to download.
+      path_or_hub_name: A local folder, or a name on the hub.
+      revision: Branch, tag or commit on the hub, None for the newest.
+      patterns: Glob patterns of the files to download.
 
     Raises:
       UserError: if the name is neither a local folder nor a model that the hub gives.

@@ -59,11 +59,11 @@ class Layout(NamedTuple):
     """What Hugging Face calls the parts of one of our towers.
 
     Attributes:
-      fields: for each of our attributes, the field of their config.json.
-      fixed: fields of their config.json for which our tower supports one value only.
-      weights: for each parameter its path in ours, its name in theirs, and its transforms.
-      layer: the beginning of the names of layer {} in theirs; in ours it is `encoder/layer_{}`.
-      layer_weights: the same as `weights`, relative to a layer.
+      fields: For each of our attributes, the field of their config.json.
+      fixed: Fields of their config.json for which our tower supports one value only.
+      weights: For each parameter its path in ours, its name in theirs, and its transforms.
+      layer: The beginning of the names of layer {} in theirs; in ours it is `encoder/layer_{}`.
+      layer_weights: The same as `weights`, relative to a layer.
     """
 
     fields: Mapping[str, str]
@@ -207,9 +207,9 @@ class Model(NamedTuple):
     """A model type of Hugging Face's.
 
     Attributes:
-      architecture: the name of its class in transformers.
-      towers: the types of our towers that it consists of.
-      scalars: further parameters, with the values that their authors begin with.
+      architecture: The name of its class in transformers.
+      towers: The types of our towers that it consists of.
+      scalars: Further parameters, with the values that their authors begin with.
     """
 
     architecture: str

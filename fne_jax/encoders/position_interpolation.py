@@ -13,8 +13,8 @@ def resize_positions(positions: np.ndarray, old: int, new: int) -> np.ndarray:
 
     Args:
       positions: [1, tokens, width] float32; tokens before the last old x old stay as they are.
-      old: number of patches along a side.
-      new: number of patches along a side of the result.
+      old: Number of patches along a side.
+      new: Number of patches along a side of the result.
     """
     before = positions.shape[1] - old**2
     grid = positions[0, before:].reshape(old, old, -1)

@@ -62,17 +62,17 @@ def load_pretrained(
     times exp(logit_scale), plus logit_bias, are the model's own logits. Dropout is 0.
 
     Args:
-      path_or_hub_name: a local folder, or a name on the Hugging Face hub; the hub's cache and
+      path_or_hub_name: A local folder, or a name on the Hugging Face hub; the hub's cache and
         HF_HUB_OFFLINE are respected.
-      image_size: pixels along a side, a multiple of the patch size. Where it differs from the
+      image_size: Pixels along a side, a multiple of the patch size. Where it differs from the
         checkpoint's, position embeddings are interpolated bicubically. None for the checkpoint's.
-      dtype: compute dtype.
-      attention: how attention is computed: "xla", "cudnn", "head_loop", or "auto" for the fastest
+      dtype: Compute dtype.
+      attention: How attention is computed: "xla", "cudnn", "head_loop", or "auto" for the fastest
         on this kind of device.
-      scan_layers: whether the layers' parameters are stacked along a leading axis, under one name,
+      scan_layers: Whether the layers' parameters are stacked along a leading axis, under one name,
         so that one layer is compiled and looped over.
-      remat: whether activations are computed again in the backward pass rather than kept.
-      revision: branch, tag or commit on the hub; a local folder has none.
+      remat: Whether activations are computed again in the backward pass rather than kept.
+      revision: Branch, tag or commit on the hub; a local folder has none.
 
     Returns:
       The module and its params, float32 arrays, for `module.apply({"params": params}, ...)`.
@@ -109,10 +109,10 @@ def save_pretrained(path: str | os.PathLike, module: nn.Module, params: Mapping)
     because it was not trained with one, is written with the value that their authors begin with.
 
     Args:
-      path: the folder, made if need be; other files in it stay.
-      module: a `VisionTransformer`, a `Bert`, or a `DualEncoder` of CLIP's or SigLIP's towers
+      path: The folder, made if need be; other files in it stay.
+      module: A `VisionTransformer`, a `Bert`, or a `DualEncoder` of CLIP's or SigLIP's towers
         without a projection of its own.
-      params: its parameters, with layers stacked or not.
+      params: Its parameters, with layers stacked or not.
 
     Raises:
       UserError: if the module is of another kind, the params are not those of the module (all that
@@ -185,9 +185,9 @@ def params_from_tensors(
     """Returns a module's params from tensors under transformers' names.
 
     Args:
-      module: a `VisionTransformer` or a `Bert`.
+      module: A `VisionTransformer` or a `Bert`.
       tensors: float arrays; those that no encoder needs may be among them.
-      where: what holds them, for errors.
+      where: What holds them, for errors.
 
     Raises:
       UserError: naming all that are missing, unexpected or of a wrong shape.

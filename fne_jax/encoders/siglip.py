@@ -59,7 +59,7 @@ class SiglipText(TextTower, kw_only=True):
     so their tokenizers give none.
 
     Attributes:
-      projection_dim: dimension of `pooled`.
+      projection_dim: Dimension of `pooled`.
     """
 
     projection_dim: int
@@ -96,12 +96,12 @@ class _AttentionPooling(nn.Module):
     """One learned query that attends over all tokens, and an MLP with a residual.
 
     Attributes:
-      heads: number of attention heads.
-      mlp_width: width of the MLP's hidden layer.
-      activation: activation of the MLP, a key of `ACTIVATIONS`.
-      norm_epsilon: epsilon of the LayerNorm.
-      dtype: compute dtype.
-      attention: how attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
+      heads: Number of attention heads.
+      mlp_width: Width of the MLP's hidden layer.
+      activation: Activation of the MLP, a key of `ACTIVATIONS`.
+      norm_epsilon: Epsilon of the LayerNorm.
+      dtype: Compute dtype.
+      attention: How attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
     """
 
     heads: int

@@ -34,7 +34,7 @@ def read_architectures(
 
     Args:
       encoder: `config.encoder`.
-      workdir: the workdir of the run, if there is one.
+      workdir: The workdir of the run, if there is one.
 
     Raises:
       UserError: if a pretrained source is not there.
@@ -70,8 +70,8 @@ def build_dual_encoder(
 
     Args:
       encoder: `config.encoder`, whose fields configs/base.py describes.
-      vocab_size: number of the tokenizer's ids.
-      architectures: what `read_architectures` returned, for towers that are pretrained.
+      vocab_size: Number of the tokenizer's ids.
+      architectures: What `read_architectures` returned, for towers that are pretrained.
 
     Raises:
       UserError: naming the field, if the sizes do not fit together or a name is unknown.
@@ -134,7 +134,7 @@ def pretrained_params(
 
     Args:
       encoder: `config.encoder`.
-      params: the model's params; what is not pretrained (a projection, a tower from random
+      params: The model's params; what is not pretrained (a projection, a tower from random
         weights) stays.
     """
     params = dict(params)

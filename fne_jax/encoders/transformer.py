@@ -52,9 +52,9 @@ class Attention(nn.Module):
     """Multi-head attention with biases on all four projections.
 
     Attributes:
-      heads: number of heads; it must divide the width.
-      dtype: compute dtype. The softmax is float32 in any case.
-      attention: how attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
+      heads: Number of heads; it must divide the width.
+      dtype: Compute dtype. The softmax is float32 in any case.
+      attention: How attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
     """
 
     heads: int
@@ -96,14 +96,14 @@ class TransformerLayer(nn.Module):
     """Attention and MLP with residuals, normalised before (ViT) or after (BERT) each.
 
     Attributes:
-      heads: number of attention heads.
-      mlp_width: width of the MLP's hidden layer.
-      pre_norm: whether the input of each part is normalised, rather than the sum after it.
-      norm_epsilon: epsilon of the LayerNorms.
-      activation: activation of the MLP, a key of `ACTIVATIONS`.
-      dropout: dropout rate on the output of each part.
-      dtype: compute dtype.
-      attention: how attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
+      heads: Number of attention heads.
+      mlp_width: Width of the MLP's hidden layer.
+      pre_norm: Whether the input of each part is normalised, rather than the sum after it.
+      norm_epsilon: Epsilon of the LayerNorms.
+      activation: Activation of the MLP, a key of `ACTIVATIONS`.
+      dropout: Dropout rate on the output of each part.
+      dtype: Compute dtype.
+      attention: How attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
     """
 
     heads: int
@@ -145,18 +145,18 @@ class TransformerStack(nn.Module):
     """A sequence of layers, optionally scanned (compiled once) and rematerialised.
 
     Attributes:
-      layers: number of layers.
-      heads: number of attention heads.
-      mlp_width: width of the MLPs' hidden layers.
-      pre_norm: whether the input of each part is normalised, rather than the sum after it.
-      norm_epsilon: epsilon of the LayerNorms.
-      activation: activation of the MLPs, a key of `ACTIVATIONS`.
-      dropout: dropout rate on the output of each part.
-      dtype: compute dtype.
-      attention: how attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
-      scan_layers: whether the layers' parameters are stacked along a leading axis, under one name,
+      layers: Number of layers.
+      heads: Number of attention heads.
+      mlp_width: Width of the MLPs' hidden layers.
+      pre_norm: Whether the input of each part is normalised, rather than the sum after it.
+      norm_epsilon: Epsilon of the LayerNorms.
+      activation: Activation of the MLPs, a key of `ACTIVATIONS`.
+      dropout: Dropout rate on the output of each part.
+      dtype: Compute dtype.
+      attention: How attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
+      scan_layers: Whether the layers' parameters are stacked along a leading axis, under one name,
         so that one layer is compiled and looped over.
-      remat: whether activations are computed again in the backward pass rather than kept.
+      remat: Whether activations are computed again in the backward pass rather than kept.
     """
 
     layers: int
@@ -212,18 +212,18 @@ class Tower(nn.Module, kw_only=True):
     """Sizes and options that every encoder has.
 
     Attributes:
-      width: dimension of a token's hidden state.
-      layers: number of transformer layers.
-      heads: number of attention heads.
-      mlp_width: width of the MLPs' hidden layers.
-      activation: activation of the MLPs, a key of `ACTIVATIONS`.
-      norm_epsilon: epsilon of the LayerNorms; 1e-12 in Google's ViT and BERT.
-      dropout: dropout rate after the embeddings and in the layers.
-      dtype: compute dtype; parameters stay float32.
-      attention: how attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
-      scan_layers: whether the layers' parameters are stacked along a leading axis, under one name,
+      width: Dimension of a token's hidden state.
+      layers: Number of transformer layers.
+      heads: Number of attention heads.
+      mlp_width: Width of the MLPs' hidden layers.
+      activation: Activation of the MLPs, a key of `ACTIVATIONS`.
+      norm_epsilon: Epsilon of the LayerNorms; 1e-12 in Google's ViT and BERT.
+      dropout: Dropout rate after the embeddings and in the layers.
+      dtype: Compute dtype; parameters stay float32.
+      attention: How attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
+      scan_layers: Whether the layers' parameters are stacked along a leading axis, under one name,
         so that one layer is compiled and looped over.
-      remat: whether activations are computed again in the backward pass rather than kept.
+      remat: Whether activations are computed again in the backward pass rather than kept.
     """
 
     width: int
@@ -275,8 +275,8 @@ class TextTower(Tower):
     """What the text encoders share.
 
     Attributes:
-      vocab_size: number of token ids.
-      max_length: number of tokens that have position embeddings.
+      vocab_size: Number of token ids.
+      max_length: Number of tokens that have position embeddings.
     """
 
     vocab_size: int
@@ -307,9 +307,9 @@ def mlp(x: jax.Array, hidden_width: int, activation: str, dtype: Any) -> jax.Arr
 
     Args:
       x: [..., width] hidden states.
-      hidden_width: number of outputs of the first layer.
-      activation: a key of `ACTIVATIONS`.
-      dtype: compute dtype.
+      hidden_width: Number of outputs of the first layer.
+      activation: A key of `ACTIVATIONS`.
+      dtype: Compute dtype.
 
     Returns:
       A [..., width] array in the compute dtype.

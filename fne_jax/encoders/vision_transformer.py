@@ -13,8 +13,8 @@ class VisionTower(Tower):
     """What the image encoders share.
 
     Attributes:
-      image_size: pixels along a side; what fills no patch, at the right and below, is not seen.
-      patch_size: pixels along a patch's side.
+      image_size: Pixels along a side; what fills no patch, at the right and below, is not seen.
+      patch_size: Pixels along a patch's side.
     """
 
     image_size: int
@@ -79,7 +79,7 @@ def flatten_patches(pixels: jax.Array, patch_size: int) -> jax.Array:
 
     Args:
       pixels: [batch, height, width, 3] array.
-      patch_size: pixels along a patch's side.
+      patch_size: Pixels along a patch's side.
     """
     batch, height, width, channels = pixels.shape
     rows, columns = height // patch_size, width // patch_size

@@ -38,8 +38,8 @@ def infonce_loss(
       momentum_text_emb: [batch, dim] the momentum encoder's embeddings of the same captions.
       image_id: [batch] integer ids. Keys of the anchor's own image, other than its own match, and
         empty slots of the queue take no part.
-      queue: the queue of momentum embeddings, or None for the batch's keys only.
-      temperature: divisor of the similarities, above 0; 0.07 in MoCo and ALBEF.
+      queue: The queue of momentum embeddings, or None for the batch's keys only.
+      temperature: Divisor of the similarities, above 0; 0.07 in MoCo and ALBEF.
 
     Returns:
       The [] float32 cross entropy, the mean over the anchors of both directions.
@@ -100,7 +100,7 @@ def clip_loss(
     Args:
       image_emb: [batch, dim] L2-normalised image embeddings.
       text_emb: [batch, dim] L2-normalised embeddings of the matching captions.
-      temperature: divisor of the similarities, above 0.
+      temperature: Divisor of the similarities, above 0.
       same_image: [batch, batch] bool, true where two pairs show one image; such off-diagonal
         entries take no part. None lets all take part.
 
@@ -146,8 +146,8 @@ def sigmoid_loss(
     Args:
       image_emb: [batch, dim] L2-normalised image embeddings.
       text_emb: [batch, dim] L2-normalised embeddings of the matching captions.
-      temperature: divisor of the similarities, above 0.
-      bias: number added to the logits, about the log odds of a match at similarity 0.
+      temperature: Divisor of the similarities, above 0.
+      bias: Number added to the logits, about the log odds of a match at similarity 0.
       same_image: [batch, batch] bool, true where two pairs show one image; such off-diagonal
         entries take no part. None lets all take part.
 

@@ -61,9 +61,9 @@ def fne_triplet_loss(
       momentum_image_emb: [batch, dim] the momentum encoder's embeddings of the same images.
       momentum_text_emb: [batch, dim] the momentum encoder's embeddings of the same captions.
       image_id: [batch] integer ids; keys with the anchor's id are never its negatives.
-      queue: the queue of momentum embeddings, or None for the batch's keys only.
-      stats: the similarity statistics, already updated for this batch.
-      **settings: the fields of `FNESettings` by name: `margin=0.2`, `tau=0.5`,
+      queue: The queue of momentum embeddings, or None for the batch's keys only.
+      stats: The similarity statistics, already updated for this batch.
+      **settings: The fields of `FNESettings` by name: `margin=0.2`, `tau=0.5`,
         `elimination_tau=None` (as `tau`), `prior=1e-4`, `posterior_threshold=1e-3`,
         `min_count=200`, `monotone=False`, and `key_chunk=None`, the keys of the queue that are
         scored at a time (a multiple of 16; None for all), to save memory. `decay` and
@@ -115,9 +115,9 @@ def fne_triplet_loss_from_uniform(
       momentum_image_emb: [batch, dim] the momentum encoder's embeddings of the same images.
       momentum_text_emb: [batch, dim] the momentum encoder's embeddings of the same captions.
       image_id: [batch] integer ids; keys with the anchor's id are never its negatives.
-      queue: the queue of momentum embeddings, or None for the batch's keys only.
-      stats: the similarity statistics, already updated for this batch.
-      **settings: the fields of `FNESettings` by name.
+      queue: The queue of momentum embeddings, or None for the batch's keys only.
+      stats: The similarity statistics, already updated for this batch.
+      **settings: The fields of `FNESettings` by name.
 
     Returns:
       The [] float32 loss, summed over both directions and divided by the batch, and a TripletAux.
@@ -142,10 +142,10 @@ def fne_loss(
 
     Args:
       rng: PRNG key from which the negatives are sampled.
-      features: the embeddings of the batch.
-      queue: the queue of momentum embeddings, or None for the batch's keys only.
-      stats: the similarity statistics, already updated for this batch.
-      settings: the constants of the method.
+      features: The embeddings of the batch.
+      queue: The queue of momentum embeddings, or None for the batch's keys only.
+      stats: The similarity statistics, already updated for this batch.
+      settings: The constants of the method.
 
     Returns:
       The [] float32 loss, summed over both directions and divided by the batch, and a TripletAux.
@@ -167,11 +167,11 @@ def fne_loss_from_uniform(
     """Returns `fne_loss` of given uniform numbers.
 
     Args:
-      uniforms: twice [batch] numbers in [0, 1), for the image anchors and for the text anchors.
-      features: the embeddings of the batch.
-      queue: the queue of momentum embeddings, or None for the batch's keys only.
-      stats: the similarity statistics, already updated for this batch.
-      settings: the constants of the method.
+      uniforms: Twice [batch] numbers in [0, 1), for the image anchors and for the text anchors.
+      features: The embeddings of the batch.
+      queue: The queue of momentum embeddings, or None for the batch's keys only.
+      stats: The similarity statistics, already updated for this batch.
+      settings: The constants of the method.
 
     Returns:
       The [] float32 loss, summed over both directions and divided by the batch, and a TripletAux.

@@ -29,18 +29,18 @@ class FNESettings:
     """How candidates are weighed and the triplet loss is formed; the defaults are the paper's.
 
     Attributes:
-      margin: similarity by which the positive should win, at least 0.
-      tau: strength of the cut-down weight `exp(-tau (s - d)^2)`, at least 0; 0 makes all ordinary
+      margin: Similarity by which the positive should win, at least 0.
+      tau: Strength of the cut-down weight `exp(-tau (s - d)^2)`, at least 0; 0 makes all ordinary
         candidates equal.
-      elimination_tau: strength of the elimination weight `exp(-elimination_tau P)`, at least 0;
+      elimination_tau: Strength of the elimination weight `exp(-elimination_tau P)`, at least 0;
         None takes `tau`, as the paper does. A very large number removes the suspected altogether.
-      prior: share of candidates that are unlabelled matches, in (0, 1).
-      posterior_threshold: posterior above which a candidate is suspected, in [0, 1]; 1 suspects
+      prior: Share of candidates that are unlabelled matches, in (0, 1).
+      posterior_threshold: Posterior above which a candidate is suspected, in [0, 1]; 1 suspects
         none.
-      min_count: positive similarities that must have been seen before anything is suspected.
-      monotone: whether the posterior is held where the authors' formula would fall as similarity
+      min_count: Positive similarities that must have been seen before anything is suspected.
+      monotone: Whether the posterior is held where the authors' formula would fall as similarity
         rises.
-      key_chunk: keys of the queue that are scored at a time, a multiple of 16, so that scratch
+      key_chunk: Keys of the queue that are scored at a time, a multiple of 16, so that scratch
         memory is O(batch * key_chunk) rather than O(batch * keys); None scores all at once.
 
     Raises:

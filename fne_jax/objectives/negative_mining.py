@@ -104,9 +104,9 @@ def mined_triplet_loss(
       momentum_image_emb: [batch, dim] the momentum encoder's embeddings of the same images.
       momentum_text_emb: [batch, dim] the momentum encoder's embeddings of the same captions.
       image_id: [batch] integer ids; keys with the anchor's id are no candidates.
-      queue: the queue of momentum embeddings, whose empty slots are no candidates; or None for
+      queue: The queue of momentum embeddings, whose empty slots are no candidates; or None for
         the batch's keys only.
-      stats: the similarity statistics, for the posterior in the TripletAux alone.
+      stats: The similarity statistics, for the posterior in the TripletAux alone.
       rule: `hardest_negative`, `semi_hard_negative`, `random_negative`, or another of their kind.
       **settings: `margin=0.2`, the similarity by which the positive should win, and `prior=1e-4`,
         for the posterior in the TripletAux alone.
@@ -136,12 +136,12 @@ def mined_loss(
 
     Args:
       rng: PRNG key from which the rule may sample.
-      features: the embeddings of the batch.
-      queue: the queue of momentum embeddings, or None for the batch's keys only.
-      stats: the similarity statistics, for the posterior in the TripletAux alone.
-      rule: which candidate becomes the negative.
-      margin: similarity by which the positive should win, at least 0.
-      prior: share of false negatives, for the posterior in the TripletAux alone.
+      features: The embeddings of the batch.
+      queue: The queue of momentum embeddings, or None for the batch's keys only.
+      stats: The similarity statistics, for the posterior in the TripletAux alone.
+      rule: Which candidate becomes the negative.
+      margin: Similarity by which the positive should win, at least 0.
+      prior: Share of false negatives, for the posterior in the TripletAux alone.
 
     Returns:
       The [] float32 loss, summed over both directions and divided by the batch, and a TripletAux.

@@ -72,8 +72,8 @@ def sampling_weights(
       similarity: [batch, keys] cosine similarity of each anchor to each key.
       positive_similarity: [batch] cosine similarity of each anchor to its own match.
       same_image: [batch, keys] bool, true where a key shows the anchor's image.
-      stats: the similarity statistics, already updated for this batch.
-      **settings: the fields of `FNESettings` by name: `margin=0.2` of the triplet loss; `tau=0.5`
+      stats: The similarity statistics, already updated for this batch.
+      **settings: The fields of `FNESettings` by name: `margin=0.2` of the triplet loss; `tau=0.5`
         and `elimination_tau=None` (as `tau`), the strengths above; `prior=1e-4`, the share of
         candidates that are unlabelled matches; `posterior_threshold=1e-3`, above which a candidate
         is suspected; `min_count=200`, the positive similarities that must have been seen before
@@ -121,10 +121,10 @@ def candidate_weight(
 
     Args:
       similarity: float32 similarities of candidates to their anchors.
-      positive_similarity: similarities of the anchors to their own matches.
+      positive_similarity: Similarities of the anchors to their own matches.
       same_image: bool, true where a candidate shows its anchor's image.
-      stats: the similarity statistics.
-      settings: the constants of the method.
+      stats: The similarity statistics.
+      settings: The constants of the method.
 
     Returns:
       The float32 weights, of the shape to which the three arrays broadcast.

@@ -45,8 +45,8 @@ class Role:
     """How a config builds an objective for one phase of a run.
 
     Attributes:
-      build: maps a config to the objective.
-      fields: dotted names of the config fields that `build` reads.
+      build: Maps a config to the objective.
+      fields: Dotted names of the config fields that `build` reads.
     """
 
     build: Callable[[ml_collections.ConfigDict], Objective]
@@ -58,11 +58,11 @@ class Entry:
     """A training objective.
 
     Attributes:
-      name: the value of `config.objective.name` or `config.warmup.objective` that selects it.
-      description: what becomes of the candidates, in a few words.
-      source: the work that it comes from.
-      main: how it is built for what follows the warm-up, or None if it cannot follow one.
-      warmup: how it is built for the warm-up, or None if it cannot warm up.
+      name: The value of `config.objective.name` or `config.warmup.objective` that selects it.
+      description: What becomes of the candidates, in a few words.
+      source: The work that it comes from.
+      main: How it is built for what follows the warm-up, or None if it cannot follow one.
+      warmup: How it is built for the warm-up, or None if it cannot warm up.
     """
 
     name: str
@@ -304,7 +304,7 @@ def next_statistics(fne: ml_collections.ConfigDict, steps_per_epoch: int) -> Nex
     Args:
       fne: `config.fne`; with an `ema_decay` of 1 the statistics are reset at each epoch, with less
         they are an exponential moving average.
-      steps_per_epoch: number of steps in an epoch.
+      steps_per_epoch: Number of steps in an epoch.
     """
 
     ema_decay = fne.ema_decay

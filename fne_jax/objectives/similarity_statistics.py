@@ -100,8 +100,8 @@ class SimilarityStatistics:
     """The two distributions that the posterior compares.
 
     Attributes:
-      positive: similarities of pairs that are each other's top match in their batch.
-      negative: for the same pairs, similarities of the hardest negative of either direction.
+      positive: Similarities of pairs that are each other's top match in their batch.
+      negative: For the same pairs, similarities of the hardest negative of either direction.
     """
 
     positive: GaussianStatistics
@@ -129,16 +129,16 @@ def update_similarity_statistics(
     this module works an example.
 
     Args:
-      stats: the statistics so far.
+      stats: The statistics so far.
       image_emb: [batch, dim] L2-normalised online image embeddings.
       text_emb: [batch, dim] L2-normalised online text embeddings of the matching captions.
       same_image: [batch, batch] bool, true where two pairs show one image. Such off-diagonal
         entries are no competitors for the top match and count as similarity 0 among the
         negatives. None leaves only the diagonal out, as the authors do.
-      ema_decay: share of the old statistics that is kept at each update, in (0, 1]. 1 accumulates
+      ema_decay: Share of the old statistics that is kept at each update, in (0, 1]. 1 accumulates
         until a reset (the paper resets at each epoch); below 1 the statistics are an exponential
         moving average over some 1 / (1 - ema_decay) batches, for data without epochs.
-      keep: deprecated name of `ema_decay`.
+      keep: Deprecated name of `ema_decay`.
 
     Returns:
       The updated statistics. No gradient flows through them.
@@ -196,10 +196,10 @@ def false_negative_posterior(
     ['0.002', '0.206', '0.839']
 
     Args:
-      similarity: cosine similarities of any shape.
-      stats: the similarity statistics.
-      prior: share of candidates that are unlabelled matches, in (0, 1); 1e-4 in the paper.
-      monotone: whether the posterior is held at the vertex's value on the falling side of the
+      similarity: Cosine similarities of any shape.
+      stats: The similarity statistics.
+      prior: Share of candidates that are unlabelled matches, in (0, 1); 1e-4 in the paper.
+      monotone: Whether the posterior is held at the vertex's value on the falling side of the
         parabola, so that it never falls as similarity rises; False keeps the authors' formula.
 
     Returns:

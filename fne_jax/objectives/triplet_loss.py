@@ -70,12 +70,12 @@ def triplet_loss_of_choices(
     so the backward pass holds no [batch, keys] matrix.
 
     Args:
-      choices: the choices of the image anchors among the text keys, and of the text anchors among
+      choices: The choices of the image anchors among the text keys, and of the text anchors among
         the image keys.
-      features: the embeddings of the batch.
-      queue: the queue of momentum embeddings, or None for the batch's keys only.
-      posterior: maps similarities to the posterior that is logged.
-      margin: similarity by which the positive should win.
+      features: The embeddings of the batch.
+      queue: The queue of momentum embeddings, or None for the batch's keys only.
+      posterior: Maps similarities to the posterior that is logged.
+      margin: Similarity by which the positive should win.
 
     Returns:
       The [] float32 loss, summed over both directions and divided by the batch, and a TripletAux.
@@ -125,7 +125,7 @@ def hardest_negative_triplet_loss(
     Args:
       image_emb: [batch, dim] L2-normalised image embeddings.
       text_emb: [batch, dim] L2-normalised embeddings of the matching captions.
-      margin: similarity by which the positive should win, 0.2 in the paper.
+      margin: Similarity by which the positive should win, 0.2 in the paper.
       same_image: [batch, batch] bool, true where two pairs show one image, which are no negatives
         of each other; None leaves only the diagonal out, as the authors do.
 
