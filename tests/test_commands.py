@@ -14,8 +14,8 @@ from fne_jax import audit, evaluate, train
 from fne_jax.errors import UserError
 from fne_jax.report import audit_pages, suspects
 from fne_jax.retrieval.evaluation import read_values
-from tests.report.test_report import statistics
 from tests.support import TOP
+from tests.support.embeddings import statistics
 from tests.support.tiny import write_karpathy
 from tests.support.xla_flags import xla_flags
 

@@ -12,8 +12,8 @@ from fne_jax import configuration, plan
 from fne_jax.errors import UserError
 from fne_jax.planning import program, published, summary, topology
 from fne_jax.planning.accounting import Collective, account
-from tests.parallel.test_sharding import mesh_of
 from tests.support import TOP
+from tests.support.runs import mesh_of
 from tests.support.tiny import tiny_config
 
 # As XLA prints programs for TPUs: no trip counts, products as convolutions, S(1) for memory on the

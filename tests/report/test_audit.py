@@ -12,13 +12,8 @@ from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.report import audit_pages, suspects
 from fne_jax.retrieval import blocks, unlabelled
-from tests.report.test_report import (
-    HOSTILE,
-    Page,
-    assert_safe_and_complete,
-    hostile_split,
-    unit_rows,
-)
+from tests.support.embeddings import unit_rows
+from tests.support.pages import HOSTILE, Page, assert_safe_and_complete, hostile_split
 
 
 @pytest.mark.parametrize("relative", [False, True])

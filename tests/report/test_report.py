@@ -1,90 +1,27 @@
 """The report of a run: its figures and examples are right, its page is safe and complete."""
 
-import collections
 import dataclasses
-import html.parser
 import logging
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fne_jax import evaluate, figures
-from fne_jax.data.pairs import PairDataset
 from fne_jax.model.model import Model
 from fne_jax.objectives.fne_settings import FNESettings
 from fne_jax.objectives.similarity_statistics import (
-    GaussianStatistics,
     SimilarityStatistics,
     false_negative_posterior,
 )
 from fne_jax.report import examples, run_report
 from fne_jax.retrieval import blocks
 from fne_jax.training.metric_log import MetricLog
+from tests.support.embeddings import statistics, unit_rows
+from tests.support.pages import HOSTILE, Page, assert_safe_and_complete, hostile_split
 from tests.support.tiny import tiny_config
-
-HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror="alert(1)">', "{{ 7 * 191 }} & ' é")
-
-
-def statistics(positive=(0.7, 0.1), negative=(0.4, 0.15), count=1000):
-    def gaussian(mean, deviation):
-        return GaussianStatistics(
-            *map(jnp.float32, (count, mean * count, deviation**2 * (count - 1)))
-        )
-
-    return SimilarityStatistics(gaussian(*positive), gaussian(*negative))
-
-
-def unit_rows(rng, *shape):
-    rows = rng.normal(size=shape).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
-
-
-def hostile_split(images=7):
-    captions = [HOSTILE[i % 3] + f" {i}" for i in range(2 * images)]
-    rng = np.random.default_rng(0)
-    return PairDataset(
-        captions=captions,
-        caption_image=np.repeat(np.arange(images, dtype=np.int32), 2),
-        image_id=np.arange(images, dtype=np.int32),
-        images=rng.integers(0, 255, (images, 12, 9, 3)).astype(np.uint8),
-        caption_id=np.arange(2 * images),
-        source_image_id=[f"a/{HOSTILE[i % 3]}.jpg" for i in range(images)],
-    )
-
-
-class Page(html.parser.HTMLParser):
-    """The tags, the attributes by tag, and the text of a page."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.ids, self.text = collections.defaultdict(list), [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        self.tags[tag].append(attributes)
-        self.ids += [attributes["id"]] if "id" in attributes else []
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def assert_safe_and_complete(page):
-    """Asserts that a page loads and runs nothing, and names all its pictures."""
-    assert not page.tags["script"]
-    for tag, uses in page.tags.items():
-        for attributes in uses:
-            assert not [name for name in attributes if name.startswith("on")], tag
-            assert not str(attributes.get("href", "")).startswith(("http", "javascript"))
-    for image in page.tags["img"]:
-        assert image["src"].startswith("data:image/jpeg;base64,") and image["alt"]
-    assert len(page.ids) == len(set(page.ids))
-    figures = [use for use in page.tags["div"] if use.get("role") == "img"]
-    assert len(figures) == len(page.tags["svg"]) and all(use["aria-label"] for use in figures)
 
 
 def test_choices_against_a_plain_version():
