@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, strict JAX, the golden folder, and runs that several tests share."""
 
+import gc
 import os
 
 from tests.support.xla_flags import xla_flags
@@ -33,3 +34,9 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def golden(request):
     return pathlib.Path(request.config.getoption("--golden"))
+
+
+def pytest_sessionfinish():
+    # An iterator of tf.data that is left in a cycle with some test's traceback would wait half a
+    # minute for the interpreter, which is gone when it is found.
+    gc.collect()

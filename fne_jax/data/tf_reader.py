@@ -127,12 +127,17 @@ class _Records:
 
     def iterate(self, batches: tf.data.Dataset) -> Iterator[tuple[np.ndarray, ...]]:
         """Yields NumPy elements; an error in the background comes out as what caused it."""
+        elements = batches.as_numpy_iterator()
         try:
-            yield from batches.as_numpy_iterator()
+            yield from elements
         except tf.errors.OpError as error:
             if self._failure is not None:
                 raise self._failure from error
             raise
+        finally:
+            # Or else the error's traceback would keep it until the interpreter has ended, which
+            # it waits for in vain, for half a minute.
+            del elements
 
     @contextlib.contextmanager
     def _kept(self):
