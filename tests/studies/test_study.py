@@ -15,11 +15,13 @@ import scipy.stats
 from fne_jax import study
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.model import checkpoints
+from fne_jax.model import model as model_lib
 from fne_jax.model.model import restore_model
 from fne_jax.studies import cells, detector, execution, schedule, summary
 from fne_jax.studies.cells import Cell
 from fne_jax.training.loop import train_and_evaluate
 from tests.support.runs import stored_state
+from tests.support.tiny import LinearTowers
 
 CONFIG = """
 from tests.support.tiny import tiny_config
@@ -32,6 +34,14 @@ def get_config():
         warmup__objective="clip",
     ).lock()
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def linear_towers():
+    """Towers that compile fast, in all runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_lib, "build_module", lambda *arguments: LinearTowers())
+        yield
 
 
 @pytest.fixture(scope="module")
