@@ -1,18 +1,26 @@
-"""From the bytes of an image file to an RGB JPEG, or the reason why there is none."""
+"""From the bytes of an image file to an RGB JPEG, or the reason why there is none.
+
+Whether a JPEG is whole is judged by the decoder that training and evaluation read with, so that
+they read whatever is accepted here.
+"""
 
 from __future__ import annotations
 
 import io
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
+
+from fne_jax.data.images.preprocessing import decode_jpeg
 
 # What is read, whatever the file's name says. Not what PIL hands to other programs (EPS).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 JPEG_QUALITY = 95  # of images that had to be converted or made smaller
 MIN_SIDE = 8  # pixels; a block of a JPEG, and less shows nothing
 MAX_PIXELS = 89_478_485  # above it PIL warns of files made to exhaust memory
-_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"  # markers
+MAX_SIDE = 65_500  # pixels; libjpeg's own limit
+_JPEG_START = b"\xff\xd8"
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
 
@@ -39,7 +47,13 @@ def usable_jpeg(content: bytes, resize_to: int = 0) -> bytes:
         raise UnusableImage("the file is empty")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            return _converted(image, content, resize_to)
+            _check_size(image)
+            if content.startswith(_JPEG_START):
+                # PIL fills damaged places with whatever they decode to, and says nothing.
+                _decode_strictly(content, image.mode)
+                if _is_plain(image, resize_to):
+                    return content
+            return _encoded(image, resize_to)
     except UnusableImage:
         raise
     except Image.UnidentifiedImageError:
@@ -51,22 +65,60 @@ def usable_jpeg(content: bytes, resize_to: int = 0) -> bytes:
         raise UnusableImage(f"cannot be decoded: {error}") from error
 
 
-def _converted(image, content, resize_to):
+def usable_pixels(image: bytes | Image.Image, resize_to: int = 0) -> np.ndarray:
+    """Returns the [height, width, 3] uint8 pixels that are read of an image once it is prepared.
+
+    Args:
+      image: The content of an image file, or an image that PIL has opened or made. Unless it was
+        opened from a JPEG that would be stored as it is, it goes through the stored quality.
+      resize_to: As for `usable_jpeg`.
+
+    Raises:
+      UnusableImage: If it cannot be used.
+    """
+    if isinstance(image, bytes):
+        return decode_jpeg(usable_jpeg(image, resize_to))
+    try:
+        _check_size(image)
+        if image.format in ("JPEG", "MPO") and _is_plain(image, resize_to):
+            return np.asarray(image)
+        return decode_jpeg(_encoded(image, resize_to))
+    except UnusableImage:
+        raise
+    except Exception as error:
+        raise UnusableImage(f"cannot be decoded: {error}") from error
+
+
+def _decode_strictly(content, mode):
+    if mode == "CMYK":  # which is converted by PIL, and need only be whole here
+        simplejpeg.decode_jpeg(content, colorspace="CMYK")
+    else:
+        decode_jpeg(content)
+
+
+def _check_size(image):
     width, height = image.size
     if min(width, height) < MIN_SIDE:
         raise UnusableImage(f"too small: {width} x {height} pixels, a side below {MIN_SIDE}")
     if width * height > MAX_PIXELS:
         raise UnusableImage(f"too large: {width} x {height} pixels, more than {MAX_PIXELS:,}")
-    image.load()  # all of it, so that what is cut off shows
-    # What lacks an end but was filled up, as broken downloads are, decodes to a grey half.
-    if image.format == "JPEG" and content.rfind(_JPEG_END) < content.rfind(_JPEG_SCAN):
-        raise UnusableImage("cannot be decoded: the JPEG has no end, it was cut off")
+    if max(width, height) > MAX_SIDE:
+        raise UnusableImage(f"too large: {width} x {height} pixels, a side above {MAX_SIDE:,}")
+
+
+def _is_plain(image, resize_to):
+    """Returns whether a JPEG is stored as it is."""
     upright = image.getexif().get(_ORIENTATION, 1) == 1
-    shrinks = 0 < resize_to < min(width, height)
-    if image.format == "JPEG" and image.mode == "RGB" and upright and not shrinks:
-        return content
+    return image.mode == "RGB" and upright and not _shrinks(image, resize_to)
+
+
+def _shrinks(image, resize_to):
+    return 0 < resize_to < min(image.size)
+
+
+def _encoded(image, resize_to):
     rgb = _rgb(ImageOps.exif_transpose(image))
-    if shrinks:
+    if _shrinks(rgb, resize_to):
         scale = resize_to / min(rgb.size)
         size = tuple(max(resize_to, round(side * scale)) for side in rgb.size)
         rgb = rgb.resize(size, Image.Resampling.BICUBIC)
