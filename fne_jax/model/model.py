@@ -21,9 +21,9 @@ import transformers
 
 from fne_jax import configuration
 from fne_jax.data import captions as caption_lib
-from fne_jax.data.images import preprocessing
 from fne_jax.data.loading import load_split
 from fne_jax.data.pairs import PairDataset, with_captions_per_image
+from fne_jax.data.preparation.single_images import AnyImage, evaluation_pixels
 from fne_jax.encoders import towers
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints, tokenizers
@@ -109,11 +109,12 @@ class Model:
                 )
         return split
 
-    def embed_images(self, images: Sequence[str | os.PathLike | np.ndarray]) -> np.ndarray:
+    def embed_images(self, images: Sequence[AnyImage]) -> np.ndarray:
         """Returns the [images, dim] float32 unit embeddings of images of any size.
 
         Args:
-          images: Paths of JPEG or PNG files, or uint8 arrays [height, width, 3].
+          images: Paths or contents of image files, images of PIL, or arrays; they are prepared as
+            the images of a dataset are.
 
         Raises:
           UserError: naming the image that cannot be read.
@@ -121,15 +122,9 @@ class Model:
         size = self.config.encoder.image.image_size
         pixels = np.zeros((len(images), size, size, 3), np.uint8)
         for row, image in enumerate(images):
-            if isinstance(image, np.ndarray):
-                if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                    raise UserError(
-                        f"images[{row}]: expected uint8 [height, width, 3], "
-                        f"got {image.dtype} {list(image.shape)}"
-                    )
-                pixels[row] = preprocessing.evaluation_image(image, size)
-            else:
-                pixels[row] = preprocessing.read_image(pathlib.Path(image), size)
+            resize_to = self.config.data.get("resize_to", 0)
+            name = f"images[{row}]"
+            pixels[row] = evaluation_pixels(image, size, resize_to=resize_to, name=name)
         return self.embedder.pixels(self.params, pixels)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:

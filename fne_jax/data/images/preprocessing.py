@@ -7,16 +7,14 @@ OpenCV, seven times faster and within one level of 255 of PIL on photographs.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image
 
 from fne_jax.data.images import augmentation, randaugment
 from fne_jax.data.images.augmentation import Augmentation, Window
-from fne_jax.errors import UserError
 
 # One image a thread: the pipeline reads many at once, and OpenCV's own threads would only wait for
 # each other.
@@ -63,20 +61,6 @@ def evaluation_image(image: EncodedOrPixels, size: int) -> np.ndarray:
         return pixels
     resized = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(resized)
-
-
-def read_image(path: pathlib.Path, size: int) -> np.ndarray:
-    """Returns an image file as `evaluation_image` does, turned upright, [size, size, 3] uint8.
-
-    Raises:
-      UserError: If the file cannot be read or decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image: {error}") from error
-    return evaluation_image(np.asarray(upright), size)
 
 
 def fast_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -8,7 +8,6 @@ from PIL import Image
 
 from fne_jax.data.images import augmentation, preprocessing
 from fne_jax.data.images.preprocessing import TrainingImages
-from fne_jax.errors import UserError
 
 
 def image_of(height, width, seed=0):
@@ -92,17 +91,3 @@ def test_damage_is_an_error_rather_than_grey():
     for damaged in (jpeg[: len(jpeg) // 2], jpeg[:-2], b"", b"no image"):
         with pytest.raises(ValueError):
             preprocessing.decode_jpeg(damaged)
-
-
-def test_image_files_come_upright_or_with_a_clear_error(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned: its top is on the right
-    image_of(30, 20).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    upright = Image.open(tmp_path / "turned.jpg").transpose(Image.Transpose.ROTATE_270)
-    expected = np.asarray(upright.resize((8, 8), Image.Resampling.BICUBIC))
-    ours = preprocessing.read_image(tmp_path / "turned.jpg", 8)
-    np.testing.assert_array_equal(ours, expected)
-    (tmp_path / "cut.jpg").write_bytes(jpeg_of(30, 30)[:400])
-    for name in ("cut.jpg", "missing.jpg"):
-        with pytest.raises(UserError, match=rf"{name}: cannot be read as an image"):
-            preprocessing.read_image(tmp_path / name, 8)

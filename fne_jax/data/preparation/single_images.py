@@ -1,0 +1,63 @@
+"""Images that are given one by one, made into the pixels that a prepared dataset would give."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from fne_jax.data.images.preprocessing import evaluation_image
+from fne_jax.data.preparation.image_check import UnusableImage, usable_pixels
+from fne_jax.errors import UserError
+
+AnyImage = str | os.PathLike | bytes | Image.Image | np.ndarray
+
+# Arrays that PIL takes as an image: grey, grey of 16 bits, and RGB with transparency.
+_ARRAYS = (("uint8", 2, None), ("uint16", 2, None), ("uint8", 3, 4))
+
+
+def evaluation_pixels(
+    image: AnyImage, size: int, *, resize_to: int = 0, name: str = "the image"
+) -> np.ndarray:
+    """Returns [size, size, 3] uint8 pixels, as evaluation reads them once `prepare` stored them.
+
+    Args:
+      image: The path or the content of an image file of any kind that `prepare` takes, an image
+        of PIL, or pixels. [height, width, 3] uint8 pixels are taken as they are, like those of
+        `npz`; grey ones, 16 bits and an alpha channel go the way of such files.
+      size: The pixels of a side of the result.
+      resize_to: `config.data.resize_to`.
+      name: What messages call an image that is no file.
+
+    Raises:
+      UserError: If the image cannot be read, or `prepare` would leave it out.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
+            return evaluation_image(image, size)
+        channels = image.shape[2] if image.ndim == 3 else None
+        if (image.dtype.name, image.ndim, channels) not in _ARRAYS:
+            raise UserError(
+                f"{name}: expected uint8 [height, width, 3], got {image.dtype} {list(image.shape)}"
+            )
+        image = Image.fromarray(image)
+    elif isinstance(image, str | os.PathLike):
+        name, image = os.fspath(image), _content(image)
+    elif not isinstance(image, bytes | Image.Image):
+        raise UserError(
+            f"{name}: expected a path, bytes, an image of PIL or an array, got "
+            f"{type(image).__name__}"
+        )
+    try:
+        return evaluation_image(usable_pixels(image, resize_to), size)
+    except UnusableImage as fault:
+        raise UserError(f"{name}: cannot be used as an image: {fault}") from fault
+
+
+def _content(path):
+    try:
+        return epath.Path(path).expanduser().read_bytes()
+    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+        raise UserError(f"{os.fspath(path)!r}: cannot be read: {error}") from error
