@@ -7,8 +7,10 @@ uses all cores.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import atexit
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -16,7 +18,6 @@ import tensorflow as tf
 from fne_jax.data.images import preprocessing
 from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.preparation.records import RecordSource
-from fne_jax.errors import UserError
 
 
 def read_training_images(
@@ -43,17 +44,17 @@ def read_training_images(
       UserError: If a record cannot be read or decoded; it names the record.
     """
     records = _Records(source)
+    blank = np.zeros((make_image.size, make_image.size, 3), np.uint8)
 
     def made(jpeg, image, epoch, pair):
-        with records.naming(image):
-            return make_image(jpeg, int(epoch), int(pair))
+        return records.decoded(blank, int(image), make_image, jpeg, int(epoch), int(pair))
 
     def pixels(jpeg, image, epoch, pair):
         made_image = tf.numpy_function(made, [jpeg, image, epoch, pair], tf.uint8, stateful=False)
-        return pair, tf.ensure_shape(made_image, [make_image.size, make_image.size, 3])
+        return pair, tf.ensure_shape(made_image, blank.shape)
 
     def split(image, epoch, pair):
-        jpegs = tf.numpy_function(records.read, [image], tf.string, stateful=False)
+        jpegs = tf.numpy_function(records.jpegs, [image], tf.string, stateful=False)
         return tf.ensure_shape(jpegs, [batch_size]), image, tf.repeat(epoch, batch_size), pair
 
     columns = tf.TensorSpec([batch_size], tf.int32)
@@ -80,17 +81,18 @@ def read_evaluation_images(
       UserError: If a record cannot be read or decoded; it names the record.
     """
     records = _Records(source)
+    blank = np.zeros((image_size, image_size, 3), np.uint8)
 
     def resized(index):
         if index < 0:
-            return np.zeros((image_size, image_size, 3), np.uint8)
-        jpeg = records.read(index[None])[0]
-        with records.naming(index):
-            return preprocessing.evaluation_image(jpeg, image_size)
+            return blank
+        (jpeg,) = records.jpegs(index[None])
+        evaluation_image = preprocessing.evaluation_image
+        return records.decoded(blank, int(index), evaluation_image, jpeg, image_size)
 
     def image(index):
         pixels = tf.numpy_function(resized, [index], tf.uint8, stateful=False)
-        return tf.ensure_shape(pixels, [image_size, image_size, 3])
+        return tf.ensure_shape(pixels, blank.shape)
 
     def indices():
         for part in parts:
@@ -104,46 +106,78 @@ def read_evaluation_images(
 
 
 class _Records:
-    """The records of a split, and the first error met while reading them in the background."""
+    """The records of a split as tf.data's threads read them, and the first error met there.
+
+    An error must not leave a `tf.numpy_function`: TensorFlow would log its traceback and keep no
+    more than its text. It is kept here instead, blank images stand in for what is read from then
+    on, and the thread that iterates raises it.
+    """
 
     def __init__(self, source: RecordSource):
         self._source = source
-        self._failure: UserError | None = None
+        self._failure: Exception | None = None
+        self._iterator: Iterator[tuple[np.ndarray, ...]] | None = None
+        self._closed = False
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the JPEGs of records as a [records] array of bytes."""
-        with self._kept():
+    def jpegs(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the JPEGs of records as a [records] array of bytes, b"" after an error."""
+
+        def read():
             records = self._source.__getitems__(indices.tolist())
-        return np.array([record["image"] for record in records], object)
+            return np.array([record["image"] for record in records], object)
 
-    @contextlib.contextmanager
-    def naming(self, index: int) -> Iterator[None]:
-        """Turns the error that a damaged image causes into one that names the record."""
-        with self._kept():
+        return self._kept(read, np.full(len(indices), b"", object))
+
+    def decoded(
+        self, blank: np.ndarray, index: int, make: Callable[..., np.ndarray], *arguments: Any
+    ) -> np.ndarray:
+        """Returns what `make` makes of the JPEG of a record, or `blank` after an error."""
+
+        def named():
             try:
-                yield
+                return make(*arguments)
             except ValueError as error:
-                raise self._source.damage(int(index), error) from error
+                raise self._source.damage(index, error) from error
+
+        return self._kept(named, blank)
+
+    def _kept(self, call, otherwise):
+        if self._failure is not None or self._closed:
+            return otherwise
+        try:
+            return call()
+        except Exception as error:
+            self._failure = self._failure or error
+            return otherwise
 
     def iterate(self, batches: tf.data.Dataset) -> Iterator[tuple[np.ndarray, ...]]:
-        """Yields NumPy elements; an error in the background comes out as what caused it."""
-        elements = batches.as_numpy_iterator()
+        """Yields NumPy elements; an error in the background is raised here."""
+        self._iterator = batches.as_numpy_iterator()
+        _open.add(self)
         try:
-            yield from elements
-        except tf.errors.OpError as error:
-            if self._failure is not None:
-                raise self._failure from error
-            raise
+            # No `for`, which would hold the iterator where `close` cannot let go of it.
+            while (batch := next(self._iterator, None)) is not None:
+                # A batch may hold blanks since an error that came while it was waited for.
+                if self._failure is not None:
+                    raise self._failure
+                yield batch
         finally:
-            # Or else the error's traceback would keep it until the interpreter has ended, which
-            # it waits for in vain, for half a minute.
-            del elements
+            self.close()
 
-    @contextlib.contextmanager
-    def _kept(self):
-        """Keeps the first error for `iterate`, because tf.data passes on no more than its text."""
-        try:
-            yield
-        except UserError as error:
-            self._failure = self._failure or error
-            raise
+    def close(self) -> None:
+        """Ends the threads of tf.data that read for `iterate`."""
+        self._closed = True
+        self._iterator = None
+        _open.discard(self)
+
+
+# A thread of tf.data that calls Python while the interpreter ends would keep the process from
+# ending, or abort it. Whatever else holds an unfinished iteration by then (the traceback of an
+# error, say), its threads end first.
+_open: weakref.WeakSet[_Records] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all():
+    for records in list(_open):
+        records.close()
