@@ -5,9 +5,12 @@ import json
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from fne_jax import prepare
@@ -126,7 +129,8 @@ def test_a_split_that_is_lost(tmp_path):
     sources.write_jsonl(tmp_path / "source", sources.table_rows(tmp_path / "source"))
     for number in range(24, 29):
         (tmp_path / "source" / "images" / f"image{number}.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="no image of the split 'val' can be used"):
+    reasons = r"'val' can be used:(\n  .*line \d+: the file is empty){5}\nAll are listed in .*json"
+    with pytest.raises(UserError, match=reasons):
         load_split(config_of(tmp_path, data__max_skipped=99).data, 8, "train")
 
 
@@ -244,6 +248,83 @@ def test_the_checksum_depends_on_the_records_alone(tmp_path, monkeypatch):
     assert len({summary.checksum for summary in summaries[0].values()}) == 3
 
 
+def test_the_same_table_beside_other_images_is_another_dataset(tmp_path):
+    config = {}
+    for number, name in enumerate(("one", "two")):
+        rows = sources.table_rows(tmp_path / name / "source")
+        sources.write_jsonl(tmp_path / name / "source", rows)
+        (tmp_path / name / "source" / "images" / "image0.jpg").write_bytes(sources.jpeg(number))
+        for path in sorted((tmp_path / name / "source" / "images").iterdir()):
+            os.utime(path, ns=(0, 0))  # as copies have that keep the times
+        config[name] = config_of(tmp_path / name)
+        config[name].data.cache_dir = str(tmp_path / "cache")
+    for number, name in enumerate(("one", "two")):
+        assert load_split(config[name].data, 8, "train").images[0]["image"] == sources.jpeg(number)
+    before = record_files(tmp_path)
+    load_split(config["one"].data, 8, "train")
+    assert record_files(tmp_path) == before, "what has not changed is not prepared again"
+
+
+def test_changed_and_deleted_images_are_never_served_as_they_were(tmp_path, command):
+    command()
+    path = tmp_path / "source" / "images" / "image12.jpg"
+    size = len(path.read_bytes())
+    other = sources.jpeg(3, width=20)
+    other += bytes(size - len(other))  # after the end, where nothing is read
+    path.write_bytes(other)
+    assert path.stat().st_size == size
+    assert load_split(config_of(tmp_path).data, 8, "train").images[12]["image"] == other
+    path.unlink()
+    with pytest.raises(UserError, match=r"there is no image .*image12\.jpg"):
+        load_split(config_of(tmp_path).data, 8, "train")
+
+
+def test_a_mended_image_is_taken_up(tmp_path, command):
+    path = tmp_path / "source" / "images" / "image3.jpg"
+    good = path.read_bytes()
+    path.write_bytes(good[:300])
+    command("--config.data.max_skipped=1")
+    path.write_bytes(good)
+    command("--config.data.max_skipped=0")
+    train = load_split(config_of(tmp_path).data, 8, "train")
+    assert len(train.image_id) == 24 and train.images[3]["image"] == good
+
+
+def test_an_image_that_cannot_be_read_for_now_is_not_left_out(tmp_path, command, monkeypatch):
+    real = type(epath.Path("/")).read_bytes
+
+    def read(path):
+        if path.name == "image3.jpg":
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(epath.Path("/")), "read_bytes", read)
+        with pytest.raises(UserError, match=r"image3.jpg: cannot be read \(.*Input/output error"):
+            command("--config.data.max_skipped=9")
+    assert not record_files(tmp_path)
+    command()
+    assert len(load_split(config_of(tmp_path).data, 8, "train").image_id) == 24
+
+
+def test_the_identity_is_that_of_the_data(tmp_path):
+    def identity(name, image=0, split="train", **change):
+        rows = sources.table_rows(tmp_path / name / "source")
+        sources.write_jsonl(tmp_path / name / "source", [rows[0] | change, *rows[1:]])
+        (tmp_path / name / "source" / "images" / "image0.jpg").write_bytes(sources.jpeg(image))
+        return load_split(config_of(tmp_path / name).data, 8, split).identity
+
+    first = identity("first")
+    assert (first.pairs, first.images, len(first.checksum)) == (72, 24, 16)
+    assert identity("elsewhere") == first
+    others = [
+        identity("pixels", image=1),
+        identity("words", caption="Other words."),
+        identity("validation", split="val"),
+    ]
+    assert len({first, *others}) == 4
+
+
 def test_smaller_images_are_another_dataset(tmp_path, command, capsys):
     command()
     full = capsys.readouterr().out
@@ -276,7 +357,8 @@ def test_a_flipped_byte_in_a_prepared_file_names_the_record(tmp_path, command, c
     content[place] ^= 0xFF
     file.write_bytes(bytes(content))
     for call in (lambda: load_split(config_of(tmp_path).data, 8, "train"), command):
-        with pytest.raises(UserError, match=r"record 17 of the split train in .* is damaged") as e:
+        named = r"record 17 of the split train in .*, made of .*/image17\.jpg, is damaged"
+        with pytest.raises(UserError, match=named) as e:
             call()
         assert "\n" not in str(e.value)
 
@@ -310,12 +392,70 @@ def test_a_damaged_jpeg_in_a_record_is_named_while_reading(damaged, augmentation
     train = load_split(damaged.data, 8, "train")
     rows = BatchOrder(0, len(train.captions), 8).rows(range(9))
     batches = training_batches(train, tokens_of(train), rows, TrainingImages(8, augmentation, 0))
-    with pytest.raises(UserError, match=r"record 11 of the split train in .* is damaged"):
+    with pytest.raises(UserError, match=r"record 11 .*made of .*/image11\.jpg, is damaged"):
         list(batches)
-    with pytest.raises(UserError, match=r"record 2 of the split val in .* is damaged"):
+    with pytest.raises(UserError, match=r"record 2 of .*made of .*/image26\.jpg, is damaged"):
         list(evaluation_images(load_split(damaged.data, 8, "val"), 8, 8))
 
 
 def test_a_damaged_record_ends_training_with_its_name(damaged, tmp_path):
     with pytest.raises(UserError, match=r"record 11 of the split train in .* is damaged"):
         train_and_evaluate(damaged, tmp_path / "run")
+
+
+# What a run does, in a process of its own: it reads batches until something ends it.
+READS = """
+import sys
+import numpy as np
+from fne_jax import command_line
+from fne_jax.data import batches
+from fne_jax.data.images.preprocessing import TrainingImages
+from fne_jax.data.loading import load_split
+from fne_jax.data.preparation.records import RecordSource
+from tests.support.tiny import tiny_config
+
+class Damaged(RecordSource):
+    def __getitems__(self, indices):
+        read = super().__getitems__(indices)
+        return [r | {"image": r["image"][:300]} if i == 11 else r for i, r in zip(indices, read)]
+
+def main(arguments):
+    source, cache, what = arguments
+    config = tiny_config(data__source="jsonl", data__dir=source, data__cache_dir=cache)
+    train = load_split(config.data, 8, "train")
+    if what == "a damaged record":
+        train.images.__class__ = Damaged
+    tokens = np.zeros((len(train.captions), 3), np.int32)
+    rows = batches.BatchOrder(0, len(tokens), 8).rows(range(9000))
+    make_image = TrainingImages(128, "crop_flip", 0)
+    for batch in batches.training_batches(train, (tokens, tokens), rows, make_image):
+        if what == "another error":
+            raise command_line.UserError("another error")
+
+command_line.run(main)
+"""
+
+
+def assert_ends_with_one_line(folder, what, message):
+    arguments = [str(folder / "source"), str(folder / "cache"), what]
+    ended = subprocess.run(
+        [sys.executable, "-c", READS, *arguments],
+        cwd=TOP, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 2, ended.stderr
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 1, ended.stderr
+    assert lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_an_error_while_reading_ends_the_process_with_one_line(tmp_path, command):
+    command()
+    assert_ends_with_one_line(tmp_path, "a damaged record", "images/image11.jpg, is damaged")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(4))
+def test_errors_while_reading_end_the_process_each_time(tmp_path, command, number):
+    command()
+    assert_ends_with_one_line(tmp_path, "a damaged record", "images/image11.jpg, is damaged")
+    assert_ends_with_one_line(tmp_path, "another error", "another error")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -22,6 +25,22 @@ class KnownTruth(Protocol):
 
     def of_captions(self, rows: Sequence[int]) -> KnownTruth:
         """Returns the truth of some of the captions, which are numbered anew in that order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetIdentity:
+    """What tells a split from another, so that a run does not go on with other data.
+
+    Attributes:
+      pairs: The number of pairs.
+      images: The number of images.
+      checksum: 16 hexadecimal digits over the images, the captions, which belongs to which, and
+        their ids. It says nothing of where the dataset lies or how it was prepared.
+    """
+
+    pairs: int
+    images: int
+    checksum: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +70,20 @@ class PairDataset:
     def in_memory(self) -> bool:
         """Whether `images` are pixels."""
         return isinstance(self.images, np.ndarray)
+
+    @functools.cached_property
+    def identity(self) -> DatasetIdentity:
+        """What the split holds; of a prepared one, the images' checksum was stored with them."""
+        digest = hashlib.sha256()
+        if self.in_memory:
+            digest.update(f"{self.images.dtype} {self.images.shape}".encode())
+            digest.update(np.ascontiguousarray(self.images))
+        else:
+            digest.update(self.images.checksum().encode())
+        digest.update(json.dumps(self.captions).encode())
+        for ids in (self.caption_image, self.image_id, self.caption_id):
+            digest.update(np.ascontiguousarray(ids, np.int64))
+        return DatasetIdentity(len(self.captions), len(self.image_id), digest.hexdigest()[:16])
 
 
 def with_captions_per_image(dataset: PairDataset, count: int) -> PairDataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,37 +14,49 @@ from etils import epath
 
 from fne_jax import files
 from fne_jax.data.pairs import SPLITS
-from fne_jax.data.preparation.checked_parts import CheckedParts, Verdict
+from fne_jax.data.preparation.checked_parts import CheckedParts, Verdict, digest_of_files
 from fne_jax.data.preparation.pair_builder import PairBuilder
 from fne_jax.data.sources.listing import ListedImage, Listing, Skipped, usable_captions
 from fne_jax.errors import UserError
 from fne_jax.progress import Progress
 
 SKIPPED_FILE = "skipped.json"
+SOURCE_FILES_FILE = "source_files.json"  # the images' files by split, in the records' order
 # Kept beside the prepared datasets while one is being built.
 SCRATCH_FOLDER = "unfinished"
 _SHOWN = 5
+_NAME_LENGTH = 60
 
 
 @dataclasses.dataclass(kw_only=True)
 class CaptionedImagesConfig(tfds.core.BuilderConfig):
-    """What the dataset is made of; another listing or size of images is another dataset.
+    """What the dataset is made of; anything else of it is another dataset.
+
+    The name holds a digest of the listing and of each image's path, size and time of modification,
+    so that images that were mended, changed, moved or deleted are never served as they were.
 
     Attributes:
       listing: The images and the captions as the source lists them.
       resize_to: The pixels that the shorter side of an image is reduced to where it is longer, or 0
         to store images as they are.
       max_skipped: The largest number of images and captions that may be left out.
+      scratch_name: The name of the folder for what is checked, which outlives changes of single
+        images: each is looked at again for itself.
     """
 
     listing: Listing = dataclasses.field(repr=False, compare=False)
     resize_to: int = 0
     max_skipped: int = 0
     name: str = dataclasses.field(init=False)
+    scratch_name: str = dataclasses.field(init=False)
 
     def __post_init__(self):
+        images = self.listing.images()
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", self.listing.name)[:_NAME_LENGTH]
         size = f"-{self.resize_to}px" if self.resize_to else ""
-        self.name = f"{self.listing.name}-{self.listing.digest}{size}"
+        named = f"{name}-{self.listing.digest}"
+        self.name = f"{named}-{digest_of_files(images, with_stamps=True)}{size}"
+        self.scratch_name = f"{named}-{digest_of_files(images, with_stamps=False)}{size}"
 
 
 class CaptionedImages(PairBuilder, skip_registration=True):
@@ -57,8 +70,17 @@ class CaptionedImages(PairBuilder, skip_registration=True):
         return {"source_id": tfds.features.Text()}
 
     def extra_files(self) -> dict[str, str]:
-        """Returns the list of what was left out."""
-        return {SKIPPED_FILE: _skipped_text(self._skipped)}
+        """Returns the list of what was left out, and that of the files that the records hold."""
+        files_of = {split: [path for path, _ in kept] for split, kept in self._entries.items()}
+        return {SKIPPED_FILE: _skipped_text(self._skipped), SOURCE_FILES_FILE: json.dumps(files_of)}
+
+    def source_file(self, split: str, index: int) -> str:
+        """Returns the file that a record of the prepared dataset was made of, "" if not known."""
+        try:
+            text = (epath.Path(self.data_dir) / SOURCE_FILES_FILE).read_text()
+            return json.loads(text)[split][index]
+        except (OSError, ValueError, LookupError):  # the record's own damage is what is reported
+            return ""
 
     def sizes(self) -> dict[str, int]:
         """Checks all images and captions, and returns how many images can be used.
@@ -67,7 +89,7 @@ class CaptionedImages(PairBuilder, skip_registration=True):
           UserError: If more would be left out than the config allows, or all of a split.
         """
         splits, scratch = self.builder_config.listing.splits, self._scratch()
-        images = [image for split in SPLITS for image in splits[split]]
+        images = self.builder_config.listing.images()
         parts = CheckedParts(images, scratch, self.builder_config.resize_to)
         kept, self._skipped = _usable(images, parts.check())
         files.write_atomically(scratch / SKIPPED_FILE, _skipped_text(self._skipped))
@@ -76,10 +98,17 @@ class CaptionedImages(PairBuilder, skip_registration=True):
         self._entries = {}
         for split, end in zip(SPLITS, ends, strict=True):
             start = end - len(splits[split])
-            self._entries[split] = [entry for entry in kept[start:end] if entry is not None]
+            self._entries[split] = [
+                (str(image.path), entry)
+                for image, entry in zip(images[start:end], kept[start:end], strict=True)
+                if entry is not None
+            ]
             if not self._entries[split]:
+                of_split = {str(image.path) for image in images[start:end]}
+                shown = _shown([one for one in self._skipped if one.image in of_split])
                 raise UserError(
-                    f"no image of the split {split!r} can be used; see {scratch / SKIPPED_FILE}"
+                    f"no image of the split {split!r} can be used:{shown}\n"
+                    f"All are listed in {scratch / SKIPPED_FILE}."
                 )
         jpegs = zip(kept, parts.jpegs(), strict=True)
         self._jpegs = (jpeg for entry, jpeg in jpegs if entry is not None)
@@ -89,7 +118,7 @@ class CaptionedImages(PairBuilder, skip_registration=True):
     def records(self, split: str, rows: range) -> Iterator[dict[str, Any]]:
         """Yields the next records, in the listing's order."""
         with self._progress as progress:
-            for entry in self._entries[split][rows.start : rows.stop]:
+            for _, entry in self._entries[split][rows.start : rows.stop]:
                 yield {"image": next(self._jpegs)} | entry
                 progress.advance()
 
@@ -112,21 +141,25 @@ class CaptionedImages(PairBuilder, skip_registration=True):
         return epath.Path(self.data_dir) / SKIPPED_FILE
 
     def _scratch(self):
-        return self.data_dir_root / SCRATCH_FOLDER / self.builder_config.name
+        return self.data_dir_root / SCRATCH_FOLDER / self.builder_config.scratch_name
 
 
 def check_skipped(skipped: list[Skipped], allowed: int, listing: epath.Path) -> None:
     """Raises UserError, which shows the first few and their number, if too much is left out."""
     if len(skipped) <= allowed:
         return
-    shown = "".join(f"\n  {one.where}: {one.reason}" for one in skipped[:_SHOWN])
-    more = len(skipped) - _SHOWN
     raise UserError(
         f"{len(skipped)} images or captions cannot be used, more than config.data.max_skipped, "
-        f"{allowed}:{shown}"
-        + (f"\n  and {more} more" if more > 0 else "")
-        + f"\nAll are listed in {listing}. Mend them, or allow that many to be left out."
+        f"{allowed}:{_shown(skipped)}\nAll are listed in {listing}. Mend them, or allow that many "
+        "to be left out."
     )
+
+
+def _shown(skipped):
+    """Returns the first few reasons, a line each, and the number of the others."""
+    more = len(skipped) - _SHOWN
+    lines = [f"\n  {one.where}: {one.reason}" for one in skipped[:_SHOWN]]
+    return "".join(lines) + (f"\n  and {more} more" if more > 0 else "")
 
 
 def _usable(images: list[ListedImage], verdicts: list[Verdict]):

@@ -13,7 +13,9 @@ import hashlib
 import io
 import json
 import os
+import stat
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 
 from etils import epath
@@ -26,7 +28,11 @@ from fne_jax.errors import UserError
 from fne_jax.progress import Progress
 
 IMAGES_PER_PART = 256
+# Part of the identity of parts and of prepared datasets: another number where images are judged or
+# converted otherwise, so that nothing is taken up that was made by other rules.
+RULES = 2
 _VERDICTS = "verdicts.json"
+_STAMP_THREADS = 32  # most of all for remote files, whose stamps take a round trip each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Verdict:
 
     Attributes:
       size: The bytes of the file, -1 where there is none.
-      modified: The time of the file's modification in seconds.
+      modified: The time of the file's modification in nanoseconds.
       digest: The SHA-256 of the JPEG to store, "" where there is none.
       converted: Whether that JPEG is another than the file itself.
       reason: Why the image cannot be used, "" where it can.
@@ -63,7 +69,11 @@ class CheckedParts:
         self._starts = range(0, len(images), IMAGES_PER_PART)
 
     def check(self) -> list[Verdict]:
-        """Returns the verdicts, one an image, from parts that are there or are made now."""
+        """Returns the verdicts, one an image, from parts that are there or are made now.
+
+        Raises:
+          UserError: If a file is there but cannot be read, which says nothing of the image.
+        """
         self._scratch.mkdir(parents=True, exist_ok=True)
         Image.init()  # PIL loads its formats on first use, which must not happen in many threads
         verdicts: dict[int, list[Verdict]] = {}
@@ -106,12 +116,13 @@ class CheckedParts:
         images = self._images[start : start + IMAGES_PER_PART]
         try:
             old, converted = self._read_part(start)
-        except (OSError, zipfile.BadZipFile):  # not there yet, or damaged
+        # Not there yet, damaged, or of another version.
+        except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error):
             checked = [_check_image(image.path, self._resize_to) for image in images]
             return self._write_part(start, checked)
         checked, changed = [], False
         for image, verdict, jpeg in zip(images, old, converted, strict=True):
-            if verdict.reason or (verdict.size, verdict.modified) != _stamp(image.path):
+            if verdict.reason or (verdict.size, verdict.modified) != file_stamp(image.path):
                 verdict, jpeg = _check_image(image.path, self._resize_to)
                 changed = True
             checked.append((verdict, jpeg))
@@ -139,12 +150,38 @@ class CheckedParts:
             ]
 
 
-def _stamp(path):
+def file_stamp(path: epath.Path) -> tuple[int, int]:
+    """Returns the bytes of a file and when it was modified (ns), or (-1, 0) if there is none."""
+    name = os.fspath(path)
     try:
-        stat = path.stat()
+        if "://" in name:
+            remote = path.stat()
+            return remote.length, int(remote.mtime) * 10**9
+        # epath's own gives whole seconds, and fails where the file's owner has no name.
+        local = os.stat(name)
     except OSError:
         return -1, 0
-    return stat.length, int(stat.mtime)
+    return (local.st_size, local.st_mtime_ns) if stat.S_ISREG(local.st_mode) else (-1, 0)
+
+
+def digest_of_files(images: Sequence[ListedImage], *, with_stamps: bool) -> str:
+    """Returns 16 hexadecimal digits that stand for where images lie and by which rules they go.
+
+    Args:
+      images: All images, in the order of the records.
+      with_stamps: Whether they stand for the files' stamps as well.
+    """
+    digest = hashlib.sha256(str(RULES).encode())
+    paths = [image.path for image in images]
+    for path in paths:
+        name = os.fspath(path)
+        digest.update(repr(name if "://" in name else os.path.abspath(name)).encode())
+    if with_stamps:
+        parts = [paths[i : i + IMAGES_PER_PART] for i in range(0, len(paths), IMAGES_PER_PART)]
+        with concurrent.futures.ThreadPoolExecutor(_STAMP_THREADS) as pool:
+            for stamps in pool.map(lambda part: [file_stamp(path) for path in part], parts):
+                digest.update("".join(map(repr, stamps)).encode())
+    return digest.hexdigest()[:16]
 
 
 def _stored_jpeg(path, verdict, converted):
@@ -160,7 +197,7 @@ def _stored_jpeg(path, verdict, converted):
 
 def _check_image(path, resize_to):
     """Returns the verdict and, if the image was converted, its JPEG."""
-    size, modified = _stamp(path)
+    size, modified = file_stamp(path)
     try:
         if size < 0:
             raise UnusableImage(f"there is no image {path}")
@@ -169,6 +206,6 @@ def _check_image(path, resize_to):
     except UnusableImage as fault:
         return Verdict(size, modified, "", False, str(fault)), b""
     except OSError as error:
-        return Verdict(size, modified, "", False, f"cannot be read: {error}"), b""
+        raise UserError(f"{path}: cannot be read ({error}); mend that and call again") from error
     verdict = Verdict(size, modified, hashlib.sha256(jpeg).hexdigest(), jpeg != content, "")
     return verdict, jpeg if verdict.converted else b""

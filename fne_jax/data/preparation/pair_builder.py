@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -73,6 +75,16 @@ class PairBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         del extras
         return None
 
+    def source_file(self, split: str, index: int) -> str:
+        """Returns the file that a record of the prepared dataset was made of, "" if there is none.
+
+        Args:
+          split: "train", "val" or "test".
+          index: The number of the record in the split.
+        """
+        del split, index
+        return ""
+
     def extra_files(self) -> dict[str, str]:
         """Returns the names and the texts of files that lie beside the records."""
         return {}
@@ -139,7 +151,9 @@ class _RunningSummary:
 
 def prepare(builder: PairBuilder) -> None:
     """Writes the dataset unless a complete one is there; TFDS renames it into place when done."""
-    builder.download_and_prepare(file_format="array_record")
+    # TFDS announces a download of unknown size; nothing is downloaded.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(file_format="array_record")
 
 
 def stored_summaries(builder: PairBuilder) -> dict[str, SplitSummary]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import ml_collections
 import numpy as np
 import tensorflow as tf
@@ -81,4 +83,10 @@ def prepared_split(builder: PairBuilder, split: str) -> PairDataset:
 def record_source(builder: PairBuilder, split: str) -> RecordSource:
     """Returns the records of a split of a prepared dataset, their images as JPEGs."""
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    return RecordSource(source, f"the split {split} in {builder.data_dir}")
+    summaries = pair_builder.stored_summaries(builder)
+    return RecordSource(
+        source,
+        f"the split {split} in {builder.data_dir}",
+        functools.partial(builder.source_file, split),
+        summaries[split].checksum if summaries else "",
+    )

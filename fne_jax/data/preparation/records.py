@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fne_jax.errors import UserError
@@ -17,10 +18,19 @@ class RecordSource:
     Args:
       source: The random-access source of the split that TFDS gives.
       where: The prepared dataset and the split, for messages.
+      source_file: Returns the file that a record was made of, "" if it is not known.
+      checksum: Stands for what the records hold; "" where it is still to be computed.
     """
 
-    def __init__(self, source: Sequence[dict[str, Any]], where: str):
+    def __init__(
+        self,
+        source: Sequence[dict[str, Any]],
+        where: str,
+        source_file: Callable[[int], str] = lambda index: "",
+        checksum: str = "",
+    ):
         self._source, self._where = source, where
+        self._source_file, self._checksum = source_file, checksum
 
     def __len__(self) -> int:
         return len(self._source)
@@ -51,10 +61,20 @@ class RecordSource:
         for start in range(0, len(self), _CHUNK):
             yield from self.__getitems__(list(range(start, min(start + _CHUNK, len(self)))))
 
+    def checksum(self) -> str:
+        """Returns digits that stand for the images; where none were stored, all are read."""
+        if not self._checksum:
+            digest = hashlib.sha256()
+            for record in self:
+                digest.update(hashlib.sha256(record["image"]).digest())
+            self._checksum = digest.hexdigest()[:16]
+        return self._checksum
+
     def damage(self, index: int, fault: Exception) -> UserError:
         """Returns the error that a record is damaged."""
         reason = (str(fault).splitlines() or [""])[0]
+        file = self._source_file(index)
         return UserError(
-            f"record {index} of {self._where} is damaged ({reason}); delete that folder and "
-            "prepare the dataset again"
+            f"record {index} of {self._where}{file and f', made of {file},'} is damaged "
+            f"({reason}); delete that folder and prepare the dataset again"
         )

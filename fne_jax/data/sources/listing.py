@@ -72,6 +72,10 @@ class Listing:
     digest: str
     splits: dict[str, list[ListedImage]]
 
+    def images(self) -> list[ListedImage]:
+        """Returns all images, those of train first, then val and test."""
+        return [image for split in SPLITS for image in self.splits[split]]
+
 
 def existing_folder(data_dir: str, expected: str) -> epath.Path:
     """Returns `config.data.dir` as a path.
