@@ -2,7 +2,9 @@
 
 import csv
 import io
+import itertools
 import json
+import re
 
 import numpy as np
 from PIL import Image
@@ -123,6 +125,92 @@ DAMAGED_IMAGES = {
     "floating-point TIFF": lambda n: encoded(pixels(n)[..., 0].astype(np.float32), "TIFF"),
     "an EPS program": lambda n: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n" + b" " * n,
 }
+
+
+def _base(rng):
+    """Returns the content of an intact image of some kind, mostly a JPEG."""
+    size = {"width": int(rng.integers(30, 200)), "height": int(rng.integers(30, 200))}
+    image = pixels(int(rng.integers(1000)), **size)
+    turned = Image.Exif()
+    turned[0x0112] = int(rng.integers(1, 9))
+    options = [
+        {},
+        {"quality": int(rng.integers(5, 100))},
+        {"progressive": True},
+        {"restart_marker_blocks": 2},
+        {"subsampling": 0},
+        {"subsampling": 1, "optimize": True},
+        {"exif": turned},
+    ]
+    chosen = int(rng.integers(len(options) + 3))
+    if chosen < len(options):
+        return encoded(image, **options[chosen])
+    if chosen == len(options):
+        return encoded(Image.fromarray(image).convert(str(rng.choice(["L", "CMYK"]))))
+    return encoded(image, str(rng.choice(["PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])))
+
+
+def _place(content, rng, first=2):
+    return int(rng.integers(first, max(first + 1, len(content) - 2)))
+
+
+def _without_bytes(content, rng):
+    place = _place(content, rng)
+    return content[:place] + content[place + int(rng.integers(1, 60)) :]
+
+
+def _with_zeros(content, rng):
+    place, count = _place(content, rng), int(rng.integers(1, 60))
+    return content[:place] + bytes(count) + content[place + count :]
+
+
+def _with_other_bytes(content, rng, last=None):
+    changed = bytearray(content)
+    for _ in range(int(rng.integers(1, 5))):
+        changed[_place(content[:last], rng)] = int(rng.integers(256))
+    return bytes(changed)
+
+
+def _with_a_part_twice(content, rng):
+    place, count = _place(content, rng), int(rng.integers(1, 200))
+    return content[: place + count] + content[place:]
+
+
+def _without_a_segment(content, rng):
+    starts = [match.start() for match in re.finditer(rb"\xff[\xc0-\xfe]", content[2:-4])]
+    if not starts:
+        return content[2:]
+    place = 2 + starts[int(rng.integers(len(starts)))]
+    return content[:place] + content[place + 2 + int.from_bytes(content[place + 2 : place + 4]) :]
+
+
+def _spliced(content, rng):
+    other = _base(rng)
+    return content[: _place(content, rng)] + other[_place(other, rng) :]
+
+
+# Ten kinds of damage to an image of any format; each takes its content and a generator.
+DAMAGES = {
+    "cut off": lambda c, rng: c[: _place(c, rng)],
+    "cut off and ended": lambda c, rng: c[: _place(c, rng)] + b"\xff\xd9",
+    "cut off and filled up": lambda c, rng: c[: (n := _place(c, rng))] + bytes(len(c) - n),
+    "bytes missing": _without_bytes,
+    "bytes zeroed": _with_zeros,
+    "bytes changed": _with_other_bytes,
+    "bytes of the head changed": lambda c, rng: _with_other_bytes(c, rng, last=400),
+    "a part twice": _with_a_part_twice,
+    "a segment missing": _without_a_segment,
+    "two files in one": _spliced,
+}
+
+
+def damaged_images(count):
+    """Yields (kind, content) of images damaged in all ways of `DAMAGES` in turn."""
+    for number, kind in zip(range(count), itertools.cycle(DAMAGES)):
+        rng = np.random.default_rng(number)
+        yield kind, DAMAGES[kind](_base(rng), rng)
+
+
 DAMAGED_CAPTIONS = {
     "nothing": None,
     "a number": 7,
