@@ -84,14 +84,15 @@ def write_karpathy(folder, counts=(7, 3, 4), captions=lambda i: 1 + i % 3):
             name = f"image{index}.jpg"
             pixels = rng.integers(0, 255, (20 + index % 9, 33 - index % 7, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(folder / "images" / name, quality=95)
+            first = sum(len(entry["sentids"]) for entry in entries)
             raw = [f"Image number {index}, seen {n} times." for n in range(captions(index))]
             entries.append(
                 {
                     "filename": name,
                     "split": "restval" if split == "train" and index == 1 else split,
                     "imgid": index,
-                    "sentids": list(range(len(raw))),
-                    "sentences": [{"raw": r, "sentid": n} for n, r in enumerate(raw)],
+                    "sentids": list(range(first, first + len(raw))),
+                    "sentences": [{"raw": r, "sentid": n} for n, r in enumerate(raw, first)],
                 }
             )
     content = {"images": entries, "dataset": "made-up"}

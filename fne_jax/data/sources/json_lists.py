@@ -46,7 +46,7 @@ def _rows(path: epath.Path, split: str):
         captions = entry["caption"]
         yield ImageRow(
             where=where,
-            image=entry["image"],
+            image=listing.checked_name(where, "image", entry["image"]),
             captions=captions if isinstance(captions, list) else [captions],
             split=split,
             image_id=entry.get("image_id"),

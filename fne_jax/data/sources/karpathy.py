@@ -6,6 +6,9 @@ A file `dataset_<name>.json` holds `images`, each with `filename`, optionally `f
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 from etils import epath
 
 from fne_jax.data.sources import listing
@@ -51,11 +54,11 @@ def read_karpathy(json_path: epath.Path) -> dict[str, list[ListedImage]]:
     """Returns the images of each split, `restval` counted as train, in the file's order.
 
     COCO's images and captions keep its own numbers (`cocoid` and `sentid`, its annotations' ids),
-    by which ECCV Caption and CxC name them.
+    by which ECCV Caption and CxC name them; captions without any are numbered.
 
     Raises:
       UserError: If the file is not JSON, a key is missing, a split is unknown or empty, or an image
-        id is there twice; it names the file and the entry.
+        or an id is there twice; it names the file and the entry.
     """
     json_path = epath.Path(json_path)
     content = listing.read_json(json_path)
@@ -66,8 +69,24 @@ def read_karpathy(json_path: epath.Path) -> dict[str, list[ListedImage]]:
     for index, entry in enumerate(content["images"]):
         split, image = _read_entry(f"{json_path}: images[{index}]", index, entry, folder)
         splits.setdefault(split, []).append(image)
+    splits = _with_caption_ids(splits)
     listing.check_listing(str(json_path), splits)
     return splits
+
+
+def _with_caption_ids(splits):
+    """Returns the images with captions numbered in order, where the file numbers none of them."""
+    ids = [number for images in splits.values() for i in images for number in i.caption_ids]
+    if any(number is not None for number in ids):
+        return splits
+    count = itertools.count()
+    return {
+        split: [
+            dataclasses.replace(image, caption_ids=[next(count) for _ in image.captions])
+            for image in images
+        ]
+        for split, images in splits.items()
+    }
 
 
 def read_listing(data_dir: str, name: str = ANY) -> Listing:
@@ -111,14 +130,17 @@ def _read_entry(where, index, entry, folder):
         raise UserError(
             f"{where}: split is {entry['split']!r}; expected one of {', '.join(SPLIT_OF)}"
         )
+    for key in ("filepath", "filename"):  # the folder may be left out
+        name = entry.get(key) or ("." if key == "filepath" else "")
+        listing.checked_name(where, key, name)
     sentences = [s if isinstance(s, dict) else {"raw": s} for s in entry["sentences"]]
     image_id = entry.get("cocoid", entry.get("imgid", index))
     image = ListedImage(
-        path=folder / str(entry.get("filepath", "")) / entry["filename"],
+        path=folder / (entry.get("filepath") or "") / entry["filename"],
         where=where,
         image_id=image_id,
         source_id=str(entry.get("cocoid", entry["filename"])),
         captions=[sentence.get("raw") for sentence in sentences],
-        caption_ids=[sentence.get("sentid", -1) for sentence in sentences],
+        caption_ids=[sentence.get("sentid") for sentence in sentences],
     )
     return SPLIT_OF[entry["split"]], image

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import string
+import os
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ SPLIT_OF = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 # Far above the longest captions of Flickr30K and COCO: a longer text is a file read wrongly, such
 # as a table with an unclosed quotation mark.
 MAX_CAPTION_CHARACTERS = 2000
+# What the records hold.
+_MAX_IMAGE_ID, _MAX_CAPTION_ID = np.iinfo(np.int32).max, np.iinfo(np.int64).max
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,16 +119,82 @@ def image_folder(folder: epath.Path) -> epath.Path:
     return images if images.is_dir() else folder
 
 
+def read_text(path: epath.Path) -> str:
+    """Returns the text of a file in UTF-8, or in UTF-16 if a byte order mark says so.
+
+    Raises:
+      UserError: If it cannot be read, or is in another encoding; it says how to convert it.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    try:
+        return content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}: line {line}: not text in UTF-8 (byte {content[error.start]:#04x}). Save it "
+            "as UTF-8 ('CSV UTF-8' in Excel), or convert it: iconv -f cp1252 -t utf-8 "
+            f"{path.name} > utf8-{path.name}, where cp1252 is Windows' encoding of western Europe"
+        ) from error
+
+
+def parse_json(where: str, text: str) -> Any:
+    """Returns what a JSON text holds.
+
+    Args:
+      where: The place of the text, for messages.
+      text: The text.
+
+    Raises:
+      UserError: If it is not JSON, or nested too deeply to be a listing.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON: {error}") from error
+
+
 def read_json(path: epath.Path) -> Any:
     """Returns what a JSON file holds.
 
     Raises:
-      UserError: If it is not one.
+      UserError: If it cannot be read or is not one.
     """
+    return parse_json(str(path), read_text(path))
+
+
+def checked_name(where: str, key: str, name: Any) -> str:
+    """Returns what a listing gives as the path of an image.
+
+    Args:
+      where: The entry, for messages.
+      key: The key or column of the path.
+      name: What stands there.
+
+    Raises:
+      UserError: If it can be no path.
+    """
+    if not is_text(name) or not name:
+        raise UserError(f"{where}: {key!r} is {name!r:.60}; expected an image's path")
+    return name
+
+
+def is_text(value: Any) -> bool:
+    """Returns whether a value is text that files and their names can hold."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of UTF-8 or of JSON
-        raise UserError(f"{path}: not a JSON file: {error}") from error
+        value.encode()
+    except UnicodeEncodeError:  # half a character, which JSON can spell
+        return False
+    return True
+
+
+def same_file(path: epath.Path) -> str:
+    """Returns one name for all spellings of a path, such as `a.jpg` and `./a.jpg`."""
+    return os.path.normpath(os.fspath(path))
 
 
 def digest_of(paths: Sequence[epath.Path]) -> str:
@@ -136,7 +206,7 @@ def digest_of(paths: Sequence[epath.Path]) -> str:
 
 
 def check_listing(where: str, splits: dict[str, list[ListedImage]], advice: str = "") -> None:
-    """Checks that all splits have images, and that image ids are unique and fit the records.
+    """Checks that all splits have images, each once, and that ids are unique and fit the records.
 
     Args:
       where: The listing, for messages.
@@ -144,33 +214,44 @@ def check_listing(where: str, splits: dict[str, list[ListedImage]], advice: str 
       advice: What to do about a missing split.
 
     Raises:
-      UserError: If something is wrong; it names the split, or the two entries of one id.
+      UserError: If something is wrong; it names the split, or the two entries that clash.
     """
     for split in SPLITS:
         if not splits.get(split):
             raise UserError(f"{where}: no image of the split {split!r}{advice}")
-    entry_of: dict[int, ListedImage] = {}
-    limit = np.iinfo(np.int32)
-    for split in SPLITS:
-        for image in splits[split]:
-            fits = isinstance(image.image_id, int) and 0 <= image.image_id <= limit.max
-            if not fits:
+    image_of_id: dict[int, ListedImage] = {}
+    image_of_file: dict[str, ListedImage] = {}
+    image_of_caption: dict[int, ListedImage] = {}
+    for image in (image for split in SPLITS for image in splits[split]):
+        _check_number(image.where, "image id", image.image_id, _MAX_IMAGE_ID)
+        other = image_of_id.setdefault(image.image_id, image)
+        if other is not image:
+            raise UserError(
+                f"{image.where}: the image id {image.image_id} is also that of {other.where}; "
+                "ids must be unique over all splits"
+            )
+        other = image_of_file.setdefault(same_file(image.path), image)
+        if other is not image:
+            raise UserError(
+                f"{image.where}: the image {image.path} is also that of {other.where}; list each "
+                "image once, with all its captions"
+            )
+        for caption_id in image.caption_ids:
+            _check_number(image.where, "id of a caption", caption_id, _MAX_CAPTION_ID)
+            if caption_id in image_of_caption:
                 raise UserError(
-                    f"{image.where}: the image id is {image.image_id!r}; expected a whole number "
-                    f"from 0 to {limit.max}"
+                    f"{image.where}: the id of a caption, {caption_id}, is there before, in "
+                    f"{image_of_caption[caption_id].where}; ids of captions must be unique"
                 )
-            other = entry_of.setdefault(image.image_id, image)
-            if other is not image:
-                raise UserError(
-                    f"{image.where}: the image id {image.image_id} is also that of {other.where}; "
-                    "ids must be unique over all splits"
-                )
-            for caption_id in image.caption_ids:
-                if not isinstance(caption_id, int):
-                    raise UserError(
-                        f"{image.where}: the id of a caption is {caption_id!r}; expected a whole "
-                        "number"
-                    )
+            image_of_caption[caption_id] = image
+
+
+def _check_number(where, what, number, most):
+    # JSON's true and false are ints in Python.
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= most:
+        raise UserError(
+            f"{where}: the {what} is {number!r:.60}; expected a whole number from 0 to {most}"
+        )
 
 
 def usable_captions(image: ListedImage) -> tuple[list[str], list[int], list[Skipped]]:
@@ -179,7 +260,7 @@ def usable_captions(image: ListedImage) -> tuple[list[str], list[int], list[Skip
     for number, (caption, caption_id) in enumerate(
         zip(image.captions, image.caption_ids, strict=True)
     ):
-        reason = _caption_fault(caption)
+        reason = caption_fault(caption)
         if reason:
             where = f"{image.where}, caption {number}"
             skipped.append(Skipped(where, str(image.path), reason))
@@ -189,18 +270,23 @@ def usable_captions(image: ListedImage) -> tuple[list[str], list[int], list[Skip
     return captions, ids, skipped
 
 
-def _caption_fault(caption):
+def caption_fault(caption: Any) -> str:
+    """Returns why something cannot be used as a caption, or "" if it can."""
     if not isinstance(caption, str):
         return f"the caption is not text: {caption!r:.60}"
-    if not caption.strip(string.whitespace + string.punctuation):
+    if not any(_says_something(character) for character in caption):
         return f"the caption is empty: {caption!r:.60}"
     if len(caption) > MAX_CAPTION_CHARACTERS:
         return (
             f"the caption is too long: {len(caption)} characters, more than the "
             f"{MAX_CAPTION_CHARACTERS} of a plausible one; it begins {caption[:40]!r}"
         )
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        return f"the caption is not text: half a character in {caption!r:.60}"
+    if not is_text(caption):
+        return f"the caption is not text: a NUL, or half a character, in {caption!r:.60}"
     return ""
+
+
+def _says_something(character):
+    """Returns whether a character is none of spaces, marks and what cannot be seen."""
+    kind = unicodedata.category(character)[0]
+    return kind in "LN" or (kind == "S" and not character.isascii())  # pictographs are symbols

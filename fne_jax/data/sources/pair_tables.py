@@ -9,7 +9,7 @@ import csv
 import dataclasses
 import hashlib
 import io
-import json
+import posixpath
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +21,7 @@ from fne_jax.data.sources.listing import SPLIT_OF, Listing
 from fne_jax.errors import UserError
 
 COLUMNS = ("image", "caption", "split", "image_id")
+_DELIMITERS = (",", ";", "\t")
 # Shares of val and test where a table has no splits; the rest is train.
 VAL_SHARE, TEST_SHARE = 0.05, 0.05
 
@@ -28,8 +29,9 @@ VAL_SHARE, TEST_SHARE = 0.05, 0.05
 def read_listing(data_dir: str, kind: str) -> Listing:
     """Returns the dataset of a table, one (image, caption) pair a row.
 
-    Paths of images are absolute, or relative to the table. Rows with the same path make one image.
-    Without splits, `split_of_name` parts the images.
+    Paths of images are absolute, or relative to the table. Rows of the same file make one image.
+    Without splits, `split_of_name` parts the images. A CSV may separate by commas, semicolons or
+    tabs, and its columns may be in any order and case.
 
     Args:
       data_dir: The table, or the folder that holds it alone of its kind.
@@ -42,10 +44,7 @@ def read_listing(data_dir: str, kind: str) -> Listing:
     if not data_dir or not path.is_file():
         folder = listing.existing_folder(data_dir, f"one table *.{kind}")
         path = listing.one_file(folder, f"*.{kind}", "a table of image and caption")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not text in UTF-8: {error}") from error
+    text = listing.read_text(path)
     read = _csv_rows if kind == "csv" else _jsonl_rows
     rows = list(_with_splits(path, [_image_row(*row) for row in read(path, text)]))
     splits = images_of_rows(rows, path.parent)
@@ -67,25 +66,58 @@ def split_of_name(name: str) -> str:
 
 
 def _csv_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    """Yields the place and the cells of each row; names of columns in lower case."""
+    delimiter, header = _csv_header(path, text)
+    lines = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        strict=True,
+        # Where the names of the columns are spaced, so are the cells.
+        skipinitialspace=any(name.startswith(" ") for name in header[1:]),
+    )
+    names = [name.strip().lower() for name in header]
     try:
-        header = lines.fieldnames or []
-        for name in ("image", "caption"):
-            if name not in header:
-                raise UserError(
-                    f"{path}: the column {name!r} is missing; the first line names the columns "
-                    f"({', '.join(COLUMNS)}), and is {','.join(header)!r:.80}"
-                )
-        for row in lines:
+        next(lines)
+        for cells in lines:
             where = f"{path}: line {lines.line_num}"
-            if None in row:
+            if not any(cells):  # as Excel leaves below a table
+                continue
+            if any(cells[len(names) :]):
                 raise UserError(
-                    f"{where}: more fields than columns; put captions with commas between "
+                    f"{where}: more fields than columns; put captions with {delimiter!r} between "
                     'quotation marks (")'
                 )
+            row = dict.fromkeys(names) | dict(zip(names, cells, strict=False))
             yield where, {name: value or None for name, value in row.items()}
     except csv.Error as error:
         raise UserError(f"{path}: line {lines.line_num}: not a CSV file: {error}") from error
+
+
+def _csv_header(path, text):
+    """Returns the delimiter of a table, which its first line tells, and the names of the columns.
+
+    Excel separates by semicolons where numbers have a decimal comma.
+    """
+    headers = {}
+    for delimiter in _DELIMITERS:
+        try:
+            lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+            headers[delimiter] = next(lines, [])
+        except csv.Error as error:
+            raise UserError(f"{path}: line 1: not a CSV file: {error}") from error
+        names = [name.strip().lower() for name in headers[delimiter]]
+        if "image" in names and "caption" in names:
+            for name in COLUMNS:
+                if names.count(name) > 1:
+                    raise UserError(f"{path}: the column {name!r} is there twice")
+            return delimiter, headers[delimiter]
+    likely = max(headers, key=lambda delimiter: len(headers[delimiter]))
+    names = [name.strip().lower() for name in headers[likely]]
+    missing = next(name for name in ("image", "caption") if name not in names)
+    raise UserError(
+        f"{path}: the column {missing!r} is missing; the first line names the columns "
+        f"({', '.join(COLUMNS)}), and is {likely.join(headers[likely])!r:.80}"
+    )
 
 
 def _jsonl_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -93,10 +125,7 @@ def _jsonl_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, An
         if not line.strip():
             continue
         where = f"{path}: line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON: {error}") from error
+        row = listing.parse_json(where, line)
         for name in ("image", "caption"):
             if not isinstance(row, dict) or name not in row:
                 raise UserError(f"{where}: the key {name!r} is missing; there are {COLUMNS}")
@@ -105,13 +134,14 @@ def _jsonl_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, An
 
 def _image_row(where: str, row: dict[str, Any]) -> ImageRow:
     split = row.get("split") or ""
-    if split and split not in SPLIT_OF:
-        raise UserError(f"{where}: split is {split!r}; expected one of {', '.join(SPLIT_OF)}")
+    known = split.strip().lower() if isinstance(split, str) else split
+    if known and (not isinstance(known, str) or known not in SPLIT_OF):
+        raise UserError(f"{where}: split is {split!r:.60}; expected one of {', '.join(SPLIT_OF)}")
     return ImageRow(
         where=where,
-        image=row["image"],
+        image=listing.checked_name(where, "image", row["image"]),
         captions=[row["caption"]],
-        split=SPLIT_OF.get(split, ""),
+        split=SPLIT_OF[known] if known else "",
         image_id=row.get("image_id"),
     )
 
@@ -119,7 +149,7 @@ def _image_row(where: str, row: dict[str, Any]) -> ImageRow:
 def _with_splits(path: epath.Path, rows: list[ImageRow]) -> Iterator[ImageRow]:
     if not any(row.split for row in rows):
         for row in rows:
-            yield dataclasses.replace(row, split=split_of_name(str(row.image)))
+            yield dataclasses.replace(row, split=split_of_name(posixpath.normpath(row.image)))
         return
     for row in rows:
         if not row.split:

@@ -61,6 +61,19 @@ def test_a_missing_folder_of_images_says_what_to_put_where(tmp_path):
             [{"raw": "words", "sentid": "x"}],
             r"images\[2\]: the id of a caption is 'x'",
         ),
+        ("sentences", [{"raw": "words", "sentid": 2**70}], "caption is 1180591620717411303424; "),
+        ("sentences", [{"raw": "words", "sentid": True}], "the id of a caption is True"),
+        ("sentences", [{"raw": "words"}], "the id of a caption is None; expected a whole number"),
+        (
+            "sentences",
+            [{"raw": "words", "sentid": 770_000}],
+            r"images\[2\]: the id of a caption, 770000, is there before, in .*images\[0\]",
+        ),
+        ("cocoid", True, r"images\[2\]: the image id is True"),
+        ("filename", "a\0.jpg", r"images\[2\]: 'filename' is 'a\\x00.jpg'"),
+        ("filename", "\ud800.jpg", r"images\[2\]: 'filename' is '\\ud800.jpg'"),
+        ("filepath", ["a"], r"images\[2\]: 'filepath' is \['a'\]"),
+        ("split", ["train"], r"images\[2\]: 'split' is \['train'\]"),
     ],
 )
 def test_mistakes_are_named_with_their_entry(tmp_path, field, value, message):
@@ -69,3 +82,50 @@ def test_mistakes_are_named_with_their_entry(tmp_path, field, value, message):
     (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": entries}))
     with pytest.raises(UserError, match=message):
         karpathy.read_listing(str(tmp_path), "coco")
+
+
+@pytest.mark.parametrize("name", ["image0.jpg", "./image0.jpg", "../train2014/image0.jpg"])
+def test_one_file_in_two_splits(tmp_path, name):
+    entries = sources.write_coco(tmp_path)
+    entries[-1] |= {"filename": name, "filepath": "train2014"}
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": entries}))
+    with pytest.raises(UserError, match=r"images\[34\]: the image .* is also that of .*s\[0\]"):
+        karpathy.read_listing(str(tmp_path), "coco")
+
+
+def test_captions_without_ids_are_numbered(tmp_path):
+    entries = sources.write_coco(tmp_path)
+    for entry in entries:
+        entry["sentences"] = [sentence["raw"] for sentence in entry["sentences"]]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": entries}))
+    images = karpathy.read_listing(str(tmp_path), "coco").images()
+    ids = [number for image in images for number in image.caption_ids]
+    assert ids == list(range(sum(len(entry["sentences"]) for entry in entries)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 200_000, "dataset_a.json: not JSON: maximum recursion"),
+        (b'{"images": ' + b"9" * 10_000 + b"}", "dataset_a.json: not JSON"),
+        (b"\xe9", "dataset_a.json: line 1: not text in UTF-8"),
+        (b"[]", "the key 'images' is missing"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, content, message):
+    (tmp_path / "dataset_a.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        karpathy.read_listing(str(tmp_path))
+    (tmp_path / "dataset_a.json").unlink()
+    (tmp_path / "dataset_a.json").mkdir()
+    with pytest.raises(UserError, match=r"dataset_a.json: cannot be read"):
+        karpathy.read_listing(str(tmp_path))
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    content = write_karpathy(tmp_path)
+    path = tmp_path / "dataset_made-up.json"
+    expected = karpathy.read_listing(str(tmp_path)).splits
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_text(json.dumps(content), encoding=encoding)
+        assert karpathy.read_listing(str(tmp_path)).splits == expected

@@ -1,5 +1,8 @@
 """Tables of pairs: splits by name, and mistakes in them."""
 
+import csv
+import io
+
 import pytest
 
 from fne_jax.data.sources import pair_tables
@@ -58,6 +61,27 @@ def test_mistakes_in_tables(tmp_path, change, message):
         ("csv", b'image,caption\na.jpg,"one\n', "not a CSV file"),
         ("csv", b"", "the column 'image' is missing"),
         ("csv", b"\xff\xfe\x00", "not text in UTF-8"),
+        (
+            "csv",
+            b"image,caption\na.jpg,caf\xe9\n",
+            "line 2: not text .*0xe9.*iconv -f cp12",
+        ),
+        ("csv", b"image,caption,Image\n", "the column 'image' is there twice"),
+        ("csv", b"image;caption\na.jpg;one; two\n", "line 2: more fields .* with ';' between"),
+        ("csv", b"image;text\n", "the column 'caption' is missing; .* and is 'image;text'"),
+        ("csv", b"image,caption\na\0.jpg,b\n", "line 2: 'image' is 'a.x00.jpg'"),
+        ("jsonl", b'{"image": "\\ud800.jpg", "caption": "b"}', "line 1: 'image' is '.ud800.jpg'"),
+        ("jsonl", b'{"image": "a\\u0000", "caption": "b"}', "line 1: 'image' is 'a.x00'"),
+        ("jsonl", b'{"image": ["a"], "caption": "b"}', r"line 1: 'image' is \['a'\]"),
+        (
+            "jsonl",
+            b'{"image": "a", "caption": "b", "split": ["train"]}',
+            "split is .'train'",
+        ),
+        ("jsonl", b'{"image": "a", "caption": "b", "split": 7}', "line 1: split is 7"),
+        ("jsonl", b'{"image": "a", "caption": "b", "image_id": []}', r"line 1: image_id is \[\]"),
+        ("jsonl", b'{"image": "a", "caption": "b", "image_id": "\\udcff"}', "line 1: image_id is"),
+        ("jsonl", b"[" * 200_000, "line 1: not JSON: maximum recursion"),
         ("jsonl", b'{"image": "a.jpg", "caption": "b"}\n{"image": \n', "line 2: not JSON"),
         ("jsonl", b'{"image": "a.jpg"}\n', "line 1: the key 'caption' is missing"),
         ("jsonl", b"[1]\n", "line 1: the key 'image' is missing"),
@@ -75,4 +99,60 @@ def test_a_folder_must_hold_one_table(tmp_path):
     (tmp_path / "a.csv").touch()
     (tmp_path / "b.csv").touch()
     with pytest.raises(UserError, match=r"found a\.csv, b\.csv"):
+        pair_tables.read_listing(str(tmp_path), "csv")
+
+
+def test_a_table_that_cannot_be_opened(tmp_path):
+    (tmp_path / "pairs.csv").mkdir()
+    with pytest.raises(UserError, match=r"pairs.csv: cannot be read: .*directory"):
+        pair_tables.read_listing(str(tmp_path), "csv")
+
+
+CAPTION = 'Straße,"café"; a\tb'
+
+
+def exported(delimiter=",", encoding="utf-8", header=("image", "caption", "split"), empty=()):
+    """Returns a table as a spreadsheet writes it."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, delimiter=delimiter)  # its lines end as on Windows
+    rows = [(f"{split}.jpg", CAPTION, split) for split in ("train", "val", "test")]
+    writer.writerows([(*row, *empty) for row in (header, *rows)])
+    writer.writerows([("", "", "", *empty)] * 2 if empty else [])
+    return stream.getvalue().encode(encoding)
+
+
+EXPORTS = {
+    "semicolons": exported(";"),
+    "tabs in UTF-16, Excel's Unicode text": exported("\t", "utf-16"),
+    "a byte order mark": exported(encoding="utf-8-sig"),
+    "names in other letters": exported(header=("Image", "CAPTION", " Split ")),
+    "empty columns and rows": exported(empty=("", "")),
+    "spaces": exported().replace(b",", b", ").replace("Straße, ".encode(), "Straße,".encode()),
+}
+
+
+@pytest.mark.parametrize("export", list(EXPORTS))
+def test_exports_of_spreadsheets_are_read(tmp_path, export):
+    (tmp_path / "pairs.csv").write_bytes(EXPORTS[export])
+    splits = pair_tables.read_listing(str(tmp_path), "csv").splits
+    assert list(splits) == ["train", "val", "test"]
+    for split, (image,) in splits.items():
+        assert image.path == tmp_path / f"{split}.jpg"
+        assert list(image.captions) == [CAPTION]
+
+
+@pytest.mark.parametrize("other", ["./a.jpg", "b/../a.jpg", "{folder}/a.jpg"])
+def test_all_spellings_of_a_path_are_one_image(tmp_path, other):
+    other = other.format(folder=tmp_path)
+    names = ["a.jpg", other, "images/6.jpg", "images/68.jpg", "images/0.jpg", "./images/6.jpg"]
+    rows = [{"image": name, "caption": f"words {n}"} for n, name in enumerate(names)]
+    if not other.startswith("/"):
+        sources.write_csv(tmp_path, rows, ("image", "caption"))
+        images = pair_tables.read_listing(str(tmp_path), "csv").images()
+        assert sorted(image.captions[0] for image in images) == [f"words {n}" for n in (0, 2, 3, 4)]
+        (first,) = [image for image in images if image.path.name == "a.jpg"]
+        assert first.captions == ["words 0", "words 1"] and first.source_id == "a.jpg"
+    rows = [row | {"split": split} for row, split in zip(rows, ["train", "val"] * 3, strict=True)]
+    sources.write_csv(tmp_path, rows, ("image", "caption", "split"))
+    with pytest.raises(UserError, match=r"line 3: split of .*a.jpg' is 'val', but 'train' in .*2"):
         pair_tables.read_listing(str(tmp_path), "csv")
