@@ -53,12 +53,15 @@ REMOVED_FIELDS = {"data.augment_on": ("host", "images are augmented on the host"
 _BEFORE_REMOVAL = "67ae0d0"
 
 
-def load_config(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+def load_config(
+    path: str, overrides: Sequence[str], *, on_devices: bool = True
+) -> ml_collections.ConfigDict:
     """Returns the config of a file with `--config.x=y` overrides, locked and checked.
 
     Args:
       path: a Python file with a `get_config` function.
       overrides: command-line arguments, all of the form `--config.x=y`.
+      on_devices: Whether batches must fit this machine's accelerators too, which starts them.
 
     Raises:
       UserError: if the file cannot be loaded, a field is unknown (with the nearest names), or a
@@ -73,7 +76,7 @@ def load_config(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDic
             raise UserError(f"unknown argument {override!r}; overrides look like --config.x=y")
         _check_field(name.removeprefix("config."), fields)
     config = _parse(path, overrides)
-    validate(config)
+    validate(config, on_devices=on_devices)
     return config
 
 
@@ -123,8 +126,13 @@ def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, ob
     return leaves
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError, naming the field, if a number or a name cannot be."""
+def validate(config: ml_collections.ConfigDict, *, on_devices: bool = True) -> None:
+    """Raises UserError, naming the field, if a number or a name cannot be.
+
+    Args:
+      config: The config.
+      on_devices: Whether batches must fit this machine's accelerators too, which starts them.
+    """
     fields = flatten(config)
     registry.check(config)
     positive = (
@@ -193,7 +201,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.micro_batches is {config.micro_batches}, but config.encoder.text's pooling, "
             f"{LONGEST_POOLING}, looks at the whole batch; make micro_batches 1 or take another"
         )
-    check_batches(config, jax.device_count())
+    if on_devices:
+        check_batches(config, jax.device_count())
     from_sizes = not config.encoder.text.pretrained
     if from_sizes and config.data.text_length > config.encoder.text.max_length:
         raise UserError(

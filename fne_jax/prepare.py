@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> None:
     options, overrides = parser.parse_known_args(arguments)
     if options.resize_to is not None:
         overrides.append(f"--config.data.resize_to={options.resize_to}")
-    config = configuration.load_config(options.config, overrides)
+    # Another machine may train.
+    config = configuration.load_config(options.config, overrides, on_devices=False)
     if isinstance(find_source(config.data.source), InMemory):
         raise UserError(
             f"config.data.source is {config.data.source!r}, which is read as it is: there is "

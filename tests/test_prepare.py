@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -337,6 +338,15 @@ def test_smaller_images_are_another_dataset(tmp_path, command, capsys):
         with Image.open(io.BytesIO(record["image"])) as image:
             assert min(image.size) == 16
     assert len(record_files(tmp_path)) == 6, "training has found it"
+
+
+def test_preparing_needs_no_accelerator(command, monkeypatch):
+    def start():
+        raise RuntimeError("the accelerator is started")
+
+    monkeypatch.setattr(jax, "device_count", start)
+    monkeypatch.setattr(jax, "devices", start)
+    command("--config.global_batch_size=7")
 
 
 def test_there_is_nothing_to_prepare_in_memory(command):
