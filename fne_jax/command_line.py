@@ -8,10 +8,13 @@ import signal
 import sys
 from collections.abc import Callable
 
-from fne_jax.errors import Interrupted, UserError
+from fne_jax.errors import (
+    EXIT_ENVIRONMENT_FAILURE,
+    Interrupted,
+    UserError,
+    is_environment_failure,
+)
 from fne_jax.logs import set_up_logging
-
-EXIT_USER_ERROR = 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,16 +28,23 @@ def parser(description: str, command: str) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Calls a command's main function and exits: 0, 2 for a user's error, 128 + signal."""
+    """Calls a command's main function and exits with a code of README.md's table.
+
+    Args:
+      main: Takes the command line, without the program's name.
+    """
     set_up_logging(logging.INFO)
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)
+    except (UserError, Interrupted) as error:
+        prefix = "error: " if isinstance(error, UserError) else ""
+        print(f"{prefix}{error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (OSError, MemoryError) as error:
+        if not is_environment_failure(error):
+            raise
+        print(f"error: {type(error).__name__}: {error}".rstrip(": "), file=sys.stderr)
+        sys.exit(EXIT_ENVIRONMENT_FAILURE)
     except KeyboardInterrupt:
         print("stopped; there was nothing to save", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

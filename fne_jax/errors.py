@@ -1,17 +1,57 @@
-"""Errors that end a command in one line instead of a traceback."""
+"""Errors that end a command in one line instead of a traceback, and the exit codes they give."""
 
 from __future__ import annotations
 
+EXIT_USER_ERROR = 2
+EXIT_ENVIRONMENT_FAILURE = 74  # EX_IOERR of BSD's sysexits.h
+
+# Errors of the file system that the user alone can mend: a path that is mistaken or not permitted.
+_MISTAKEN_PATH = (
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+
+
+def is_environment_failure(error: BaseException | None) -> bool:
+    """Returns whether an error is the machine's: a full disk, a lost file system, no memory.
+
+    Libraries raise OSError for damaged content too; the operating system's own have a number.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    numbered = isinstance(error, OSError) and error.errno is not None
+    return numbered and not isinstance(error, _MISTAKEN_PATH)
+
 
 class UserError(Exception):
-    """Wrong input: the message names what was wrong, what was expected and what to do."""
+    """What the user can mend: the message names what was wrong, what was expected, what to do."""
+
+    @property
+    def exit_code(self) -> int:
+        """2, or 74 where the cause is a failure of the machine, after which a restart may help."""
+        if is_environment_failure(self.__cause__):
+            return EXIT_ENVIRONMENT_FAILURE
+        return EXIT_USER_ERROR
+
+
+class EnvironmentFailure(UserError):
+    """The machine failed rather than the input: the same command may well succeed another time."""
+
+    @property
+    def exit_code(self) -> int:
+        """74."""
+        return EXIT_ENVIRONMENT_FAILURE
 
 
 class Interrupted(Exception):
     """A signal asked the run to stop, and it did so in good order.
 
     Attributes:
-      exit_code: 128 plus the signal's number, as shells report it (130 Ctrl-C, 143 SIGTERM).
+      exit_code: 128 plus the signal's number, as shells report it (129 a closed terminal, 130
+        Ctrl-C, 143 SIGTERM).
     """
 
     def __init__(self, signal_number: int, message: str):

@@ -16,6 +16,7 @@ from fne_jax import command_line, configuration
 from fne_jax.data.pairs import SPLITS, PairDataset
 from fne_jax.data.sources.registry import InMemory, find_source
 from fne_jax.errors import Interrupted, UserError
+from fne_jax.training.interruption import stop_signals
 
 
 def main(arguments: list[str]) -> None:
@@ -75,9 +76,8 @@ def _density(test: PairDataset) -> str:
 
 @contextlib.contextmanager
 def _stopping_in_good_order():
-    """Lets SIGINT and SIGTERM end the command by an exception, so that nothing half-made stays."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, _stop) for number in signals}
+    """Lets a signal end the command by an exception, so that nothing half-made stays."""
+    before = {number: signal.signal(number, _stop) for number in stop_signals()}
     try:
         yield
     finally:

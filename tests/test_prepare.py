@@ -21,6 +21,7 @@ from fne_jax.data.loading import load_split
 from fne_jax.data.pairs import SPLITS
 from fne_jax.data.preparation import checked_parts, pair_builder, prepared_datasets
 from fne_jax.errors import Interrupted, UserError
+from fne_jax.training.interruption import stop_signals
 from fne_jax.training.loop import train_and_evaluate
 from tests.support import TOP, sources
 from tests.support.tiny import tiny_config
@@ -153,7 +154,7 @@ def checked(monkeypatch):
 def command(monkeypatch, tmp_path):
     """Calls `prepare` in this process on a table of its own; its signal handlers do not stay."""
     sources.write_jsonl(tmp_path / "source", sources.table_rows(tmp_path / "source"))
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.getsignal(number) for number in stop_signals()}
     monkeypatch.setattr(checked_parts, "IMAGES_PER_PART", 10)
 
     def call(*arguments):
@@ -172,7 +173,7 @@ def command(monkeypatch, tmp_path):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_build_goes_on_where_it_was(
     tmp_path, command, checked, monkeypatch, capsys, number
 ):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fne_jax.errors import UserError
+from fne_jax.errors import EnvironmentFailure, UserError
 
 HEARTBEAT_TIMEOUT_SECONDS = 100  # jax.distributed's own default
 _FLAGS = ("coordinator", "processes", "process_index")
@@ -52,7 +52,8 @@ def initialize(options: argparse.Namespace) -> None:
       options: what `add_arguments` parsed.
 
     Raises:
-      UserError: if flags or variables do not fit together, or the others cannot be reached.
+      UserError: If flags or variables do not fit together.
+      EnvironmentFailure: If the other processes cannot be reached.
     """
     if options.heartbeat_timeout < 1:
         raise UserError(
@@ -82,7 +83,7 @@ def initialize(options: argparse.Namespace) -> None:
         if place is None and "must be called before" in str(error):
             return  # called by a program that has used JAX already, alone
         reason = str(error).splitlines()[0]
-        raise UserError(
+        raise EnvironmentFailure(
             f"cannot join the other processes: {reason}; check --coordinator, --processes and "
             "--process-index, and that process 0 runs"
         ) from error

@@ -17,6 +17,7 @@ from fne_jax.errors import Interrupted, UserError
 from fne_jax.logs import set_up_logging
 from fne_jax.studies import execution
 from fne_jax.studies.cells import Run
+from fne_jax.training.interruption import stop_signals
 
 # The seconds that a piece of work took, and what went wrong, or None.
 Outcome = tuple[float, str | None]
@@ -118,7 +119,7 @@ class _Workers:
 
     def __enter__(self) -> _Workers:
         if self._jobs > 1:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in stop_signals():
                 self._previous[number] = signal.signal(number, self._stop)
         return self
 

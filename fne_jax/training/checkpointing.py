@@ -16,7 +16,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from fne_jax.errors import UserError
+from fne_jax.errors import EnvironmentFailure, UserError
 from fne_jax.model import checkpoints
 from fne_jax.model.checkpoints import BEST_METRIC, DIRECTORY, ITEMS, LAYOUT, DamagedCheckpoint
 from fne_jax.parallel import processes
@@ -109,7 +109,7 @@ class Checkpoints:
         A checkpoint that is already there is left alone: the same step means the same state.
 
         Raises:
-          UserError: if this or the save before failed; the checkpoints before are intact.
+          EnvironmentFailure: if this or the save before failed; the checkpoints before are intact.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -127,7 +127,7 @@ class Checkpoints:
             self._manager.save(step, args=items, metrics=metrics)
 
     def check(self) -> None:
-        """Raises UserError if what is being saved in the background could not be written."""
+        """Raises EnvironmentFailure if what is saved in the background could not be written."""
         with self._refusing():
             self._manager.check_for_errors()
 
@@ -135,7 +135,7 @@ class Checkpoints:
         """Waits until what was saved is on disk, for all processes, and closes the folder.
 
         Raises:
-          UserError: if it could not be written; the checkpoints before are intact.
+          EnvironmentFailure: if it could not be written; the checkpoints before are intact.
         """
         with self._refusing():
             self._manager.close()
@@ -151,14 +151,14 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _refusing(self):
-        """Raises UserError for what goes wrong in writing."""
+        """Raises EnvironmentFailure for what goes wrong in writing."""
         try:
             yield
         except (OSError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             steps = sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit())
             last = f"the last good one is of step {steps[-1]}" if steps else "there is none before"
-            raise UserError(
+            raise EnvironmentFailure(
                 f"{self.folder}: a checkpoint could not be written: {reason}; {last}. Make room "
                 "or mend the permissions, and give the same command again."
             ) from error

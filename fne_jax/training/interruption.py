@@ -1,4 +1,4 @@
-"""Stopping in good order on Ctrl-C and SIGTERM, all processes at the same place."""
+"""Stopping in good order on Ctrl-C, SIGTERM and SIGHUP, all processes at the same place."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 _LAG = 2
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Returns the signals that ask to stop: Ctrl-C, SIGTERM, and SIGHUP of a closed terminal.
+
+    Those that the process was told to ignore, as `nohup` does with SIGHUP, are left out.
+    """
+    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in asked if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 class Stopped(Exception):
     """Work was abandoned because a signal asked the run to stop."""
 
@@ -22,10 +31,8 @@ class StopRequest:
     """Remembers a signal while it is a context; a second one takes its usual effect at once.
 
     Attributes:
-      signal_number: the signal that came to this process, or None.
+      signal_number: The signal that came to this process, or None.
     """
-
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
         self.signal_number: int | None = None
@@ -35,7 +42,7 @@ class StopRequest:
         self._latest = _latest_signal() if jax.process_count() > 1 else None
 
     def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+        self._previous = {number: signal.signal(number, self._note) for number in stop_signals()}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -65,7 +72,7 @@ class StopRequest:
     def _note(self, number, frame):
         del frame
         self.signal_number = number
-        for other in self._SIGNALS:
+        for other in self._previous:
             signal.signal(other, signal.SIG_DFL)
 
 

@@ -63,7 +63,7 @@ def train_and_evaluate(
     Raises:
       UserError: on wrong input, when too many steps in a row had no finite loss or gradient, or
         when a checkpoint cannot be written.
-      Interrupted: after Ctrl-C or SIGTERM, with everything saved.
+      Interrupted: After a signal that asks to stop, with everything saved.
     """
     # Config and devices.
     config, architectures = configuration.resolve(config, workdir)

@@ -18,7 +18,7 @@ import pytest
 import scipy.stats
 
 from fne_jax.data.batches import BatchOrder
-from fne_jax.errors import Interrupted, UserError
+from fne_jax.errors import EnvironmentFailure, Interrupted, UserError
 from fne_jax.model import checkpoints
 from fne_jax.model.model import restore_model
 from fne_jax.parallel import sharding
@@ -240,7 +240,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(own_run):
     size = max(p.stat().st_size for p in own_run.rglob("*") if p.is_file())
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"could not be written: .*last good one is of step 12"):
+        with pytest.raises(
+            EnvironmentFailure, match=r"could not be written: .*last good one is of step 12"
+        ):
             train(own_run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,0 +1,110 @@
+"""What the commands share: exit codes, one line an error, plain messages in the log, fast help."""
+
+import errno
+import io
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from fne_jax import command_line
+from fne_jax.errors import EnvironmentFailure, Interrupted, UserError
+from fne_jax.logs import set_up_logging
+from tests.support import TOP
+
+COMMANDS = ("train", "evaluate", "prepare", "audit", "study", "plan", "benchmark", "convert")
+
+
+def raising(error, cause=None):
+    def main(arguments):
+        del arguments
+        raise error from cause
+
+    return main
+
+
+def end_of(main, monkeypatch, capsys):
+    """Returns the exit code and stderr of a command whose main function this is."""
+    monkeypatch.setattr(command_line, "set_up_logging", lambda level: None)
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit) as stop:
+        command_line.run(main)
+    return stop.value.code, capsys.readouterr().err
+
+
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "/runs/x")
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "code", "said"),
+    [
+        (UserError("no such field"), None, 2, "error: no such field\n"),
+        (UserError("cannot be read"), PermissionError(errno.EACCES, "denied"), 2, "read\n"),
+        (UserError("no such file"), FileNotFoundError(errno.ENOENT, "none"), 2, "file\n"),
+        (UserError("cut off"), OSError("image file is truncated"), 2, "cut off\n"),
+        (UserError("cannot be written"), NO_SPACE, 74, "error: cannot be written\n"),
+        (EnvironmentFailure("no answer"), RuntimeError("timeout"), 74, "error: no answer\n"),
+        (NO_SPACE, None, 74, "error: OSError: [Errno 28] No space left on device: '/runs/x'\n"),
+        (MemoryError(), None, 74, "error: MemoryError\n"),
+        (Interrupted(15, "saved"), None, 143, "saved\n"),
+        (KeyboardInterrupt(), None, 130, "stopped; there was nothing to save\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_each_end_has_its_exit_code_and_one_line(error, cause, code, said, monkeypatch, capsys):
+    ended = end_of(raising(error, cause), monkeypatch, capsys)
+    assert ended[0] == code
+    assert ended[1].endswith(said) and ended[1].count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "none"), OSError("odd")])
+def test_a_bug_keeps_its_traceback(error, monkeypatch):
+    monkeypatch.setattr(command_line, "set_up_logging", lambda level: None)
+    with pytest.raises(type(error)):
+        command_line.run(raising(error))
+
+
+@pytest.fixture
+def levels_put_back():
+    loggers = logging.root, logging.getLogger("fne_jax"), logging.getLogger("absl")
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("levels_put_back")
+def test_messages_are_plain_although_a_library_configured_logging_first(monkeypatch):
+    # As in a fresh process; pytest has handlers of its own here.
+    monkeypatch.setattr(logging.root, "handlers", [])
+    stream = io.StringIO()
+    logging.basicConfig(stream=stream)
+    set_up_logging(logging.INFO)
+    logging.getLogger("fne_jax.training.loop").info("step 3")
+    logging.getLogger("absl").warning("Missing metrics")
+    logging.getLogger("other").info("unasked")
+    logging.getLogger("other").warning("a library's warning")
+    assert stream.getvalue() == "step 3\na library's warning\n"
+    assert len(logging.root.handlers) == 1
+
+
+def test_every_command_helps_without_tensorflow():
+    # One process for all: what they import shows in the end.
+    script = (
+        "import contextlib, importlib, io, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    main, text = importlib.import_module('fne_jax.' + name).main, io.StringIO()\n"
+        "    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):\n"
+        "        main(['--help'])\n"
+        "    print(text.getvalue().splitlines()[0])\n"
+        "print(*({'tensorflow', 'tensorflow_datasets', 'clu', 'torch', 'matplotlib'}\n"
+        "        & sys.modules.keys()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *COMMANDS], cwd=TOP, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    *usages, heavy = done.stdout.splitlines()
+    assert [usage.split()[3] for usage in usages] == [f"fne_jax.{name}" for name in COMMANDS]
+    assert heavy == ""
