@@ -26,10 +26,11 @@ def get_config() -> ConfigDict:
     # devices).
     config.compile_cache = "~/.cache/fne_jax/xla"
 
-    # Devices along the two axes of the mesh, -1 for what the other leaves: batches are split over
-    # both, parameters, their momentum and Adam's moments over `fsdp`.
     config.mesh = mesh = ConfigDict()
+    # Devices along the axis that splits batches; -1 for as many as `fsdp` leaves.
     mesh.data = -1
+    # Devices along the axis that splits batches further, and parameters, their momentum and Adam's
+    # moments; -1 for as many as `data` leaves.
     mesh.fsdp = 1
 
     config.data = data = ConfigDict()
@@ -53,56 +54,57 @@ def get_config() -> ConfigDict:
     data.tokenizer = "auto"
     # Most token ids of a fitted tokenizer.
     data.vocab_size = 8000
-    # Words kept of a caption, and the fixed number of tokens it is padded or truncated to; 0 for
-    # that of the pretrained text tower (CLIP 77, SigLIP 64), and 30 with others.
+    # Words kept of a caption.
     data.max_words = 30
+    # The fixed number of tokens that a caption is padded or truncated to; 0 for that of the
+    # pretrained text tower (CLIP 77, SigLIP 64), and 30 with others.
     data.text_length = 0
     # Batches prepared ahead of the step.
     data.prefetch = 4
 
     # The rendered dataset. The density of false negatives falls as the vocabulary grows.
     data.shapes = shapes = ConfigDict()
-    shapes.seed = 0
-    shapes.train_images = 10000
-    shapes.val_images = 500
-    shapes.test_images = 1000
+    shapes.seed = 0  # of the scenes
+    shapes.train_images = 10000  # images of the training split, five captions each
+    shapes.val_images = 500  # images of the validation split
+    shapes.test_images = 1000  # images of the test split
     shapes.shapes = 5  # 1 to 8 kinds of shape
     shapes.colours = 7  # 1 to 10 colours
     shapes.max_objects = 3  # objects in a scene, 1 to this many, at most 3
 
     data.synthetic = synthetic = ConfigDict()
-    synthetic.seed = 0
-    synthetic.images = 256
+    synthetic.seed = 0  # of the pixels and the captions
+    synthetic.images = 256  # images of each split, two captions each
 
     # Pixels in [0, 1] are normalised with these; () for those of the pretrained image tower:
     # SigLIP's 0.5, and CLIP's, which the authors use with ViT as well, with others.
     config.image_mean = ()
-    config.image_std = ()
+    config.image_std = ()  # by channel, like image_mean
 
     config.encoder = encoder = ConfigDict()
     encoder.image = image = ConfigDict()
     # Hugging Face name or local folder of a ViT, CLIP or SigLIP to start from; "" for random
     # weights and the sizes below. `image_size` may differ from the source's.
     image.pretrained = ""
-    image.image_size = 384
-    image.patch_size = 16
-    image.width = 768
-    image.layers = 12
-    image.heads = 12
-    image.mlp_width = 3072
-    image.dropout = 0.0
+    image.image_size = 384  # pixels of a side
+    image.patch_size = 16  # pixels of a side of a patch, which is a token
+    image.width = 768  # dimension of the tokens between layers
+    image.layers = 12  # transformer layers
+    image.heads = 12  # attention heads of a layer; they divide the width
+    image.mlp_width = 3072  # hidden dimension of each layer's MLP
+    image.dropout = 0.0  # share of activations dropped while training
     # mean over all tokens, class token included; first (the class token); checkpoint (the
     # embedding of CLIP and SigLIP themselves); or auto (checkpoint where there is one, else mean).
     image.pooling = "auto"
     encoder.text = text = ConfigDict()
     # As above, of a BERT, CLIP or SigLIP.
     text.pretrained = ""
-    text.max_length = 512
-    text.width = 768
-    text.layers = 12
-    text.heads = 12
-    text.mlp_width = 3072
-    text.dropout = 0.0
+    text.max_length = 512  # position embeddings, the most tokens of a caption
+    text.width = 768  # dimension of the tokens between layers
+    text.layers = 12  # transformer layers
+    text.heads = 12  # attention heads of a layer; they divide the width
+    text.mlp_width = 3072  # hidden dimension of each layer's MLP
+    text.dropout = 0.0  # share of activations dropped while training
     # mean over real tokens; mean_with_padding over all, as the authors; first; checkpoint; or auto.
     text.pooling = "auto"
     # While training: as `pooling` (auto), or mean_to_longest, over as many tokens as the longest
@@ -115,8 +117,9 @@ def get_config() -> ConfigDict:
     # How attention is computed: auto (what was fastest on this kind of device), xla (anywhere),
     # cudnn (fused; GPUs in bfloat16), or head_loop (long sequences on a CPU, in little memory).
     encoder.attention = "auto"
-    # Compile one layer and loop over it; recompute activations in the backward pass.
+    # Compile one layer and loop over it.
     encoder.scan_layers = False
+    # Recompute activations in the backward pass.
     encoder.remat = False
 
     # Momentum m of the momentum encoders' update m <- m * momentum + (1 - m) * online.
@@ -180,23 +183,23 @@ def get_config() -> ConfigDict:
     warmup.fill_queue = True
 
     config.optimizer = optimizer = ConfigDict()
-    optimizer.learning_rate = 2e-5
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.999
-    optimizer.eps = 1e-8
+    optimizer.learning_rate = 2e-5  # the peak of the schedule
+    optimizer.b1 = 0.9  # Adam's decay of the mean of gradients
+    optimizer.b2 = 0.999  # Adam's decay of the mean of squared gradients
+    optimizer.eps = 1e-8  # Adam's addition to the divisor
     # Decoupled weight decay of matrices (biases, norms and embeddings of rank 1 are left alone).
     optimizer.weight_decay = 0.0
     # Global norm that gradients are clipped to.
     optimizer.clip_norm = 2.0
     # step (times `step_factor` at each of `step_epochs`) or cosine (to 0 at the end).
     optimizer.schedule = "step"
-    optimizer.step_epochs = (5.0, 15.0)
-    optimizer.step_factor = 0.1
+    optimizer.step_epochs = (5.0, 15.0)  # may be fractional
+    optimizer.step_factor = 0.1  # less than 1 lowers the rate
     # Epochs over which the learning rate rises linearly from 0.
     optimizer.warmup_epochs = 0.0
     # Factors on the learning rate of either tower; 0 freezes it.
     optimizer.image_factor = 1.0
-    optimizer.text_factor = 1.0
+    optimizer.text_factor = 1.0  # that of the text tower
 
     config.evaluation = evaluation = ConfigDict()
     # Validations in an epoch.
