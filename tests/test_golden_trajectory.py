@@ -22,6 +22,7 @@ from fne_jax.training.encoder_passes import WholeBatch
 from fne_jax.training.optimizer import build_optimizer
 from fne_jax.training.train_state import TrainState
 from fne_jax.training.train_step import StepSettings, train_step
+from tests.support import TOP
 
 # Float32 over ten steps, on figures of size 1: 7e-7 was measured for losses and gradient norms,
 # 3e-6 for statistics, 2e-7 for the queue and 4e-7 for weights, which move by 1e-3 and more.
@@ -195,7 +196,9 @@ def test_statistics_and_negatives(replay):
         for name in ("negative_i2t", "negative_t2i"):
             np.testing.assert_array_equal(negatives[name], figures[name], err_msg=f"step {step}")
         trusted.add(bool(scalars["positive_count"] > replay.arrays["ready_count"]))
-    assert trusted == {False, True}, "the run should cross the step of trust"
+    # Another run may end before its statistics are trusted; ours is to show both.
+    ours = replay.folder.is_relative_to(TOP)
+    assert not ours or trusted == {False, True}, "the run should cross the step of trust"
 
 
 def test_final_queue(replay):
