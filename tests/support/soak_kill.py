@@ -81,7 +81,8 @@ def kill_at(process, mark, wait):
         if mark.search(line):
             break
     # Nobody reads on, and a full pipe would stop the command.
-    threading.Thread(target=process.stderr.read, daemon=True).start()
+    reader = threading.Thread(target=process.stderr.read, daemon=True)
+    reader.start()
     try:
         process.wait(wait)
         return False
@@ -89,6 +90,9 @@ def kill_at(process, mark, wait):
         process.kill()
         process.wait()
         return True
+    finally:
+        reader.join()
+        process.stderr.close()
 
 
 def differences(workdir, other):

@@ -119,7 +119,8 @@ def test_sigterm_then_kills_change_nothing(tmp_path):
         if "step 0:" in line:
             process.send_signal(signal.SIGTERM)
             break
-    log = process.stderr.read()
+    with process.stderr:
+        log = process.stderr.read()
     assert process.wait() == 143 and "saved; the same command goes on" in log
     # In the middle of the save that follows the next step.
     process = soak_kill.start(stopped, variables=variables)
