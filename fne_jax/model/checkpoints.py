@@ -8,9 +8,10 @@ each field.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from fne_jax.errors import UserError
+from fne_jax.parallel import processes
 
 DIRECTORY = "checkpoints"
 BEST_METRIC = "rsum"
@@ -26,24 +28,85 @@ ITEMS = ("state", "position")
 # neither version nor fingerprint.
 LAYOUT = 3
 READABLE_LAYOUTS = (2, 3)
+METRICS = "metrics"  # Orbax's name of the item and of the file within
+# What reading meets in files that are damaged, or not there. Other errors of the operating system
+# tell of the storage, which may give the same files another time.
+_DAMAGE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
+# What TensorStore's ValueErrors begin with if the storage failed rather than what it holds.
+_STORAGE_FAILED = (
+    "ABORTED",
+    "CANCELLED",
+    "DEADLINE_EXCEEDED",
+    "INTERNAL",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "UNAUTHENTICATED",
+    "UNAVAILABLE",
+    "UNKNOWN",
+)
 _log = logging.getLogger(__name__)
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint cannot be read, or is not what was written."""
+    """A checkpoint lacks a part, or is not what was written."""
 
 
 def reader(workdir: pathlib.Path) -> ocp.CheckpointManager:
     """Returns a manager that leaves everything as it is, for runs that may be training.
 
+    Each process reads by itself, so that an error of one leaves no other waiting.
+
     Args:
       workdir: The folder of the run.
+
+    Raises:
+      UserError: If the checkpoints cannot be listed.
     """
-    options = ocp.CheckpointManagerOptions(
-        best_fn=lambda metrics: metrics[BEST_METRIC], read_only=True, create=False
-    )
     folder = (workdir / DIRECTORY).absolute()
-    return ocp.CheckpointManager(folder, options=options, item_names=ITEMS)
+    options = ocp.CheckpointManagerOptions(
+        best_fn=lambda metrics: metrics[BEST_METRIC],
+        read_only=True,
+        create=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
+        ),
+    )
+    try:
+        return ocp.CheckpointManager(folder, options=options, item_names=ITEMS)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: the checkpoints cannot be listed: {_reason(error)}") from error
+
+
+def unlisted(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
+    """Yields the checkpoints whose metrics Orbax cannot parse, so that it lists none, and why.
+
+    Raises:
+      OSError: If metrics cannot be read.
+    """
+    for metrics in sorted(folder.glob(f"[0-9]*/{METRICS}/{METRICS}")):
+        try:
+            json.loads(metrics.read_text())[BEST_METRIC]
+        except (ValueError, KeyError, TypeError) as error:
+            yield metrics.parents[1], f"{metrics.parents[1]} is damaged: {metrics.name}: {error}"
+
+
+def stored_steps(workdir: pathlib.Path) -> list[int]:
+    """Returns the steps of a run's whole checkpoints in increasing order, damaged ones included.
+
+    Raises:
+      OSError: If the folder is there and cannot be read.
+    """
+    folder = workdir / DIRECTORY
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
 def find_step(manager: ocp.CheckpointManager, which: str) -> int:
@@ -86,12 +149,42 @@ def read(
         shapes, dtypes and shardings, whatever mesh it was saved from.
 
     Raises:
-      DamagedCheckpoint: if a part is missing, unreadable or other than it was written.
-      UserError: if it was written in another layout, or reading is not permitted.
+      DamagedCheckpoint: If a part is missing, or other than it was written, on any process.
+      UserError: If it was written in another layout, or could not be read, on any process.
     """
     where = f"the checkpoint {manager.directory / str(step)}"
+    fault = fields = None
+    try:
+        fields, position = _read_here(manager, step, like, where)
+    except Exception as error:
+        fault = error
+    # What follows is computed by all processes together, or by none.
+    kinds = (type(None), DamagedCheckpoint, Exception)
+    worst = kinds[processes.highest(next(n for n, k in enumerate(kinds) if isinstance(fault, k)))]
+    if fault is not None and isinstance(fault, worst):
+        raise fault
+    if worst is DamagedCheckpoint:
+        raise DamagedCheckpoint(f"{where} is damaged; the log of another process tells why")
+    if worst is Exception:
+        raise UserError(f"{where} was not read; the log of another process tells why")
+    if position["layout"] < LAYOUT:
+        _log.warning("%s has an older layout: its arrays are not verified", where)
+        return fields, position
+    stored = position.get("fingerprints", {})
+    for name, value in fingerprints(fields).items():
+        if value != stored.get(name):
+            raise DamagedCheckpoint(
+                f"{where} is damaged: the arrays of {name!r} are not those that were saved"
+            )
+    return fields, position
+
+
+def _read_here(manager, step, like, where):
+    """Returns what `read` does, without a word from other processes and not yet verified."""
     position = _read_item(manager, step, where, position=ocp.args.JsonRestore()).position
-    layout = position.get("layout", 1)
+    if not isinstance(position, dict):
+        raise DamagedCheckpoint(f"{where} is damaged: its position is no object")
+    layout = position.setdefault("layout", 1)
     if layout not in READABLE_LAYOUTS:
         writer = position.get("fne_jax", "an early version")
         raise UserError(
@@ -105,16 +198,7 @@ def read(
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=True,
     )
-    fields = _read_item(manager, step, where, state=restore).state
-    if layout < LAYOUT:
-        _log.warning("%s has the older layout %d: its arrays are not verified", where, layout)
-        return fields, position
-    for name, value in fingerprints(fields).items():
-        if value != position["fingerprints"].get(name):
-            raise DamagedCheckpoint(
-                f"{where} is damaged: the arrays of {name!r} are not those that were saved"
-            )
-    return fields, position
+    return _read_item(manager, step, where, state=restore).state, position
 
 
 def fingerprints(fields: Mapping[str, Any]) -> dict[str, int]:
@@ -149,10 +233,34 @@ def _fingerprint(leaf, number):
 def _read_item(manager, step, where, **item):
     try:
         return manager.restore(step, args=ocp.args.Composite(**item))
-    except PermissionError as error:
-        raise UserError(f"{where} cannot be read: {error}") from error
-    except jax.errors.JaxRuntimeError:  # too little memory on a device, say: no damage
+    except jax.errors.JaxRuntimeError:  # too little memory on a device, say
         raise
     except Exception as error:  # Orbax raises bare Exceptions for arrays that it cannot read
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DamagedCheckpoint(f"{where} is damaged: {reason}") from error
+        if is_damage(error):
+            raise DamagedCheckpoint(f"{where} is damaged: {_reason(error)}") from error
+        raise UserError(
+            f"{where} could not be read: {_reason(error)}; nothing was changed. Give the same "
+            "command again, or move that folder away to do without it."
+        ) from error
+
+
+def is_damage(error: BaseException) -> bool:
+    """Returns whether an error of reading tells of what is stored, and not of the storage."""
+    chain = list(_causes(error))
+    failed = any(
+        (isinstance(cause, OSError | MemoryError) and not isinstance(cause, _DAMAGE))
+        or str(cause).startswith(_STORAGE_FAILED)
+        for cause in chain
+    )
+    return not failed and any(isinstance(cause, _DAMAGE) for cause in chain)
+
+
+def _causes(error):
+    """Yields an error and what it came from, from the last to the first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _reason(error):
+    return (str(error).splitlines() or [type(error).__name__])[0] or type(error).__name__

@@ -179,8 +179,32 @@ def barrier(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+@contextlib.contextmanager
+def failing_together(what: str) -> Iterator[None]:
+    """Runs its body; waits for all processes, and fails on all of them if it did on one.
+
+    Args:
+      what: What the body does, for the message of the processes where it did not fail.
+
+    Raises:
+      UserError: What the body raised here, or that it raised one on another process.
+    """
+    error = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    if not all_agree(error is None):
+        raise error or UserError(f"{what}: another process failed; its log tells why")
+
+
 def all_agree(value: bool) -> bool:
     """Returns whether the value is true on all processes; waits for them."""
+    return not highest(not value)
+
+
+def highest(value: int) -> int:
+    """Returns the largest of all processes' values; waits for them."""
     if jax.process_count() == 1:
-        return value
-    return bool(np.all(multihost_utils.process_allgather(np.array(value))))
+        return int(value)
+    return int(np.max(multihost_utils.process_allgather(np.array(value, np.int32))))

@@ -7,31 +7,37 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import logging
 import pathlib
 from typing import Any
 
+import jax
 import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from fne_jax.errors import EnvironmentFailure, UserError
 from fne_jax.model import checkpoints
-from fne_jax.model.checkpoints import BEST_METRIC, DIRECTORY, ITEMS, LAYOUT, DamagedCheckpoint
+from fne_jax.model.checkpoints import (
+    BEST_METRIC,
+    DIRECTORY,
+    ITEMS,
+    LAYOUT,
+    METRICS,
+    DamagedCheckpoint,
+)
 from fne_jax.parallel import processes
 from fne_jax.training.train_state import TrainState
 
 DAMAGED_DIRECTORY = "damaged_checkpoints"
-_METRICS = "metrics"  # Orbax's name of the item and of the file within
 _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
     """The checkpoints of a run: the newest few and the best by validation rSum.
 
-    What a killed save left behind is removed at the start, and what Orbax could not even list is
-    set aside.
+    What a killed save left behind is removed at the start. Damaged checkpoints are set aside: moved
+    to the folder `damaged_checkpoints` beside, with a warning, if others remain.
 
     Args:
       workdir: The folder of the run.
@@ -41,10 +47,18 @@ class Checkpoints:
       folder: Where the checkpoints lie.
 
     Raises:
-      UserError: if there is a file in the folder's place.
+      UserError: If there is a file in the folder's place, all checkpoints are damaged, or the
+        folder cannot be read or written.
     """
 
     def __init__(self, workdir: pathlib.Path, settings: ml_collections.ConfigDict):
+        self._workdir = workdir
+        self.folder = (workdir / DIRECTORY).absolute()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is no folder; move it away to resume or begin the run")
+        with processes.failing_together("the checkpoints"), self._refusing():
+            if jax.process_index() == 0:
+                self._set_aside(dict(checkpoints.unlisted(self.folder)))
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(settings.keep_latest),
@@ -55,48 +69,52 @@ class Checkpoints:
                 ),
             ]
         )
-        self.folder = (workdir / DIRECTORY).absolute()
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is no folder; move it away to resume or begin the run")
-        with processes.first_process_first("unlisted checkpoints"):
-            _set_aside_unlisted(self.folder)
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy,
-                best_fn=lambda metrics: metrics[BEST_METRIC],
-                enable_async_checkpointing=True,
-                cleanup_tmp_directories=True,
-                create=True,
-            ),
-            item_names=ITEMS,
-        )
+        with self._refusing():
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policy,
+                    best_fn=lambda metrics: metrics[BEST_METRIC],
+                    enable_async_checkpointing=True,
+                    cleanup_tmp_directories=True,
+                    create=True,
+                ),
+                item_names=ITEMS,
+            )
 
     def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Returns state and position of the newest undamaged checkpoint, or None without any.
 
-        Damaged ones are moved to the folder `damaged_checkpoints` beside, with a warning.
-
         Args:
           like: A state, concrete or abstract, whose shapes, dtypes and shardings the restored one
             takes.
+
+        Raises:
+          UserError: If a checkpoint could not be read, or all are damaged; all stay where they are.
         """
-        while (step := self._manager.latest_step()) is not None:
-            damage = None
-            try:
-                fields, position = checkpoints.read(self._manager, step, like.stored())
-            except DamagedCheckpoint as error:
-                damage = error
-            if processes.all_agree(damage is None):
-                return like.replace(**fields), position
-            with processes.first_process_first(f"damaged {step}"):
-                _set_aside(self.folder / str(step), damage)
+        damaged, fields = {}, None
+        with checkpoints.reader(self._workdir) as manager:
+            steps = set(manager.all_steps())
+            # The same on all processes, should one see less of the folder.
+            while fields is None and (step := processes.highest(max(steps, default=-1))) >= 0:
+                steps.discard(step)
+                try:
+                    fields, position = checkpoints.read(manager, step, like.stored())
+                except DamagedCheckpoint as error:
+                    damaged[self.folder / str(step)] = error
+        with processes.failing_together("the damaged checkpoints"), self._refusing():
+            if jax.process_index() == 0:
+                self._set_aside(damaged)
+        if fields is None:
+            return None
+        if damaged:
             self._manager.reload()
-        return None
+        return like.replace(**fields), position
 
     def is_validated(self, step: int) -> bool:
         """Returns whether the checkpoint of a step has the metrics of its validation."""
-        return self._manager.metrics(step) is not None
+        with self._refusing():
+            return self._manager.metrics(step) is not None
 
     def save(
         self,
@@ -144,42 +162,42 @@ class Checkpoints:
 
     def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Adds the validation of a checkpoint that was saved before it was validated."""
-        item = ocp.Checkpointer(ocp.JsonCheckpointHandler(filename=_METRICS))
-        item.save(self.folder / str(step) / _METRICS, metrics)
-        item.close()
-        self._manager.reload()
+        with self._refusing():
+            item = ocp.Checkpointer(ocp.JsonCheckpointHandler(filename=METRICS))
+            item.save(self.folder / str(step) / METRICS, metrics)
+            item.close()
+            self._manager.reload()
 
     @contextlib.contextmanager
     def _refusing(self):
-        """Raises EnvironmentFailure for what goes wrong in writing."""
+        """Raises EnvironmentFailure for what goes wrong in the folder."""
         try:
             yield
         except (OSError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            steps = sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit())
-            last = f"the last good one is of step {steps[-1]}" if steps else "there is none before"
+            with contextlib.suppress(OSError):
+                steps = checkpoints.stored_steps(self._workdir)
+                last = f"the last good one is of step {steps[-1]}" if steps else "there is none yet"
+                reason += f"; {last}"
             raise EnvironmentFailure(
-                f"{self.folder}: a checkpoint could not be written: {reason}; {last}. Make room "
+                f"{self.folder}: a checkpoint could not be written: {reason}. Make room "
                 "or mend the permissions, and give the same command again."
             ) from error
 
-
-def _set_aside(checkpoint, reason):
-    if not checkpoint.exists():  # another process was here
-        return
-    folder = checkpoint.parent.with_name(DAMAGED_DIRECTORY)
-    folder.mkdir(exist_ok=True)
-    number = sum(path.name.startswith(f"{checkpoint.name}-") for path in folder.iterdir())
-    target = folder / f"{checkpoint.name}-{number}"
-    checkpoint.rename(target)
-    _log.warning("%s; set aside as %s", reason or f"{checkpoint} is damaged elsewhere", target)
-
-
-def _set_aside_unlisted(folder):
-    """Sets aside steps whose metrics Orbax cannot parse, over which it would stumble at once."""
-    for metrics in folder.glob(f"[0-9]*/{_METRICS}/{_METRICS}"):
-        checkpoint = metrics.parents[1]
-        try:
-            json.loads(metrics.read_text())[BEST_METRIC]
-        except (ValueError, KeyError, TypeError) as error:
-            _set_aside(checkpoint, f"the checkpoint {checkpoint} is damaged: {metrics}: {error}")
+    def _set_aside(self, damaged):
+        """Moves damaged checkpoints away, given with the reasons, unless there are no others."""
+        if not damaged:
+            return
+        if len(damaged) == len(checkpoints.stored_steps(self._workdir)):
+            reasons = "".join(f"\n  {reason}" for reason in damaged.values())
+            raise UserError(
+                f"{self.folder}: no checkpoint is undamaged:{reasons}\nNothing was changed. Restore "
+                "the folder from a copy, or move it away to begin the run anew."
+            )
+        folder = self.folder.with_name(DAMAGED_DIRECTORY)
+        folder.mkdir(exist_ok=True)
+        for checkpoint, reason in damaged.items():
+            number = sum(path.name.startswith(f"{checkpoint.name}-") for path in folder.iterdir())
+            target = folder / f"{checkpoint.name}-{number}"
+            checkpoint.rename(target)
+            _log.warning("%s; set aside as %s", reason, target)

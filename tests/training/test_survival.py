@@ -1,5 +1,6 @@
 """What a run survives: signals, kills, damaged checkpoints, full disks, losses that are NaN."""
 
+import errno
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import scipy.stats
 
@@ -175,18 +177,52 @@ def test_whatever_file_is_cut_off_the_run_ends_the_same(whole_run, tmp_path, cap
     assert len([r for r in caplog.records if "set aside as" in r.message]) == set_aside
 
 
-@pytest.mark.parametrize("missing", ["state", "position", "all"])
+@pytest.mark.parametrize("missing", ["state", "position"])
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(own_run, whole_run, missing):
-    newest = own_run / "checkpoints" / "14"
-    if missing == "all":
-        for checkpoint in (own_run / "checkpoints").iterdir():
-            shutil.rmtree(checkpoint / "state")
-    else:
-        shutil.rmtree(newest / missing)
+    shutil.rmtree(own_run / "checkpoints" / "14" / missing)
     train(own_run)
     assert soak_kill.differences(own_run, whole_run) == []
-    set_aside = {path.name for path in (own_run / "damaged_checkpoints").iterdir()}
-    assert "14-0" in set_aside and (len(set_aside) > 1) == (missing == "all")
+    assert [path.name for path in (own_run / "damaged_checkpoints").iterdir()] == ["14-0"]
+
+
+def content_of(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("damaged", ["state/_METADATA", "metrics/metrics"])
+def test_a_run_without_an_undamaged_checkpoint_stops_and_changes_nothing(own_run, damaged):
+    for checkpoint in (own_run / "checkpoints").iterdir():
+        if damaged == "metrics/metrics":
+            (checkpoint / "metrics").mkdir(exist_ok=True)
+        (checkpoint / damaged).write_text("{")
+    before = content_of(own_run)
+    with pytest.raises(UserError, match=r"(?s)no checkpoint is undamaged:.*/12 is damaged.*begin the run anew"):
+        train(own_run)
+    assert content_of(own_run) == before
+
+
+def unreadable_array():
+    """Returns what Orbax raises for an array that TensorStore could not read."""
+    error = Exception("Encountered error while reading array index")
+    error.__cause__ = ValueError("UNAVAILABLE: Error reading params.image.kernel")
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EIO, "no"), PermissionError("no"), MemoryError(), unreadable_array()],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_the_storage_stops_the_run_and_changes_nothing(own_run, monkeypatch, error):
+    before = content_of(own_run)
+
+    def restore(*arguments, **keywords):
+        raise error
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", restore)
+    with pytest.raises(UserError, match="checkpoints/14 could not be read: .*nothing was changed"):
+        train(own_run)
+    assert content_of(own_run) == before
 
 
 def test_arrays_other_than_the_saved_ones_are_told(own_run):
