@@ -15,8 +15,7 @@ from configs import base
 from fne_jax import MemoryQueue, SimilarityStatistics, load_pretrained
 from fne_jax.encoders.dual_encoder import DualEncoder
 from fne_jax.objectives.fne_loss import fne_triplet_loss_from_uniform
-from fne_jax.objectives.registry import hardest_objective
-from fne_jax.objectives.similarity_statistics import update_similarity_statistics
+from fne_jax.objectives.registry import StatisticsRule, hardest_objective
 from fne_jax.parallel.sharding import StepLayout, create_mesh
 from fne_jax.training.encoder_passes import WholeBatch
 from fne_jax.training.optimizer import build_optimizer
@@ -81,10 +80,6 @@ def initial_state(folder, arrays):
     )
 
 
-def add_batch(stats, step, features):
-    return update_similarity_statistics(stats, features.image, features.text)
-
-
 def build_step(arrays, *, warmup):
     """Returns our train step with the draws as arguments."""
     margin = float(arrays["margin"])
@@ -122,7 +117,7 @@ def build_step(arrays, *, warmup):
             batch,
             settings=settings,
             objective=objective,
-            next_statistics=add_batch,
+            statistics_rule=StatisticsRule(ema_decay=1.0, steps_per_epoch=None),
             write_queue=not warmup,
         )
 

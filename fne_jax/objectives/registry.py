@@ -294,35 +294,46 @@ def fields_after_warmup(config: ml_collections.ConfigDict) -> set[str]:
     return after - set(WARMUP[config.warmup.objective].fields)
 
 
-# Maps the statistics so far, the step's number and the batch to the statistics with the batch.
-NextStatistics = Callable[[SimilarityStatistics, jax.Array, Features], SimilarityStatistics]
+@dataclasses.dataclass(frozen=True)
+class StatisticsRule:
+    """How the batches of a run enter the similarity statistics.
+
+    Attributes:
+      ema_decay: The share of the old statistics that is kept at each step, in (0, 1].
+      steps_per_epoch: The steps after which the statistics begin anew; None for never.
+    """
+
+    ema_decay: float
+    steps_per_epoch: int | None
+
+    def before_step(self, stats: SimilarityStatistics, step: jax.Array) -> SimilarityStatistics:
+        """Returns the statistics that a step adds to: empty ones where an epoch begins.
+
+        Args:
+          stats: The statistics after the step before.
+          step: [] int32 number of steps done.
+        """
+        if self.steps_per_epoch is None:
+            return stats
+        starts_epoch = step % self.steps_per_epoch == 0
+        return jax.tree.map(lambda value: jnp.where(starts_epoch, 0.0, value), stats)
+
+    def add(self, stats: SimilarityStatistics, features: Features) -> SimilarityStatistics:
+        """Returns the statistics with a batch added."""
+        return update_similarity_statistics(
+            stats, features.image, features.text, features.same_image, ema_decay=self.ema_decay
+        )
 
 
-def next_statistics(fne: ml_collections.ConfigDict, steps_per_epoch: int) -> NextStatistics:
-    """Returns how a step's batch enters the statistics.
+def statistics_rule(fne: ml_collections.ConfigDict, steps_per_epoch: int) -> StatisticsRule:
+    """Returns how a run's batches enter the statistics.
 
     Args:
-      fne: `config.fne`; with an `ema_decay` of 1 the statistics are reset at each epoch, with less
+      fne: `config.fne`; with an `ema_decay` of 1 the statistics begin anew at each epoch, with less
         they are an exponential moving average.
       steps_per_epoch: Number of steps in an epoch.
     """
-
-    ema_decay = fne.ema_decay
-
-    def add(stats, features):
-        return update_similarity_statistics(
-            stats, features.image, features.text, features.same_image, ema_decay=ema_decay
-        )
-
-    def add_to_epoch(stats, step, features):
-        starts_epoch = step % steps_per_epoch == 0
-        return add(jax.tree.map(lambda value: jnp.where(starts_epoch, 0.0, value), stats), features)
-
-    def add_to_average(stats, step, features):
-        del step
-        return add(stats, features)
-
-    return add_to_epoch if ema_decay == 1 else add_to_average
+    return StatisticsRule(fne.ema_decay, steps_per_epoch if fne.ema_decay == 1 else None)
 
 
 def _check_name(field, value, names):

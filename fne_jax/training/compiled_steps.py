@@ -50,8 +50,8 @@ def jitted_steps(
         pixel_statistics=(config.image_mean, config.image_std),
         learning_rate=schedule,
     )
-    next_statistics = registry.next_statistics(config.fne, timeline.steps_per_epoch)
-    step = functools.partial(train_step, settings=settings, next_statistics=next_statistics)
+    rule = registry.statistics_rule(config.fne, timeline.steps_per_epoch)
+    step = functools.partial(train_step, settings=settings, statistics_rule=rule)
     warmup, main = registry.warmup_objective(config), registry.main_objective(config)
     kinds = {
         Phase.WARMUP: {"objective": warmup, "write_queue": False},

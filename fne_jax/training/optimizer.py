@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import jax
 import ml_collections
 import optax
@@ -28,13 +30,12 @@ def learning_rate_schedule(
     warmup_steps = round(optimizer.warmup_epochs * steps_per_epoch)
     peak = optimizer.learning_rate
     if optimizer.schedule == "step":
-        after = optax.piecewise_constant_schedule(
-            peak,
-            {
-                max(round(epoch * steps_per_epoch) - warmup_steps, 0): optimizer.step_factor
-                for epoch in optimizer.step_epochs
-            },
-        )
+        # Several may fall on one step, those within the rise on its end.
+        factors = collections.defaultdict(lambda: 1.0)
+        for epoch in optimizer.step_epochs:
+            step = max(round(epoch * steps_per_epoch) - warmup_steps, 0)
+            factors[step] *= optimizer.step_factor
+        after = optax.piecewise_constant_schedule(peak, dict(factors))
     elif optimizer.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, max(total_steps - warmup_steps, 1))
     else:

@@ -13,7 +13,7 @@ import optax
 from fne_jax.encoders.pixels import normalize_pixels
 from fne_jax.objectives.features import Features
 from fne_jax.objectives.memory_queue import MemoryQueue
-from fne_jax.objectives.registry import NextStatistics, Objective
+from fne_jax.objectives.registry import Objective, StatisticsRule
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.objectives.triplet_loss import TripletAux
 from fne_jax.parallel.sharding import StepLayout
@@ -59,13 +59,14 @@ def train_step(
     *,
     settings: StepSettings,
     objective: Objective,
-    next_statistics: NextStatistics,
+    statistics_rule: StatisticsRule,
     write_queue: bool,
 ) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
     """Updates momentum encoders, statistics, weights and queue with one batch.
 
-    A batch whose loss, gradient or momentum embeddings are not finite changes nothing but the step:
-    the counts within the optimizer, which schedule the learning rate, stay behind with the rest.
+    A batch whose loss, gradient or momentum embeddings are not finite changes nothing but the step
+    (and the statistics still begin anew with an epoch): the counts within the optimizer, which
+    schedule the learning rate, stay behind with the rest.
 
     Args:
       state: The state before the step; the jitted form donates it.
@@ -73,7 +74,7 @@ def train_step(
         int32, `image_id` and `pair_id` [batch] int32.
       settings: What all steps of the run have in common.
       objective: The loss in this phase of the run.
-      next_statistics: Adds the batch to the similarity statistics.
+      statistics_rule: How the batch enters the similarity statistics.
       write_queue: Whether the batch's momentum embeddings enter the queue.
 
     Returns:
@@ -86,6 +87,8 @@ def train_step(
       Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380, figure 2.
     """
     layout, passes = settings.layout, settings.passes
+    # Here rather than with the batch, which may not be applied.
+    state = state.replace(stats=statistics_rule.before_step(state.stats, state.step))
     sampling_rng, dropout_rng = jax.random.split(jax.random.fold_in(state.key, state.step))
     with jax.named_scope(MOMENTUM_UPDATE):
         momentum_params = optax.incremental_update(
@@ -117,7 +120,7 @@ def train_step(
     @jax.named_scope(OBJECTIVE)
     def loss_fn(image, text):
         features = Features(image, text, momentum_image, momentum_text, image_id, same_image)
-        stats = next_statistics(state.stats, state.step, features)
+        stats = statistics_rule.add(state.stats, features)
         loss, aux = objective(sampling_rng, features, state.queue, stats)
         return loss, (stats, aux)
 

@@ -15,6 +15,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import scipy.stats
@@ -23,6 +24,7 @@ from fne_jax.data.batches import BatchOrder
 from fne_jax.errors import EnvironmentFailure, Interrupted, UserError
 from fne_jax.model import checkpoints
 from fne_jax.model.model import restore_model
+from fne_jax.objectives.similarity_statistics import GaussianStatistics, SimilarityStatistics
 from fne_jax.parallel import sharding
 from fne_jax.training import compiled_steps, loop
 from fne_jax.training.checkpointing import Checkpoints
@@ -196,7 +198,9 @@ def test_a_run_without_an_undamaged_checkpoint_stops_and_changes_nothing(own_run
             (checkpoint / "metrics").mkdir(exist_ok=True)
         (checkpoint / damaged).write_text("{")
     before = content_of(own_run)
-    with pytest.raises(UserError, match=r"(?s)no checkpoint is undamaged:.*/12 is damaged.*begin the run anew"):
+    with pytest.raises(
+        UserError, match=r"(?s)no checkpoint is undamaged:.*/12 is damaged.*begin the run anew"
+    ):
         train(own_run)
     assert content_of(own_run) == before
 
@@ -331,14 +335,7 @@ def test_a_bad_batch_changes_nothing_but_the_step(monkeypatch):
     state = fresh_state(config, schedule)
     mesh = sharding.create_mesh()
     step = compiled_steps.jitted_steps(config, timeline, mesh, schedule, state)[Phase.FNE]
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": rng.integers(0, 255, (16, 8, 8, 3)).astype(np.uint8),
-        "input_ids": rng.integers(0, 30, (16, 8)).astype(np.int32),
-        "attention_mask": np.ones((16, 8), np.int32),
-        "image_id": np.arange(16, dtype=np.int32),
-        "pair_id": np.arange(16, dtype=np.int32),
-    }
+    batch = random_batch()
     state, scalars, _ = step(state, batch)
     assert bool(scalars["applied"])
     before = jax.device_get(state.replace(key=jax.random.key_data(state.key)))
@@ -351,6 +348,34 @@ def test_a_bad_batch_changes_nothing_but_the_step(monkeypatch):
     assert bool(scalars["applied"])
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, before.params)
     assert all(jax.tree.leaves(moved))
+
+
+def test_statistics_begin_anew_with_an_epoch_whose_first_batch_is_bad(monkeypatch):
+    config = tiny_config()
+    timeline, schedule = Timeline.of(config, 2), optax.constant_schedule(0.0)
+    poison(monkeypatch, [100])
+    state, mesh = fresh_state(config, schedule), sharding.create_mesh()
+    step = compiled_steps.jitted_steps(config, timeline, mesh, schedule, state)[Phase.WARMUP]
+    batch = random_batch() | {"image_id": np.arange(16, dtype=np.int32) + 85}  # holds 100
+    counts = []
+    for _ in range(4):  # epochs of two steps
+        gaussian = GaussianStatistics.from_moments(9, mean=0.5, variance=0.1)
+        stats = SimilarityStatistics(gaussian, jax.tree.map(jnp.copy, gaussian))
+        state, scalars, _ = step(state.replace(stats=stats), batch)
+        assert not scalars["applied"]
+        counts.append(float(state.stats.positive.count))
+    assert counts == [0, 9, 0, 9]
+
+
+def random_batch():
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 255, (16, 8, 8, 3)).astype(np.uint8),
+        "input_ids": rng.integers(0, 30, (16, 8)).astype(np.int32),
+        "attention_mask": np.ones((16, 8), np.int32),
+        "image_id": np.arange(16, dtype=np.int32),
+        "pair_id": np.arange(16, dtype=np.int32),
+    }
 
 
 def test_bad_steps_are_counted_and_their_pairs_logged(tmp_path, monkeypatch, caplog):

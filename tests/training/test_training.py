@@ -131,16 +131,16 @@ def test_statistics_begin_anew_with_each_epoch_or_decay():
     image /= jnp.linalg.norm(image, axis=1, keepdims=True)
     features = Features(image, image, image, image, jnp.arange(6), jnp.eye(6, dtype=bool))
     config = tiny_config()
-    add = registry.next_statistics(config.fne, steps_per_epoch=3)
+    rule = registry.statistics_rule(config.fne, steps_per_epoch=3)
     stats, counts = SimilarityStatistics.create(), []
     for step in range(5):
-        stats = add(stats, jnp.int32(step), features)
+        stats = rule.add(rule.before_step(stats, jnp.int32(step)), features)
         counts.append(int(stats.positive.count))
     assert counts == [6, 12, 18, 6, 12]
     config.fne.ema_decay = 0.5
-    add = registry.next_statistics(config.fne, steps_per_epoch=3)
+    rule = registry.statistics_rule(config.fne, steps_per_epoch=3)
     for step in range(5):
-        stats = add(stats, jnp.int32(step), features)
+        stats = rule.add(rule.before_step(stats, jnp.int32(step)), features)
     np.testing.assert_allclose(stats.positive.count, 12 / 2**5 + 12 * (1 - 1 / 2**5))
 
 
@@ -201,7 +201,11 @@ def test_schedules():
     schedule = learning_rate_schedule(optimizer, 10, 60)
     values = [float(schedule(s)) for s in (0, 1, 5, 19, 21, 39, 41, 59)]
     np.testing.assert_allclose(values, [0, 0.2, 1, 1, 0.1, 0.1, 0.01, 0.01], rtol=1e-5)
-    optimizer.update(schedule="cosine")
+    # Two factors of one step, where both lie within the rise, are both applied.
+    optimizer.update(step_epochs=(0.1, 0.3), warmup_epochs=2.0)
+    schedule = learning_rate_schedule(optimizer, 10, 60)
+    np.testing.assert_allclose([float(schedule(s)) for s in (10, 21)], [0.5, 0.01], rtol=1e-5)
+    optimizer.update(schedule="cosine", warmup_epochs=0.5)
     schedule = learning_rate_schedule(optimizer, 10, 60)
     np.testing.assert_allclose([float(schedule(s)) for s in (5, 60)], [1, 0], atol=1e-6)
     optimizer.update(schedule="linear")
