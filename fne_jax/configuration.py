@@ -317,25 +317,42 @@ def store_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
     """Writes config.json, or checks the one that is there.
 
     Raises:
-      UserError: listing the fields that differ from the stored run's and may not.
+      UserError: Listing the fields that differ from the stored run's and may not.
     """
-    path = workdir / FILE_NAME
-    if path.exists():
-        old, new = flatten(read_config(workdir)), flatten(_through_json(config))
-        different = [
-            f"config.{name}: {old.get(name)!r} in the run, {new.get(name)!r} now"
-            for name in sorted(old.keys() | new.keys())
-            if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE)
-        ]
-        if different:
-            raise UserError(
-                f"{workdir} holds a run of another config:\n  "
-                + "\n  ".join(different)
-                + "\nGive the run's own values to resume it, or another --workdir to start anew "
-                f"(--config.init_from={workdir} starts from its weights)."
-            )
-        return
-    write_atomically(path, json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+    if (workdir / FILE_NAME).exists():
+        check_stored(config, workdir)
+    else:
+        write_config(config, workdir)
+
+
+def check_stored(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Checks that the run in a folder has a config, but for fields that may change.
+
+    Raises:
+      UserError: Listing the fields that differ, or that there is no config.
+    """
+    old, new = flatten(read_config(workdir)), flatten(_through_json(config))
+    different = [
+        f"config.{name}: {old.get(name)!r} in the run, {new.get(name)!r} now"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE)
+    ]
+    if different:
+        raise UserError(
+            f"{workdir} holds a run of another config:\n  "
+            + "\n  ".join(different)
+            + "\nGive the run's own values to resume it, or another --workdir to start anew "
+            f"(--config.init_from={workdir} starts from its weights)."
+        )
+
+
+def write_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes config.json, over one that may be there.
+
+    Raises:
+      OSError: If it cannot be written.
+    """
+    write_atomically(workdir / FILE_NAME, json.dumps(json.loads(config.to_json()), indent=2) + "\n")
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:

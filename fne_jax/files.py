@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from fne_jax.errors import UserError
+
 AnyPath = pathlib.Path | epath.Path
 
 
@@ -54,6 +56,29 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def local_folder(text: str, flag: str) -> pathlib.Path:
+    """Returns the folder that a flag names, `~` being the user's home.
+
+    Args:
+      text: What was given.
+      flag: The flag, for the message.
+
+    Raises:
+      UserError: If it is no path of this machine's file systems.
+    """
+    if "://" in text:
+        raise UserError(
+            f"{flag}={text}: expected a folder on a mounted file system; mount the bucket, or "
+            "train on a disk and copy the folder afterwards"
+        )
+    if not text or "\0" in text:
+        raise UserError(f"{flag}={text!r}: expected the path of a folder")
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError as error:  # `~nobody`
+        raise UserError(f"{flag}={text}: {error}") from error
 
 
 def _scratch_beside(path):

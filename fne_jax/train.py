@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pathlib
-
 import flax.linen as nn
 
-from fne_jax import command_line, configuration
+from fne_jax import command_line, configuration, files
 from fne_jax.parallel import processes
 from fne_jax.training.dry_run import describe
 from fne_jax.training.loop import train_and_evaluate
@@ -28,12 +26,13 @@ def main(arguments: list[str], module: nn.Module | None = None) -> None:
     processes.add_arguments(parser)
     options, overrides = parser.parse_known_args(arguments)
     processes.initialize(options)
+    workdir = files.local_folder(options.workdir, "--workdir")
     config = configuration.load_config(options.config, overrides)
 
     if options.dry_run:
-        print(describe(config))
+        print(describe(config, workdir))
     else:
-        train_and_evaluate(config, pathlib.Path(options.workdir), module=module)
+        train_and_evaluate(config, workdir, module=module)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from fne_jax.model.checkpoints import BEST_METRIC
 from fne_jax.model.model import build_model
 from fne_jax.objectives.memory_queue import EMPTY_ID, MemoryQueue
 from fne_jax.parallel import sharding
+from fne_jax.training import workdir as run_folder
 from fne_jax.training.checkpointing import Checkpoints
-from fne_jax.training.loop import begin_workdir
 from fne_jax.training.train_state import abstract_state, initial_state
 
 # Beginnings of their names: our tower, and whether it is a momentum encoder.
@@ -90,10 +90,13 @@ def convert(path: pathlib.Path, config: ml_collections.ConfigDict, workdir: path
     )
 
     # Nothing was written before all of it was known to fit.
-    begin_workdir(workdir, config, architectures, tokenizer)
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    checkpoints.save(state, {}, {BEST_METRIC: float(saved["best_rsum"])})
-    checkpoints.finish()
+    with run_folder.held(workdir):
+        # Their data is not known: a run may go on from here on any.
+        files = run_folder.RunFiles(config, architectures, tokenizer, data={})
+        run_folder.begin(workdir, files, begun=False)
+        checkpoints = Checkpoints(workdir, config.checkpoint)
+        checkpoints.save(state, {}, {BEST_METRIC: float(saved["best_rsum"])})
+        checkpoints.finish()
     return step
 
 

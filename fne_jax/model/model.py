@@ -249,17 +249,36 @@ def restore_model(
     Raises:
       UserError: if the folder is not a run's, or the checkpoint is not there or damaged.
     """
+    model = stored_model(workdir, mesh=mesh, module=module)
+    with checkpoints.reader(workdir) as manager:
+        step = checkpoints.find_step(manager, checkpoint)
+        fields, _ = checkpoints.read(manager, step, abstract_fields(model))
+    return dataclasses.replace(model, step=step, **fields)
+
+
+def stored_model(
+    workdir: pathlib.Path,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    module: nn.Module | None = None,
+) -> Model:
+    """Returns the model of a run without its weights.
+
+    Args:
+      workdir: The folder of the run.
+      mesh: The devices; None for a full copy of all arrays on each device.
+      module: The two towers, in place of those that the run's config describes.
+
+    Raises:
+      UserError: If the folder is not a run's, or what it holds beside checkpoints is damaged.
+    """
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a folder; give the --workdir of a run")
     config = configuration.read_config(workdir)
     mesh = sharding.create_mesh() if mesh is None else mesh
-    with checkpoints.reader(workdir) as manager:
-        step = checkpoints.find_step(manager, checkpoint)
-        architectures = towers.read_architectures(config.encoder, workdir)
-        tokenizer = tokenizers.stored_tokenizer(workdir)
-        model = build_model(config, architectures, tokenizer, mesh, module=module)
-        fields, _ = checkpoints.read(manager, step, _abstract_fields(model))
-    return dataclasses.replace(model, step=step, **fields)
+    architectures = towers.read_architectures(config.encoder, workdir)
+    tokenizer = tokenizers.stored_tokenizer(workdir)
+    return build_model(config, architectures, tokenizer, mesh, module=module)
 
 
 def load_workdir(workdir: str | os.PathLike, checkpoint: str = "best") -> Model:
@@ -300,8 +319,8 @@ def pretrained_model(config: ml_collections.ConfigDict) -> Model:
     return model.with_params(jax.device_put(params, sharding.replicated(mesh)))
 
 
-def _abstract_fields(model):
-    """Returns the shapes, dtypes and shardings of what a model takes from a checkpoint."""
+def abstract_fields(model: Model) -> dict[str, Any]:
+    """Returns the shapes, dtypes and shardings of what a model takes from a checkpoint, by name."""
     config = model.config
 
     def create(rng):

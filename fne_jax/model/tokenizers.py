@@ -35,7 +35,11 @@ def run_tokenizer(
     if config.data.tokenizer != caption_lib.TRAIN:
         return caption_lib.load_tokenizer(config.data.tokenizer)
     if config.init_from:
-        return stored_tokenizer(pathlib.Path(config.init_from))
+        source = pathlib.Path(config.init_from).expanduser()
+        try:
+            return stored_tokenizer(source)
+        except UserError as error:
+            raise UserError(f"config.init_from={config.init_from}: {error}") from error
     return caption_lib.fit_tokenizer(clean_captions(config, captions), config.data.vocab_size)
 
 

@@ -82,15 +82,16 @@ class Checkpoints:
                 item_names=ITEMS,
             )
 
-    def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Returns state and position of the newest undamaged checkpoint, or None without any.
+    def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Returns state and position of the newest undamaged checkpoint.
 
         Args:
           like: A state, concrete or abstract, whose shapes, dtypes and shardings the restored one
             takes.
 
         Raises:
-          UserError: If a checkpoint could not be read, or all are damaged; all stay where they are.
+          UserError: If a checkpoint could not be read, all are damaged (they stay where they are),
+            or there is none.
         """
         damaged, fields = {}, None
         with checkpoints.reader(self._workdir) as manager:
@@ -106,7 +107,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 self._set_aside(damaged)
         if fields is None:
-            return None
+            raise UserError(f"{self.folder}: there is no whole checkpoint")
         if damaged:
             self._manager.reload()
         return like.replace(**fields), position
@@ -191,8 +192,8 @@ class Checkpoints:
         if len(damaged) == len(checkpoints.stored_steps(self._workdir)):
             reasons = "".join(f"\n  {reason}" for reason in damaged.values())
             raise UserError(
-                f"{self.folder}: no checkpoint is undamaged:{reasons}\nNothing was changed. Restore "
-                "the folder from a copy, or move it away to begin the run anew."
+                f"{self.folder}: no checkpoint is undamaged:{reasons}\nNothing was changed. "
+                "Restore the folder from a copy, or move it away to begin the run anew."
             )
         folder = self.folder.with_name(DAMAGED_DIRECTORY)
         folder.mkdir(exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import jax
 import ml_collections
 
@@ -10,30 +12,42 @@ from fne_jax.data.loading import load_split
 from fne_jax.model.model import build_model
 from fne_jax.model.tokenizers import run_tokenizer
 from fne_jax.parallel import sharding
+from fne_jax.training import workdir as run_folder
 from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.loop import batch_order, batches_of
 from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.timeline import Phase, Timeline
-from fne_jax.training.train_state import abstract_state
+from fne_jax.training.train_state import abstract_state, find_source_run
 
 
-def describe(config: ml_collections.ConfigDict) -> str:
+def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
     """Returns the description as text; nothing is written but the prepared dataset.
+
+    Args:
+      config: The config, see configs/base.py.
+      workdir: The folder that the run would have.
 
     Raises:
       UserError: on whatever would stop the run before its first step.
     """
-    config, architectures = configuration.resolve(config)
+    begun = run_folder.is_begun(workdir)
+    own = workdir if begun else None
+    config, architectures = configuration.resolve(config, own)
+    if begun:
+        run_folder.check_begun(workdir, config)
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
     train = load_split(config.data, config.encoder.image.image_size, "train")
+    if begun:
+        run_folder.check_data(workdir, {"train": run_folder.data_identity(train)})
     order = batch_order(config, train)
     timeline = Timeline.of(config, order.steps_per_epoch)
-    tokenizer = run_tokenizer(config, None, train.captions)
+    tokenizer = run_tokenizer(config, own, train.captions)
     model = build_model(config, architectures, tokenizer, mesh)
     schedule = learning_rate_schedule(
         config.optimizer, timeline.steps_per_epoch, timeline.total_steps
     )
     state = abstract_state(model, schedule)
+    find_source_run(config, state)
     tokens = model.tokenize(train.captions, config.data.text_length)
     batch = next(batches_of(config, train, tokens, order, range(1), mesh))
     step = jitted_steps(config, timeline, mesh, schedule, state)[Phase.FNE]

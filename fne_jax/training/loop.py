@@ -5,26 +5,25 @@ from __future__ import annotations
 import itertools
 import logging
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import ml_collections
-import transformers
 
 from fne_jax import configuration
 from fne_jax.data.batches import Batch, BatchOrder, training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.loading import load_split
 from fne_jax.data.pairs import PairDataset
-from fne_jax.encoders import towers
 from fne_jax.errors import UserError
-from fne_jax.model.model import Model, build_model, load_evaluation_split
-from fne_jax.model.tokenizers import run_tokenizer, store_tokenizer
+from fne_jax.model.model import build_model, load_evaluation_split
+from fne_jax.model.tokenizers import run_tokenizer
 from fne_jax.parallel import processes, sharding
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.progress import Progress
+from fne_jax.training import workdir as run_folder
 from fne_jax.training.checkpointing import Checkpoints
 from fne_jax.training.compiled_steps import compile_phases, jitted_steps
 from fne_jax.training.data_clock import DataClock
@@ -34,12 +33,7 @@ from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.step_results import StepResults
 from fne_jax.training.supervisor import Supervisor
 from fne_jax.training.timeline import Timeline
-from fne_jax.training.train_state import (
-    TrainState,
-    abstract_state,
-    initial_state,
-    with_first_weights,
-)
+from fne_jax.training.train_state import abstract_state, first_state
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +60,10 @@ def train_and_evaluate(
       Interrupted: After a signal that asks to stop, with everything saved.
     """
     # Config and devices.
-    config, architectures = configuration.resolve(config, workdir)
+    begun = run_folder.is_begun(workdir)
+    config, architectures = configuration.resolve(config, workdir if begun else None)
+    if begun:
+        run_folder.check_begun(workdir, config)
     use_compile_cache(config.compile_cache)
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
 
@@ -74,14 +71,17 @@ def train_and_evaluate(
     with processes.first_process_first("data"):
         train = load_split(config.data, config.encoder.image.image_size, "train")
         val = load_evaluation_split(config, "val")
+    data = {"train": run_folder.data_identity(train), "val": run_folder.data_identity(val)}
+    if begun:
+        run_folder.check_data(workdir, data)
     order = batch_order(config, train)
     timeline = Timeline.of(config, order.steps_per_epoch)
     last_step = timeline.warmup_end if warmup_only else timeline.total_steps
     _log.info("data: %d training pairs, %s", len(train.captions), timeline)
 
-    # Model, optimizer and steps: what may be wrong with them shows before anything is written.
+    # Model, optimizer and steps.
     stop = StopRequest()
-    tokenizer = run_tokenizer(config, workdir, train.captions)
+    tokenizer = run_tokenizer(config, workdir if begun else None, train.captions)
     model = build_model(
         config, architectures, tokenizer, mesh, module=module, before_batch=stop.check
     )
@@ -92,57 +92,63 @@ def train_and_evaluate(
     jitted = jitted_steps(config, timeline, mesh, schedule, abstract)
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     _log.info("model: %.1f M parameters on %d devices", count / 1e6, mesh.size)
+    state = None if begun else first_state(model, abstract)
 
-    # Workdir.
-    with processes.first_process_first("workdir"):
-        begin_workdir(workdir, config, architectures, tokenizer)
+    # Nothing is written before here, where all that may be wrong has shown.
+    with run_folder.held(workdir):
+        files = run_folder.RunFiles(config, architectures, tokenizer, data)
+        run_folder.begin(workdir, files, begun)
 
-    # State, restored or new.
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    state, position = restored_or_new(checkpoints, model, abstract)
-    first_step = int(state.step)
-    # A signal may have come before or during the validation of a step that was then saved.
-    validated = first_step not in timeline.validation_steps or checkpoints.is_validated(first_step)
-    if first_step >= last_step and validated:
-        _log.info("the run is complete: %d steps are done", first_step)
-        return
+        # State, new or restored.
+        checkpoints, position = Checkpoints(workdir, config.checkpoint), {}
+        if begun:
+            state, position = checkpoints.restore_newest(abstract)
+            _log.info("resumed from step %d of %s", int(state.step), workdir)
+        first_step = int(state.step)
+        # A signal may have come before or during the validation of a step that was then saved.
+        validated = first_step not in timeline.validation_steps or checkpoints.is_validated(
+            first_step
+        )
+        if first_step >= last_step and validated:
+            _log.info("the run is complete: %d steps are done", first_step)
+            return
 
-    # What watches over the run.
-    supervisor = Supervisor(
-        config=config,
-        timeline=timeline,
-        last_step=last_step,
-        model=model,
-        val=val,
-        checkpoints=checkpoints,
-        log=MetricLog(workdir, first_step, validated),
-        results=StepResults(order, train, position),
-        stop=stop,
-        profile=profiler(config.logging.profile_step, workdir),
-    )
-    if not validated:
-        supervisor.validate_restored(state, first_step)
+        # What watches over the run.
+        supervisor = Supervisor(
+            config=config,
+            timeline=timeline,
+            last_step=last_step,
+            model=model,
+            val=val,
+            checkpoints=checkpoints,
+            log=MetricLog(workdir, first_step, validated),
+            results=StepResults(order, train, position),
+            stop=stop,
+            profile=profiler(config.logging.profile_step, workdir),
+        )
+        if not validated:
+            supervisor.validate_restored(state, first_step)
 
-    # Loop. Each phase is compiled before a signal is held back, and before an hour of training can
-    # be lost to a program of a later phase that does not fit the devices.
-    tokens = model.tokenize(train.captions, config.data.text_length)
-    steps = range(first_step, last_step)
-    first_batch, batches = peeked(batches_of(config, train, tokens, order, steps, mesh))
-    phases = {timeline.phase(step) for step in steps}
-    compiled = compile_phases(jitted, phases, state, first_batch, mesh)
-    clock = DataClock(batches)
-    with stop, training_progress(config, steps) as progress:
-        for step, batch in enumerate(clock, start=first_step):
-            phase = timeline.phase(step)
-            if step == first_step or phase is not timeline.phase(step - 1):
-                _log.info("step %d: %s", step, phase.value)
-            # Nothing but the batch is copied to the devices, which would stall every step.
-            rows = sharding.to_devices(batch, mesh)
-            with jax.transfer_guard_host_to_device("disallow"):
-                state, scalars, negatives = compiled[phase](state, rows)
-            supervisor.after_step(state, scalars, negatives, step + 1, clock, progress)
-        supervisor.finish()
-    _log.info("the run is complete: %d steps", last_step)
+        # Loop. Each phase is compiled before a signal is held back, and before an hour of training
+        # can be lost to a program of a later phase that does not fit the devices.
+        tokens = model.tokenize(train.captions, config.data.text_length)
+        steps = range(first_step, last_step)
+        first_batch, batches = peeked(batches_of(config, train, tokens, order, steps, mesh))
+        phases = {timeline.phase(step) for step in steps}
+        compiled = compile_phases(jitted, phases, state, first_batch, mesh)
+        clock = DataClock(batches)
+        with stop, training_progress(config, steps) as progress:
+            for step, batch in enumerate(clock, start=first_step):
+                phase = timeline.phase(step)
+                if step == first_step or phase is not timeline.phase(step - 1):
+                    _log.info("step %d: %s", step, phase.value)
+                # Nothing but the batch is copied to the devices, which would stall every step.
+                rows = sharding.to_devices(batch, mesh)
+                with jax.transfer_guard_host_to_device("disallow"):
+                    state, scalars, negatives = compiled[phase](state, rows)
+                supervisor.after_step(state, scalars, negatives, step + 1, clock, progress)
+            supervisor.finish()
+        _log.info("the run is complete: %d steps", last_step)
 
 
 def batch_order(config: ml_collections.ConfigDict, train: PairDataset) -> BatchOrder:
@@ -181,49 +187,6 @@ def peeked(batches: Iterator[Batch]) -> tuple[Batch | None, Iterator[Batch]]:
     """Returns the first batch, or None without any, and an iterator over all of them."""
     first = next(batches, None)
     return first, batches if first is None else itertools.chain([first], batches)
-
-
-def begin_workdir(
-    workdir: pathlib.Path,
-    config: ml_collections.ConfigDict,
-    architectures: Mapping[str, Mapping[str, Any]],
-    tokenizer: transformers.PreTrainedTokenizerBase,
-) -> None:
-    """Creates the folder of a run with all that restores its model, or checks the one there.
-
-    Raises:
-      UserError: if it cannot be written to, holds a run of another config, or is not shared by all
-        processes.
-    """
-    if jax.process_index() != 0:
-        if not (workdir / configuration.FILE_NAME).exists():
-            raise UserError(
-                f"--workdir={workdir}: process {jax.process_index()} does not find there what "
-                "process 0 wrote; give a folder on a file system that all processes share"
-            )
-        configuration.store_config(config, workdir)  # compares
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".write_test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written to: {error}") from error
-    configuration.store_config(config, workdir)
-    towers.store_architectures(architectures, workdir)
-    store_tokenizer(tokenizer, workdir)
-
-
-def restored_or_new(
-    checkpoints: Checkpoints, model: Model, like: TrainState
-) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the state that a run goes on with, and its position: empty for a new run."""
-    restored = checkpoints.restore_newest(like)
-    if restored is not None:
-        _log.info("resumed from step %d of %s", int(restored[0].step), checkpoints.folder.parent)
-        return restored
-    return with_first_weights(initial_state(model, like), model.config), {}
 
 
 def training_progress(config: ml_collections.ConfigDict, steps: range) -> Progress:

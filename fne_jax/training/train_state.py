@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,8 @@ from flax.training import train_state
 
 from fne_jax.encoders import towers
 from fne_jax.errors import UserError
-from fne_jax.model.model import Model, initial_params, restore_model
+from fne_jax.model import checkpoints
+from fne_jax.model.model import Model, abstract_fields, initial_params, stored_model
 from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.parallel import sharding
@@ -48,18 +50,28 @@ class TrainState(train_state.TrainState):
 
 
 def create_train_state(
-    rng: jax.Array, *, model: Model, apply_fn: Callable, tx: optax.GradientTransformation
+    rng: jax.Array,
+    weights: Mapping[str, Mapping[str, Any]],
+    *,
+    model: Model,
+    apply_fn: Callable,
+    tx: optax.GradientTransformation,
 ) -> TrainState:
     """Returns the state before the first step.
 
     Args:
       rng: A typed PRNG key.
+      weights: `params` and `momentum_params` to begin with, both or neither, or `params` of some
+        parts of the model; the rest of `params` is random, and `momentum_params` a copy of it.
       model: The model to be trained; its parameters, if it has any, are not used.
       apply_fn: The function of parameters and inputs that training calls.
       tx: The optimizer.
     """
     params_rng, queue_rng, key = jax.random.split(rng, 3)
     params, dim = initial_params(model.module, model.config, params_rng)
+    params = params | weights.get("params", {})
+    # A copy: a donated state must not hold one buffer twice.
+    momentum_params = weights.get("momentum_params") or jax.tree.map(jnp.copy, params)
     return TrainState(
         # An array rather than flax's 0, so that the first and later steps compile alike.
         step=jnp.zeros((), jnp.int32),
@@ -67,8 +79,7 @@ def create_train_state(
         params=params,
         tx=tx,
         opt_state=tx.init(params),
-        # A copy: a donated state must not hold one buffer twice.
-        momentum_params=jax.tree.map(jnp.copy, params),
+        momentum_params=momentum_params,
         queue=MemoryQueue.create(queue_rng, model.config.queue_size, dim),
         stats=SimilarityStatistics.create(),
         key=key,
@@ -86,52 +97,87 @@ def abstract_state(model: Model, learning_rate: optax.Schedule) -> TrainState:
     module = model.module.clone(text_pooling=config.encoder.text.training_pooling)
     tx = build_optimizer(config.optimizer, learning_rate)
     create = functools.partial(create_train_state, model=model, apply_fn=module.apply, tx=tx)
-    return sharding.abstract_on(model.mesh, jax.eval_shape(create, jax.random.key(config.seed)))
+    state = jax.eval_shape(create, jax.random.key(config.seed), {})
+    return sharding.abstract_on(model.mesh, state)
 
 
-def initial_state(model: Model, like: TrainState) -> TrainState:
+def initial_state(
+    model: Model, like: TrainState, weights: Mapping[str, Mapping[str, Any]] | None = None
+) -> TrainState:
     """Returns the state before the first step, created on the devices where it stays.
 
     Args:
       model: The model to be trained.
       like: What `abstract_state` returned; programs compiled for it take this state.
+      weights: The weights to begin with, see `create_train_state`. They are donated: the state
+        takes their memory over.
     """
     create = functools.partial(create_train_state, model=model, apply_fn=like.apply_fn, tx=like.tx)
     shardings = sharding.state_shardings(model.mesh, like)
-    return jax.jit(create, out_shardings=shardings)(jax.random.key(model.config.seed))
+    create = jax.jit(create, out_shardings=shardings, donate_argnums=1)
+    return create(jax.random.key(model.config.seed), weights or {})
 
 
-def with_first_weights(state: TrainState, config: ml_collections.ConfigDict) -> TrainState:
-    """Returns a new run's state with the weights that its config begins with.
+def first_state(model: Model, like: TrainState) -> TrainState:
+    """Returns the state before the first step with the weights that the config begins with.
 
     They are another run's (`config.init_from`), or those of pretrained towers; a tower without
-    either keeps its random weights.
+    either has random weights. The devices never hold more than the state itself.
+
+    Args:
+      model: The model to be trained.
+      like: What `abstract_state` returned.
 
     Raises:
-      UserError: if the weights do not fit.
+      UserError: If the weights are not there, or do not fit.
     """
+    config, weights = model.config, None
     if config.init_from:
-        return _with_weights_of(state, pathlib.Path(config.init_from))
-    if any(config.encoder[tower].pretrained for tower in towers.TOWERS):
-        return _with_pretrained_towers(state, config.encoder)
-    return state
+        source = find_source_run(config, like)
+        with checkpoints.reader(source.workdir) as manager:
+            weights, _ = checkpoints.read(manager, source.step, source.weights)
+        _log.info("weights: from step %d of %s", source.step, source.workdir)
+    elif any(config.encoder[tower].pretrained for tower in towers.TOWERS):
+        weights = {"params": _pretrained_towers(config.encoder, like.params)}
+    return initial_state(model, like, weights)
 
 
-def _with_pretrained_towers(state, encoder):
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
-    loaded = towers.pretrained_params(encoder, state.params)
-    placed = jax.tree.map(sharding.place, loaded, shardings)
+@dataclasses.dataclass(frozen=True)
+class SourceRun:
+    """The run whose weights another begins with.
 
-    # Computed rather than placed: a donated state must neither hold a buffer twice nor share one
-    # with the arrays that were read.
-    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
-    return state.replace(params=copy(placed), momentum_params=copy(placed))
+    Attributes:
+      workdir: Its folder.
+      step: The step of its best checkpoint.
+      weights: The abstract `params` and `momentum_params` of both encoders, on the new run's mesh.
+    """
+
+    workdir: pathlib.Path
+    step: int
+    weights: dict[str, Any]
 
 
-def _with_weights_of(state, workdir):
-    """Returns the state with both encoders' weights from another run's best checkpoint."""
-    other = restore_model(workdir, "best", mesh=state.step.sharding.mesh)
-    ours, theirs = _shapes(state.params), _shapes(other.params)
+def find_source_run(config: ml_collections.ConfigDict, like: TrainState) -> SourceRun | None:
+    """Returns the run that `config.init_from` names, or None without any; reads no arrays.
+
+    Args:
+      config: The resolved config of the new run.
+      like: What `abstract_state` returned for it.
+
+    Raises:
+      UserError: If there is no such run, it has no checkpoint, or its weights do not fit.
+    """
+    if not config.init_from:
+        return None
+    workdir = pathlib.Path(config.init_from).expanduser()
+    try:
+        other = stored_model(workdir, mesh=like.step.sharding.mesh)
+        with checkpoints.reader(workdir) as manager:
+            step = checkpoints.find_step(manager, "best")
+    except UserError as error:
+        raise UserError(f"config.init_from={config.init_from}: {error}") from error
+    fields = abstract_fields(other)
+    ours, theirs = _shapes(like.params), _shapes(fields["params"])
     if ours != theirs:
         different = [
             f"{name}: {theirs.get(name)} there, {ours.get(name)} here"
@@ -141,8 +187,16 @@ def _with_weights_of(state, workdir):
         raise UserError(
             f"config.init_from={workdir}: the weights do not fit:\n  " + "\n  ".join(different)
         )
-    _log.info("weights: from step %d of %s", other.step, workdir)
-    return state.replace(params=other.params, momentum_params=other.momentum_params)
+    return SourceRun(workdir, step, {n: fields[n] for n in ("params", "momentum_params")})
+
+
+def _pretrained_towers(encoder, like):
+    """Returns the params of the pretrained towers, placed as those in `like`."""
+    loaded = towers.pretrained_params(encoder, {})
+    shardings = {name: jax.tree.map(lambda leaf: leaf.sharding, like[name]) for name in loaded}
+    # Copied: what is donated must not share a buffer with the arrays that were read.
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
+    return copy(jax.tree.map(sharding.place, loaded, shardings))
 
 
 def _shapes(params):

@@ -20,7 +20,7 @@ from fne_jax.parallel import sharding
 from fne_jax.retrieval.evaluation import read_values
 from fne_jax.training import loop
 from fne_jax.training.optimizer import learning_rate_schedule
-from fne_jax.training.train_state import abstract_state, initial_state, with_first_weights
+from fne_jax.training.train_state import abstract_state, first_state
 from tests.support.tiny import tiny_config
 
 
@@ -72,8 +72,7 @@ def test_both_kinds_of_encoders_start_from_the_sources(golden, scan_layers):
     module = build_module(config, architectures, 50)
     model = build_model(config, architectures, None, sharding.create_mesh(), module=module)
     like = abstract_state(model, learning_rate_schedule(config.optimizer, 3, 6))
-    state = initial_state(model, like)
-    state = with_first_weights(state, config)
+    state = first_state(model, like)
     expected = {
         "image": fne_jax.load_pretrained(vit, scan_layers=scan_layers)[1],
         "text": fne_jax.load_pretrained(bert, scan_layers=scan_layers)[1],

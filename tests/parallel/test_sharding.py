@@ -20,7 +20,7 @@ from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.encoder_passes import MicroBatches
 from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.timeline import Phase, Timeline
-from fne_jax.training.train_state import abstract_state, initial_state, with_first_weights
+from fne_jax.training.train_state import abstract_state, first_state
 from tests.support.runs import mesh_of, new_state
 from tests.support.tiny import tiny_config
 
@@ -62,11 +62,11 @@ def test_pretrained_weights_are_placed_in_parts(golden, monkeypatch):
     module = build_module(config, architectures, 50)
     model = build_model(config, architectures, None, mesh_of(2, 4), module=module)
     schedule = learning_rate_schedule(config.optimizer, 3, 6)
-    start = initial_state(model, abstract_state(model, schedule))
-    places = jax.tree.map(lambda leaf: leaf.sharding, start)
+    like = abstract_state(model, schedule)
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
     assert places.queue.image.spec == places.step.spec == PartitionSpec()
     assert {leaf.spec for leaf in jax.tree.leaves(places.params)} > {PartitionSpec()}
-    state = with_first_weights(start, config)
+    state = first_state(model, like)
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == places
     for tower, folder in (("image", "vit"), ("text", "bert")):
         source = golden / "encoders" / folder

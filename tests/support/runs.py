@@ -31,3 +31,8 @@ def stored_state(workdir, checkpoint="latest", *, mesh=None, module=None):
     with checkpoints.reader(workdir) as manager:
         step = checkpoints.find_step(manager, checkpoint)
         return like.replace(**checkpoints.read(manager, step, like.stored())[0])
+
+
+def content_of(folder):
+    """Returns the content of all files below a folder, by path."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

@@ -34,7 +34,7 @@ from fne_jax.training.step_results import StepResults
 from fne_jax.training.supervisor import Supervisor
 from fne_jax.training.timeline import Phase, Timeline
 from tests.support import TOP, soak_kill
-from tests.support.runs import new_state, stored_state
+from tests.support.runs import content_of, new_state, stored_state
 from tests.support.tiny import LinearTowers, tiny_config
 from tests.support.xla_flags import xla_flags
 
@@ -187,10 +187,6 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(own_run, whole_r
     assert [path.name for path in (own_run / "damaged_checkpoints").iterdir()] == ["14-0"]
 
 
-def content_of(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 @pytest.mark.parametrize("damaged", ["state/_METADATA", "metrics/metrics"])
 def test_a_run_without_an_undamaged_checkpoint_stops_and_changes_nothing(own_run, damaged):
     for checkpoint in (own_run / "checkpoints").iterdir():
@@ -224,7 +220,7 @@ def test_an_error_of_the_storage_stops_the_run_and_changes_nothing(own_run, monk
         raise error
 
     monkeypatch.setattr(ocp.CheckpointManager, "restore", restore)
-    with pytest.raises(UserError, match="checkpoints/14 could not be read: .*nothing was changed"):
+    with pytest.raises(UserError, match=r"checkpoints/14 could not be read: .*nothing was changed"):
         train(own_run)
     assert content_of(own_run) == before
 

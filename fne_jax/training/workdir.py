@@ -1,0 +1,226 @@
+"""The folder of a run: one live run at a time, one config, one dataset."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import transformers
+
+from fne_jax import configuration
+from fne_jax.data.pairs import PairDataset
+from fne_jax.encoders import towers
+from fne_jax.errors import UserError
+from fne_jax.files import write_atomically
+from fne_jax.model import checkpoints, tokenizers
+from fne_jax.parallel import processes
+
+DATA_FILE = "data.json"
+LOCK_FILE = "run.lock"
+# What file systems answer that know no locks, such as some mounts of buckets.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFiles:
+    """What a run keeps in its workdir beside checkpoints and metrics, to be gone on with as it was.
+
+    Attributes:
+      config: The resolved config.
+      architectures: What `encoders.towers.read_architectures` returned.
+      tokenizer: The tokenizer of the captions.
+      data: The identity of each split by name, see `data_identity`.
+    """
+
+    config: ml_collections.ConfigDict
+    architectures: Mapping[str, Mapping[str, Any]]
+    tokenizer: transformers.PreTrainedTokenizerBase
+    data: Mapping[str, Mapping[str, Any]]
+
+
+def is_begun(workdir: pathlib.Path) -> bool:
+    """Returns whether a run has a checkpoint in the folder, so that it is gone on with.
+
+    The same on all processes. Without a checkpoint nothing can be lost: another config may take the
+    folder over.
+
+    Raises:
+      UserError: If the folder cannot be read.
+    """
+    with processes.failing_together(f"--workdir={workdir}"):
+        try:
+            begun = bool(checkpoints.stored_steps(workdir))
+        except OSError as error:
+            raise UserError(f"--workdir={workdir}: cannot be read: {error}") from error
+    return bool(processes.highest(begun))
+
+
+def check_begun(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Checks that a run that is begun has this config.
+
+    Raises:
+      UserError: Listing the fields that differ and may not.
+    """
+    with processes.failing_together(f"--workdir={workdir}"):
+        configuration.check_stored(config, workdir)
+
+
+def check_data(workdir: pathlib.Path, data: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checks that a run that is begun was trained and validated on this data.
+
+    Args:
+      workdir: The folder of the run; runs of earlier versions, without data.json, pass.
+      data: The identity of each split by name.
+
+    Raises:
+      UserError: Naming the split that differs.
+    """
+    path = workdir / DATA_FILE
+    with processes.failing_together(f"--workdir={workdir}"):
+        if not path.exists():
+            return
+        try:
+            stored = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from error
+        for split, now in data.items():
+            before = stored.get(split, now)
+            if before != now:
+                raise UserError(
+                    f"{workdir} holds a run on other data: its {split!r} split had "
+                    f"{_in_words(before)}; that of config.data has {_in_words(now)}. Give the "
+                    "run's own data to resume it, or another --workdir to start anew "
+                    f"(--config.init_from={workdir} starts from its weights)."
+                )
+
+
+def data_identity(dataset: PairDataset) -> dict[str, Any]:
+    """Returns the number of pairs and of images, and a checksum of captions, ids and pixels."""
+    digest = hashlib.sha256(json.dumps(dataset.captions).encode())
+    for ids in (dataset.caption_image, dataset.image_id, dataset.caption_id):
+        digest.update(np.ascontiguousarray(ids, np.int64))
+    if dataset.in_memory:
+        digest.update(np.ascontiguousarray(dataset.images))
+    return {
+        "pairs": len(dataset.captions),
+        "images": len(dataset.image_id),
+        "checksum": digest.hexdigest()[:16],
+    }
+
+
+def begin(workdir: pathlib.Path, files: RunFiles, begun: bool) -> None:
+    """Writes what restores a run's model; what another config left there is replaced.
+
+    Only process 0 writes. Of a run that is begun, whatever is there already stays.
+
+    Args:
+      workdir: The folder of the run, which is held.
+      files: What is kept.
+      begun: What `is_begun` returned before the folder was held.
+
+    Raises:
+      UserError: If the folder cannot be written to, or is not shared by all processes.
+    """
+    if is_begun(workdir) != begun:
+        raise UserError(f"{workdir} changed meanwhile; give the same command again")
+    with processes.failing_together(f"--workdir={workdir}"):
+        if jax.process_index() == 0:
+            try:
+                _write(workdir, files, begun)
+            except OSError as error:
+                raise UserError(f"--workdir={workdir}: cannot be written to: {error}") from error
+    with processes.failing_together(f"--workdir={workdir}"):
+        if not (workdir / configuration.FILE_NAME).exists():
+            raise UserError(
+                f"--workdir={workdir}: process {jax.process_index()} does not find there what "
+                "process 0 wrote; give a folder on a file system that all processes share"
+            )
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps all other runs from a folder, which is created, while the block runs.
+
+    A lock of the operating system on the file `run.lock`, which ends with the process however that
+    ends, so none is ever left behind. It reaches over several hosts on NFS (version 4, or 3 with
+    its lock daemon) and on Lustre mounted with `flock`; where a file system has no locks there is a
+    warning, and where its locks end at the host (some mounts of buckets) other hosts do not see it.
+
+    Raises:
+      UserError: If another run holds the folder, or it cannot be written to.
+    """
+    descriptor = None
+    try:
+        with processes.failing_together(f"--workdir={workdir}"):
+            if jax.process_index() == 0:
+                descriptor = _lock(workdir)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock(workdir):
+    """Returns the descriptor that holds the lock."""
+    path = workdir / LOCK_FILE
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written to: {error}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            raise UserError(
+                f"--workdir={workdir}: another run is training there ({holder or 'just begun'}); "
+                "wait for it, stop it, or give another --workdir"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _log.warning("%s: no locks here (%s): begin no second run in it", workdir, error)
+        # For the message of the one who comes second.
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(f"{path}: cannot be locked: {error}") from error
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _write(workdir, files, begun):
+    data = json.dumps(dict(files.data), indent=2) + "\n"
+    if begun:
+        if not (workdir / DATA_FILE).exists():  # a run of an earlier version
+            write_atomically(workdir / DATA_FILE, data)
+        return
+    towers.store_architectures(files.architectures, workdir)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(workdir / tokenizers.DIRECTORY)
+    tokenizers.store_tokenizer(files.tokenizer, workdir)
+    write_atomically(workdir / DATA_FILE, data)
+    configuration.write_config(files.config, workdir)
+
+
+def _in_words(identity):
+    return "{pairs} pairs of {images} images (checksum {checksum})".format(**identity)

@@ -1,0 +1,231 @@
+"""The folder of a run: checked before it is touched, held by one run, and tied to its data."""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from fne_jax import train
+from fne_jax.data import loading
+from fne_jax.errors import UserError
+from fne_jax.model import checkpoints
+from fne_jax.parallel import sharding
+from fne_jax.training import loop, train_state
+from fne_jax.training import workdir as run_folder
+from fne_jax.training.dry_run import describe
+from tests.support import TOP
+from tests.support.runs import content_of, stored_state
+from tests.support.tiny import LinearTowers, tiny_config
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    mesh = sharding.create_mesh(devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "create_mesh", lambda *sizes: mesh)
+        yield
+
+
+def short_config(**fields):
+    return tiny_config(num_epochs=0.3, **fields)
+
+
+def run(workdir, config=None):
+    loop.train_and_evaluate(config or short_config(), workdir, module=LinearTowers())
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, one_device):
+    workdir = tmp_path_factory.mktemp("workdir") / "run"
+    run(workdir)
+    return workdir
+
+
+# What is wrong shows before anything is written.
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"objective__name": "fen"}, "objective.name"),
+        ({"warmup__objective": "hard"}, "warmup.objective"),
+        ({"fne__elimination": "strong"}, "fne.elimination"),
+        ({"optimizer__schedule": "linear"}, "optimizer.schedule"),
+        ({"encoder__compute_dtype": "float8"}, "encoder.compute_dtype"),
+        ({"encoder__attention": "flash"}, "encoder.attention"),
+        ({"encoder__text__pooling": "max"}, "encoder.text.pooling"),
+        ({"encoder__text__width": 17}, "encoder.text.width"),
+        ({"encoder__image__patch_size": 3}, "encoder.image.image_size"),
+        ({"data__tokenizer": "no/such"}, "data.tokenizer"),
+        ({"data__text_length": 600}, "data.text_length"),
+        ({"init_from": "/no/such"}, "init_from=/no/such: .* is not the workdir of a run"),
+        ({"encoder__image__pretrained": "/no/such"}, "/no/such"),
+        ({"global_batch_size": 4096, "queue_size": 4096}, "global_batch_size"),
+    ],
+)
+def test_a_mistaken_start_leaves_nothing(tmp_path, fields, message):
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match=message):
+        loop.train_and_evaluate(tiny_config(**fields), workdir)
+    assert not workdir.exists()
+
+
+def test_a_workdir_without_a_checkpoint_is_taken_over(tmp_path, monkeypatch, whole_run):
+    def failing(*arguments):
+        raise UserError("the first batch failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "peeked", failing)
+        with pytest.raises(UserError, match="first batch"):
+            run(tmp_path, short_config(momentum=0.5, data__vocab_size=20, data__synthetic__seed=1))
+    assert (tmp_path / "config.json").exists()
+    run(tmp_path)
+    ours, theirs = content_of(tmp_path), content_of(whole_run)
+    for name in ("config.json", "data.json", "tokenizer/tokenizer.json"):
+        assert ours[pathlib.Path(name)] == theirs[pathlib.Path(name)], name
+
+
+def test_a_dry_run_finds_what_the_run_would(tmp_path, whole_run):
+    for workdir, fields, message in (
+        (tmp_path / "new", {"init_from": "/nope"}, "init_from=/nope"),
+        (whole_run, {"momentum": 0.5}, "config.momentum: 0.995 in the run, 0.5 now"),
+        (whole_run, {"data__dir": "x", "data__synthetic__images": 60}, None),
+    ):
+        before = content_of(tmp_path)
+        if message is None:
+            assert "steps: 7 an epoch" in describe(short_config(**fields), workdir)
+        else:
+            with pytest.raises(UserError, match=message):
+                describe(short_config(**fields), workdir)
+        assert content_of(tmp_path) == before
+
+
+# One dataset.
+
+
+def changed_split(monkeypatch, name, change):
+    load = loading.load_split
+
+    def changed(data, image_size, split):
+        dataset = load(data, image_size, split)
+        return change(dataset) if split == name else dataset
+
+    for module in (loop, sys.modules["fne_jax.model.model"]):
+        monkeypatch.setattr(module, "load_split", changed)
+
+
+def with_another_caption(dataset):
+    return dataset.__class__(**vars(dataset) | {"captions": [*dataset.captions[:-1], "other"]})
+
+
+def brighter(dataset):
+    return dataset.__class__(**vars(dataset) | {"images": dataset.images | 1})
+
+
+@pytest.mark.parametrize(
+    ("split", "change"),
+    [("train", with_another_caption), ("train", brighter), ("val", with_another_caption)],
+)
+def test_resuming_on_other_data_is_refused(whole_run, monkeypatch, split, change):
+    before = content_of(whole_run)
+    changed_split(monkeypatch, split, change)
+    with pytest.raises(UserError, match=f"other data: its '{split}' split had 1.*checksum"):
+        run(whole_run)
+    assert content_of(whole_run) == before
+
+
+def test_a_run_of_an_earlier_version_learns_its_data(whole_run):
+    stored = (whole_run / "data.json").read_text()
+    (whole_run / "data.json").unlink()
+    run(whole_run)
+    assert (whole_run / "data.json").read_text() == stored
+    assert json.loads(stored)["train"]["pairs"] == 120
+
+
+# One run at a time.
+
+HOLD = """
+import pathlib, sys
+from fne_jax.training import workdir
+with workdir.held(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_live_run_is_refused_and_a_dead_one_is_no_obstacle(whole_run):
+    before = content_of(whole_run)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(whole_run)],
+        cwd=TOP, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"is training there \(process {holder.pid} on "):
+        run(whole_run)
+    holder.kill()
+    holder.communicate()
+    run(whole_run)
+    after = content_of(whole_run)
+    lock = pathlib.Path("run.lock")
+    assert after.pop(lock).startswith(f"process {os.getpid()} on ".encode())
+    before.pop(lock)
+    assert after == before
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    def no_locks(*arguments):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
+    with run_folder.held(tmp_path):
+        assert "no locks here" in caplog.text
+
+
+# What the devices hold.
+
+
+def test_a_run_that_begins_with_weights_never_holds_two_states(whole_run, tmp_path, monkeypatch):
+    read, seen = checkpoints.read, []
+
+    def watched(manager, step, like):
+        seen.append((set(like), sum(array.nbytes for array in jax.live_arrays())))
+        return read(manager, step, like)
+
+    stored_model = functools.partial(train_state.stored_model, module=LinearTowers())
+    config = short_config(init_from=str(whole_run), optimizer__learning_rate=1e-12)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_state, "stored_model", stored_model)
+        patch.setattr(checkpoints, "read", watched)
+        before = sum(array.nbytes for array in jax.live_arrays())
+        run(tmp_path, config)
+    ((fields, live),) = seen
+    assert fields == {"params", "momentum_params"}
+    assert live - before < 1000, "no state is there yet"
+    ours, theirs = (stored_state(w, module=LinearTowers()) for w in (tmp_path, whole_run))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours.params, theirs.params
+    )
+
+
+# The command line.
+
+
+def test_the_command_takes_a_home_folder_and_refuses_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    given = []
+    monkeypatch.setattr(
+        train, "train_and_evaluate", lambda config, workdir, **_: given.append(workdir)
+    )
+    config = f"--config={TOP / 'configs' / 'shapes.py'}"
+    train.main([config, "--workdir=~/runs/a"])
+    assert given == [tmp_path / "runs" / "a"]
+    with pytest.raises(UserError, match=r"--workdir=gs://b/run: .*mount"):
+        train.main([config, "--workdir=gs://b/run"])
+    assert list(tmp_path.iterdir()) == []
