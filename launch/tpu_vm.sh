@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU slice: asks for it, waits, installs on all its workers, trains; where a spot
-# slice is taken away, asks again and goes on from the last checkpoint. Deletes the slice at the end.
+# slice is taken away, asks again and goes on from the last checkpoint. Deletes the slice at the end;
+# leaves it after a mistake, after ten failures in a row, and when it is stopped itself (Ctrl-C), which
+# stops the run, saved.
 # usage: bash launch/tpu_vm.sh [--dry-run] NAME ZONE TYPE CONFIG WORKDIR [--config.x=y ...]
 #   e.g. NFS=10.0.0.2:/runs bash launch/tpu_vm.sh fne us-west4-a v5litepod-16 \
 #     configs/flickr30k.py /runs/flickr30k --config.data.dir=/runs/flickr30k-data
@@ -38,56 +40,98 @@ spot=()
 [ "${SPOT:-1}" = 0 ] || spot=(--spot)
 queued=(gcloud compute tpus queued-resources)
 vm=(gcloud compute tpus tpu-vm)
+# A line that died with its VM would be waited for without end.
+alive=(--ssh-flag="-o ServerAliveInterval=30" --ssh-flag="-o ServerAliveCountMax=4")
 
+# Prints the state of the request, GONE without one. A question that failed otherwise tells nothing,
+# and is asked again.
 state() {
-  [ "${DRY_RUN:-0}" = 0 ] || { echo ACTIVE && return; }
-  "${queued[@]}" describe "$name" --zone="$zone" --format='value(state.state)' 2>/dev/null || true
+  local answer try
+  for try in {1..20}; do
+    if answer=$("${queued[@]}" describe "$name" --zone="$zone" --format='value(state.state)' \
+      2>"$scratch/error"); then
+      echo "$answer"
+      return
+    fi
+    if grep -q NOT_FOUND "$scratch/error"; then
+      echo GONE
+      return
+    fi
+    echo "try $try: $(cat "$scratch/error")" >&2
+    sleep "${POLL_SECONDS:-30}"
+  done
+  return 74
 }
 
 on_all_workers() {
-  run "${vm[@]}" ssh "$name" --zone="$zone" --worker=all --command="$1"
+  run "${vm[@]}" ssh "$name" --zone="$zone" --worker=all "${alive[@]}" --command="$1"
 }
 
-# The slice runs what is committed here.
-archive=$(mktemp --suffix=.tar.gz)
-trap 'rm -f "$archive"' EXIT
-run git archive --format=tar.gz --output="$archive" HEAD
-share=/${NFS#*:/}
-# The VMs' own Python is older than 3.11.
-prepare="sudo apt-get -qq update && sudo apt-get -qq install -y python3.11-venv nfs-common &&
-  sudo mkdir -p $share && { mountpoint -q $share || sudo mount $NFS $share; } &&
-  mkdir -p fne_jax && tar -xzf fne_jax.tar.gz -C fne_jax && cd fne_jax &&
-  source launch/install.sh && PYTHON=python3.11 install_project '[tpu]'"
-# Quoted once more: the command passes through a shell on the workers.
-train=$(printf '%q ' .venv/bin/python -m fne_jax.train --config="$config" --workdir="$workdir" "$@")
+ask_for_slice() {
+  run "${queued[@]}" create "$name" --node-id="$name" --zone="$zone" --accelerator-type="$type" \
+    --runtime-version="$runtime" "${spot[@]}"
+}
 
+delete_slice() {
+  run "${queued[@]}" delete "$name" --zone="$zone" --force --quiet
+}
+
+# Quoted once more: the commands pass through a shell on the workers.
+install="mkdir -p fne_jax && tar -xzf fne_jax.tar.gz -C fne_jax && bash fne_jax/launch/tpu_worker.sh \
+install $(printf '%q' "$NFS")"
+train="bash fne_jax/launch/tpu_worker.sh train --config=$(printf '%q ' "$config" --workdir="$workdir" "$@")"
+train_on_slice() {
+  run "${vm[@]}" scp "$scratch/fne_jax.tar.gz" "$name:fne_jax.tar.gz" --zone="$zone" --worker=all &&
+    on_all_workers "$install" && on_all_workers "$train"
+}
+
+leave() {
+  echo "error: $1; look at the slice, then delete it with" >&2
+  echo "${queued[*]} delete $name --zone=$zone --force" >&2
+  exit "$2"
+}
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+trap 'trap - INT TERM HUP; on_all_workers "bash fne_jax/launch/tpu_worker.sh stop" || true
+  leave "stopped" 130' INT TERM HUP
+# The slice runs what is committed here.
+run git archive --format=tar.gz --output="$scratch/fne_jax.tar.gz" HEAD
+if [ "${DRY_RUN:-0}" = 1 ]; then
+  ask_for_slice
+  train_on_slice
+  delete_slice
+  exit
+fi
+
+failures=0
 while true; do
-  if [ "$(state)" = SUSPENDED ]; then
-    run "${queued[@]}" delete "$name" --zone="$zone" --force --quiet
-  fi
-  if [ -z "$(state)" ] || [ "${DRY_RUN:-0}" = 1 ]; then
-    run "${queued[@]}" create "$name" --node-id="$name" --zone="$zone" --accelerator-type="$type" \
-      --runtime-version="$runtime" "${spot[@]}"
-  fi
-  until [ "$(state)" = ACTIVE ]; do
-    if [ "$(state)" = FAILED ]; then
+  now=$(state) || leave "gcloud gives no answer" 74
+  case $now in
+    GONE) ask_for_slice ;;
+    SUSPENDED)
+      echo "the slice was taken away; asking for another" >&2
+      delete_slice
+      failures=0
+      ;;
+    FAILED)
       echo "error: the request failed; see: ${queued[*]} describe $name --zone=$zone" >&2
       exit 1
-    fi
-    sleep "${POLL_SECONDS:-30}"
-  done
-  status=0
-  {
-    run "${vm[@]}" scp "$archive" "$name:fne_jax.tar.gz" --zone="$zone" --worker=all &&
-      on_all_workers "$prepare" && on_all_workers "cd fne_jax && exec $train"
-  } || status=$?
-  [ "$status" != 0 ] || break
-  if [ "$(state)" = ACTIVE ]; then
-    echo "error: the run ended with $status while its slice is there; look, then delete it with" >&2
-    echo "${queued[*]} delete $name --zone=$zone --force" >&2
-    exit "$status"
-  fi
-  echo "the slice was taken away; asking for another" >&2
-  until [ "$(state)" = SUSPENDED ] || [ -z "$(state)" ]; do sleep "${POLL_SECONDS:-30}"; done
+      ;;
+    ACTIVE)
+      status=0 SECONDS=0
+      train_on_slice || status=$?
+      [ "$status" != 0 ] || break
+      [ "$status" != 2 ] || leave "a mistake, named above, ended the run" 2
+      # Taken away perhaps, which shows only after a while; a lost line; a failure of a machine. What
+      # ran for long has gone on from its checkpoint.
+      [ "$SECONDS" -lt 1800 ] || failures=0
+      failures=$((failures + 1))
+      [ "$failures" -lt 10 ] || leave "the run ended with $status, $failures times in a row" "$status"
+      echo "the run ended with $status; once more if the slice is still there" >&2
+      sleep "${POLL_SECONDS:-30}"
+      ;;
+    *) sleep "${POLL_SECONDS:-30}" ;;
+  esac
 done
-run "${queued[@]}" delete "$name" --zone="$zone" --force --quiet
+delete_slice
