@@ -1,59 +1,76 @@
 #!/usr/bin/env bash
 # Installs, prepares the data, trains (or resumes) and evaluates on this machine.
 # usage: bash launch/local.sh [--dry-run] [CONFIG [WORKDIR [--config.x=y ...]]]
+# Paths are relative to where it is called; CONFIG may be relative to the top level too.
 # PROCESSES=N trains with N processes, each with one GPU where there are GPUs; PORT is theirs.
 set -euo pipefail
 if [ "${1:-}" = --dry-run ]; then
   DRY_RUN=1
   shift
 fi
+top=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 config=${1:-configs/shapes.py}
 workdir=${2:-runs/shapes}
 shift $(($# < 2 ? $# : 2))
-[ -e "$config" ] && config=$(realpath "$config")
-workdir=$(realpath -m "$workdir")
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ -e "$config" ] || [ ! -e "$top/$config" ] || config=$top/$config
 # shellcheck source=launch/dry_run.sh
-source launch/dry_run.sh
+source "$top/launch/dry_run.sh"
 # shellcheck source=launch/install.sh
-source launch/install.sh
+source "$top/launch/install.sh"
 run install_project ""
 
-python=.venv/bin/python
-processes=${PROCESSES:-1}
-run "$python" -m fne_jax.prepare --config="$config" "$@"
-train=("$python" -m fne_jax.train --config="$config" --workdir="$workdir" "$@")
-if [ "$processes" = 1 ]; then
-  run "${train[@]}"
-else
-  started=()
-  # One signal to this script becomes one to each process: in process groups of their own (-m)
-  # they do not see the terminal's Ctrl-C as well, and take it for a second.
-  set -m
-  trap 'kill -TERM "${started[@]}"' INT TERM
-  for ((index = 0; index < processes; index++)); do
-    command=(env JAX_LOCAL_DEVICE_IDS="$index" "${train[@]}" --processes="$processes"
-      --process-index="$index" --coordinator="localhost:${PORT:-12355}")
-    if [ "${DRY_RUN:-0}" = 1 ]; then
-      run "${command[@]}"
-    else
-      "${command[@]}" & # without `run`, whose shell would take the signal
-      started+=($!)
-    fi
-  done
-  status=0
+# One signal to this script becomes one to each process: in process groups of their own (-m) they
+# do not see the terminal's Ctrl-C as well, and take it for a second.
+set -m
+started=()
+for signal in INT TERM HUP; do
+  # shellcheck disable=SC2064
+  trap "kill -$signal \${started[@]+\"\${started[@]}\"} 2>/dev/null || true" "$signal"
+done
+
+begin() {
+  if [ "${DRY_RUN:-0}" = 1 ]; then
+    run "$@"
+  else
+    "$@" & # without `run`, whose shell would take the signal
+    started+=($!)
+  fi
+}
+
+# Waits for what has begun; exits if any of it failed.
+finish() {
+  local status=0 code process
   for process in ${started[@]+"${started[@]}"}; do
+    code=0
     # A trapped signal ends `wait` early: wait again for the process itself.
-    while kill -0 "$process" 2>/dev/null; do wait "$process" || status=$?; done
-    wait "$process" || status=$?
+    while kill -0 "$process" 2>/dev/null; do wait "$process" || true; done
+    wait "$process" || code=$?
+    [ "$code" = 0 ] || status=$code
   done
-  trap - INT TERM
+  started=()
   [ "$status" = 0 ] || exit "$status"
+}
+
+# -P: a folder fne_jax where this is called is not the package.
+python=("$top/.venv/bin/python" -P -m)
+processes=${PROCESSES:-1}
+begin "${python[@]}" fne_jax.prepare --config="$config" "$@"
+finish
+train=("${python[@]}" fne_jax.train --config="$config" --workdir="$workdir" "$@")
+if [ "$processes" = 1 ]; then
+  begin "${train[@]}"
+else
+  for ((index = 0; index < processes; index++)); do
+    begin env JAX_LOCAL_DEVICE_IDS="$index" "${train[@]}" --processes="$processes" \
+      --process-index="$index" --coordinator="localhost:${PORT:-12355}"
+  done
 fi
-run "$python" -m fne_jax.evaluate --workdir="$workdir" --checkpoint=best --split=test
+finish
+begin "${python[@]}" fne_jax.evaluate --workdir="$workdir" --checkpoint=best --split=test
+finish
 cat <<EOF
 
-TensorBoard logs  .venv/bin/tensorboard --logdir $workdir
+TensorBoard logs  $top/.venv/bin/tensorboard --logdir $workdir
 checkpoints       $workdir/checkpoints
 metrics           $workdir/eval_test.json and $workdir/metrics.jsonl
 EOF
