@@ -33,7 +33,8 @@ RENAMED_FIELDS = {
     "objective.memory": "objective.queue",
 }
 
-# Fields that may change when a run resumes: none alters what the run computes.
+# Fields that may change when a run resumes: none alters what the run computes, but for rounding and,
+# with micro-batches, which units a dropout drops.
 MAY_CHANGE = (
     "checkpoint.",
     "compile_cache",
@@ -41,10 +42,13 @@ MAY_CHANGE = (
     "data.dir",
     "data.max_skipped",
     "data.prefetch",
+    "encoder.attention",
+    "encoder.remat",
     "evaluation.batch_size",
     "logging.",
     "max_bad_steps",
     "mesh.",
+    "micro_batches",
 )
 
 # Fields that are gone: the value that a stored config may still have, and why they went.

@@ -150,6 +150,12 @@ def test_resuming_with_another_config_lists_the_differences(tmp_path):
     assert configuration.read_config(tmp_path).momentum == 0.995
 
 
+def test_a_resumed_run_may_be_fitted_to_fewer_devices(tmp_path):
+    configuration.store_config(tiny_config(), tmp_path)
+    fitted = {"micro_batches": 2, "encoder__remat": True, "encoder__attention": "head_loop"}
+    configuration.store_config(tiny_config(**fitted), tmp_path)
+
+
 def test_a_stored_config_may_have_a_removed_field_with_its_default(tmp_path):
     configuration.store_config(tiny_config(), tmp_path)
     path = tmp_path / "config.json"
