@@ -233,7 +233,7 @@ def test_files_that_are_no_json(tmp_path):
     where = f"--config.data.dir={tmp_path}"
     assert_all_in(refused("prepare", config, where), "expected one dataset*.json", "found none")
     (tmp_path / "dataset_x.json").write_text("{")
-    assert "not a JSON file" in refused("prepare", config, where)
+    assert "not JSON" in refused("prepare", config, where)
     (tmp_path / "dataset_x.json").write_text("{}")
     assert "the key 'images' is missing" in refused("prepare", config, where)
 
