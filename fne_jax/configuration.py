@@ -33,8 +33,8 @@ RENAMED_FIELDS = {
     "objective.memory": "objective.queue",
 }
 
-# Fields that may change when a run resumes: none alters what the run computes, but for rounding and,
-# with micro-batches, which units a dropout drops.
+# Fields that may change when a run resumes: none alters what the run computes, but for rounding
+# and, with micro-batches, which units dropout drops.
 MAY_CHANGE = (
     "checkpoint.",
     "compile_cache",
