@@ -341,6 +341,13 @@ def test_smaller_images_are_another_dataset(tmp_path, command, capsys):
     assert len(record_files(tmp_path)) == 6, "training has found it"
 
 
+def test_a_table_may_have_any_name(tmp_path):
+    sources.write_jsonl(tmp_path / "source", sources.table_rows(tmp_path / "source"))
+    name = "größte Paare [1] 100% ~*" + "x" * 150
+    (tmp_path / "source" / "pairs.jsonl").rename(tmp_path / "source" / f"{name}.jsonl")
+    assert len(load_split(config_of(tmp_path).data, 8, "train").image_id) == 24
+
+
 def test_preparing_needs_no_accelerator(command, monkeypatch):
     def start():
         raise RuntimeError("the accelerator is started")
