@@ -458,7 +458,7 @@ def assert_ends_with_one_line(folder, what, message):
     arguments = [str(folder / "source"), str(folder / "cache"), what]
     ended = subprocess.run(
         [sys.executable, "-c", READS, *arguments],
-        cwd=TOP, capture_output=True, text=True, timeout=60,
+        cwd=TOP, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert ended.returncode == 2, ended.stderr
     lines = ended.stderr.splitlines()
