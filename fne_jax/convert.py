@@ -1,7 +1,8 @@
-"""Converts checkpoints: the authors' into a run of ours, and a run into models for transformers.
+"""Takes from others and gives to them: checkpoints, models, and the order of a split's rows.
 
 python -m fne_jax.convert reference model_best.pth.tar --out=runs/authors
 python -m fne_jax.convert export --workdir=runs/flickr30k --out=exported
+python -m fne_jax.convert order --config=configs/flickr30k.py --split=test --out=theirs
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from fne_jax import command_line, configuration
 from fne_jax.conversion.export import export
 from fne_jax.conversion.reference import convert
 from fne_jax.errors import UserError
+from fne_jax.model.model import load_evaluation_split
+from fne_jax.retrieval import embedding_files
 
 REFERENCE_CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "flickr30k_reference.py"
 
 
 def main(arguments: list[str]) -> None:
     """Parses the command line and converts."""
-    parser = command_line.parser("Converts checkpoints.", "convert")
+    parser = command_line.parser("Converts checkpoints and splits.", "convert")
     commands = parser.add_subparsers(dest="command", required=True)
     reference = commands.add_parser("reference", help="the authors' checkpoint into a run of ours")
     reference.add_argument("checkpoint", help="model_best.pth.tar; needs the extra [convert]")
@@ -37,6 +40,13 @@ def main(arguments: list[str]) -> None:
     exported.add_argument("--checkpoint", default="best", help="best, latest or a step")
     exported.add_argument("--out", required=True, help="folder to make")
     exported.set_defaults(convert=convert_export)
+    order = commands.add_parser(
+        "order", help="a split's names, captions and ids, in the order of the rows of embeddings"
+    )
+    order.add_argument("--config", required=True, help="config file of the data; --config.x=y")
+    order.add_argument("--split", default="test", help="train, val or test (by default)")
+    order.add_argument("--out", required=True, help="folder that is to get the embeddings, too")
+    order.set_defaults(convert=convert_order)
     options, overrides = parser.parse_known_args(arguments)
     options.convert(options, overrides)
 
@@ -58,6 +68,19 @@ def convert_export(options: argparse.Namespace, overrides: list[str]) -> None:
         pathlib.Path(options.workdir), options.checkpoint, pathlib.Path(options.out)
     ):
         print(f"written to {path}")
+
+
+def convert_order(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Writes all that a folder of embeddings holds but the embeddings, before there is a model."""
+    config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
+    dataset, out = load_evaluation_split(config, options.split), pathlib.Path(options.out)
+    embedding_files.write_order(out, dataset)
+    print(
+        f"written to {out}: {options.split}, {len(dataset.image_id):,} images, "
+        f"{len(dataset.captions):,} captions, in the order of names.json\n"
+        "save your model's image_embeddings.npy and text_embeddings.npy beside them, then\n"
+        f"python -m fne_jax.evaluate --embeddings={out}"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from fne_jax.objectives.similarity_statistics import (
     false_negative_posterior,
     update_similarity_statistics,
 )
-from fne_jax.retrieval.embedding_files import read_embeddings
+from fne_jax.retrieval.embedding_files import read_embeddings_of
 from fne_jax.retrieval.unlabelled import UnlabelledPairs, unlabelled_pairs
 
 # By what pairs are ranked.
@@ -111,16 +111,9 @@ def judged_by_embeddings(
     Raises:
       UserError: if the embeddings or the split cannot be read, or do not belong together.
     """
-    embedded = read_embeddings(folder)
     dataset = load_evaluation_split(config, split_name)
-    captions = len(embedded.text_emb)
-    if not np.array_equal(embedded.caption_image, dataset.caption_image):
-        raise UserError(
-            f"--embeddings={folder} is of {len(embedded.image_emb)} images and {captions} "
-            f"captions, --split={split_name} of --config has {len(dataset.image_id)} and "
-            f"{len(dataset.captions)}; expected the same, each caption with the same image"
-        )
-    batch = min(config.global_batch_size, captions)
+    embedded = read_embeddings_of(folder, dataset)
+    batch = min(config.global_batch_size, len(dataset.captions))
     return JudgedSplit(
         name=folder.resolve().name,
         step=None,

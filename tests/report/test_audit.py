@@ -6,12 +6,14 @@ import json
 import numpy as np
 import pytest
 
-from fne_jax import audit
+from fne_jax import audit, configuration
 from fne_jax.data.sources.shapes_scenes import SceneTruth
 from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
+from fne_jax.model.model import load_evaluation_split
 from fne_jax.report import audit_pages, suspects
 from fne_jax.retrieval import blocks, unlabelled
+from fne_jax.retrieval.embedding_files import write_embeddings
 from tests.support.embeddings import unit_rows
 from tests.support.pages import HOSTILE, Page, assert_safe_and_complete, hostile_split
 
@@ -192,6 +194,16 @@ def test_anyones_embeddings_are_audited(tmp_path, capsys):
     assert (first["caption_index"], first["image_index"]) == (4, 7)
     assert first["similarity"] == pytest.approx(1.0)
     assert "theirs" in (out / "index.html").read_text()
+
+    # The same in another order, which the ids tell.
+    loaded = load_evaluation_split(configuration.load_config(str(config), []), "val")
+    split = EmbeddedSplit(image_emb, text_emb, owner, loaded.image_id, loaded.caption_id)
+    rng = np.random.default_rng(1)
+    moved = split.part(rng.permutation(9), rng.permutation(18))
+    write_embeddings(tmp_path / "moved", moved, None)
+    audit.main([f"--embeddings={tmp_path / 'moved'}", *arguments[1:]])
+    again = json.loads((out / audit_pages.JSONL_NAME).read_text().splitlines()[0])
+    assert again == first
 
     np.save(folder / "caption_image.npy", owner[::-1])
     with pytest.raises(UserError, match="each caption with the same image"):

@@ -5,11 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from fne_jax import evaluate
+from fne_jax import convert, evaluate
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.retrieval.embedding_files import read_embeddings, write_embeddings
+from fne_jax.retrieval import embedding_files
+from fne_jax.retrieval.embedding_files import (
+    read_embeddings,
+    read_embeddings_of,
+    write_embeddings,
+)
 from fne_jax.retrieval.evaluation import read_values
 from fne_jax.retrieval.metrics import retrieval_metrics
 
@@ -156,3 +161,149 @@ def test_evaluate_scores_them_without_a_run(split, folder, capsys):
             evaluate.main([*arguments, *wrong])
     with pytest.raises(UserError, match="cannot be written"):
         evaluate.main([f"--embeddings={folder}", f"--out={folder / 'no' / 'scores.json'}"])
+
+
+def dataset_of(split, captions=None):
+    count = len(split.image_emb)
+    return PairDataset(
+        captions or [f"caption {n}" for n in range(len(split.text_emb))],
+        split.caption_image,
+        split.image_id,
+        np.zeros((count, 1, 1, 3), np.uint8),
+        split.caption_id,
+        [f"{n}.jpg" for n in range(count)],
+    )
+
+
+def shuffled(split):
+    """Returns the split in another order of images and captions."""
+    return split.part(np.array([2, 0, 3, 1]), np.array([3, 6, 0, 5, 1, 4, 2]))
+
+
+def test_rows_are_found_by_their_ids(split, tmp_path):
+    write_embeddings(tmp_path, shuffled(split), None)
+    assert not np.array_equal(read_embeddings(tmp_path).image_id, split.image_id)
+    read = read_embeddings_of(tmp_path, dataset_of(split))
+    for name, expected in vars(split).items():
+        np.testing.assert_array_equal(getattr(read, name), expected, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("image_id", lambda a: a + 1, r"image_id.npy: 4 of the split's 4 ids are missing, first"),
+        ("caption_id", lambda a: a * 0, r"caption_id.npy: ids come more than once, first \[0\]"),
+        ("caption_id", lambda a: a[::-1].copy(), "each caption with the same image"),
+        ("caption_image", lambda a: a[::-1].copy(), "each caption with the same image"),
+    ],
+)
+def test_rows_that_are_not_the_split_s_are_refused(split, tmp_path, name, change, message):
+    write_embeddings(tmp_path, EmbeddedSplit(**(vars(split) | {"truth": None})), None)
+    (tmp_path / "parts.json").unlink()
+    np.save(tmp_path / f"{name}.npy", change(getattr(split, name)))
+    with pytest.raises(UserError, match=message):
+        read_embeddings_of(tmp_path, dataset_of(split))
+
+
+def test_captions_that_are_not_the_split_s_are_refused(split, tmp_path):
+    write_embeddings(tmp_path, shuffled(split), dataset_of(shuffled(split), list("abcdefg")))
+    with pytest.raises(UserError, match=r"names.json: caption \d is '.', that of the split"):
+        read_embeddings_of(tmp_path, dataset_of(split))
+
+
+def test_parts_of_two_dumps_are_not_scored(split, tmp_path):
+    write_embeddings(tmp_path / "one", split, None)
+    write_embeddings(tmp_path / "two", shuffled(split), None)
+    (tmp_path / "two" / "matches.npy").replace(tmp_path / "one" / "matches.npy")
+    with pytest.raises(UserError, match=r"matches.npy is not the file that was written with"):
+        read_embeddings(tmp_path / "one")
+    # Without word of what was written together, the labels still have to be true.
+    (tmp_path / "one" / "parts.json").unlink()
+    with pytest.raises(UserError, match=r"matches.npy: captions that do not match their own image"):
+        read_embeddings(tmp_path / "one")
+
+
+def test_a_dump_that_was_killed_is_not_scored(split, tmp_path, monkeypatch):
+    """Wherever it ends, what is left of it and of the dump before it is refused."""
+    written = []
+    for last in range(20):
+        write_embeddings(tmp_path, split, None)
+        left = iter(range(last))
+
+        def write(path, content, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            written.append(path.name)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+        with monkeypatch.context() as patch:
+            patch.setattr(embedding_files, "write_atomically", write)
+            try:
+                write_embeddings(tmp_path, shuffled(split), None)
+                break
+            except KeyboardInterrupt:
+                pass
+        if "image_embeddings.npy" not in written[-last:]:
+            with pytest.raises(UserError, match=r"image_embeddings.npy is not there"):
+                read_embeddings(tmp_path)
+    assert last == 8 and set(written) == {path.name for path in tmp_path.iterdir()}
+
+
+def test_an_order_takes_anyone_s_embeddings(split, tmp_path, capsys):
+    config = tmp_path / "configs" / "tiny.py"
+    config.parent.mkdir()
+    config.write_text(
+        "from tests.support.tiny import tiny_config\n\n"
+        "def get_config():\n    return tiny_config(data__synthetic__images=9).lock()\n"
+    )
+    out = tmp_path / "theirs"
+    convert.main(["order", f"--config={config}", "--split=val", f"--out={out}"])
+    assert "save your model's image_embeddings.npy" in capsys.readouterr().out
+    names = json.loads((out / "names.json").read_text())
+    owner = np.load(out / "caption_image.npy")
+    assert len(names["images"]) == owner.max() + 1 and len(names["captions"]) == len(owner)
+    with pytest.raises(UserError, match=r"image_embeddings.npy is not there"):
+        evaluate.main([f"--embeddings={out}"])
+    image_emb = unit(np.random.default_rng(0), len(names["images"]))
+    np.save(out / "image_embeddings.npy", image_emb)
+    np.save(out / "text_embeddings.npy", image_emb[owner])
+    evaluate.main([f"--embeddings={out}"])
+    assert "rSum 600.0" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"image_embeddings.npy is there already"):
+        convert.main(["order", f"--config={config}", "--split=val", f"--out={out}"])
+
+
+def test_an_archive_under_another_name_is_named(folder):
+    np.savez(folder / "archive.npz", a=np.ones(3))
+    (folder / "archive.npz").replace(folder / "image_embeddings.npy")
+    with pytest.raises(UserError, match=r"image_embeddings.npy: is an .npz archive"):
+        read_embeddings(folder)
+
+
+def test_rows_of_extreme_lengths_are_normalised(split, folder):
+    scale = np.array([1e30, 1e-30, 1.0, 5.0], np.float32)[:, None]
+    np.save(folder / "image_embeddings.npy", split.image_emb * scale)
+    read = read_embeddings(folder)
+    np.testing.assert_allclose(read.image_emb, split.image_emb, rtol=1e-5)
+
+
+def test_damaged_files_are_refused_or_read(split, folder):
+    """Whatever 500 damages leave: an error for the user, or rows of length 1."""
+    rng = np.random.default_rng(0)
+    whole = {path: path.read_bytes() for path in sorted(folder.glob("*.npy"))}
+    refused = 0
+    for number in range(500):
+        path = list(whole)[number % len(whole)]
+        content = bytearray(whole[path])
+        if number % 2:
+            content[rng.integers(128 if number % 4 == 1 else len(content))] = rng.integers(256)
+        else:
+            del content[rng.integers(len(content)) :]
+        path.write_bytes(content)
+        try:
+            read = read_embeddings(folder)
+            np.testing.assert_allclose(np.linalg.norm(read.image_emb, axis=1), 1, atol=2e-3)
+        except UserError as error:
+            refused += path.name in str(error)
+        path.write_bytes(whole[path])
+    assert refused > 300
