@@ -93,7 +93,8 @@ def study_runs(
       workdir: The folder of the study.
 
     Raises:
-      UserError: if an objective is unknown or named twice, or a config is wrong.
+      UserError: if an objective is unknown or named twice, a config is wrong, or an objective
+        sets a field that is to be changed.
     """
     for name in objectives:
         if name not in OBJECTIVES:
@@ -103,6 +104,7 @@ def study_runs(
     cells = [Cell(name, variant) for variant in ("", *variants) for name in objectives]
     if len({cell.name for cell in cells}) < len(cells):
         raise UserError("--objectives, --vary: one of them is given twice")
+    _check_nothing_is_dropped(overrides, objectives, variants)
     runs = []
     for seed in range(seeds):
         for cell in cells:
@@ -127,6 +129,26 @@ def study_runs(
     return runs
 
 
+def _check_nothing_is_dropped(overrides, objectives, variants):
+    """Raises UserError if a change would not reach a run that is named after it."""
+    sets = {name: {_field(change) for change in OBJECTIVES[name]} for name in objectives}
+    for variant in variants:
+        for change in _assignments(variant):
+            setters = [name for name in objectives if _field(change) in sets[name]]
+            if setters:
+                raise UserError(
+                    f"--vary={variant}: {_field(change)} is what {' and '.join(setters)} of "
+                    "--objectives sets itself; vary other fields, or choose among the objectives"
+                )
+    for override in overrides:
+        # An objective may undo what holds for the others: that is what it is named for.
+        if all(_field(override) in of for of in sets.values()):
+            raise UserError(
+                f"{override}: all of --objectives set that field themselves; choose among the "
+                "objectives instead"
+            )
+
+
 def _assignments(variant):
     changes = [change.strip() for change in variant.split(",")] if variant else []
     for change in changes:
@@ -143,6 +165,11 @@ def _assignments(variant):
 
 def _completed(config):
     return configuration.resolve(config)[0]
+
+
+def _field(override):
+    """Returns the field that `--config.x=y` sets."""
+    return override.removeprefix("--config.").partition("=")[0]
 
 
 def _field(override):

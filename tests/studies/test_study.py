@@ -194,6 +194,12 @@ def test_objectives_change_what_they_are_named_for(config_path):
         (["--vary=fne.prior"], "expected field=value"),
         (["--vary=fne.prio=1"], "there is no config field config.fne.prio; did you mean"),
         (["--vary=seed=3"], "give the number of --seeds"),
+        (["--vary=fne.prior=0.1,objective.name=random"], "objective.name is what fne and hardest"),
+        (
+            ["--objectives=fne,fne_no_cutdown", "--vary=fne.cut_down=True"],
+            "fne.cut_down is what fne_no_cutdown of --objectives sets itself",
+        ),
+        (["--config.objective.name=random"], "all of --objectives set that field themselves"),
         (["--seeds=0"], "--seeds is 0"),
         (["--jobs=1000"], "more than the"),
         (["--report-only"], "no run has a result"),
@@ -243,6 +249,20 @@ def test_variants_are_compared_within_themselves():
     table = summary.markdown(results, "hardest").splitlines()
     assert "| fne queue_size=64 less hardest queue_size=64 | -1.0 |" in table
     assert "| fne less hardest | +3.0 |" in table
+
+
+def test_only_columns_that_are_there_are_explained():
+    few = {Cell("infonce"): {0: {"rsum": 10.0, "i2t_r1": 1.0}}}
+    assert summary.markdown(few, "infonce").splitlines()[:4] == [
+        "Test metrics of the last weights: 1 seed.",
+        "",
+        "- rSum, R@1 i2t: by the labels",
+        "",
+    ]
+    more = {Cell("fne"): {s: {"rsum": 1.0, "roc_auc": 0.5 + s} for s in (0, 1)}}
+    text = summary.markdown(more, "fne")
+    assert "mean ± standard deviation over 2 seeds" in text
+    assert "- AUC: of the posterior" in text and "truth" not in text
 
 
 def test_estimates_are_those_of_a_t_test():
