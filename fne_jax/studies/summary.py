@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from fne_jax.retrieval.metric_names import describe
+from fne_jax.retrieval.metric_names import COMPLETE, describe
 from fne_jax.studies.cells import Cell
 
 # Of the intervals of differences, in percent.
@@ -93,13 +93,9 @@ def markdown(results: Results, baseline: str) -> str:
     """Returns two tables: the metrics, and their differences to the baseline's."""
     shown = [name for name in COLUMNS if is_known(results, name)]
     seeds = max(len(of) for of in results.values())
-    lines = [
-        f"Test metrics of the last weights: mean ± standard deviation over {seeds} seeds.",
-        "R@1 and rSum are by the labels; `true` and mAP@R by the complete truth; false negatives",
-        "are those among the negatives that the loss chose after the warm-up; AUC and AP (average",
-        "precision) are the posterior's as a detector of false negatives in the queue.",
-        "",
-    ]
+    counted = "1 seed" if seeds == 1 else f"{seeds} seeds"
+    spread = "" if seeds == 1 else "mean ± standard deviation over "
+    lines = [f"Test metrics of the last weights: {spread}{counted}.", *_explanations(shown), ""]
     lines += _table(
         ["", *(describe(name).heading for name in shown)],
         [
@@ -120,13 +116,34 @@ def markdown(results: Results, baseline: str) -> str:
     if rows:
         lines += [
             "",
-            f"Differences, paired by seed, with {LEVEL} % t-intervals. Those without a * are within"
-            " the spread of",
-            "the seeds (or of a single seed): they say nothing.",
+            "Differences of a single seed: they say nothing."
+            if seeds == 1
+            else f"Differences, paired by seed, with {LEVEL} % t-intervals. Those without a * are "
+            "within\nthe spread of the seeds: they say nothing.",
             "",
         ]
         lines += _table(["", *(describe(name).heading for name in compared)], rows)
     return "\n".join(lines) + "\n"
+
+
+def _explanations(shown: Sequence[str]) -> list[str]:
+    """Returns a line for each kind of column that is shown."""
+    headings = {name: describe(name).heading for name in shown}
+
+    def some(*names: str) -> str:
+        return ", ".join(headings[name] for name in names if name in headings)
+
+    meanings = {
+        some("rsum", "i2t_r1", "t2i_r1"): "by the labels",
+        some(*(name for name in shown if name.startswith(COMPLETE))): "by the complete truth",
+        some("sampled_false_negative_rate"): "share of the negatives that the loss chose after "
+        "the warm-up that are in truth matches",
+        some("roc_auc", "average_precision"): "of the posterior as a detector of false negatives "
+        "in the queue (area under the ROC curve, average precision)",
+        some("density"): "share of true matches among these candidates",
+        some("mean_posterior"): "mean of the posterior over them",
+    }
+    return ["", *(f"- {columns}: {meaning}" for columns, meaning in meanings.items() if columns)]
 
 
 def runs_csv(results: Results) -> str:
