@@ -16,7 +16,34 @@ from fne_jax.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
 EVALUATED = "eval_"  # begins the names of what a validation measured
+WARMUP = "warmup"  # 1 for the steps of the warm-up, 0 for those after it
+# TensorBoard's groups of what is logged; all else is the group `train`.
+_GROUPS = {
+    "statistics": (
+        *("positive_mean", "positive_std", "positive_count"),
+        *("negative_mean", "negative_std", "negative_count"),
+        *("similarity_distributions", "sampling_weights"),
+    ),
+    "negatives": (
+        *("fallback_fraction", "sampled_posterior", "hinge_active"),
+        *("sampled_false_negative_rate", "hardest_false_negative_rate"),
+        *("queue_filled", "queue_age_steps"),
+    ),
+    "system": ("pairs_per_s", "data_wait_share"),
+    "validation": ("similarity_positive", "similarity_negative"),
+}
+_GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
 _log = logging.getLogger(__name__)
+
+
+def tensorboard_tag(name: str) -> str:
+    """Returns the tag of a name of metrics.jsonl, a histogram or an image, `group/name`.
+
+    TensorBoard gathers tags that begin alike, so that `eval_rsum` becomes `validation/rsum`.
+    """
+    if name.startswith(EVALUATED):
+        return f"validation/{name.removeprefix(EVALUATED)}"
+    return f"{_GROUP_OF.get(name, 'train')}/{name}"
 
 
 class MetricLog:
@@ -61,17 +88,17 @@ class MetricLog:
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written: {error}") from error
         if self._writer is not None:
-            self._writer.write_scalars(step, scalars)
+            self._writer.write_scalars(step, _tagged(scalars))
 
     def write_histograms(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes histograms to TensorBoard."""
         if self._writer is not None:
-            self._writer.write_histograms(step, arrays)
+            self._writer.write_histograms(step, _tagged(arrays))
 
     def write_images(self, step: int, render: Callable[[], Mapping[str, np.ndarray]]) -> None:
         """Writes [1, height, width, 3] uint8 images; without TensorBoard none is rendered."""
         if self._writer is not None:
-            self._writer.write_images(step, render())
+            self._writer.write_images(step, _tagged(render()))
 
     def flush(self) -> None:
         """Makes TensorBoard's file current."""
@@ -91,6 +118,10 @@ class MetricLog:
             except ValueError:  # a line cut off by a crash
                 break
         write_atomically(self._path, "".join(line + "\n" for line in kept))
+
+
+def _tagged(values):
+    return {tensorboard_tag(name): value for name, value in values.items()}
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:

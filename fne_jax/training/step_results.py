@@ -15,6 +15,9 @@ from fne_jax.data.pairs import KnownTruth, PairDataset
 
 # Steps that may still be running: enough to keep the device busy and memory bounded.
 _IN_FLIGHT = 2
+# Counts that run on from step to step and begin anew with an epoch: their mean over a window is
+# nothing that ever was, so the last one is logged.
+_RUNNING_COUNTS = ("positive_count", "negative_count")
 _log = logging.getLogger(__name__)
 
 
@@ -32,6 +35,7 @@ class StepResults:
       bad_steps: How many steps were not applied since the start of the run, because their loss or
         gradient was no finite number.
       bad_in_a_row: How many of them came since the last step that was applied.
+      last_loss: The loss of the last settled step that was applied; None before there is one.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class StepResults:
         window = stored.get("window", {"sums": {}, "counts": {}})
         self._sums: dict[str, float] = dict(window["sums"])
         self._counts: dict[str, int] = dict(window["counts"])
+        self.last_loss: float | None = None
         bad = stored.get("bad_steps", {"total": 0, "in_a_row": 0})
         self.bad_steps, self.bad_in_a_row = bad["total"], bad["in_a_row"]
 
@@ -61,7 +66,10 @@ class StepResults:
             self._settle(*self._pending.popleft())
 
     def take_means(self) -> dict[str, float]:
-        """Returns the mean of each scalar over the settled steps, and begins anew."""
+        """Returns the mean of each scalar over the settled steps, and begins anew.
+
+        Of the counts of the statistics, these are the last.
+        """
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means
@@ -92,7 +100,11 @@ class StepResults:
             values |= true_false_negative_rates(
                 self._train.truth, self._train.caption_image, jax.device_get(negatives)
             )
+        self.last_loss = float(values["loss"])
         for name, value in values.items():
+            if name in _RUNNING_COUNTS:
+                self._sums[name], self._counts[name] = float(value), 1
+                continue
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
             self._counts[name] = self._counts.get(name, 0) + 1
 

@@ -19,7 +19,7 @@ from fne_jax.retrieval.evaluation import score_split
 from fne_jax.training.checkpointing import Checkpoints
 from fne_jax.training.data_clock import DataClock
 from fne_jax.training.interruption import Stopped, StopRequest
-from fne_jax.training.metric_log import EVALUATED, MetricLog
+from fne_jax.training.metric_log import EVALUATED, WARMUP, MetricLog
 from fne_jax.training.step_results import StepResults
 from fne_jax.training.timeline import Timeline
 from fne_jax.training.train_state import TrainState
@@ -54,7 +54,6 @@ class Supervisor:
     results: StepResults
     stop: StopRequest
     profile: Callable[[int], None]
-    _loss: float | None = dataclasses.field(default=None, init=False)
 
     def after_step(
         self,
@@ -80,7 +79,9 @@ class Supervisor:
           Interrupted: after a signal, with everything saved.
         """
         self.results.add(done - 1, scalars, negatives)
-        logs = done % self.config.logging.every_steps == 0 or done == self.timeline.total_steps
+        logs = done % self.config.logging.every_steps == 0
+        # No mean is taken over losses of the warm-up and of what follows it.
+        logs |= done in (self.timeline.warmup_end, self.timeline.total_steps)
         validates = done in self.timeline.validation_steps
         saves = done == self.last_step or _is_due(done, self.config.checkpoint.every_steps)
         stops = self.stop.poll() is not None
@@ -135,13 +136,17 @@ class Supervisor:
 
     def _write_means(self, done, clock):
         means = self.results.take_means()
-        self._loss = means.get("loss")
         rates = clock.take_rates(self.config.global_batch_size)
-        self.log.write(done, means | {"bad_steps": self.results.bad_steps} | rates)
+        progress = {
+            "bad_steps": self.results.bad_steps,
+            WARMUP: float(done <= self.timeline.warmup_end),
+        }
+        self.log.write(done, means | progress | rates)
         self.checkpoints.check()
 
     def _show(self, done, clock, progress):
-        loss = "" if self._loss is None else f"loss {self._loss:.4f}  "
+        last_loss = self.results.last_loss
+        loss = "" if last_loss is None else f"loss {last_loss:.4f}  "
         rate = clock.batches_per_second * self.config.global_batch_size
         note = f"{loss}{rate:.0f} pairs/s  waiting for data {clock.waiting_share:.0%}"
         progress.update(done, note)

@@ -198,8 +198,9 @@ def test_tensorboard_gets_the_figures(tmp_path, monkeypatch):
     log.write_images(7, lambda: figures.statistics_images(statistics(), tiny_config().fne))
     log.flush()
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
-    assert set(events.Tags()["tensors"]) == {"similarity_distributions", "sampling_weights"}
-    assert [event.step for event in events.Tensors("sampling_weights")] == [7]
+    names = {"statistics/similarity_distributions", "statistics/sampling_weights"}
+    assert set(events.Tags()["tensors"]) == names
+    assert [event.step for event in events.Tensors("statistics/sampling_weights")] == [7]
 
     monkeypatch.setitem(sys.modules, "clu", None)
     MetricLog(tmp_path, 0).write_images(8, lambda: pytest.fail("drawn for nobody"))

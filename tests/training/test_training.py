@@ -1,5 +1,6 @@
 """Steps, resumes and devices on a tiny run: what must agree does, to the bit where it can."""
 
+import collections
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fne_jax import configuration
 from fne_jax.data.batches import training_batches
@@ -24,7 +26,7 @@ from fne_jax.objectives import registry
 from fne_jax.objectives.features import Features
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.parallel import sharding
-from fne_jax.training import loop
+from fne_jax.training import loop, metric_log
 from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.interruption import StopRequest
 from fne_jax.training.metric_log import MetricLog, read_metrics
@@ -265,9 +267,12 @@ def test_means_survive_a_save():
     for step, value in enumerate((0.1, 0.7, 0.3)):
         resumed = StepResults(None, pairs, json.loads(json.dumps(resumed.stored())))
         for results in (ours, resumed):
-            results.add(step, {"loss": value, "applied": True}, {})
+            count = {"positive_count": 10.0 * step}
+            results.add(step, {"loss": value, "applied": True} | count, {})
             results.settle()
+            assert results.last_loss == value
     means = ours.take_means()
+    assert means["positive_count"] == 20
     assert means == resumed.take_means() and means["loss"] == pytest.approx(1.1 / 3)
     assert ours.take_means() == {}
 
@@ -304,8 +309,26 @@ def test_a_run_leaves_its_files(whole_run):
     names = {path.name for path in whole_run.iterdir()}
     assert {"config.json", "checkpoints", "metrics.jsonl", "tokenizer"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    steps = [line["step"] for line in read_metrics(whole_run) if "loss" in line]
-    assert steps == [3, 6, 9, 12, 14]
+    logged = {line["step"]: line["warmup"] for line in read_metrics(whole_run) if "loss" in line}
+    # Every three steps, and where the warm-up ends: no mean is taken over both losses.
+    assert logged == {3: 1, 6: 1, 7: 1, 9: 0, 12: 0, 14: 0}
+
+
+def test_tensorboard_shows_a_few_groups(whole_run):
+    events = EventAccumulator(str(whole_run), size_guidance={"tensors": 0}).Reload()
+    groups = collections.Counter(tag.split("/")[0] for tag in events.Tags()["tensors"])
+    assert set(groups) == {"train", "validation", "statistics", "negatives", "system"}
+    tags = set(events.Tags()["tensors"])
+    assert {"train/loss", "validation/rsum", "system/pairs_per_s"} <= tags
+    for name in {name for line in read_metrics(whole_run) for name in line} - {"step"}:
+        assert metric_log.tensorboard_tag(name) in tags
+
+
+def test_counts_of_the_statistics_are_no_means(whole_run):
+    last = read_metrics(whole_run)[-2]
+    stats = stored_state(whole_run).stats
+    assert last["step"] == 14 and last["positive_count"] == stats.positive.count
+    assert last["negative_count"] == stats.negative.count
 
 
 @pytest.mark.parametrize("stop_after", [5, 9])
