@@ -14,11 +14,17 @@ import numpy as np
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 from fne_jax.report import example_cards, html
+from fne_jax.report import suspects as suspects_lib
 from fne_jax.report.suspects import RANKINGS, JudgedSplit, Suspects
 from fne_jax.retrieval.unlabelled import UnlabelledPairs
 
 CSV_NAME, JSONL_NAME = "likely_false_negatives.csv", "likely_false_negatives.jsonl"
+# Pairs that a page shows at once, but for those of its last image, which stand together.
 _ROWS_A_PAGE = 50
+# Pairs of an image that are shown before one asks for more.
+_ROWS_SHOWN = 4
+# Beginnings of texts that spreadsheets take for formulas.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 Row = dict[str, Any]
 
@@ -44,6 +50,7 @@ def write_audit(folder: pathlib.Path, judged: JudgedSplit, suspects: Suspects, l
         "per_query": suspects.per_query,
         "rank_by": RANKINGS[suspects.rank_by],
         "prior": judged.config.fne.prior,
+        "precision": suspects_lib.precision(judged, suspects),
     }
     listed = rows(judged.dataset, suspects.pairs[:limit], suspects.posterior[:limit])
     write(folder, judged.dataset, listed, about)
@@ -66,7 +73,8 @@ def rows(dataset: PairDataset, pairs: UnlabelledPairs, posterior: np.ndarray) ->
     for index, (caption, image) in enumerate(zip(pairs.caption, pairs.image, strict=True)):
         row = {
             "rank": index + 1,
-            "posterior": round(float(posterior[index]), 6),
+            # Digits rather than decimals: with a prior of 1e-4 most are tiny.
+            "posterior": float(f"{posterior[index]:.6g}"),
             "similarity": round(float(pairs.similarity[index]), 6),
             "labelled_similarity": round(float(pairs.own_similarity[index]), 6),
             "caption_index": int(caption),
@@ -103,25 +111,43 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be created: {error}") from error
-    html.write_text(folder / CSV_NAME, _csv_text(found))
+    # With a byte order mark, without which Excel reads UTF-8 as the system's own encoding.
+    html.write_text(folder / CSV_NAME, "\N{BYTE ORDER MARK}" + _csv_text(found))
     html.write_text(folder / JSONL_NAME, "".join(json.dumps(row) + "\n" for row in found))
-    pages = max(-(-len(found) // _ROWS_A_PAGE), 1)
-    for page in range(1, pages + 1):
-        shown = found[(page - 1) * _ROWS_A_PAGE : page * _ROWS_A_PAGE]
+    pages = _pages(found)
+    names = [page_name(number) for number in range(1, len(pages) + 1)]
+    for number, groups in enumerate(pages, start=1):
         values = {
             **about,
-            "rows": [_card(dataset, row) for row in shown],
+            "groups": [_group(dataset, group) for group in groups],
             "total": len(found),
-            "page": page,
-            "names": [page_name(number) for number in range(1, pages + 1)],
+            "page": number,
+            "names": names,
             "csv": CSV_NAME,
             "jsonl": JSONL_NAME,
         }
-        html.write_text(folder / page_name(page), html.render("audit.html", values))
+        html.write_text(folder / page_name(number), html.render("audit.html", values))
     for old in folder.glob("page_*.html"):
         number = old.stem.removeprefix("page_")
-        if number.isdigit() and int(number) > pages:
+        if number.isdigit() and int(number) > len(pages):
             old.unlink()
+
+
+def _pages(found: Sequence[Row]) -> list[list[list[Row]]]:
+    """Returns the pages, each a list of groups of rows that suspect the same image.
+
+    The groups come in the order of their first rows, so that an image that many captions seem to
+    fit is looked at once.
+    """
+    groups: dict[int, list[Row]] = {}
+    for row in found:
+        groups.setdefault(row["image_index"], []).append(row)
+    pages: list[list[list[Row]]] = [[]]
+    for group in groups.values():
+        if sum(min(len(rows), _ROWS_SHOWN) for rows in pages[-1]) >= _ROWS_A_PAGE:
+            pages.append([])
+        pages[-1].append(group)
+    return pages
 
 
 def page_name(number: int) -> str:
@@ -129,12 +155,20 @@ def page_name(number: int) -> str:
     return "index.html" if number == 1 else f"page_{number}.html"
 
 
-def _card(dataset, row):
+def _group(dataset, rows):
+    cards = [
+        {
+            **row,
+            "labelled": example_cards.show_image(dataset, row["labelled_image_index"]),
+            "in_truth": row.get("in_truth"),
+        }
+        for row in rows
+    ]
     return {
-        **row,
-        "image": example_cards.show_image(dataset, row["image_index"]),
-        "labelled": example_cards.show_image(dataset, row["labelled_image_index"]),
-        "in_truth": row.get("in_truth"),
+        "image": example_cards.show_image(dataset, rows[0]["image_index"]),
+        "source_image_id": rows[0]["source_image_id"],
+        "first": cards[:_ROWS_SHOWN],
+        "further": cards[_ROWS_SHOWN:],
     }
 
 
@@ -143,5 +177,13 @@ def _csv_text(found):
     writer = csv.writer(stream)
     if found:
         writer.writerow(found[0])
-        writer.writerows(row.values() for row in found)
+        writer.writerows([_csv_cell(value) for value in row.values()] for row in found)
     return stream.getvalue()
+
+
+def _csv_cell(value):
+    """Returns a value as a spreadsheet may open it; the JSON lines hold it as it is."""
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\0", "\N{SYMBOL FOR NULL}")
+    return f"'{value}" if value.startswith(_FORMULA) else value

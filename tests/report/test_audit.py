@@ -1,6 +1,9 @@
 """The audit finds the pairs that a plain search finds, and writes all of them safely."""
 
+import codecs
 import csv
+import dataclasses
+import io
 import json
 
 import numpy as np
@@ -11,11 +14,12 @@ from fne_jax.data.sources.shapes_scenes import SceneTruth
 from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import load_evaluation_split
-from fne_jax.report import audit_pages, suspects
+from fne_jax.report import audit_pages, html, suspects
 from fne_jax.retrieval import blocks, unlabelled
 from fne_jax.retrieval.embedding_files import write_embeddings
-from tests.support.embeddings import unit_rows
+from tests.support.embeddings import statistics, unit_rows
 from tests.support.pages import HOSTILE, Page, assert_safe_and_complete, hostile_split
+from tests.support.tiny import tiny_config
 
 
 @pytest.mark.parametrize("relative", [False, True])
@@ -54,6 +58,7 @@ def about(suspected):
     return {
         "run": HOSTILE[0], "step": 3, "split": "train", "suspected": suspected, "least": 0.001,
         "per_query": 5, "rank_by": "by posterior", "prior": 1e-4,
+        "precision": "",
     }  # fmt: skip
 
 
@@ -67,14 +72,21 @@ def some_rows(split, count):
     return audit_pages.rows(split, pairs, np.linspace(1, 0, count))
 
 
+def from_csv(folder):
+    # As a spreadsheet does, which tells UTF-8 by the byte order mark.
+    text = (folder / audit_pages.CSV_NAME).read_bytes()
+    assert text.startswith(codecs.BOM_UTF8)
+    return list(csv.DictReader(io.StringIO(text.decode("utf-8-sig"), newline="")))
+
+
 def test_files_hold_what_was_found(tmp_path, monkeypatch):
     monkeypatch.setattr(audit_pages, "_ROWS_A_PAGE", 4)
     split = hostile_split()
     found = some_rows(split, 10)
     audit_pages.write(tmp_path / "out", split, found, about(10))
-    with (tmp_path / "out" / audit_pages.CSV_NAME).open(newline="") as stream:
-        from_csv = list(csv.DictReader(stream))
-    assert from_csv == [{name: str(value) for name, value in row.items()} for row in found]
+    assert from_csv(tmp_path / "out") == [
+        {name: str(value) for name, value in row.items()} for row in found
+    ]
     lines = (tmp_path / "out" / audit_pages.JSONL_NAME).read_text().splitlines()
     assert [json.loads(line) for line in lines] == found
     assert found[3]["caption"] == split.captions[3]
@@ -84,14 +96,14 @@ def test_files_hold_what_was_found(tmp_path, monkeypatch):
     pages = sorted(path.name for path in (tmp_path / "out").glob("*.html"))
     assert pages == ["index.html", "page_2.html", "page_3.html"]
     shown = 0
-    for name in pages:
+    for number, name in enumerate(pages):
         page = Page((tmp_path / "out" / name).read_text())
         assert_safe_and_complete(page)
-        linked = {use["href"] for use in page.tags["a"]} - {
-            audit_pages.CSV_NAME,
-            audit_pages.JSONL_NAME,
-        }
-        assert linked == set(pages) - {name}
+        files = {audit_pages.CSV_NAME, audit_pages.JSONL_NAME}
+        assert {use["href"] for use in page.tags["a"]} - files == set(pages) - {name}
+        beside = {use["rel"]: use["href"] for use in page.tags["a"] if "rel" in use}
+        around = {"prev": pages[number - 1] if number else None, "next": (*pages, None)[number + 1]}
+        assert beside == {rel: page for rel, page in around.items() if page}
         shown += len(page.tags["li"])
         assert HOSTILE[0] in " ".join(page.text)
     assert shown == 10
@@ -100,9 +112,88 @@ def test_files_hold_what_was_found(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "out").glob("*.html")] == ["index.html"]
 
 
+def test_spreadsheets_run_no_caption(tmp_path):
+    captions = [
+        "@SUM(1+1)",
+        "=1+1",
+        "-2+3",
+        "+x",
+        "\ta dog",
+        "a\0dog",
+        'a - dog, = "it"',
+        "\ud800 é",
+    ]
+    split = dataclasses.replace(hostile_split(images=4), captions=captions)
+    found = some_rows(split, 8)
+    audit_pages.write(tmp_path, split, found, about(8))
+    read = [row["caption"] for row in from_csv(tmp_path)]
+    assert read[:5] == [f"'{caption}" for caption in captions[:5]]
+    assert read[5:] == ["a␀dog", captions[6], "? é"]
+    assert from_csv(tmp_path)[7]["posterior"] == "0.0"  # numbers are left alone
+    lines = (tmp_path / audit_pages.JSONL_NAME).read_text().splitlines()
+    assert [json.loads(line)["caption"] for line in lines] == captions
+
+
+def test_captions_of_one_image_stand_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit_pages, "_ROWS_SHOWN", 2)
+    split = hostile_split()
+    image = np.array([1, 0, 1, 1, 2, 0])
+    caption = np.array([8, 9, 10, 11, 12, 13])
+    pairs = unlabelled.UnlabelledPairs(caption, image, *np.ones((2, 6)))
+    found = audit_pages.rows(split, pairs, np.linspace(1, 0, 6))
+    audit_pages.write(tmp_path, split, found, about(6))
+    page = Page((tmp_path / "index.html").read_text())
+    # Each suspected image once, and each caption's own.
+    assert len(page.tags["section"]) == 3 and len(page.tags["img"]) == 3 + 6
+    assert len(page.tags["details"]) == 3 + 6 + 1 and "1 more of this image" in page.text
+    ranks = [int(text[:-1]) for text in page.text if text[:-1].isdigit() and text[-1] == "."]
+    assert ranks == [1, 3, 4, 2, 6, 5]
+
+
+def test_small_posteriors_can_be_told_apart():
+    texts = {0.9995: "> 99.9", 0.42: "42.0", 0.001: "0.1", 0.00034: "0.034", 1e-6: "0.0001"}
+    texts[3e-8] = "< 0.0001"
+    for posterior, text in texts.items():
+        assert html.posterior_text(posterior) == f"{text}\N{NO-BREAK SPACE}%"
+    split = hostile_split()
+    pairs = unlabelled.UnlabelledPairs(*np.zeros((2, 1), int), *np.ones((2, 1)))
+    assert audit_pages.rows(split, pairs, np.array([3.4567891e-7]))[0]["posterior"] == 3.45679e-7
+
+
 def test_nothing_found_is_a_page_too(tmp_path):
     audit_pages.write(tmp_path, hostile_split(), [], about(0))
     assert "There is none" in (tmp_path / "index.html").read_text()
+
+
+def judged(split, stats, **fne):
+    owner = split.caption_image
+    rng = np.random.default_rng(0)
+    rows = unit_rows(rng, len(split.image_id), 4), unit_rows(rng, len(owner), 4)
+    embedded = EmbeddedSplit(*rows, owner, split.image_id, split.caption_id)
+    config = tiny_config(**fne)
+    return suspects.JudgedSplit("run", 3, "val", config, split, embedded, stats)
+
+
+def test_nothing_is_suspected_before_the_count_that_the_loss_asks_for():
+    split, settings = hostile_split(), {"per_query": 2, "rank_by": "posterior", "least": 0.0}
+    few = judged(split, statistics(count=30), fne__min_count=30)
+    with pytest.raises(UserError, match=r"run: the statistics are of 30 matching pairs.* 30; choo"):
+        suspects.find_suspects(few, **settings)
+    enough = judged(split, statistics(count=31), fne__min_count=30)
+    assert len(suspects.find_suspects(enough, **settings).posterior)
+    with pytest.raises(UserError, match="of 1 matching pairs"):
+        suspects.find_suspects(judged(split, statistics(count=1), fne__min_count=0), **settings)
+
+
+def test_the_precision_is_on_the_page(tmp_path, monkeypatch):
+    split = hostile_split()
+    truth = SceneTruth(np.zeros((7, 3, 6), int), np.zeros((14, 9), int))
+    monkeypatch.setattr(SceneTruth, "is_true", lambda self, caption, image: caption % 2 == 0)
+    of_split = judged(dataclasses.replace(split, truth=truth), statistics(), fne__prior=0.3)
+    found = suspects.find_suspects(of_split, per_query=3, rank_by="posterior", least=0.0)
+    audit_pages.write_audit(tmp_path, of_split, found, limit=20)
+    text = (tmp_path / "index.html").read_text()
+    assert f"Precision at {len(found.posterior)}: " in text and "in truth a match" in text
 
 
 def test_precision_counts_what_is_in_truth_a_match(monkeypatch):
@@ -180,7 +271,7 @@ def test_anyones_embeddings_are_audited(tmp_path, capsys):
     image_emb, owner = unit_rows(rng, 9, 6), np.repeat(np.arange(9), 2)
     text_emb = image_emb[owner] + 0.3 * unit_rows(rng, 18, 6)
     text_emb /= np.linalg.norm(text_emb, axis=1, keepdims=True)
-    text_emb[4] = image_emb[7]  # a caption of picture 2 that is all of picture 7
+    text_emb[4] = image_emb[7]  # a caption of image 2 that is all of image 7
     folder = tmp_path / "theirs"
     folder.mkdir()
     np.save(folder / "image_embeddings.npy", image_emb)
