@@ -64,6 +64,7 @@ def _parse(arguments):
         help="; ".join(f"{name}: {meaning}" for name, meaning in suspects.RANKINGS.items()),
     )
     options, overrides = parser.parse_known_args(arguments)
+    command_line.expand_home(options, "workdir", "embeddings", "out", "config")
     if (options.workdir is None) == (options.embeddings is None):
         raise UserError("give either the --workdir of a run or the folder of --embeddings")
     if options.embeddings is not None and (options.config is None or options.out is None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -25,6 +26,13 @@ class _Parser(argparse.ArgumentParser):
 def parser(description: str, command: str) -> argparse.ArgumentParser:
     """Returns a parser that reports bad arguments as a UserError."""
     return _Parser(prog=f"python -m fne_jax.{command}", description=description, allow_abbrev=False)
+
+
+def expand_home(options: argparse.Namespace, *names: str) -> None:
+    """Replaces `~` in the options that are paths: shells leave it where it follows a `=`."""
+    for name in names:
+        if getattr(options, name) is not None:
+            setattr(options, name, os.path.expanduser(getattr(options, name)))
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -48,6 +48,8 @@ def main(arguments: list[str]) -> None:
     order.add_argument("--out", required=True, help="folder that is to get the embeddings, too")
     order.set_defaults(convert=convert_order)
     options, overrides = parser.parse_known_args(arguments)
+    paths = {"checkpoint", "workdir", "out", "config"} & vars(options).keys()
+    command_line.expand_home(options, *paths)
     options.convert(options, overrides)
 
 

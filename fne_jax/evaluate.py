@@ -3,38 +3,79 @@
 python -m fne_jax.evaluate --workdir=runs/shapes
 python -m fne_jax.evaluate --init=pretrained --config=configs/flickr30k_siglip.py
 python -m fne_jax.evaluate --embeddings=DIR --protocol=all
+python -m fne_jax.evaluate --embeddings=DIR --config=configs/flickr30k.py --report=theirs.html
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import pathlib
 from typing import Any
 
 import jax
+import ml_collections
 
 from fne_jax import command_line, configuration
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import Model, pretrained_model, restore_model
+from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.parallel import processes
 from fne_jax.parallel.compile_cache import use_compile_cache
+from fne_jax.report.suspects import judged_by_embeddings
 from fne_jax.retrieval import embedding_files, evaluation, protocols
+from fne_jax.training import metric_log
 
 # Where the model comes from; the options that each of these takes.
 _SOURCES = {
     "workdir": {"checkpoint", "split", "weights"},
-    "init": {"config", "out", "split"},
-    "embeddings": {"out"},
+    "init": {"config", "split"},
+    "embeddings": {"config", "split"},
 }
+# What names no file of its own: the evaluation that a run is known by.
+_USUAL = {"split": "test", "checkpoint": "best", "weights": "online", "protocol": "flickr30k"}
 
 _log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Scored:
+    """A split to score, and what is known of it.
+
+    Attributes:
+      about: What the report says of it, with `name`, what a page calls it.
+      embedded: The embeddings.
+      dataset: The split itself; None if only its embeddings are there.
+      config: The config of the run, or of the data.
+      stats: The similarity statistics, on the host.
+    """
+
+    about: dict[str, Any]
+    embedded: EmbeddedSplit
+    dataset: PairDataset | None = None
+    config: ml_collections.ConfigDict | None = None
+    stats: SimilarityStatistics | None = None
+
+
 def main(arguments: list[str]) -> None:
     """Parses the command line, evaluates, prints the table and writes the report."""
+    options, overrides = _parse(arguments)
+    source = _source(options, overrides)
+    json_path, page_path = _paths(options)
+    processes.initialize(options)
+    scored = {"workdir": _of_run, "init": _of_pretrained, "embeddings": _of_embeddings}[source](
+        options, overrides
+    )
+    if jax.process_index() == 0:
+        measured = _report(scored, json_path, options)
+        if page_path is not None:
+            _write_page(page_path, scored, measured, options)
+
+
+def _parse(arguments):
     parser = command_line.parser("Evaluates a checkpoint on a split.", "evaluate")
     parser.add_argument("--workdir", help="folder of the run")
     parser.add_argument("--checkpoint", help="of the run: best (by default), latest or a step")
@@ -45,49 +86,32 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--init", choices=["pretrained"], help="score the pretrained towers of --config, untrained"
     )
-    parser.add_argument("--config", help="with --init; --config.x=y overrides its fields")
+    parser.add_argument(
+        "--config",
+        help="with --init, or of the data of --embeddings; --config.x=y overrides its fields",
+    )
     parser.add_argument("--embeddings", help="folder of embeddings, as --dump writes, to score")
     parser.add_argument(
         "--out",
-        help="report of --init or --embeddings (a run's is eval_<split>.json in its folder)",
+        help="JSON to write; of a run by default eval_<split>.json in its folder, with what is "
+        "not usual in its name, as eval_test_latest.json",
+    )
+    parser.add_argument(
+        "--report",
+        help="HTML page to write; of a run by default report.html in its folder, or as "
+        "report_val.html",
     )
     parser.add_argument(
         "--protocol",
         choices=[*protocols.PROTOCOLS, protocols.ALL],
-        default="flickr30k",
+        default=_USUAL["protocol"],
         help="flickr30k: the whole split (by default); all: each that the split allows",
     )
     parser.add_argument("--dump", help="folder to write embeddings, ids and top-50 lists into")
     processes.add_arguments(parser)
     options, overrides = parser.parse_known_args(arguments)
-    source = _source(options, overrides)
-    processes.initialize(options)
-
-    if source == "embeddings":
-        split, dataset = embedding_files.read_embeddings(pathlib.Path(options.embeddings)), None
-        protocols.check_suits(options.protocol, split.image_id, split.caption_id)
-        about = {"embeddings": options.embeddings}
-        path = _out(options)
-    else:
-        evaluated, path = _model(options, overrides)
-        split, dataset, about = _embedded(evaluated, options)
-    if jax.process_index() == 0:
-        measured = _report(split, dataset, about, path, options)
-        # The page is about the weights that the run goes by.
-        if source == "workdir" and about["weights"] == "online":
-            _write_page(path.parent, evaluated, dataset, split, measured, about["split"])
-
-
-def _write_page(workdir, evaluated, dataset, split, measured, name):
-    try:
-        from fne_jax.report.run_report import write_run_report
-    except ImportError as error:
-        _log.warning("no report.html: pip install %s", error.name)
-        return
-    metrics = {key: one.as_json() for key, one in measured.items()}
-    embeddings = split.image_emb, split.text_emb
-    path = write_run_report(workdir, evaluated, dataset, *embeddings, metrics, name)
-    print(f"written to {path}")
+    command_line.expand_home(options, "workdir", "embeddings", "dump", "out", "report", "config")
+    return options, overrides
 
 
 def _source(options: argparse.Namespace, overrides: list[str]) -> str:
@@ -105,42 +129,99 @@ def _source(options: argparse.Namespace, overrides: list[str]) -> str:
         raise UserError(f"--{name} goes with {owners}, not with --{source}")
     if source == "init" and options.config is None:
         raise UserError("--init=pretrained takes a --config")
-    if source != "init" and overrides:
+    if options.config is None and overrides:
         raise UserError(f"unknown argument {overrides[0]!r}; see --help")
+    if source == "embeddings" and options.config is None and options.split is not None:
+        raise UserError("--split goes with --embeddings beside the --config of their data")
     return source
 
 
-def _model(options: argparse.Namespace, overrides: list[str]) -> tuple[Model, pathlib.Path | None]:
-    """Returns the model, and the file to report into."""
-    if options.init is not None:
-        config = configuration.load_config(options.config, overrides)
-        return pretrained_model(config), _out(options)
+def _paths(options: argparse.Namespace) -> tuple[pathlib.Path | None, pathlib.Path | None]:
+    """Returns the files to write the metrics and the page into, each None for nowhere.
+
+    Raises:
+      UserError: if there is no folder for one of them.
+    """
+    out, page = (_path(name, getattr(options, name)) for name in ("out", "report"))
+    if options.dump is not None and pathlib.Path(options.dump).is_file():
+        raise UserError(f"--dump={options.dump} is a file; expected a folder")
+    if options.workdir is None:
+        return out, page
     workdir = pathlib.Path(options.workdir)
-    suffix = "_momentum" if options.weights == "momentum" else ""
-    path = workdir / f"eval_{options.split or 'test'}{suffix}.json"
-    return restore_model(workdir, options.checkpoint or "best"), path
+    name = _evaluation_name(options)
+    if page is None and options.weights != "momentum":
+        # The statistics and the learning curves are of the weights that the run goes by.
+        page = workdir / ("report.html" if name == _USUAL["split"] else f"report_{name}.html")
+        page = page if out is None else out.with_suffix(".html")
+    return out or workdir / f"eval_{name}.json", page
 
 
-def _out(options):
-    return None if options.out is None else pathlib.Path(options.out)
+def _path(option: str, value: str | None) -> pathlib.Path | None:
+    if value is None:
+        return None
+    path = pathlib.Path(value)
+    if not path.parent.is_dir():
+        raise UserError(f"--{option}={value} cannot be written: {path.parent} is not a folder")
+    return path
 
 
-def _embedded(
-    model: Model, options: argparse.Namespace
-) -> tuple[EmbeddedSplit, PairDataset, dict[str, Any]]:
-    """Returns a split as the model embeds it, the split itself, and what the report says of it."""
-    name, weights = options.split or "test", options.weights or "online"
+def _evaluation_name(options: argparse.Namespace) -> str:
+    """Returns the split, and what else is not as usual: `test`, `val_latest`, `test_step40_cxc`."""
+    chosen = {name: getattr(options, name) or usual for name, usual in _USUAL.items()}
+    if chosen["checkpoint"].isdigit():
+        chosen["checkpoint"] = f"step{int(chosen['checkpoint'])}"
+    rest = [value for name, value in chosen.items() if value != _USUAL[name] and name != "split"]
+    return "_".join([chosen["split"], *rest])
+
+
+def _of_run(options: argparse.Namespace, overrides: list[str]) -> _Scored:
+    del overrides
+    workdir = pathlib.Path(options.workdir)
+    model = restore_model(workdir, options.checkpoint or _USUAL["checkpoint"])
+    weights = options.weights or _USUAL["weights"]
+    scored = _embedded(model, model.momentum() if weights == "momentum" else model, options)
+    about = {"name": workdir.resolve().name, **scored.about, "weights": weights}
+    return dataclasses.replace(scored, about=about, stats=jax.device_get(model.stats))
+
+
+def _of_pretrained(options: argparse.Namespace, overrides: list[str]) -> _Scored:
+    config = configuration.load_config(options.config, overrides)
+    model = pretrained_model(config)
+    scored = _embedded(model, model, options)
+    name = f"pretrained, {pathlib.Path(options.config).stem}"
+    return dataclasses.replace(scored, about={"name": name, **scored.about, "weights": "online"})
+
+
+def _embedded(model: Model, embedding: Model, options: argparse.Namespace) -> _Scored:
+    """Returns a split as a model, or one with other weights, embeds it."""
+    name = options.split or _USUAL["split"]
     use_compile_cache(model.config.compile_cache)
     dataset = model.load_split(name)
     protocols.check_suits(options.protocol, dataset.image_id, dataset.caption_id)
-    split = (model.momentum() if weights == "momentum" else model).embed_split(dataset)
-    return split, dataset, {"split": name, "step": model.step, "weights": weights}
+    about = {"split": name, "step": model.step}
+    return _Scored(about, embedding.embed_split(dataset), dataset, model.config)
 
 
-def _report(split, dataset, about, path, options):
+def _of_embeddings(options: argparse.Namespace, overrides: list[str]) -> _Scored:
+    folder = pathlib.Path(options.embeddings)
+    about = {"name": folder.resolve().name, "embeddings": options.embeddings}
+    if options.config is None:
+        split = embedding_files.read_embeddings(folder)
+        protocols.check_suits(options.protocol, split.image_id, split.caption_id)
+        return _Scored(about, split)
+    config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
+    judged = judged_by_embeddings(folder, config, options.split or _USUAL["split"])
+    protocols.check_suits(options.protocol, judged.embedded.image_id, judged.embedded.caption_id)
+    about["split"] = judged.split_name
+    return _Scored(about, judged.embedded, judged.dataset, config, judged.stats)
+
+
+def _report(scored: _Scored, path: pathlib.Path | None, options: argparse.Namespace):
     """Writes the dump, prints the table and writes the report; returns what was measured."""
+    split, about = scored.embedded, scored.about
     if options.dump is not None:
-        embedding_files.write_embeddings(pathlib.Path(options.dump), split, dataset)
+        folder = pathlib.Path(options.dump)
+        embedding_files.write_embeddings(folder, split, scored.dataset)
     measured, left_out = protocols.measure(split, options.protocol)
     about |= {"images": len(split.image_emb), "captions": len(split.text_emb)}
     where = f"step {about['step']}, {about['split']}" if "step" in about else about["embeddings"]
@@ -154,6 +235,31 @@ def _report(split, dataset, about, path, options):
         evaluation.write_report(path, measured, about)
         print(f"\nwritten to {path}")
     return measured
+
+
+def _write_page(path: pathlib.Path, scored: _Scored, measured, options: argparse.Namespace) -> None:
+    try:
+        from fne_jax.report.run_report import Evaluated, write_run_report
+    except ImportError as error:
+        _log.warning("no %s: pip install %s", path.name, error.name)
+        return
+    about, log = scored.about, []
+    if options.workdir is not None:
+        log = metric_log.read_metrics(pathlib.Path(options.workdir))
+    evaluated = Evaluated(
+        name=about["name"],
+        metrics={key: one.as_json() for key, one in measured.items()},
+        embedded=scored.embedded,
+        split=about.get("split", ""),
+        step=about.get("step") if options.init is None else None,
+        weights=about.get("weights", ""),
+        dataset=scored.dataset,
+        config=scored.config,
+        stats=scored.stats,
+        log=log,
+    )
+    write_run_report(path, evaluated)
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

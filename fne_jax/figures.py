@@ -21,7 +21,7 @@ from fne_jax.objectives.similarity_statistics import (
     SimilarityStatistics,
     false_negative_posterior,
 )
-from fne_jax.retrieval.metric_names import describe
+from fne_jax.retrieval.metric_names import WARMUP, describe
 
 # matplotlib is imported late throughout: training can do without it.
 if TYPE_CHECKING:
@@ -49,16 +49,21 @@ _STYLE = {
     "svg.fonttype": "none",
 }
 
+# Of the lines of a figure: colour, width and dashes, so that each shows where they coincide.
+_LINES = ((BLUE, 5.0, "-"), (ORANGE, 2.4, "-"), (GREEN, 1.2, (0, (4, 3))))
+
 # Title of a figure, and its curves' names in metrics.jsonl.
 CURVES = {
-    "Training loss": ("loss",),
     "Validation recall, %": ("eval_i2t_r1", "eval_t2i_r1"),
     "Similarities that the statistics see": ("positive_mean", "negative_mean"),
-    "Negatives that are in truth matches": (
+    "Negatives that are in truth matches, %": (
         "hardest_false_negative_rate",
         "sampled_false_negative_rate",
     ),
 }
+
+# The (step, value) points of a figure's curves, by their legends.
+Curves = dict[str, list[tuple[float, float]]]
 
 
 @contextlib.contextmanager
@@ -75,36 +80,93 @@ def style(**more: Any) -> Iterator[None]:
         yield
 
 
-@style()
-def learning_curves(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
-    """Returns a figure for each entry of `CURVES` that was logged, by title.
+def logged_curves(lines: Sequence[Mapping[str, float]]) -> dict[str, Curves]:
+    """Returns what was logged of the losses and of each entry of `CURVES`, by title.
+
+    The warm-up's loss is a curve of its own: it is another loss, of another scale.
 
     Args:
       lines: The lines of a run's metrics.jsonl, in order.
     """
-    figures = {}
-    # Logged from the end of the warm-up on.
-    after_warmup = [line["step"] for line in lines if "hinge_active" in line]
-    for title, names in CURVES.items():
-        logged = {
-            describe(name).legend: [(line["step"], line[name]) for line in lines if name in line]
-            for name in names
+    end = _warmup_end(lines)
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    found = {"Training loss": {"loss": losses}}
+    if end:
+        found = {
+            "Loss of the warm-up": {"loss": [point for point in losses if point[0] <= end]},
+            "Loss after the warm-up": {"loss": [point for point in losses if point[0] > end]},
         }
-        logged = {label: points for label, points in logged.items() if points}
-        if not logged:
+    for title, names in CURVES.items():
+        found[title] = {}
+        for name in names:
+            metric = describe(name)
+            found[title][metric.legend] = [
+                (line["step"], line[name] * metric.scale) for line in lines if name in line
+            ]
+    known = {
+        title: {legend: points for legend, points in curves.items() if points}
+        for title, curves in found.items()
+    }
+    return {title: curves for title, curves in known.items() if curves}
+
+
+def _warmup_end(lines):
+    """Returns the last step of the warm-up that was logged, or 0."""
+    flagged = [line["step"] for line in lines if line.get(WARMUP)]
+    if flagged or any(WARMUP in line for line in lines):
+        return max(flagged, default=0)
+    # A log from before lines said so; only triplets have a hinge.
+    losses = [line for line in lines if "loss" in line]
+    if not any("hinge_active" in line for line in losses):
+        return 0
+    return max((line["step"] for line in losses if "hinge_active" not in line), default=0)
+
+
+@style()
+def learning_curves(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
+    """Returns a figure for each of `logged_curves` that has two points or more, by title.
+
+    Args:
+      lines: The lines of a run's metrics.jsonl, in order.
+    """
+    figures, end = {}, _warmup_end(lines)
+    for title, curves in logged_curves(lines).items():
+        if max(map(len, curves.values())) < 2:
             continue
         figure, axes = _new_figure()
-        for colour, (label, points) in zip((BLUE, ORANGE), logged.items(), strict=False):
+        looks = _LINES if len(curves) > 1 else ((BLUE, 2.0, "-"),)
+        for (colour, width, dashes), (label, points) in zip(looks, curves.items(), strict=False):
             mark = "o" if len(points) < 40 else ""
-            axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=mark, ms=3)
-        if after_warmup:
-            axes.axvline(after_warmup[0], color=GREY, ls=":", label="after the warm-up")
+            look = {"color": colour, "lw": width, "ls": dashes, "marker": mark, "ms": width + 1}
+            axes.plot(*zip(*points, strict=True), label=label, **look)
+        steps = [step for points in curves.values() for step, _ in points]
+        if min(steps) < end < max(steps):
+            axes.axvline(end, color=GREY, ls=":", label="end of the warm-up")
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if title.startswith("Negatives"):
             axes.set_ylim(bottom=0)
-        axes.legend()
+        # Above the axes, where there are no lines.
+        handles, labels = axes.get_legend_handles_labels()
+        if len(labels) > 1:
+            figure.legend(handles, labels, loc="outside upper center", ncols=2)
         figures[title] = figure
     return figures
+
+
+def single_values(lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """Returns what `learning_curves` leaves out, curves of one point, as text by title.
+
+    Args:
+      lines: The lines of a run's metrics.jsonl, in order.
+    """
+    return {
+        title: ", ".join(
+            f"{legend} {value:.4g} at step {step}" for legend, ((step, value),) in curves.items()
+        )
+        for title, curves in logged_curves(lines).items()
+        if max(map(len, curves.values())) < 2
+    }
 
 
 @style()
@@ -217,8 +279,11 @@ def _distributions(stats, fne):
     probability = axes.twinx()
     probability.spines["right"].set_visible(True)
     posterior = false_negative_posterior(similarity, stats, fne.prior, monotone=fne.monotone)
-    probability.plot(similarity, posterior, color=GREEN, lw=2, label="posterior (right)")
-    probability.set(ylabel="probability of a false negative", ylim=(0, 1.02))
+    percent = 100 * np.asarray(posterior)
+    probability.plot(similarity, percent, color=GREEN, lw=2, label="posterior (right)")
+    # Up to what there is: with a prior of 1e-4 it may stay below a percent throughout.
+    top = min(1.1 * float(percent.max()), 102)
+    probability.set(ylabel="probability of a false negative, %", ylim=(0, top))
     handles = [*axes.get_legend_handles_labels()[0], *probability.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return figure
@@ -228,11 +293,8 @@ def _weights(stats, fne):
     figure, axes = _new_figure()
     similarity = _similarity_range(stats)
     mean, deviation = float(stats.positive.mean), float(stats.positive.variance) ** 0.5
-    for shift, colour, label in (
-        (-1, ORANGE, "a deviation below the mean"),
-        (0, BLUE, "at the mean"),
-        (1, GREEN, "a deviation above the mean"),
-    ):
+    shifts = ((-1, "a deviation below the mean"), (0, "at the mean"), (1, "a deviation above it"))
+    for (colour, width, dashes), (shift, label) in zip(_LINES, shifts, strict=True):
         positive = mean + shift * deviation
         weight = candidate_weight(
             jnp.asarray(similarity, jnp.float32),
@@ -241,7 +303,8 @@ def _weights(stats, fne):
             stats,
             FNESettings.from_config(fne),
         )
-        axes.plot(similarity, weight, color=colour, label=f"{label} ({positive:.2f})")
+        look = {"color": colour, "lw": width, "ls": dashes}
+        axes.plot(similarity, weight, label=f"{label} ({positive:.2f})", **look)
     axes.set(xlabel="cosine similarity of the candidate", ylabel="sampling weight", ylim=(0, 1.05))
     figure.legend(
         *axes.get_legend_handles_labels(),

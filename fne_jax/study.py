@@ -66,6 +66,7 @@ def _parse(arguments):
         "--report-only", action="store_true", help="train nothing; table what there is"
     )
     options, overrides = parser.parse_known_args(arguments)
+    command_line.expand_home(options, "workdir", "config")
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; expected at least 1")

@@ -93,6 +93,49 @@ def test_training_then_evaluating(shapes_run, caplog):
     assert "the run is complete" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "json_name", "page_name"),
+    [
+        ([], "eval_test.json", "report.html"),
+        (["--checkpoint=best", "--split=test"], "eval_test.json", "report.html"),
+        (["--split=val"], "eval_val.json", "report_val.html"),
+        (["--checkpoint=latest"], "eval_test_latest.json", "report_test_latest.html"),
+        (["--checkpoint=40", "--split=val"], "eval_val_step40.json", "report_val_step40.html"),
+        (["--weights=momentum"], "eval_test_momentum.json", None),
+        (["--protocol=all"], "eval_test_all.json", "report_test_all.html"),
+        (["--out=my.json", "--split=val"], "../my.json", "../my.html"),
+        (["--report=my.html"], "eval_test.json", "../my.html"),
+    ],
+)
+def test_every_evaluation_has_files_of_its_own(
+    tmp_path, monkeypatch, arguments, json_name, page_name
+):
+    monkeypatch.chdir(tmp_path)
+    options, _ = evaluate._parse(["--workdir=run", *arguments])
+    found = [path and str(path) for path in evaluate._paths(options)]
+    expected = [name and os.path.normpath(f"run/{name}") for name in (json_name, page_name)]
+    assert found == expected
+
+
+def test_files_that_cannot_be_written_are_named_first(tmp_path):
+    for option in ("out", "report"):
+        path = f"--{option}={tmp_path / 'no' / 'file'}"
+        assert_all_in(refused("evaluate", "--workdir=run", path), path, "is not a folder")
+
+
+def test_anyone_s_embeddings_get_a_page(shapes_run, tmp_path):
+    workdir, arguments, _ = shapes_run
+    evaluate.main([f"--workdir={workdir}", f"--dump={tmp_path / 'theirs'}"])
+    page = tmp_path / "theirs.html"
+    ours = [f"--embeddings={tmp_path / 'theirs'}", f"--report={page}"]
+    evaluate.main(ours)
+    assert "theirs" in page.read_text() and "Best and worst" not in page.read_text()
+    evaluate.main([*ours, *arguments, "--split=test"])
+    assert "theirs: test" in page.read_text() and "Best and worst" in page.read_text()
+    wrong = refused("evaluate", *ours, *arguments, "--split=val")
+    assert_all_in(wrong, "image_id.npy", "of another dataset or split")
+
+
 def test_momentum_encoders_are_scored_beside_the_run(shapes_run, tmp_path):
     workdir, _, _ = shapes_run
     scores = {}
@@ -116,7 +159,7 @@ def test_audit_lists_likely_false_negatives(shapes_run, capsys, tmp_path, monkey
     workdir, _, _ = shapes_run
     arguments = (f"--workdir={workdir}", "--split=val", "--checkpoint=latest")
     # In so short a run, hardly any pair is each other's first choice.
-    assert "statistics of fewer than two pairs" in refused("audit", *arguments)
+    assert "nothing is suspected before" in refused("audit", *arguments)
     restore_model = suspects.restore_model
 
     def restore_with_statistics(*arguments):

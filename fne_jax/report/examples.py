@@ -27,7 +27,7 @@ class Chosen:
     Attributes:
       index: [anchors] gallery row of each negative.
       similarity: [anchors] similarity of each anchor to its negative.
-      posterior: [anchors] probability that the negative is a false one.
+      posterior: [anchors] probability that the negative is a false one, taken monotone.
     """
 
     index: np.ndarray
@@ -82,9 +82,9 @@ def choose_negatives(
 
     def of(index):
         picked = jnp.take_along_axis(similarity, index[:, None], axis=1)[:, 0]
-        posterior = false_negative_posterior(
-            picked, stats, settings.prior, monotone=settings.monotone
-        )
+        # Monotone, whatever the run trained with, as in an audit: by the authors' formula a pair
+        # far to the left, which no step would sample, is the most suspect of all.
+        posterior = false_negative_posterior(picked, stats, settings.prior, monotone=True)
         return Chosen(np.asarray(index), np.asarray(picked), np.asarray(posterior))
 
     sampled = np.asarray(weights.sum(axis=1) > 0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,9 +20,12 @@ from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
 
-# Pixels of an image's longer side in a page.
-_THUMBNAIL = 144
+# Pixels of an image's longer side in a page, which shows it small until it is clicked on.
+_LONGER_SIDE = 400
 _JPEG_QUALITY = 75
+_SPACE = "\N{NO-BREAK SPACE}"
+# Of this machine (/home/..., ~/..., C:\\...) or of a bucket (gs://...).
+_ABSOLUTE = re.compile(r"/|~|[A-Za-z]:[/\\]|\\\\|[a-z0-9]+://")
 
 
 @functools.cache
@@ -33,7 +38,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = _percent
-    environment.filters["posterior"] = _posterior_text
+    environment.filters["posterior"] = posterior_text
+    environment.filters["short_path"] = short_path
     return environment
 
 
@@ -61,9 +67,9 @@ def image_uri(dataset: PairDataset, index: int) -> str:
     """
     image = dataset.images[index] if dataset.in_memory else dataset.images[index]["image"]
     if isinstance(image, bytes):
-        image = preprocessing.decode_jpeg(image, _THUMBNAIL, _THUMBNAIL)
+        image = preprocessing.decode_jpeg(image, _LONGER_SIDE, _LONGER_SIDE)
     small = Image.fromarray(image)
-    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    small.thumbnail((_LONGER_SIDE, _LONGER_SIDE))
     stream = io.BytesIO()
     small.save(stream, "JPEG", quality=_JPEG_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
@@ -76,17 +82,33 @@ def write_text(path: pathlib.Path, text: str) -> None:
       UserError: if it cannot be written.
     """
     try:
-        write_atomically(path, text.encode())
+        # Captions may hold half of a surrogate pair, which no encoding can.
+        write_atomically(path, text.encode(errors="replace"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 def _percent(share):
-    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+    return f"{100 * share:.1f}{_SPACE}%"
 
 
-def _posterior_text(probability):
-    """Returns a probability in percent, its ends told apart from certainty."""
+def posterior_text(probability: float) -> str:
+    """Returns a probability in percent, its ends told apart from certainty.
+
+    Small ones have two digits: where the prior is 1e-4, hardly any is as large as 0.1 %.
+    """
     if probability > 0.999:
         return "> " + _percent(0.999)
-    return "< " + _percent(0.001) if probability < 0.001 else _percent(probability)
+    if probability >= 0.001:
+        return _percent(probability)
+    if probability < 1e-6:
+        return f"< 0.0001{_SPACE}%"
+    decimals = 1 - math.floor(math.log10(100 * probability))
+    return f"{100 * probability:.{decimals}f}".rstrip("0").rstrip(".") + f"{_SPACE}%"
+
+
+def short_path(value: Any) -> Any:
+    """Returns an absolute path as its last part, since pages are given away; all else as it is."""
+    if isinstance(value, str) and _ABSOLUTE.match(value):
+        return "…/" + re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value

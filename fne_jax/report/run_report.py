@@ -1,25 +1,27 @@
-"""`report.html`: what an evaluation found, and what FNE does with the run's candidates."""
+"""A page about an evaluation: what it found, and what FNE does with the candidates."""
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import importlib.metadata
 import pathlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import matplotlib  # noqa: F401  imported late in figures; without it there is no page
-import numpy as np
+import ml_collections
 
 from fne_jax import configuration, figures
 from fne_jax.data.pairs import PairDataset
-from fne_jax.model.model import Model
+from fne_jax.model.embedded_split import EmbeddedSplit
+from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.report import example_cards, html
+from fne_jax.report.suspects import can_suspect
+from fne_jax.retrieval.chance import chance_levels
 from fne_jax.retrieval.metric_names import COMPLETE, DIRECTIONS, RETRIEVAL
-from fne_jax.training import metric_log
-
-FILE_NAME = "report.html"
 
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers"),
@@ -27,65 +29,116 @@ _PACKAGES = (
 )
 
 
-def write_run_report(
-    workdir: pathlib.Path,
-    model: Model,
-    dataset: PairDataset,
-    image_emb: np.ndarray,
-    text_emb: np.ndarray,
-    metrics: Mapping[str, Any],
-    split: str,
-) -> pathlib.Path:
-    """Writes `report.html` into a run's folder and returns its path.
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """What a page is about; what is not known is left out of it.
+
+    Attributes:
+      name: The name of the run, or of the folder of embeddings.
+      metrics: The metrics by name, each a number or `{"value", "low", "high"}`.
+      embedded: The embeddings of the split.
+      split: `train`, `val` or `test`; "" if that is not known.
+      step: The step of the checkpoint, or None.
+      weights: `online` or `momentum`; "" for a model that was not trained here.
+      dataset: The split itself, for its images and captions.
+      config: The config of the run, or of the data.
+      stats: The similarity statistics, on the host.
+      log: The lines of the run's metrics.jsonl.
+    """
+
+    name: str
+    metrics: Mapping[str, Any]
+    embedded: EmbeddedSplit
+    split: str = ""
+    step: int | None = None
+    weights: str = ""
+    dataset: PairDataset | None = None
+    config: ml_collections.ConfigDict | None = None
+    stats: SimilarityStatistics | None = None
+    log: Sequence[Mapping[str, float]] = ()
+
+
+def write_run_report(path: pathlib.Path, evaluated: Evaluated) -> None:
+    """Writes the page of an evaluation.
 
     Args:
-      workdir: The run's folder; its metrics.jsonl gives the learning curves.
-      model: The model of the run, with its statistics.
-      dataset: The evaluated split.
-      image_emb: [images, dim] L2-normalised embeddings of the split.
-      text_emb: [captions, dim] L2-normalised embeddings of the split.
-      metrics: The metrics by name, each a number or `{"value", "low", "high"}`.
-      split: The name of the split.
+      path: The file to write.
+      evaluated: What was evaluated.
 
     Raises:
       UserError: if the file cannot be written.
     """
-    config, stats = model.config, jax.device_get(model.stats)
-    of_statistics = figures.statistics_figures(stats, config.fne)
-    directions = example_cards.directions(dataset, image_emb, text_emb)
-    comparable = len(dataset.image_id) > 1
+    metrics, config = evaluated.metrics, evaluated.config
+    chance = chance_levels(evaluated.embedded)
     page = html.render(
         "report.html",
         {
-            "run": workdir.resolve().name,
-            "split": split,
-            "step": model.step,
-            "images": len(dataset.image_id),
-            "captions": len(dataset.captions),
-            "rsum": _value_text(metrics["rsum"]) if "rsum" in metrics else None,
-            "tables": metric_tables(metrics),
-            "curves": _labelled(_learning_curves(workdir)),
-            "statistics": _statistics_values(stats),
-            "figures_of_statistics": _labelled(of_statistics),
-            "galleries": [
-                example_cards.gallery(direction, config.seed, stats, config.fne)
-                for direction in directions
-                if comparable and of_statistics
-            ],
-            "queries": [example_cards.queries(d) for d in directions if comparable],
-            "fne": config.fne,
-            "objective": config.objective.name,
-            "config": configuration.flatten(config),
+            "name": evaluated.name,
+            "split": evaluated.split,
+            "step": evaluated.step,
+            "weights": evaluated.weights,
+            "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+            "data": None if config is None else dataset_name(config.data),
+            "images": len(evaluated.embedded.image_emb),
+            "captions": len(evaluated.embedded.text_emb),
+            "rsum": _value(metrics["rsum"], chance["rsum"]) if "rsum" in metrics else None,
+            "tables": metric_tables(metrics, chance),
+            "curves": _labelled(figures.learning_curves(evaluated.log)),
+            "single_values": figures.single_values(evaluated.log),
+            "config": None if config is None else configuration.flatten(config),
             "environment": environment(),
+            **_of_statistics(evaluated),
+            **_of_examples(evaluated),
         },
     )
-    path = workdir / FILE_NAME
     html.write_text(path, page)
-    return path
 
 
-def metric_tables(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the metrics as tables: `title`, `columns` and `rows` of name, meaning and values."""
+def dataset_name(data: ml_collections.ConfigDict) -> str:
+    """Returns what a page calls a dataset: its source, and the last part of its folder."""
+    folder = pathlib.PurePath(data.dir).name
+    return f"{data.source} ({folder})" if folder and folder != data.source else data.source
+
+
+def _of_statistics(evaluated: Evaluated) -> dict[str, Any]:
+    config, stats = evaluated.config, evaluated.stats
+    if config is None or stats is None:
+        return {"statistics": None, "figures_of_statistics": {}, "suspects": False}
+    return {
+        "statistics": _statistics_values(stats),
+        "figures_of_statistics": _labelled(figures.statistics_figures(stats, config.fne)),
+        "suspects": can_suspect(stats, config.fne),
+        "fne": config.fne,
+        "objective": config.objective.name,
+    }
+
+
+def _of_examples(evaluated: Evaluated) -> dict[str, Any]:
+    dataset, config, stats = evaluated.dataset, evaluated.config, evaluated.stats
+    if dataset is None or len(dataset.image_id) < 2:
+        return {"galleries": [], "queries": []}
+    embedded = evaluated.embedded
+    directions = example_cards.directions(dataset, embedded.image_emb, embedded.text_emb)
+    galleries = []
+    if config is not None and stats is not None and can_suspect(stats, config.fne):
+        galleries = [
+            example_cards.gallery(direction, config.seed, stats, config.fne)
+            for direction in directions
+        ]
+    return {"galleries": galleries, "queries": [example_cards.queries(d) for d in directions]}
+
+
+def metric_tables(metrics: Mapping[str, Any], chance: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Returns the metrics as tables.
+
+    Args:
+      metrics: The metrics by name, each a number or `{"value", "low", "high"}`.
+      chance: The values that random ranks would have, as far as they are known.
+
+    Returns:
+      Of each table `title`, `columns` and `rows` of `name`, `meaning` and `cells`; a cell has a
+      `text`, and what stands below it, `interval` and `chance`, or "".
+    """
     tables, shown = [], {"rsum"}
     columns = [direction.title for direction in DIRECTIONS.values()]
     for truth, title in (("", "Labelled matches"), (COMPLETE, "All true matches, labelled or not")):
@@ -94,12 +147,12 @@ def metric_tables(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             names = [f"{truth}{direction}_{key}" for direction in DIRECTIONS]
             if all(name in metrics for name in names):
                 shown.update(names)
-                values = [_value_text(metrics[name]) for name in names]
-                rows.append({"name": metric.heading, "meaning": metric.meaning, "values": values})
+                cells = [_value(metrics[name], chance.get(name)) for name in names]
+                rows.append({"name": metric.heading, "meaning": metric.meaning, "cells": cells})
         if rows:
             tables.append({"title": title, "columns": columns, "rows": rows})
     others = [
-        {"name": name, "meaning": _definition(value), "values": [_value_text(value)]}
+        {"name": name, "meaning": _definition(value), "cells": [_value(value)]}
         for name, value in metrics.items()
         if name not in shown
     ]
@@ -125,21 +178,18 @@ def environment() -> dict[str, str]:
     } | versions
 
 
-def _value_text(value):
-    if isinstance(value, Mapping):
-        text = f"{value['value']:.1f}"
-        return f"{text} ({value['low']:.1f} to {value['high']:.1f})" if "low" in value else text
-    return f"{value:.1f}"
+def _value(value, chance=None):
+    known = value if isinstance(value, Mapping) else {"value": value}
+    interval = f"{known['low']:.1f} to {known['high']:.1f}" if "low" in known else ""
+    return {
+        "text": f"{known['value']:.1f}",
+        "interval": interval,
+        "chance": "" if chance is None else f"{chance:.1f}",
+    }
 
 
 def _definition(value):
     return value.get("definition", "") if isinstance(value, Mapping) else ""
-
-
-def _learning_curves(workdir):
-    if not (workdir / metric_log.FILE_NAME).exists():
-        return {}
-    return figures.learning_curves(metric_log.read_metrics(workdir))
 
 
 def _labelled(plotted):

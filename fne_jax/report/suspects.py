@@ -148,6 +148,12 @@ def split_statistics(embedded: EmbeddedSplit, *, batch: int, seed: int) -> Simil
     return jax.device_get(stats)
 
 
+def can_suspect(stats: SimilarityStatistics, fne: ml_collections.ConfigDict) -> bool:
+    """Returns whether the statistics have seen enough pairs, as the loss asks it of them."""
+    enough = stats.positive.count > fne.min_count
+    return bool(enough and min(stats.positive.count, stats.negative.count) >= 2)
+
+
 def find_suspects(
     judged: JudgedSplit, *, per_query: int, rank_by: str, least: float | None = None
 ) -> Suspects:
@@ -160,13 +166,15 @@ def find_suspects(
       least: The least posterior; None for `config.fne.posterior_threshold`.
 
     Raises:
-      UserError: if the statistics have seen fewer than two pairs.
+      UserError: if the statistics have seen too few pairs to suspect any.
     """
     stats, fne = judged.stats, judged.config.fne
-    if min(stats.positive.count, stats.negative.count) < 2:
+    if not can_suspect(stats, fne):
         raise UserError(
-            f"{judged.name}: there are statistics of fewer than two pairs, so there is no "
-            "posterior; choose a later --checkpoint, or a split of more pairs"
+            f"{judged.name}: the statistics are of {stats.positive.count:,.0f} matching pairs, and "
+            f"nothing is suspected before there are more than config.fne.min_count, "
+            f"{fne.min_count:,}; choose a later --checkpoint, or with --embeddings a split of more "
+            "pairs or a lower --config.fne.min_count"
         )
     embedded = judged.embedded
     pairs = unlabelled_pairs(
@@ -195,9 +203,15 @@ def describe(judged: JudgedSplit, suspects: Suspects) -> str:
         f"{count:,} unlabelled pairs of posterior {suspects.least:g} or more among the "
         f"{suspects.per_query} best of each caption and image",
     ]
-    if dataset.truth is not None and count:
-        lines.append(precision_text(dataset, suspects.pairs[:_PRECISION_AT]))
-    return "\n".join(lines)
+    measured = precision(judged, suspects)
+    return "\n".join([*lines, measured] if measured else lines)
+
+
+def precision(judged: JudgedSplit, suspects: Suspects) -> str:
+    """Returns `precision_text` of the first hundred pairs; "" where the truth is not known."""
+    if judged.dataset.truth is None or not len(suspects.posterior):
+        return ""
+    return precision_text(judged.dataset, suspects.pairs[:_PRECISION_AT])
 
 
 def precision_text(dataset: PairDataset, pairs: UnlabelledPairs) -> str:

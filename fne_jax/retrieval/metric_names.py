@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 
 COMPLETE = "complete_"
+# Logged while training: 1 for the steps of the warm-up, 0 for those after it.
+WARMUP = "warmup"
 
 
 @dataclasses.dataclass(frozen=True)

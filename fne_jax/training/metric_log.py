@@ -16,7 +16,6 @@ from fne_jax.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
 EVALUATED = "eval_"  # begins the names of what a validation measured
-WARMUP = "warmup"  # 1 for the steps of the warm-up, 0 for those after it
 # TensorBoard's groups of what is logged; all else is the group `train`.
 _GROUPS = {
     "statistics": (
@@ -125,5 +124,13 @@ def _tagged(values):
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """Returns the lines of metrics.jsonl."""
-    return [json.loads(line) for line in (workdir / FILE_NAME).read_text().splitlines()]
+    """Returns the lines of metrics.jsonl, none where it is not there."""
+    path, lines = workdir / FILE_NAME, []
+    if not path.exists():
+        return lines
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # cut off by a crash, or still being written
+            break
+    return lines

@@ -16,10 +16,11 @@ from fne_jax.figures import statistics_images
 from fne_jax.model.model import Model
 from fne_jax.progress import Progress
 from fne_jax.retrieval.evaluation import score_split
+from fne_jax.retrieval.metric_names import WARMUP
 from fne_jax.training.checkpointing import Checkpoints
 from fne_jax.training.data_clock import DataClock
 from fne_jax.training.interruption import Stopped, StopRequest
-from fne_jax.training.metric_log import EVALUATED, WARMUP, MetricLog
+from fne_jax.training.metric_log import EVALUATED, MetricLog
 from fne_jax.training.step_results import StepResults
 from fne_jax.training.timeline import Timeline
 from fne_jax.training.train_state import TrainState

@@ -1,6 +1,7 @@
 """The report of a run: its figures and examples are right, its page is safe and complete."""
 
 import dataclasses
+import datetime
 import logging
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fne_jax import evaluate, figures
-from fne_jax.model.model import Model
+from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.objectives.fne_settings import FNESettings
 from fne_jax.objectives.similarity_statistics import (
     SimilarityStatistics,
@@ -18,6 +19,7 @@ from fne_jax.objectives.similarity_statistics import (
 )
 from fne_jax.report import examples, run_report
 from fne_jax.retrieval import blocks
+from fne_jax.retrieval.chance import chance_levels
 from fne_jax.training.metric_log import MetricLog
 from tests.support.embeddings import statistics, unit_rows
 from tests.support.pages import HOSTILE, Page, assert_safe_and_complete, hostile_split
@@ -77,26 +79,66 @@ def test_metric_tables_show_every_metric_once():
     metrics = {"rsum": 300.0, "i2t_r1": {"value": 41.0, "low": 39.5, "high": 42.25}, "t2i_r1": 20.0}
     metrics |= {"complete_i2t_map_at_r": 11.0, "complete_t2i_map_at_r": 12.0}
     metrics |= {"cxc_t2i_r1": {"value": 7.0, "definition": "against CxC"}}
-    standard, complete, further = run_report.metric_tables(metrics)
-    assert standard["rows"][0]["name"] == "R@1"
-    assert standard["rows"][0]["values"] == ["41.0 (39.5 to 42.2)", "20.0"]
-    assert [row["name"] for row in complete["rows"]] == ["mAP@R"]
-    assert further["rows"] == [
-        {"name": "cxc_t2i_r1", "meaning": "against CxC", "values": ["7.0"]}
-    ]  # fmt: skip
+    labelled, complete, others = run_report.metric_tables(metrics, {"i2t_r1": 1.25})
+    assert labelled["columns"] == complete["columns"] == ["image to text", "text to image"]
+    (row,) = labelled["rows"]
+    assert row["name"] == "R@1" and row["cells"] == [
+        {"text": "41.0", "interval": "39.5 to 42.2", "chance": "1.2"},
+        {"text": "20.0", "interval": "", "chance": ""},
+    ]
+    (row,) = complete["rows"]
+    assert row["name"] == "mAP@R" and [cell["text"] for cell in row["cells"]] == ["11.0", "12.0"]
+    (row,) = others["rows"]
+    assert (row["name"], row["meaning"]) == ("cxc_t2i_r1", "against CxC")
+    assert row["cells"][0]["text"] == "7.0"
 
 
 def test_curves_are_those_that_were_logged():
     lines = [
-        {"step": 5, "loss": 2.0},
-        {"step": 8, "eval_i2t_r1": 10.0},
-        {"step": 10, "loss": 1.0, "hinge_active": 0.5},
+        {"step": 5, "loss": 3.0, "warmup": 1.0},
+        {"step": 7, "loss": 2.0, "warmup": 1.0},
+        {"step": 8, "eval_i2t_r1": 10.0, "eval_t2i_r1": 10.0},
+        {"step": 10, "loss": 1.0, "warmup": 0.0, "sampled_false_negative_rate": 0.25},
+        {"step": 15, "loss": 0.5, "warmup": 0.0, "sampled_false_negative_rate": 0.5},
+        {"step": 15, "eval_i2t_r1": 10.0, "eval_t2i_r1": 10.0},
     ]
     drawn = figures.learning_curves(lines)
-    assert list(drawn) == ["Training loss", "Validation recall, %"]
-    loss, after_warmup = drawn["Training loss"].axes[0].lines
-    np.testing.assert_array_equal(loss.get_xydata(), [(5, 2), (10, 1)])
-    assert list(after_warmup.get_xdata()) == [10, 10]
+    warmup, after, recall, negatives = drawn
+    # One loss does not run into the other.
+    for title, points in ((warmup, [(5, 3), (7, 2)]), (after, [(10, 1), (15, 0.5)])):
+        (loss,) = drawn[title].axes[0].lines
+        np.testing.assert_array_equal(loss.get_xydata(), points)
+    assert (warmup, after) == ("Loss of the warm-up", "Loss after the warm-up")
+    assert (
+        recall == "Validation recall, %" and negatives == "Negatives that are in truth matches, %"
+    )
+    np.testing.assert_array_equal(
+        drawn[negatives].axes[0].lines[0].get_xydata(), [(10, 25), (15, 50)]
+    )
+    # Where they coincide, the one above is the thinner.
+    below, above = drawn[recall].axes[0].lines[:2]
+    np.testing.assert_array_equal(below.get_xydata(), above.get_xydata())
+    assert below.get_linewidth() > above.get_linewidth()
+    # Nothing lies over the lines.
+    assert not any(figure.axes[0].get_legend() for figure in drawn.values())
+    assert figures.single_values(lines) == {}
+
+
+def test_logs_without_word_of_the_warm_up():
+    lines = [{"step": 5, "loss": 2.0}, {"step": 10, "loss": 1.0, "hinge_active": 0.5}]
+    curves = figures.logged_curves(lines)
+    assert curves["Loss of the warm-up"] == {"loss": [(5, 2.0)]}
+    assert curves["Loss after the warm-up"] == {"loss": [(10, 1.0)]}
+    assert list(figures.logged_curves([{"step": 5, "loss": 2.0}])) == ["Training loss"]
+
+
+def test_short_runs_are_told_in_words():
+    lines = [{"step": 9, "loss": 1.23456, "warmup": 0.0}, {"step": 9, "eval_t2i_r1": 4.0}]
+    assert figures.learning_curves(lines) == {}
+    assert figures.single_values(lines) == {
+        "Training loss": "loss 1.235 at step 9",
+        "Validation recall, %": "text to image R@1 4 at step 9",
+    }
 
 
 def test_statistics_figures_show_the_posterior_and_the_weights():
@@ -108,7 +150,7 @@ def test_statistics_figures_show_the_posterior_and_the_weights():
     (posterior,) = right.lines
     similarity = posterior.get_xdata()
     expected = false_negative_posterior(similarity, stats, 0.05)
-    np.testing.assert_allclose(posterior.get_ydata(), expected)
+    np.testing.assert_allclose(posterior.get_ydata(), 100 * expected)
     negative, positive, cut = left.lines
     assert similarity[negative.get_ydata().argmax()] == pytest.approx(0.4, abs=0.01)
     assert similarity[positive.get_ydata().argmax()] == pytest.approx(0.7, abs=0.01)
@@ -130,32 +172,32 @@ def test_svg_takes_the_colour_and_width_of_its_page():
     assert not set(pages[0].ids) & set(pages[1].ids)
 
 
-@pytest.fixture
-def evaluated():
-    config = tiny_config()
+def evaluated(split, **more):
+    """Returns what a page takes of a run over a split."""
+    rng, owner = np.random.default_rng(3), split.caption_image
+    rows = unit_rows(rng, len(split.image_id), 4), unit_rows(rng, len(owner), 4)
+    embedded = EmbeddedSplit(*rows, owner, split.image_id, split.caption_id)
     stats = statistics(positive=(0.5, 0.2), negative=(0.2, 0.2))
-    return Model(config, None, None, None, None, step=12, stats=stats)
+    known = {"split": "test", "step": 12, "dataset": split, "config": tiny_config(), "stats": stats}
+    return run_report.Evaluated("run", {"rsum": 123.4}, embedded, **(known | more))
 
 
-def embeddings(split):
-    rng = np.random.default_rng(3)
-    return unit_rows(rng, len(split.image_id), 4), unit_rows(rng, len(split.captions), 4)
-
-
-def test_the_page_is_safe_and_complete(tmp_path, evaluated):
-    split = hostile_split()
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n')
-    path = run_report.write_run_report(
-        tmp_path, evaluated, split, *embeddings(split), {"rsum": 123.4}, "test"
-    )
-    text = path.read_text()
-    page = Page(text)
+def page_of(folder, **what):
+    path = folder / "report.html"
+    run_report.write_run_report(path, evaluated(**what))
+    page = Page(path.read_text())
     assert_safe_and_complete(page)
+    return page
+
+
+def test_the_page_is_safe_and_complete(tmp_path):
+    log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]
+    page = page_of(tmp_path, split=hostile_split(), log=log)
     assert len(page.tags["svg"]) == 3
     shown = " ".join(page.text)
     for caption in HOSTILE:
         assert caption in shown  # as text, unharmed
-    assert "1337" not in text
+    assert "1337" not in shown
     for part in (
         "rSum 123.4",
         "FNE's choice",
@@ -167,25 +209,69 @@ def test_the_page_is_safe_and_complete(tmp_path, evaluated):
     assert any(HOSTILE[1] in image["alt"] for image in page.tags["img"])
 
 
-def test_the_page_of_a_run_that_knows_little(tmp_path, evaluated):
+def test_the_head_tells_when_what_and_what_chance_would_be(tmp_path):
+    page = page_of(tmp_path, split=hostile_split(), config=tiny_config(data__dir="/home/me/pets/"))
+    shown = " ".join(page.text)
+    today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    chance = chance_levels(evaluated(hostile_split()).embedded)["rsum"]
+    for part in (today, "synthetic (pets)", "7 images, 14 captions", f"would have {chance:.1f}"):
+        assert part in shown
+
+
+def test_a_page_tells_nothing_of_the_machine_s_folders(tmp_path):
+    split = hostile_split()
+    names = [f"/home/me/pets/{n}.jpg" for n in range(7)]
+    split = dataclasses.replace(split, source_image_id=names)
+    config = tiny_config(data__dir="/home/me/pets", data__cache_dir="C:\\Users\\me\\cache")
+    page = page_of(tmp_path, split=split, config=config)
+    text = (tmp_path / "report.html").read_text()
+    assert "/home" not in text and "Users" not in text
+    assert "…/pets" in page.text and "…/cache" in page.text and "Image …/3.jpg" in page.text
+
+
+def test_the_page_of_a_run_that_knows_little(tmp_path):
     """One image, no metrics.jsonl, no statistics."""
-    split = hostile_split(images=1)
-    evaluated = dataclasses.replace(evaluated, stats=SimilarityStatistics.create())
-    path = run_report.write_run_report(tmp_path, evaluated, split, *embeddings(split), {}, "val")
-    page = Page(path.read_text())
-    assert_safe_and_complete(page)
+    page = page_of(tmp_path, split=hostile_split(images=1), stats=SimilarityStatistics.create())
     assert "there is no posterior yet" in " ".join(page.text) and not page.tags["svg"]
 
 
-def test_without_matplotlib_there_is_a_warning_and_no_page(
-    tmp_path, evaluated, monkeypatch, caplog
-):
+def test_the_page_of_anyone_s_embeddings(tmp_path):
+    split = hostile_split()
+    unknown = {"dataset": None, "config": None, "stats": None, "step": None}
+    shown = " ".join(page_of(tmp_path, split=split, **unknown).text)
+    assert "rSum 123.4" in shown and "Best and worst" not in shown and "Config" not in shown
+
+
+def test_nothing_is_suspected_before_the_count_that_the_loss_asks_for(tmp_path):
+    config, split = tiny_config(fne__min_count=1000), hostile_split()
+    shown = " ".join(page_of(tmp_path, split=split, config=config).text)
+    assert "Nothing is suspected before more than 1000" in shown and "FNE's choice" not in shown
+    config = tiny_config(fne__min_count=999)
+    assert "FNE's choice" in " ".join(page_of(tmp_path, split=split, config=config).text)
+
+
+def test_a_dissimilar_pair_is_no_suspect():
+    """The authors' formula turns round below both means, where nothing is ever sampled."""
+    stats = statistics(positive=(0.3, 0.15), negative=(0.25, 0.05))
+    assert false_negative_posterior(-0.08, stats, 0.01) > 0.999
+    rest = np.sqrt(1 - 0.08**2 - 0.5**2)
+    gallery = np.array([[-0.08, 0.5, rest, 0], [0.5, -0.08, 0, rest]], np.float32)
+    # Each anchor's other candidate is its own.
+    choices = examples.choose_negatives(
+        jax.random.key(0), np.eye(2, 4, dtype=np.float32), np.eye(2, 4, dtype=np.float32), gallery,
+        np.array([[False, True], [True, False]]), stats,
+        FNESettings.from_config(tiny_config(fne__prior=0.01).fne),
+    )  # fmt: skip
+    np.testing.assert_allclose(choices.hardest.similarity, -0.08, atol=1e-6)
+    assert (choices.hardest.posterior < 0.01).all()
+
+
+def test_without_matplotlib_there_is_a_warning_and_no_page(tmp_path, monkeypatch, caplog):
     monkeypatch.delitem(sys.modules, "fne_jax.report.run_report")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    split = hostile_split()
     with caplog.at_level(logging.WARNING):
-        evaluate._write_page(tmp_path, evaluated, split, embeddings(split), {}, "test")
-        assert figures.statistics_images(statistics(), evaluated.config.fne) == {}
+        evaluate._write_page(tmp_path / "report.html", None, {}, None)
+        assert figures.statistics_images(statistics(), tiny_config().fne) == {}
     assert [record.getMessage() for record in caplog.records] == [
         "no report.html: pip install matplotlib",
         "no figures in TensorBoard: pip install matplotlib",
