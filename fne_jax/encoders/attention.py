@@ -97,7 +97,9 @@ def cudnn_attention(
     """Computes `attend` by cuDNN's fused kernel, which never stores the scores.
 
     Raises:
-      UserError: if the backend is not a GPU, or the dtype is neither bfloat16 nor float16.
+      UserError: if the backend is not a GPU, the dtype is neither bfloat16 nor float16, the mask has
+        one row for all queries (as captions' masks have), or a length is odd (as a ViT's with its
+        class token is).
     """
     if jax.default_backend() != "gpu":
         raise UserError(
@@ -108,6 +110,17 @@ def cudnn_attention(
         raise UserError(
             f"attention is 'cudnn', which needs half precision, and the compute dtype is "
             f"{query.dtype}; make it bfloat16, or the attention auto"
+        )
+    queries, tokens = query.shape[1], key.shape[1]
+    if mask is not None and mask.shape[1] != queries:
+        raise UserError(
+            f"attention is 'cudnn', which takes no mask of one row for all {queries} queries, as "
+            "that of captions is; make config.encoder.attention auto or xla"
+        )
+    if queries % 2 or tokens % 2:
+        raise UserError(
+            f"attention is 'cudnn', whose gradient needs even lengths, and there are {queries} "
+            f"queries and {tokens} tokens; make config.encoder.attention auto or xla"
         )
     mask = None if mask is None else mask[:, None]
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")

@@ -124,3 +124,8 @@ def test_what_cannot_run_here_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(UserError, match="needs half precision, and the compute dtype is float32"):
         attend(*inputs(), None, implementation="cudnn")
+    query, key, value = (jnp.zeros((2, length, 3, 8), jnp.bfloat16) for length in (4, 6, 6))
+    with pytest.raises(UserError, match="no mask of one row for all 4 queries"):
+        attend(query, key, value, jnp.ones((2, 1, 6), bool), implementation="cudnn")
+    with pytest.raises(UserError, match="even lengths, and there are 4 queries and 5 tokens"):
+        attend(query, key[:, 1:], value[:, 1:], None, implementation="cudnn")
