@@ -16,6 +16,8 @@ from fne_jax.report import audit_pages, suspects
 def main(arguments: list[str]) -> None:
     """Parses the command line, ranks the pairs and writes them."""
     options, overrides = _parse(arguments)
+    if options.out is not None and pathlib.Path(options.out).is_file():
+        raise UserError(f"--out={options.out} is a file; expected a folder")
     if options.workdir is not None:
         workdir = pathlib.Path(options.workdir)
         judged = suspects.judged_by_run(workdir, options.checkpoint or "best", options.split)

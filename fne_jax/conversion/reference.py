@@ -120,18 +120,26 @@ def _load(path) -> dict[str, Any]:
             f"{path}: refused, it holds more than tensors and settings: "
             f"{str(error).strip().splitlines()[0]}"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a PyTorch checkpoint: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # a damaged pickle fails in whatever its operations have become
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a PyTorch checkpoint, or damaged: {reason}") from error
     expected = ("model", "opt", "epoch", "best_rsum")
     if not isinstance(saved, dict) or any(name not in saved for name in expected):
         raise UserError(
             f"{path}: not a checkpoint of the authors' code, which holds {', '.join(expected)}"
         )
-    saved["model"] = [
-        {name: value.numpy() for name, value in part.items()} for part in saved["model"]
-    ]
+    parts = saved["model"]
+    tensors = isinstance(parts, list) and all(
+        isinstance(part, dict) and all(isinstance(value, torch.Tensor) for value in part.values())
+        for part in parts
+    )
+    numbers = all(isinstance(saved[name], (int, float)) for name in ("epoch", "best_rsum"))
+    if not (parts and tensors and numbers and isinstance(saved["opt"], argparse.Namespace)):
+        raise UserError(
+            f"{path}: not a checkpoint of the authors' code, where model is a list of tensors by "
+            "name, opt a Namespace, and epoch and best_rsum are numbers"
+        )
+    saved["model"] = [{name: value.numpy() for name, value in part.items()} for part in parts]
     return saved
 
 

@@ -97,9 +97,9 @@ def cudnn_attention(
     """Computes `attend` by cuDNN's fused kernel, which never stores the scores.
 
     Raises:
-      UserError: if the backend is not a GPU, the dtype is neither bfloat16 nor float16, the mask has
-        one row for all queries (as captions' masks have), or a length is odd (as a ViT's with its
-        class token is).
+      UserError: if the backend is not a GPU, the dtype is neither bfloat16 nor float16, the mask
+        has one row for all queries (as captions' masks have), or a length is odd (as a ViT's with
+        its class token is).
     """
     if jax.default_backend() != "gpu":
         raise UserError(

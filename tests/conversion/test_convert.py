@@ -1,6 +1,7 @@
 """The authors' checkpoint in, encoders for transformers out, and nothing run on the way."""
 
 import argparse
+import io
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ import transformers
 import fne_jax
 from configs import base, flickr30k, flickr30k_reference
 from fne_jax import configuration, convert, evaluate
+from fne_jax.conversion import reference
 from fne_jax.data import captions
 from fne_jax.data.loading import load_split
 from fne_jax.encoders.dual_encoder import pool_mean_to_longest
@@ -136,6 +138,48 @@ def test_files_that_are_no_checkpoints_of_theirs(tmp_path, config_path, golden):
     with pytest.raises(UserError, match=r"visual_encoder\..* missing layernorm.weight"):
         attempt(tmp_path / "lacking.pth.tar")
     assert not (tmp_path / "o").exists()
+
+
+def test_damaged_checkpoints_are_refused_or_read(tmp_path):
+    """Whatever 300 damages leave of a small checkpoint, in either of torch's layouts."""
+    content = {"model": [{"a": torch.zeros(3)}], "opt": argparse.Namespace(margin=0.2)}
+    whole = []
+    for zipped in (True, False):
+        stream = io.BytesIO()
+        torch.save(
+            content | {"epoch": 1, "best_rsum": 0.0},
+            stream,
+            _use_new_zipfile_serialization=zipped,
+        )
+        whole.append(stream.getvalue())
+    rng, path, refused = np.random.default_rng(0), tmp_path / "damaged.pth", 0
+    for number in range(300):
+        data = bytearray(whole[number % 2])
+        if number % 3:
+            for place in rng.integers(min(len(data), 400), size=3):
+                data[place] = rng.integers(256)
+        else:
+            del data[rng.integers(len(data)) :]
+        path.write_bytes(data)
+        try:
+            assert list(reference._load(path)["model"][0]) != []
+        except UserError as error:
+            refused += "damaged.pth" in str(error)
+    assert refused > 200
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": 5}, {"model": []}, {"model": [{"a": 3}]}, {"model": {"a": torch.zeros(1)}},
+        {"epoch": "one"}, {"opt": 1},
+    ],
+)  # fmt: skip
+def test_checkpoints_of_another_layout_are_refused(tmp_path, change):
+    content = {"model": [{"a": torch.zeros(3)}], "opt": argparse.Namespace(), "epoch": 1}
+    torch.save(content | {"best_rsum": 0.0} | change, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other.pth: not a checkpoint of the authors' code, where"):
+        reference._load(tmp_path / "other.pth")
 
 
 def test_exported_encoders_open_in_transformers(converted, tmp_path):

@@ -222,6 +222,7 @@ def test_precision_counts_what_is_in_truth_a_match(monkeypatch):
         (["--embeddings=x", "--config=c.py", "--out=z", "--checkpoint=3"], "goes with --workdir"),
         (["--workdir=x", "--config.seed=3"], "unknown argument '--config.seed=3'"),
         (["--workdir=nowhere"], "nowhere is not a folder"),
+        (["--workdir=x", f"--out={__file__}"], "test_audit.py is a file; expected a folder"),
     ],
 )
 def test_mistakes_of_the_command(arguments, message):
