@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 import json
 import pathlib
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
@@ -18,13 +19,16 @@ from ml_collections import config_flags
 from fne_jax.data.images.augmentation import AUGMENTATIONS
 from fne_jax.data.sources.registry import find_source
 from fne_jax.encoders import towers
-from fne_jax.encoders.dual_encoder import CHECKPOINT, LONGEST_POOLING
+from fne_jax.encoders.attention import ATTENTIONS, AUTO
+from fne_jax.encoders.dual_encoder import CHECKPOINT, LONGEST_POOLING, POOLINGS
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
 from fne_jax.objectives import registry
+from fne_jax.objectives.fne_settings import ELIMINATIONS
 from fne_jax.objectives.key_blocks import BLOCK
 
 FILE_NAME = "config.json"
+_CONFIG_MODULE = "config_config"  # the name under which ml_collections runs config files
 
 # Fields that have another name by now, and which; an old run's config.json is read under the new.
 RENAMED_FIELDS = {
@@ -57,15 +61,213 @@ REMOVED_FIELDS = {"data.augment_on": ("host", "images are augmented on the host"
 _BEFORE_REMOVAL = "67ae0d0"
 
 
-def load_config(
-    path: str, overrides: Sequence[str], *, on_devices: bool = True
-) -> ml_collections.ConfigDict:
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A number from `low` to `high`, or one of `also`; `whole` and a multiple of `multiple`."""
+
+    low: float
+    high: float
+    whole: bool = False
+    multiple: int = 1
+    also: tuple[int, ...] = ()
+
+    def allows(self, value: Any) -> bool:
+        """Returns whether a field may have the value."""
+        kinds = int if self.whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            return False
+        if value in self.also:
+            return True
+        return self.low <= value <= self.high and (not self.whole or value % self.multiple == 0)
+
+    def __str__(self):
+        kind = "a whole number" if self.whole else "a number"
+        kind = f"a multiple of {self.multiple}" if self.multiple > 1 else kind
+        also = "".join(f", or {value}" for value in self.also)
+        ends = f"from {self.low} to {self.high}" if self.high < _ANY else f"of at least {self.low}"
+        return f"{kind} {ends}{also}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """Several numbers, each as `each`: one of `counts` of them, or any number without counts."""
+
+    each: Number
+    counts: tuple[int, ...] = ()
+
+    def allows(self, value: Any) -> bool:
+        """Returns whether a field may have the value."""
+        if not isinstance(value, list | tuple) or (self.counts and len(value) not in self.counts):
+            return False
+        return all(self.each.allows(number) for number in value)
+
+    def __str__(self):
+        counts = f"{' or '.join(map(str, self.counts))} of them" if self.counts else "any of them"
+        return f"a tuple of numbers, {counts}, each {self.each}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of several names."""
+
+    names: tuple[str, ...]
+
+    def allows(self, value: Any) -> bool:
+        """Returns whether a field may have the value."""
+        return value in self.names
+
+    def __str__(self):
+        return f"one of {', '.join(self.names)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A name or a path, or, if it is optional, nothing."""
+
+    optional: bool = True
+
+    def allows(self, value: Any) -> bool:
+        """Returns whether a field may have the value."""
+        return isinstance(value, str) and "\0" not in value and bool(value or self.optional)
+
+    def __str__(self):
+        return "a text" if self.optional else "a text that is not empty"
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """True or False."""
+
+    def allows(self, value: Any) -> bool:
+        """Returns whether a field may have the value."""
+        return isinstance(value, bool)
+
+    def __str__(self):
+        return "True or False"
+
+
+_ANY = 10**9  # stands for no upper bound
+
+
+def _whole(low, high=_ANY, **options):
+    return Number(low, high, whole=True, **options)
+
+
+SCHEDULES = ("step", "cosine")
+_POOLINGS = Choice(("auto", *POOLINGS, CHECKPOINT))
+_SIZE = _whole(1, 2**16)
+_TOWER = {
+    "pretrained": Text(),
+    "width": _SIZE,
+    "layers": _whole(1, 256),
+    "heads": _SIZE,
+    "mlp_width": _whole(1, 2**20),
+    "dropout": Number(0, 0.99),
+    "pooling": _POOLINGS,
+}
+_EPOCHS = Number(0, 10**6)
+_SEED = _whole(0, 2**32 - 1)
+# [CLS], a piece of a word and [SEP] are the least that a caption has.
+_TEXT_LENGTH_RULE = _whole(3, 2**16, also=(0,))
+
+# What each field of a config may be. The optimizer's bounds also keep weights finite (the train
+# step looks at losses, gradients and embeddings only): Adam's corrections 1 - b^n stay above 0 in
+# float32, and no update of a clipped gradient reaches float32's largest number.
+FIELDS = {
+    "seed": _SEED,
+    "num_epochs": Number(1e-6, 10**6),
+    "global_batch_size": _whole(1, 2**24),
+    "micro_batches": _whole(1, 2**24),
+    "init_from": Text(),
+    "max_bad_steps": _whole(1),
+    "compile_cache": Text(),
+    "mesh.data": _whole(1, 2**24, also=(-1,)),
+    "mesh.fsdp": _whole(1, 2**24, also=(-1,)),
+    "data.source": Text(optional=False),
+    "data.dir": Text(),
+    "data.cache_dir": Text(optional=False),
+    "data.resize_to": _whole(0, 2**16),
+    "data.max_skipped": _whole(0),
+    "data.augmentation": Choice(("none", *AUGMENTATIONS)),
+    "data.tokenizer": Text(optional=False),
+    # Fewer would not spell most words.
+    "data.vocab_size": _whole(100, 2**24),
+    "data.max_words": _whole(1, 2**16),
+    "data.text_length": _TEXT_LENGTH_RULE,
+    "data.prefetch": _whole(0, 2**10),
+    "data.shapes.seed": _SEED,
+    "data.shapes.train_images": _whole(1, 10**8),
+    "data.shapes.val_images": _whole(1, 10**8),
+    "data.shapes.test_images": _whole(1, 10**8),
+    "data.shapes.shapes": _whole(1, 8),
+    "data.shapes.colours": _whole(1, 10),
+    "data.shapes.max_objects": _whole(1, 3),
+    "data.synthetic.seed": _SEED,
+    "data.synthetic.images": _whole(1, 10**8),
+    "image_mean": Numbers(Number(0, 1), (0, 3)),
+    "image_std": Numbers(Number(1e-3, 1), (0, 3)),
+    **{f"encoder.image.{name}": rule for name, rule in _TOWER.items()},
+    "encoder.image.image_size": _whole(1, 2**14),
+    "encoder.image.patch_size": _whole(1, 2**14),
+    **{f"encoder.text.{name}": rule for name, rule in _TOWER.items()},
+    "encoder.text.max_length": _whole(3, 2**16),
+    "encoder.text.training_pooling": _POOLINGS,
+    "encoder.projection_dim": _whole(0, 2**16),
+    "encoder.compute_dtype": Choice(("float32", "bfloat16")),
+    "encoder.attention": Choice((AUTO, *ATTENTIONS)),
+    "encoder.scan_layers": Flag(),
+    "encoder.remat": Flag(),
+    "momentum": Number(0, 0.999999),
+    "queue_size": _whole(1, 2**28),
+    "objective.name": Choice(tuple(registry.MAIN)),
+    "objective.queue": Flag(),
+    "objective.temperature": Number(1e-4, 100),
+    "objective.bias": Number(-1000, 1000),
+    "fne.start_epoch": _EPOCHS,
+    "fne.margin": Number(0, 10),
+    "fne.tau": Number(0, 10**6),
+    "fne.prior": Number(1e-12, 0.9999),
+    "fne.posterior_threshold": Number(0, 1),
+    "fne.min_count": _whole(0, 2**31 - 1),
+    "fne.mask_same_image": Flag(),
+    "fne.elimination": Choice(ELIMINATIONS),
+    "fne.cut_down": Flag(),
+    "fne.monotone": Flag(),
+    "fne.ema_decay": Number(1e-6, 1),
+    "fne.key_chunk": _whole(0, 2**28, multiple=BLOCK),
+    "warmup.objective": Choice(tuple(registry.WARMUP)),
+    "warmup.temperature": Number(1e-4, 100),
+    "warmup.fill_queue": Flag(),
+    "optimizer.learning_rate": Number(1e-20, 1),
+    "optimizer.b1": Number(0, 0.9999),
+    "optimizer.b2": Number(0, 0.999999),
+    "optimizer.eps": Number(1e-20, 1),
+    "optimizer.weight_decay": Number(0, 10**6),
+    "optimizer.clip_norm": Number(1e-6, 10**6),
+    "optimizer.schedule": Choice(SCHEDULES),
+    "optimizer.step_epochs": Numbers(_EPOCHS),
+    "optimizer.step_factor": Number(0, 1),
+    "optimizer.warmup_epochs": _EPOCHS,
+    "optimizer.image_factor": Number(0, 1000),
+    "optimizer.text_factor": Number(0, 1000),
+    "evaluation.per_epoch": _whole(1),
+    "evaluation.batch_size": _whole(1, 2**24),
+    "evaluation.text_length": _TEXT_LENGTH_RULE,
+    "evaluation.captions_per_image": _whole(0),
+    "checkpoint.keep_latest": _whole(1),
+    "checkpoint.every_steps": _whole(0),
+    "logging.every_steps": _whole(1),
+    "logging.progress_seconds": Number(0, _ANY),
+    "logging.profile_step": _whole(0),
+}
+
+
+def load_config(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
     """Returns the config of a file with `--config.x=y` overrides, locked and checked.
 
     Args:
       path: a Python file with a `get_config` function.
       overrides: command-line arguments, all of the form `--config.x=y`.
-      on_devices: Whether batches must fit this machine's accelerators too, which starts them.
 
     Raises:
       UserError: if the file cannot be loaded, a field is unknown (with the nearest names), or a
@@ -80,7 +282,7 @@ def load_config(
             raise UserError(f"unknown argument {override!r}; overrides look like --config.x=y")
         _check_field(name.removeprefix("config."), fields)
     config = _parse(path, overrides)
-    validate(config, on_devices=on_devices)
+    validate(config)
     return config
 
 
@@ -89,6 +291,7 @@ def _parse(path, overrides):
     top = str(pathlib.Path(path).resolve().parent.parent)
     if top not in sys.path:
         sys.path.append(top)
+    sys.modules.pop(_CONFIG_MODULE, None)  # else what the file before defined stays defined
     values = flags.FlagValues()
     arguments = ["fne_jax", f"--config={path}", *overrides]
     config_flags.DEFINE_config_file(
@@ -96,11 +299,32 @@ def _parse(path, overrides):
     )
     try:
         values(arguments)
-        return values.config
+        config = values.config
     except flags.Error as error:
         raise UserError(str(error)) from error
-    except (TypeError, ValueError, ImportError, SyntaxError) as error:
-        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # whatever a file of the user's raises
+        raise UserError(f"{path}{_line_in(path, error)}: {_in_one_line(error)}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"{path}: get_config() returns {type(config).__name__}, not a ConfigDict")
+    return config
+
+
+def _line_in(path, error):
+    """Returns `, line 7` where an error came from a line of the config file."""
+    own = pathlib.Path(path).resolve()
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if pathlib.Path(frame.filename).resolve() == own
+    ]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _in_one_line(error):
+    text = " ".join(str(error).split())
+    if "get_config" in text:
+        return "there is no function get_config() that returns the config"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _check_field(name, fields):
@@ -130,102 +354,67 @@ def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, ob
     return leaves
 
 
-def validate(config: ml_collections.ConfigDict, *, on_devices: bool = True) -> None:
-    """Raises UserError, naming the field, if a number or a name cannot be.
-
-    Args:
-      config: The config.
-      on_devices: Whether batches must fit this machine's accelerators too, which starts them.
-    """
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError, naming the field, if a value cannot be, or fields do not fit together."""
     fields = flatten(config)
-    registry.check(config)
-    positive = (
-        "num_epochs",
-        "global_batch_size",
-        "micro_batches",
-        "queue_size",
-        "data.vocab_size",
-        "data.max_words",
-        "optimizer.learning_rate",
-        "optimizer.clip_norm",
-        "warmup.temperature",
-        "objective.temperature",
-        "evaluation.per_epoch",
-        "evaluation.batch_size",
-        "checkpoint.keep_latest",
-        "logging.every_steps",
-        "max_bad_steps",
-    )
-    for name in positive:
-        if not fields[name] > 0:
-            raise UserError(f"config.{name} is {fields[name]}; expected a number above 0")
-    for name in (
-        "fne.margin",
-        "fne.tau",
-        "fne.min_count",
-        "fne.start_epoch",
-        "seed",
-        "data.text_length",
-        "data.resize_to",
-        "data.max_skipped",
-        "evaluation.captions_per_image",
-    ):
-        if not fields[name] >= 0:
-            raise UserError(f"config.{name} is {fields[name]}; expected a number of at least 0")
-    if not 0 < config.fne.prior < 1:
-        raise UserError(f"config.fne.prior is {config.fne.prior}; expected a number in (0, 1)")
-    if not 0 < config.fne.ema_decay <= 1:
+    missing = sorted(FIELDS.keys() - fields.keys())
+    if missing:
         raise UserError(
-            f"config.fne.ema_decay is {config.fne.ema_decay}; expected a number in (0, 1]"
+            f"the config lacks {', '.join(f'config.{name}' for name in missing)}; begin a config "
+            "with configs/base.py's get_config()"
         )
-    if config.fne.key_chunk < 0 or config.fne.key_chunk % BLOCK:
-        raise UserError(
-            f"config.fne.key_chunk is {config.fne.key_chunk}; expected 0 or a multiple of {BLOCK}"
-        )
-    if not 0 <= config.momentum < 1:
-        raise UserError(f"config.momentum is {config.momentum}; expected a number in [0, 1)")
+    for name, value in fields.items():
+        _check_field(name, FIELDS)
+        rule = FIELDS[name]
+        if not rule.allows(value):
+            raise UserError(f"config.{name} is {value!r}; expected {rule}")
     find_source(config.data.source)
-    augmentations = ("none", *AUGMENTATIONS)
-    if config.data.augmentation not in augmentations:
-        raise UserError(
-            f"config.data.augmentation is {config.data.augmentation!r}; expected one of "
-            f"{', '.join(augmentations)}"
-        )
+    _check_together(config)
+
+
+def _check_together(config):
+    """Raises UserError for values that are possible each, but not together."""
     if config.queue_size < config.global_batch_size:
         raise UserError(
             f"config.queue_size is {config.queue_size}, smaller than a batch "
             f"(config.global_batch_size is {config.global_batch_size}); make it at least as large"
         )
-    for name in ("mesh.data", "mesh.fsdp"):
-        if fields[name] < 1 and fields[name] != -1:
-            raise UserError(f"config.{name} is {fields[name]}; expected a number above 0, or -1")
+    if config.global_batch_size % config.micro_batches:
+        raise UserError(
+            f"config.global_batch_size is {config.global_batch_size}, which "
+            f"config.micro_batches={config.micro_batches} does not divide"
+        )
     poolings = (config.encoder.text.pooling, config.encoder.text.training_pooling)
     if config.micro_batches > 1 and LONGEST_POOLING in poolings:
         raise UserError(
             f"config.micro_batches is {config.micro_batches}, but config.encoder.text's pooling, "
             f"{LONGEST_POOLING}, looks at the whole batch; make micro_batches 1 or take another"
         )
-    if on_devices:
-        check_batches(config, jax.device_count())
-    from_sizes = not config.encoder.text.pretrained
-    if from_sizes and config.data.text_length > config.encoder.text.max_length:
+    if not config.encoder.text.pretrained:
+        for part in ("data", "evaluation"):
+            if config[part].text_length > config.encoder.text.max_length:
+                raise UserError(
+                    f"config.{part}.text_length is {config[part].text_length}, more than "
+                    f"config.encoder.text.max_length, {config.encoder.text.max_length}"
+                )
+    optimizer = config.optimizer
+    factor = max(optimizer.image_factor, optimizer.text_factor, 1.0)
+    if optimizer.learning_rate * optimizer.weight_decay * factor > 1:
         raise UserError(
-            f"config.data.text_length is {config.data.text_length}, more than "
-            f"config.encoder.text.max_length, {config.encoder.text.max_length}"
+            f"config.optimizer.weight_decay is {optimizer.weight_decay}, with which a step at "
+            f"learning_rate={optimizer.learning_rate} would take away more than a whole weight"
         )
 
 
 def check_batches(config: ml_collections.ConfigDict, devices: int) -> None:
     """Raises UserError, naming the field, unless batches can be split over so many devices."""
-    parts = {"global_batch_size": config.micro_batches, "evaluation.batch_size": 1}
-    for name, count in parts.items():
-        size = flatten(config)[name]
-        if size % (devices * count):
-            micro = f" in config.micro_batches={count} parts" if count > 1 else ""
-            raise UserError(
-                f"config.{name} is {size}, which the {devices} devices do not divide{micro}; "
-                f"take a multiple of {devices * count}"
-            )
+    size, parts = config.global_batch_size, config.micro_batches
+    if size % (devices * parts):
+        micro = f" in config.micro_batches={parts} parts" if parts > 1 else ""
+        raise UserError(
+            f"config.global_batch_size is {size}, which the {devices} devices do not divide"
+            f"{micro}; take a multiple of {devices * parts}"
+        )
 
 
 # The tokens of a caption, where neither config nor checkpoint says (the paper).
@@ -272,8 +461,10 @@ def resolve(
       workdir: The folder of the run, whose own copies of the architectures come first.
 
     Raises:
-      UserError: if a pretrained source is not there, or is no model of that kind.
+      UserError: If a value cannot be, or a pretrained source is not there, or is no model of that
+        kind.
     """
+    validate(config)
     architectures = towers.read_architectures(config.encoder, workdir)
     return with_model_defaults(config, architectures), architectures
 

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     if options.resize_to is not None:
         overrides.append(f"--config.data.resize_to={options.resize_to}")
     # Another machine may train.
-    config = configuration.load_config(options.config, overrides, on_devices=False)
+    config = configuration.load_config(options.config, overrides)
     if isinstance(find_source(config.data.source), InMemory):
         raise UserError(
             f"config.data.source is {config.data.source!r}, which is read as it is: there is "

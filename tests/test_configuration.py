@@ -2,16 +2,30 @@
 
 import ast
 import collections
+import functools
 import itertools
 import json
+import math
 import pathlib
 import re
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
+from configs import base
 from fne_jax import configuration
 from fne_jax.errors import UserError
+from fne_jax.model.model import build_model, build_module
+from fne_jax.parallel import sharding
+from fne_jax.training.compiled_steps import jitted_steps
+from fne_jax.training.optimizer import build_optimizer, learning_rate_schedule
+from fne_jax.training.timeline import Timeline
+from fne_jax.training.train_state import abstract_state
 from tests.support import TOP
 from tests.support.tiny import tiny_config
 
@@ -113,7 +127,6 @@ def test_every_field_has_a_comment():
         (["--config.fne=1"], "config.fne is a group of fields"),
         (["--config.queue_size=many"], "queue_size"),
         (["--config.queue_size=8"], "queue_size is 8, smaller than a batch"),
-        (["--config.global_batch_size=12"], "8 devices do not divide"),
         (["--config.fne.prior=0"], "config.fne.prior is 0"),
         (["--config.num_epochs=-1"], "config.num_epochs is -1"),
         (["--config.momentum=1.5"], "config.momentum is 1.5"),
@@ -129,9 +142,162 @@ def test_every_field_has_a_comment():
     ],
 )
 def test_mistakes_are_named(arguments, message):
-    assert jax.device_count() == 8
     with pytest.raises(UserError, match=message):
         configuration.load_config(str(TOP / "configs" / "base.py"), arguments)
+
+
+def test_batches_that_the_devices_do_not_divide_are_refused():
+    with pytest.raises(UserError, match=r"is 12, which the 8 devices do not divide; .* of 8$"):
+        configuration.check_batches(tiny_config(global_batch_size=12), 8)
+    with pytest.raises(UserError, match=r"in config.micro_batches=4 parts; .* of 32$"):
+        configuration.check_batches(tiny_config(micro_batches=4), 8)
+
+
+def test_every_field_has_a_rule_and_every_rule_a_field():
+    assert configuration.flatten(base.get_config()).keys() == configuration.FIELDS.keys()
+
+
+def with_value(config, name, value):
+    """Returns the config with a field's value, of whatever type, as an own config may set it."""
+    config = config.copy_and_resolve_references()
+    *groups, leaf = name.split(".")
+    group = functools.reduce(lambda group, part: group[part], groups, config)
+    with group.unlocked(), group.ignore_type():
+        group[leaf] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("encoder.image.heads", 0),
+        ("encoder.text.layers", 0),
+        ("encoder.projection_dim", -4),
+        ("encoder.image.dropout", 1.5),
+        ("seed", 2**70),
+        ("image_mean", (0.5,)),
+        ("image_std", (0.0, 0.0, 0.0)),
+        ("fne.posterior_threshold", 2.0),
+        ("optimizer.weight_decay", -1.0),
+        ("optimizer.b1", 1.0),
+        ("optimizer.b1", 0.99999999),
+        ("optimizer.eps", 0.0),
+        ("optimizer.warmup_epochs", -1.0),
+        ("optimizer.step_epochs", 5.0),
+        ("optimizer.schedule", "linear"),
+        ("data.prefetch", -3),
+        ("data.vocab_size", 3),
+        ("data.text_length", 2),
+        ("data.cache_dir", ""),
+        ("init_from", "a\0b"),
+        ("num_epochs", math.nan),
+        ("num_epochs", math.inf),
+        ("queue_size", 64.0),
+        ("fne.monotone", 1),
+        ("momentum", None),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_with_its_field(name, value):
+    with pytest.raises(UserError, match=rf"^config.{name} is .*; expected "):
+        configuration.resolve(with_value(tiny_config(), name, value))
+
+
+def some_values(rule):
+    """Returns values in, at, and beyond the ends of a rule, and of other types."""
+    ends = [rule.low, rule.high] if isinstance(rule, configuration.Number) else []
+    near = [value for end in ends for value in (end, end - 1, end + 1, end * 2, end / 2, -end)]
+    names = list(rule.names) if isinstance(rule, configuration.Choice) else []
+    numbers = [0, 1, -1, 2, 3, 7, 16, 10**30, 0.5, 1e-30, 1e300, math.nan, math.inf, *near]
+    others = [True, False, None, "", "x", "a\0b", "~", (), (0.5,), (0.5,) * 3, (2.0,) * 3, ("x",)]
+    return st.sampled_from([*numbers, *[round(v) for v in near], *names * 4, *others])
+
+
+def builds(config):
+    """Builds all that a run of a config compiles, without any array, at most so large."""
+    sizes = config.encoder.image, config.encoder.text
+    if config.encoder.image.image_size // config.encoder.image.patch_size > 2**9:
+        return
+    if max(tower.layers for tower in sizes) > 8:
+        return
+    module = build_module(config, {}, 30)
+    mesh = sharding.create_mesh()
+    model = build_model(config, {}, None, mesh, module=module)
+    timeline = Timeline.of(config, 7)
+    schedule = learning_rate_schedule(config.optimizer, 7, timeline.total_steps)
+    assert all(np.isfinite(schedule(step)) for step in (0, 1, timeline.total_steps))
+    state = abstract_state(model, schedule)
+    jitted_steps(config, timeline, mesh, schedule, state)
+    assert timeline.phase(0) and state.step.shape == ()
+
+
+def refused_by_name_or_built(data):
+    name = data.draw(st.sampled_from(sorted(configuration.FIELDS)))
+    value = data.draw(some_values(configuration.FIELDS[name]))
+    try:
+        config, _ = configuration.resolve(with_value(tiny_config(), name, value))
+        builds(config)
+    except UserError as error:
+        assert f"config.{name}" in str(error) or name.rpartition(".")[2] in str(error)
+        assert "\n" not in str(error)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(st.data())
+def test_any_value_is_refused_by_its_name_or_builds(data):
+    refused_by_name_or_built(data)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=3000, deadline=None)
+@hypothesis.given(st.data())
+def test_three_thousand_values_are_refused_by_name_or_build(data):
+    refused_by_name_or_built(data)
+
+
+@pytest.mark.parametrize("name", ["b1", "b2", "eps", "clip_norm"])
+def test_no_allowed_optimizer_makes_weights_other_than_finite(name):
+    # The guard of the train step looks at losses and gradients, not at what the update makes.
+    optimizer = tiny_config().optimizer
+    optimizer.update(learning_rate=1.0, clip_norm=1e6, eps=1e-20, b1=0.9999, b2=0.0)
+    rule = configuration.FIELDS[f"optimizer.{name}"]
+    for value in (float(rule.low), float(rule.high)):
+        optimizer[name] = value
+        update = build_optimizer(optimizer, optax.constant_schedule(1.0))
+        params = {"image": {"kernel": jnp.array([0.0, 1.0, -1e18, 1e-38])}}
+        state = update.init(params)
+        for gradient in (0.0, 1e-45, 1.0, 1e18, 0.0):
+            grads = jax.tree.map(lambda leaf, g=gradient: jnp.full_like(leaf, g), params)
+            changes, state = update.update(grads, state, params)
+            params = optax.apply_updates(params, changes)
+            assert np.isfinite(params["image"]["kernel"]).all(), (value, gradient)
+
+
+OWN_CONFIGS = {
+    "base_config().optimizr.learning_rate = 1": "line 4: AttributeError: .*optimiz",
+    "base_config().update(no=undefined)": "line 4: NameError: name 'undefined' is not defined",
+    "return 3": r"get_config\(\) returns int, not a ConfigDict",
+    "raise RuntimeError": "line 4: RuntimeError$",
+    "return ml_collections.ConfigDict({'seed': 1})": "the config lacks config.checkpoint.every_st",
+    "1 / 0": "line 4: ZeroDivisionError",
+}
+
+
+@pytest.mark.parametrize("body", OWN_CONFIGS)
+def test_a_mistake_in_an_own_config_is_one_line(tmp_path, body):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import ml_collections\nfrom configs.base import get_config as base_config\n"
+        f"def get_config():\n    {body}\n"
+    )
+    with pytest.raises(UserError, match=OWN_CONFIGS[body]) as error:
+        configuration.load_config(str(path), [])
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_without_get_config_is_told(tmp_path):
+    (tmp_path / "empty.py").write_text("config = 1\n")
+    with pytest.raises(UserError, match=r"empty.py: there is no function get_config\(\)"):
+        configuration.load_config(str(tmp_path / "empty.py"), [])
 
 
 def test_missing_config_file():

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from fne_jax.errors import UserError
+from fne_jax.errors import EnvironmentFailure, UserError
 from fne_jax.parallel import processes
 
 DIRECTORY = "checkpoints"
@@ -238,7 +238,8 @@ def _read_item(manager, step, where, **item):
     except Exception as error:  # Orbax raises bare Exceptions for arrays that it cannot read
         if is_damage(error):
             raise DamagedCheckpoint(f"{where} is damaged: {_reason(error)}") from error
-        raise UserError(
+        kind = UserError if isinstance(error, PermissionError) else EnvironmentFailure
+        raise kind(
             f"{where} could not be read: {_reason(error)}; nothing was changed. Give the same "
             "command again, or move that folder away to do without it."
         ) from error

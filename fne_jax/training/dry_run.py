@@ -36,9 +36,10 @@ def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
     if begun:
         run_folder.check_begun(workdir, config)
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
+    configuration.check_batches(config, mesh.size)
     train = load_split(config.data, config.encoder.image.image_size, "train")
     if begun:
-        run_folder.check_data(workdir, {"train": run_folder.data_identity(train)})
+        run_folder.check_data(workdir, {"train": train.identity})
     order = batch_order(config, train)
     timeline = Timeline.of(config, order.steps_per_epoch)
     tokenizer = run_tokenizer(config, own, train.captions)
@@ -58,7 +59,8 @@ def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
         f"mesh: {dict(mesh.shape)} on {mesh.size} {jax.default_backend()} device(s)",
         _memory_line(compiled.memory_analysis()),
         f"steps: {timeline.steps_per_epoch} an epoch, {timeline.total_steps} in all, "
-        f"queue filled from {timeline.filling_start_step}, FNE from {timeline.fne_start_step}",
+        f"queue filled from {timeline.filling_start_step}, FNE from {timeline.fne_start_step}"
+        + (" (never)" if timeline.fne_start_step >= timeline.total_steps else ""),
         "first batch",
         *(f"  {name:16}{array.shape!s:>24} {array.dtype}" for name, array in batch.items()),
         f"  first caption   {train.captions[first]!r}",

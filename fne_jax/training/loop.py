@@ -66,18 +66,26 @@ def train_and_evaluate(
         run_folder.check_begun(workdir, config)
     use_compile_cache(config.compile_cache)
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
+    configuration.check_batches(config, mesh.size)
 
     # Data.
     with processes.first_process_first("data"):
         train = load_split(config.data, config.encoder.image.image_size, "train")
         val = load_evaluation_split(config, "val")
-    data = {"train": run_folder.data_identity(train), "val": run_folder.data_identity(val)}
+    data = {"train": train.identity, "val": val.identity}
     if begun:
         run_folder.check_data(workdir, data)
     order = batch_order(config, train)
     timeline = Timeline.of(config, order.steps_per_epoch)
     last_step = timeline.warmup_end if warmup_only else timeline.total_steps
     _log.info("data: %d training pairs, %s", len(train.captions), timeline)
+    if timeline.fne_start_step >= timeline.total_steps and not warmup_only:
+        _log.warning(
+            "the run ends within the warm-up, without any step of config.objective: "
+            "config.fne.start_epoch is %s, config.num_epochs %s",
+            config.fne.start_epoch,
+            config.num_epochs,
+        )
 
     # Model, optimizer and steps.
     stop = StopRequest()

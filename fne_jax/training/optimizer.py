@@ -8,9 +8,9 @@ import jax
 import ml_collections
 import optax
 
+from fne_jax.configuration import SCHEDULES
 from fne_jax.errors import UserError
 
-SCHEDULES = ("step", "cosine")
 TOWERS = ("image", "text")
 
 

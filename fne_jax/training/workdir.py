@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -18,11 +17,10 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 import transformers
 
 from fne_jax import configuration
-from fne_jax.data.pairs import PairDataset
+from fne_jax.data.pairs import DatasetIdentity
 from fne_jax.encoders import towers
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
@@ -44,13 +42,13 @@ class RunFiles:
       config: The resolved config.
       architectures: What `encoders.towers.read_architectures` returned.
       tokenizer: The tokenizer of the captions.
-      data: The identity of each split by name, see `data_identity`.
+      data: The identity of each split by name; empty where it is not known.
     """
 
     config: ml_collections.ConfigDict
     architectures: Mapping[str, Mapping[str, Any]]
     tokenizer: transformers.PreTrainedTokenizerBase
-    data: Mapping[str, Mapping[str, Any]]
+    data: Mapping[str, DatasetIdentity]
 
 
 def is_begun(workdir: pathlib.Path) -> bool:
@@ -80,7 +78,7 @@ def check_begun(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Non
         configuration.check_stored(config, workdir)
 
 
-def check_data(workdir: pathlib.Path, data: Mapping[str, Mapping[str, Any]]) -> None:
+def check_data(workdir: pathlib.Path, data: Mapping[str, DatasetIdentity]) -> None:
     """Checks that a run that is begun was trained and validated on this data.
 
     Args:
@@ -96,7 +94,8 @@ def check_data(workdir: pathlib.Path, data: Mapping[str, Mapping[str, Any]]) -> 
             return
         try:
             stored = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            stored = {split: DatasetIdentity(**values) for split, values in stored.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
         for split, now in data.items():
             before = stored.get(split, now)
@@ -107,20 +106,6 @@ def check_data(workdir: pathlib.Path, data: Mapping[str, Mapping[str, Any]]) -> 
                     "run's own data to resume it, or another --workdir to start anew "
                     f"(--config.init_from={workdir} starts from its weights)."
                 )
-
-
-def data_identity(dataset: PairDataset) -> dict[str, Any]:
-    """Returns the number of pairs and of images, and a checksum of captions, ids and pixels."""
-    digest = hashlib.sha256(json.dumps(dataset.captions).encode())
-    for ids in (dataset.caption_image, dataset.image_id, dataset.caption_id):
-        digest.update(np.ascontiguousarray(ids, np.int64))
-    if dataset.in_memory:
-        digest.update(np.ascontiguousarray(dataset.images))
-    return {
-        "pairs": len(dataset.captions),
-        "images": len(dataset.image_id),
-        "checksum": digest.hexdigest()[:16],
-    }
 
 
 def begin(workdir: pathlib.Path, files: RunFiles, begun: bool) -> None:
@@ -209,7 +194,8 @@ def _lock(workdir):
 
 
 def _write(workdir, files, begun):
-    data = json.dumps(dict(files.data), indent=2) + "\n"
+    data = {split: dataclasses.asdict(identity) for split, identity in files.data.items()}
+    data = json.dumps(data, indent=2) + "\n"
     if begun:
         if not (workdir / DATA_FILE).exists():  # a run of an earlier version
             write_atomically(workdir / DATA_FILE, data)
@@ -223,4 +209,4 @@ def _write(workdir, files, begun):
 
 
 def _in_words(identity):
-    return "{pairs} pairs of {images} images (checksum {checksum})".format(**identity)
+    return f"{identity.pairs} pairs of {identity.images} images (checksum {identity.checksum})"

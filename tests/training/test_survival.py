@@ -126,6 +126,7 @@ def test_sigterm_then_kills_change_nothing(tmp_path):
     with process.stderr:
         log = process.stderr.read()
     assert process.wait() == 143 and "saved; the same command goes on" in log
+    process.stderr.close()
     # In the middle of the save that follows the next step.
     process = soak_kill.start(stopped, variables=variables)
     for line in process.stderr:

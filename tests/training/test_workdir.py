@@ -1,5 +1,6 @@
 """The folder of a run: checked before it is touched, held by one run, and tied to its data."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -83,7 +84,7 @@ def test_a_workdir_without_a_checkpoint_is_taken_over(tmp_path, monkeypatch, who
     with monkeypatch.context() as patch:
         patch.setattr(loop, "peeked", failing)
         with pytest.raises(UserError, match="first batch"):
-            run(tmp_path, short_config(momentum=0.5, data__vocab_size=20, data__synthetic__seed=1))
+            run(tmp_path, short_config(momentum=0.5, data__vocab_size=200, data__synthetic__seed=1))
     assert (tmp_path / "config.json").exists()
     run(tmp_path)
     ours, theirs = content_of(tmp_path), content_of(whole_run)
@@ -121,11 +122,11 @@ def changed_split(monkeypatch, name, change):
 
 
 def with_another_caption(dataset):
-    return dataset.__class__(**vars(dataset) | {"captions": [*dataset.captions[:-1], "other"]})
+    return dataclasses.replace(dataset, captions=[*dataset.captions[:-1], "other"])
 
 
 def brighter(dataset):
-    return dataset.__class__(**vars(dataset) | {"images": dataset.images | 1})
+    return dataclasses.replace(dataset, images=dataset.images | 1)
 
 
 @pytest.mark.parametrize(
