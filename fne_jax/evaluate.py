@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import pathlib
 from typing import Any
 
@@ -140,20 +141,34 @@ def _paths(options: argparse.Namespace) -> tuple[pathlib.Path | None, pathlib.Pa
     """Returns the files to write the metrics and the page into, each None for nowhere.
 
     Raises:
-      UserError: if there is no folder for one of them.
+      UserError: if there is no folder for one of them, or one would overwrite another.
     """
     out, page = (_path(name, getattr(options, name)) for name in ("out", "report"))
-    if options.dump is not None and pathlib.Path(options.dump).is_file():
-        raise UserError(f"--dump={options.dump} is a file; expected a folder")
+    _check_dump(options.dump, options.embeddings)
     if options.workdir is None:
-        return out, page
+        return _checked(out, page)
     workdir = pathlib.Path(options.workdir)
     name = _evaluation_name(options)
     if page is None and options.weights != "momentum":
         # The statistics and the learning curves are of the weights that the run goes by.
         page = workdir / ("report.html" if name == _USUAL["split"] else f"report_{name}.html")
         page = page if out is None else out.with_suffix(".html")
-    return out or workdir / f"eval_{name}.json", page
+    return _checked(out or workdir / f"eval_{name}.json", page)
+
+
+def _check_dump(dump: str | None, embeddings: str | None) -> None:
+    if dump is None:
+        return
+    if pathlib.Path(dump).is_file():
+        raise UserError(f"--dump={dump} is a file; expected a folder")
+    if embeddings is not None and os.path.realpath(dump) == os.path.realpath(embeddings):
+        raise UserError(f"--dump={dump} is the folder of --embeddings; give another")
+
+
+def _checked(out, page):
+    if out is not None and out == page:
+        raise UserError(f"{out} cannot hold both the metrics (--out) and the page (--report)")
+    return out, page
 
 
 def _path(option: str, value: str | None) -> pathlib.Path | None:

@@ -19,7 +19,7 @@ from fne_jax.report.suspects import RANKINGS, JudgedSplit, Suspects
 from fne_jax.retrieval.unlabelled import UnlabelledPairs
 
 CSV_NAME, JSONL_NAME = "likely_false_negatives.csv", "likely_false_negatives.jsonl"
-# Pairs that a page shows at once, but for those of its last image, which stand together.
+# Pairs after which a page ends, with the last of them all pairs of its image.
 _ROWS_A_PAGE = 50
 # Pairs of an image that are shown before one asks for more.
 _ROWS_SHOWN = 4
@@ -144,7 +144,7 @@ def _pages(found: Sequence[Row]) -> list[list[list[Row]]]:
         groups.setdefault(row["image_index"], []).append(row)
     pages: list[list[list[Row]]] = [[]]
     for group in groups.values():
-        if sum(min(len(rows), _ROWS_SHOWN) for rows in pages[-1]) >= _ROWS_A_PAGE:
+        if sum(map(len, pages[-1])) >= _ROWS_A_PAGE:
             pages.append([])
         pages[-1].append(group)
     return pages

@@ -155,6 +155,8 @@ def test_evaluate_scores_them_without_a_run(split, folder, capsys):
         (["--weights=momentum"], "--weights goes with --workdir, not with --embeddings"),
         (["--split=val"], "--split goes with --embeddings beside the --config of their data"),
         ([f"--dump={folder / 'image_embeddings.npy'}"], "is a file; expected a folder"),
+        ([f"--dump={folder}/"], "is the folder of --embeddings"),
+        ([f"--report={out}"], "cannot hold both"),
         (["--config.seed=3"], "unknown argument '--config.seed=3'"),
         (["--protocol=coco_1k"], "coco_1k is for COCO's 5,000 test images"),
     ):

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -332,7 +333,9 @@ def test_counts_of_the_statistics_are_no_means(whole_run):
 
 
 @pytest.mark.parametrize("stop_after", [5, 9])
-def test_interrupted_run_ends_as_one_never_stopped(whole_run, tmp_path, monkeypatch, stop_after):
+def test_interrupted_run_ends_as_one_never_stopped(
+    whole_run, tmp_path, monkeypatch, caplog, stop_after
+):
     add, calls = StepResults.add, []
 
     def interrupt(*args):
@@ -346,7 +349,11 @@ def test_interrupted_run_ends_as_one_never_stopped(whole_run, tmp_path, monkeypa
         loop.train_and_evaluate(tiny_config(), tmp_path)
     assert stop.value.exit_code == 130 and "saved" in str(stop.value)
     monkeypatch.undo()
-    loop.train_and_evaluate(tiny_config(), tmp_path)
+    with caplog.at_level(logging.INFO, logger="fne_jax.progress"):
+        loop.train_and_evaluate(tiny_config(logging__progress_seconds=0), tmp_path)
+    shown = [r.getMessage() for r in caplog.records if r.getMessage().startswith("train: ")]
+    # The first steps' losses are still on their way.
+    assert all("loss" in line for line in shown[2:]) and len(shown) == 14 - stop_after
     ours, theirs = parameters_of(tmp_path), parameters_of(whole_run)
     for name in ("params", "momentum_params", "opt_state", "queue", "stats", "step"):
         jax.tree.map(np.testing.assert_array_equal, getattr(ours, name), getattr(theirs, name))
