@@ -194,7 +194,5 @@ def test_pretrained_towers_are_scored_without_training(golden, tokenizer_folder,
         evaluate.main([a for a in arguments if "text.pretrained" not in a])
     with pytest.raises(UserError, match="give one of the --workdir"):
         evaluate.main(["--init=pretrained", "--workdir=x"])
-    with pytest.raises(
-        UserError, match="--out goes with --init or --embeddings, not with --workdir"
-    ):
-        evaluate.main(["--workdir=x", "--out=y"])
+    with pytest.raises(UserError, match="--config goes with --init or --embeddings, not with --wo"):
+        evaluate.main(["--workdir=x", "--config=y"])
