@@ -37,7 +37,7 @@ _SOURCES = {
     "embeddings": {"config", "split"},
 }
 # What names no file of its own: the evaluation that a run is known by.
-_USUAL = {"split": "test", "checkpoint": "best", "weights": "online", "protocol": "flickr30k"}
+_USUAL = {"split": "test", "checkpoint": "best", "weights": "online"}
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _parse(arguments):
     parser.add_argument(
         "--protocol",
         choices=[*protocols.PROTOCOLS, protocols.ALL],
-        default=_USUAL["protocol"],
+        default="flickr30k",
         help="flickr30k: the whole split (by default); all: each that the split allows",
     )
     parser.add_argument("--dump", help="folder to write embeddings, ids and top-50 lists into")
@@ -181,7 +181,7 @@ def _path(option: str, value: str | None) -> pathlib.Path | None:
 
 
 def _evaluation_name(options: argparse.Namespace) -> str:
-    """Returns the split, and what else is not as usual: `test`, `val_latest`, `test_step40_cxc`."""
+    """Returns the split, and what else is not as usual: `test`, `val_latest`, `test_step40`."""
     chosen = {name: getattr(options, name) or usual for name, usual in _USUAL.items()}
     if chosen["checkpoint"].isdigit():
         chosen["checkpoint"] = f"step{int(chosen['checkpoint'])}"

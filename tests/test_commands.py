@@ -102,7 +102,7 @@ def test_training_then_evaluating(shapes_run, caplog):
         (["--checkpoint=latest"], "eval_test_latest.json", "report_test_latest.html"),
         (["--checkpoint=40", "--split=val"], "eval_val_step40.json", "report_val_step40.html"),
         (["--weights=momentum"], "eval_test_momentum.json", None),
-        (["--protocol=all"], "eval_test_all.json", "report_test_all.html"),
+        (["--protocol=all"], "eval_test.json", "report.html"),
         (["--out=my.json", "--split=val"], "../my.json", "../my.html"),
         (["--report=my.html"], "eval_test.json", "../my.html"),
     ],
