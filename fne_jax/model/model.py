@@ -6,10 +6,14 @@ from pretrained towers as they are (`pretrained_model`); and it embeds images, t
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import dataclasses
+import functools
+import itertools
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -72,6 +76,8 @@ class Model:
 
     def tokenize(self, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ids and masks of raw captions, both [captions, length] int32."""
+        if not captions:  # tokenizers fail over nothing
+            return np.zeros((0, length), np.int32), np.zeros((0, length), np.int32)
         cleaned = tokenizers.clean_captions(self.config, captions)
         return caption_lib.tokenize(self.tokenizer, cleaned, length)
 
@@ -94,7 +100,9 @@ class Model:
         """
         split = EmbeddedSplit(
             self.embedder.images(self.params, dataset),
-            self._embed_captions(dataset.captions),
+            self.embedder.captions(
+                self.params, self.tokenize(dataset.captions, self.config.evaluation.text_length)
+            ),
             dataset.caption_image,
             dataset.image_id,
             dataset.caption_id,
@@ -109,33 +117,60 @@ class Model:
                 )
         return split
 
-    def embed_images(self, images: Sequence[AnyImage]) -> np.ndarray:
+    def embed_images(self, images: AnyImage | Iterable[AnyImage]) -> np.ndarray:
         """Returns the [images, dim] float32 unit embeddings of images of any size.
 
+        They are prepared as the images of a dataset are, read by several threads a batch ahead, so
+        that memory holds two batches of them.
+
         Args:
-          images: Paths or contents of image files, images of PIL, or arrays; they are prepared as
-            the images of a dataset are.
+          images: Paths or contents of image files, images of PIL, or arrays, mixed as you like; or
+            a single one, which gives one row.
 
         Raises:
-          UserError: naming the image that cannot be read.
+          UserError: Naming the image that cannot be read.
         """
-        size = self.config.encoder.image.image_size
-        pixels = np.zeros((len(images), size, size, 3), np.uint8)
-        for row, image in enumerate(images):
-            resize_to = self.config.data.get("resize_to", 0)
-            name = f"images[{row}]"
-            pixels[row] = evaluation_pixels(image, size, resize_to=resize_to, name=name)
-        return self.embedder.pixels(self.params, pixels)
+        several = isinstance(images, np.ndarray) and images.ndim == 4
+        if isinstance(images, AnyImage) and not several:
+            images = [images]
+        return self.embedder.pixels(self.params, self._pixels(images))
 
-    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+    def _pixels(self, images):
+        """Yields the pixels of images, [batch, side, side, 3] uint8, the next batch being read."""
+        read = functools.partial(
+            evaluation_pixels,
+            size=self.config.encoder.image.image_size,
+            resize_to=self.config.data.get("resize_to", 0),
+        )
+        rows = enumerate(images)
+        with concurrent.futures.ThreadPoolExecutor() as readers:
+            ahead = collections.deque()
+            try:
+                while part := list(itertools.islice(rows, self.embedder.batch_size)):
+                    ahead.append([readers.submit(read, i, name=f"images[{n}]") for n, i in part])
+                    if len(ahead) > 1:
+                        yield np.stack([image.result() for image in ahead.popleft()])
+                if ahead:
+                    yield np.stack([image.result() for image in ahead.popleft()])
+            finally:
+                readers.shutdown(cancel_futures=True)  # after an error, too
+
+    def embed_texts(self, texts: str | Iterable[str]) -> np.ndarray:
         """Returns the [texts, dim] float32 unit embeddings of sentences.
 
         They are cleaned and cut to the run's length as its captions were.
-        """
-        return self._embed_captions(texts)
 
-    def _embed_captions(self, captions):
-        tokens = self.tokenize(captions, self.config.evaluation.text_length)
+        Args:
+          texts: Sentences, or a single one, which gives one row.
+
+        Raises:
+          UserError: Naming what is no sentence.
+        """
+        texts = [texts] if isinstance(texts, str | bytes) else list(texts)
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(f"texts[{row}]: expected a str, got {type(text).__name__}")
+        tokens = self.tokenize(texts, self.config.evaluation.text_length)
         return self.embedder.texts(self.params, tokens)
 
 
@@ -233,7 +268,7 @@ def initial_params(
 
 def restore_model(
     workdir: pathlib.Path,
-    checkpoint: str = "best",
+    checkpoint: str | int = "best",
     *,
     mesh: jax.sharding.Mesh | None = None,
     module: nn.Module | None = None,
@@ -251,7 +286,7 @@ def restore_model(
     """
     model = stored_model(workdir, mesh=mesh, module=module)
     with checkpoints.reader(workdir) as manager:
-        step = checkpoints.find_step(manager, checkpoint)
+        step = checkpoints.find_step(manager, str(checkpoint))
         fields, _ = checkpoints.read(manager, step, abstract_fields(model))
     return dataclasses.replace(model, step=step, **fields)
 
@@ -281,7 +316,7 @@ def stored_model(
     return build_model(config, architectures, tokenizer, mesh, module=module)
 
 
-def load_workdir(workdir: str | os.PathLike, checkpoint: str = "best") -> Model:
+def load_workdir(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Model:
     """Returns the model of a run, with its own preprocessing and tokenizer.
 
     Args:
@@ -291,7 +326,7 @@ def load_workdir(workdir: str | os.PathLike, checkpoint: str = "best") -> Model:
     Raises:
       UserError: if the folder is not a run's, or the checkpoint is not there.
     """
-    return restore_model(pathlib.Path(workdir), checkpoint)
+    return restore_model(pathlib.Path(workdir).expanduser(), checkpoint)
 
 
 def pretrained_model(config: ml_collections.ConfigDict) -> Model:

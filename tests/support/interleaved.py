@@ -37,7 +37,7 @@ def found(mesh):
     return {
         "images": model.embedder.images(jax.device_get(params), val),
         "texts": model.embedder.texts(jax.device_get(params), (ids, np.ones_like(ids))),
-        "pixels": model.embedder.pixels(jax.device_get(params), val.images[:21]),
+        "pixels": model.embedder.pixels(jax.device_get(params), [val.images[:21]]),
         "pairs": np.stack(batches),
         "local": local,
     }

@@ -1,0 +1,125 @@
+"""What a model embeds: single items and sequences of every kind, in batches that fit."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from fne_jax.errors import UserError
+from fne_jax.model.model import build_model, load_workdir, restore_model
+from fne_jax.parallel import sharding
+from fne_jax.training import loop
+from tests.support.tiny import LinearTowers, tiny_config
+
+
+class Words:
+    """Stands for a tokenizer: a word's id is its length."""
+
+    def __call__(self, texts, max_length, **_):
+        ids = np.zeros((len(texts), max_length), np.int64)
+        for row, text in enumerate(texts):
+            words = text.split()[:max_length]
+            ids[row, : len(words)] = [len(word) for word in words]
+        return {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)}
+
+
+@pytest.fixture(scope="module")
+def model():
+    module = LinearTowers()
+    built = build_model(tiny_config(), {}, Words(), sharding.create_mesh(), module=module)
+    zeros = np.zeros((1, 8, 8, 3)), np.zeros((1, 8), np.int32), np.ones((1, 8), np.int32)
+    return built.with_params(module.init(jax.random.key(0), *zeros)["params"])
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.random.default_rng(0).integers(0, 255, (70, 8, 8, 3)).astype(np.uint8)
+
+
+@pytest.fixture
+def file(tmp_path, pixels):
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels[0]).save(path)
+    return path
+
+
+def test_one_sentence_is_one_row(model):
+    one, several = model.embed_texts("a dog"), model.embed_texts(["a dog", "two small cats"])
+    assert one.shape == (1, 16) and several.shape == (2, 16)
+    np.testing.assert_allclose(one[0], several[0], atol=1e-6)
+    np.testing.assert_array_equal(model.embed_texts(iter(["a dog", "two small cats"])), several)
+
+
+def test_one_image_of_every_kind_is_one_row(model, file, pixels):
+    with Image.open(file) as opened:
+        forms = [file, str(file), file.read_bytes(), opened.copy(), pixels[0]]
+    alone = [model.embed_images(form) for form in forms]
+    assert {rows.shape for rows in alone} == {(1, 16)}
+    together = model.embed_images(forms)
+    np.testing.assert_allclose(np.concatenate(alone), together, atol=1e-6)
+    # A file goes through the quality at which `prepare` stores it.
+    np.testing.assert_allclose(together[:4], together[[0]].repeat(4, axis=0), atol=1e-6)
+
+
+def test_nothing_is_no_row(model):
+    for rows in (model.embed_texts([]), model.embed_images([]), model.embed_images(iter(()))):
+        assert rows.shape == (0, 16) and rows.dtype == np.float32
+
+
+def test_what_is_no_image_or_sentence_is_named(model, pixels):
+    with pytest.raises(UserError, match=r"texts\[1\]: expected a str, got bytes"):
+        model.embed_texts(["a dog", b"a cat"])
+    with pytest.raises(UserError, match=r"texts\[0\]: expected a str, got bytes"):
+        model.embed_texts(b"a cat")
+    with pytest.raises(UserError, match=r"images\[2\]: expected a path, bytes, .* got int"):
+        model.embed_images([pixels[0], pixels[1], 3])
+    with pytest.raises(UserError, match=r"nowhere.jpg'?: cannot be read"):
+        model.embed_images("nowhere.jpg")
+
+
+def test_batches_are_no_larger_than_they_must_be(model, pixels, monkeypatch):
+    sizes = []
+    to_devices = sharding.to_devices
+
+    def watched(batch, mesh):
+        sizes.append(len(batch["image"]))
+        return to_devices(batch, mesh)
+
+    monkeypatch.setattr(sharding, "to_devices", watched)
+    expected = model.embed_images(pixels)
+    assert sizes == [32, 32, 8]  # evaluation.batch_size, and a row for each of 8 devices
+    for count in (1, 8, 9, 31):
+        sizes.clear()
+        rows = model.embed_images(pixels[:count])
+        np.testing.assert_allclose(rows, expected[:count], atol=1e-6)
+        assert sizes == [8 if count <= 8 else 32]
+
+
+def test_images_are_read_in_bounded_memory(model, pixels):
+    asked = []
+
+    def images():
+        for row in range(70):
+            asked.append(row)
+            yield pixels[row]
+
+    parts = model._pixels(images())
+    assert len(next(parts)) == 32 and len(asked) == 64, "one batch is read ahead"
+    assert [len(part) for part in parts] == [32, 6] and len(asked) == 70
+
+
+def test_an_image_that_cannot_be_read_ends_the_readers(model, pixels):
+    images = [pixels[0]] * 40 + [np.zeros(3)] + [pixels[0]] * 10**5
+    with pytest.raises(UserError, match=r"images\[40\]"):
+        model.embed_images(images)
+
+
+def test_a_checkpoint_may_be_given_as_a_number(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = tiny_config(num_epochs=0.3, checkpoint__every_steps=1)
+    module = LinearTowers()
+    loop.train_and_evaluate(config, tmp_path / "run", module=module)
+    models = (restore_model(tmp_path / "run", step, module=module) for step in (1, "2", "latest"))
+    assert [model.step for model in models] == [1, 2, 2]
+    with pytest.raises(UserError, match="there is no checkpoint '7'"):
+        load_workdir("~/run", 7)
