@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from fne_jax.errors import EnvironmentFailure, UserError
@@ -51,6 +52,7 @@ _STORAGE_FAILED = (
     "UNAVAILABLE",
     "UNKNOWN",
 )
+_HOST_PART = 2**20  # elements whose checksum the host computes at once
 _log = logging.getLogger(__name__)
 
 
@@ -209,12 +211,29 @@ def fingerprints(fields: Mapping[str, Any]) -> dict[str, int]:
     # One small program for each shape: one over all arrays takes many times as long to compile.
     sums = {
         name: [
-            _fingerprint(leaf, jnp.uint32(number))
+            (_fingerprint_on_host if _on_host(leaf) else _fingerprint)(leaf, np.uint32(number))
             for number, leaf in enumerate(jax.tree.leaves(field))
         ]
         for name, field in fields.items()
     }
     return {name: sum(map(int, values)) % 2**32 for name, values in jax.device_get(sums).items()}
+
+
+def _on_host(leaf):
+    return leaf.is_fully_addressable and all(d.platform == "cpu" for d in leaf.sharding.device_set)
+
+
+def _fingerprint_on_host(leaf, number):
+    """Returns what `_fingerprint` does, without a program to be compiled."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    bits = np.asarray(leaf).reshape(-1).view(f"uint{8 * leaf.dtype.itemsize}")
+    total, first = 0, int(number) * bits.size
+    for start in range(0, bits.size, _HOST_PART):
+        part = bits[start : start + _HOST_PART].astype(np.uint32)
+        place = np.arange(len(part), dtype=np.uint32) + np.uint32((first + start) % 2**32)
+        total += int((part * (2 * place + np.uint32(1))).sum(dtype=np.uint32))
+    return total % 2**32
 
 
 @jax.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Sequence
 
@@ -12,6 +13,9 @@ from fne_jax.data import captions as caption_lib
 from fne_jax.errors import UserError
 
 DIRECTORY = "tokenizer"
+_ABOUT = "tokenizer_config.json"
+# The class of fitted tokenizers, by its name in transformers before and since version 5.
+_FITTED = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def run_tokenizer(
@@ -58,6 +62,13 @@ def stored_tokenizer(workdir: pathlib.Path) -> transformers.PreTrainedTokenizerB
     folder = workdir / DIRECTORY
     if not folder.is_dir():
         raise UserError(f"{folder} is not there: {workdir} is not the workdir of a run")
+    try:
+        about = json.loads((folder / _ABOUT).read_text())
+        if about.get("tokenizer_class") in _FITTED:
+            # The class that AutoTokenizer would take, but for which it imports PyTorch, too.
+            return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}: the run's tokenizer cannot be loaded: {error}") from error
     return caption_lib.load_tokenizer(str(folder))
 
 

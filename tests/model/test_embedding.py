@@ -1,5 +1,8 @@
 """What a model embeds: single items and sequences of every kind, in batches that fit."""
 
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, load_workdir, restore_model
 from fne_jax.parallel import sharding
 from fne_jax.training import loop
+from tests.support import TOP
 from tests.support.tiny import LinearTowers, tiny_config
 
 
@@ -114,12 +118,40 @@ def test_an_image_that_cannot_be_read_ends_the_readers(model, pixels):
         model.embed_images(images)
 
 
-def test_a_checkpoint_may_be_given_as_a_number(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("home") / "run"
     config = tiny_config(num_epochs=0.3, checkpoint__every_steps=1)
-    module = LinearTowers()
-    loop.train_and_evaluate(config, tmp_path / "run", module=module)
-    models = (restore_model(tmp_path / "run", step, module=module) for step in (1, "2", "latest"))
+    loop.train_and_evaluate(config, workdir, module=LinearTowers())
+    return workdir
+
+
+def test_a_checkpoint_may_be_given_as_a_number(workdir, monkeypatch):
+    models = (restore_model(workdir, step, module=LinearTowers()) for step in (1, "2", "latest"))
     assert [model.step for model in models] == [1, 2, 2]
+    monkeypatch.setenv("HOME", str(workdir.parent))
     with pytest.raises(UserError, match="there is no checkpoint '7'"):
         load_workdir("~/run", 7)
+
+
+LOADING = """
+import pathlib, sys
+import jax
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+)
+from fne_jax.model.model import restore_model
+from tests.support.tiny import LinearTowers
+model = restore_model(pathlib.Path(sys.argv[1]), module=LinearTowers())
+print(len(compiled), "torch" in sys.modules, "tensorflow" in sys.modules)
+"""
+
+
+def test_loading_a_run_compiles_next_to_nothing_and_imports_no_other_framework(workdir):
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, str(workdir)],
+        cwd=TOP, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    compiled, *imported = done.stdout.split()
+    assert int(compiled) <= 3 and imported == ["False", "False"]

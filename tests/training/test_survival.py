@@ -237,7 +237,7 @@ def test_arrays_other_than_the_saved_ones_are_told(own_run):
     assert steps_of(own_run)[-1] == 14, "a reader moves nothing"
 
 
-def test_the_fingerprint_sees_bits_places_and_leaves():
+def test_the_fingerprint_sees_bits_places_and_leaves(monkeypatch):
     tree = {"a": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "b": jnp.arange(4), "c": jax.random.key(0)}
 
     def fingerprint(tree):
@@ -257,7 +257,15 @@ def test_the_fingerprint_sees_bits_places_and_leaves():
         jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]), jax.sharding.PartitionSpec("x")
     )
     split = tree | {name: jax.device_put(tree[name], rows) for name in "ab"}
-    assert fingerprint(split | {"c": jax.random.key(0)}) == same
+    split["c"] = jax.random.key(0)
+    assert fingerprint(split) == same
+    # What other devices compute is what the host does.
+    monkeypatch.setattr(checkpoints, "_on_host", lambda leaf: False)
+    assert fingerprint(tree) == fingerprint(split) == same
+    large = {"d": jnp.arange(2**21 + 5, dtype=jnp.bfloat16)}
+    on_device = fingerprint(large)
+    monkeypatch.undo()
+    assert fingerprint(large) == on_device
 
 
 def test_another_layout_is_named(own_run):
