@@ -7,15 +7,18 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 from fne_jax.errors import (
+    EXIT_BUG,
     EXIT_ENVIRONMENT_FAILURE,
     Interrupted,
     UserError,
     is_environment_failure,
 )
 from fne_jax.logs import set_up_logging
+from fne_jax.parallel import common_end
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,15 +47,20 @@ def run(main: Callable[[list[str]], None]) -> None:
     set_up_logging(logging.INFO)
     try:
         main(sys.argv[1:])
-    except (UserError, Interrupted) as error:
-        prefix = "error: " if isinstance(error, UserError) else ""
-        print(f"{prefix}{error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except (OSError, MemoryError) as error:
-        if not is_environment_failure(error):
-            raise
-        print(f"error: {type(error).__name__}: {error}".rstrip(": "), file=sys.stderr)
-        sys.exit(EXIT_ENVIRONMENT_FAILURE)
+        return
+    except Interrupted as stop:  # all processes of a run have stopped at the same place
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except UserError as error:
+        code, message, echo = error.exit_code, f"error: {error}", False
     except KeyboardInterrupt:
-        print("stopped; there was nothing to save", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        code, message, echo = 128 + signal.SIGINT, "stopped; there was nothing to save", False
+    except Exception as error:
+        if not is_environment_failure(error):
+            common_end.end_together(EXIT_BUG, traceback.format_exc(), echo=True)
+            raise
+        message = f"error: {type(error).__name__}: {error}".rstrip(": ")
+        code, echo = EXIT_ENVIRONMENT_FAILURE, True
+    common_end.end_together(code, message, echo=echo)
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+EXIT_BUG = 1
 EXIT_USER_ERROR = 2
 EXIT_ENVIRONMENT_FAILURE = 74  # EX_IOERR of BSD's sysexits.h
 

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fne_jax.errors import EnvironmentFailure, UserError
+from fne_jax.errors import EXIT_ENVIRONMENT_FAILURE, EnvironmentFailure, UserError
+from fne_jax.parallel import common_end
 
 HEARTBEAT_TIMEOUT_SECONDS = 100  # jax.distributed's own default
 _FLAGS = ("coordinator", "processes", "process_index")
@@ -89,6 +90,7 @@ def initialize(options: argparse.Namespace) -> None:
         ) from error
     finally:
         signal.signal(signal.SIGTERM, handler)
+    common_end.watch()
     if jax.process_index() == 0:
         _log.info("%d processes, %d devices", jax.process_count(), jax.device_count())
     else:
@@ -160,17 +162,17 @@ def may_be_cluster(environment: Mapping[str, str]) -> bool:
 def first_process_first(what: str) -> Iterator[None]:
     """Runs its body on process 0, and then on all others, which find what it wrote.
 
+    After an error on process 0 the others are left waiting, which its end ends (`common_end`): none
+    of them is to try, at once and in the same place, what it could not do.
+
     Args:
-      what: the same name on all processes, another for each use.
+      what: The same name on all processes, another for each use.
     """
     if jax.process_index() != 0:
         barrier(what)
-    try:
-        yield
-    finally:
-        # Also after an error, which the others are then to meet themselves rather than wait.
-        if jax.process_index() == 0:
-            barrier(what)
+    yield
+    if jax.process_index() == 0:
+        barrier(what)
 
 
 def barrier(what: str) -> None:
@@ -187,15 +189,20 @@ def failing_together(what: str) -> Iterator[None]:
       what: What the body does, for the message of the processes where it did not fail.
 
     Raises:
-      UserError: What the body raised here, or that it raised one on another process.
+      UserError: What the body raised here, or that it raised one on another process, with the same
+        exit code.
     """
     error = None
     try:
         yield
     except UserError as raised:
         error = raised
-    if not all_agree(error is None):
-        raise error or UserError(f"{what}: another process failed; its log tells why")
+    code = highest(0 if error is None else error.exit_code)
+    if error is not None:
+        raise error
+    if code:
+        kind = EnvironmentFailure if code == EXIT_ENVIRONMENT_FAILURE else UserError
+        raise kind(f"{what}: another process failed; its log tells why")
 
 
 def all_agree(value: bool) -> bool:

@@ -1,12 +1,8 @@
 """Several processes as one run: joining, following one process, a signal to one, a dead one."""
 
 import argparse
-import contextlib
-import random
 import shutil
 import signal
-import socket
-import threading
 import time
 
 import jax
@@ -18,13 +14,12 @@ from fne_jax.parallel import processes
 from fne_jax.training import loop
 from fne_jax.training.metric_log import read_metrics
 from tests.support import soak_kill, tiny_train
+from tests.support.run_of_processes import ends_of, start_all
 from tests.support.runs import stored_state
 from tests.support.tiny import LinearTowers
 
 # Parameters move by 1e-3 and more; by what the order of sums changes, they differ by 1e-7.
 TOLERANCE = 1e-5
-HANGS = 180  # seconds after which a process that should have ended is taken to hang
-SLURM_FIRST_PORT = 61440  # JAX's coordinator listens at this port plus the job's id
 
 
 def parsed(*arguments):
@@ -79,68 +74,6 @@ def test_a_heartbeat_of_no_time_is_refused():
 )
 def test_where_jax_is_asked_for_other_processes(variables, cluster):
     assert processes.may_be_cluster(variables) is cluster
-
-
-def free_port():
-    """Returns a port that the system has just given out, and that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def free_job_id():
-    """Returns a SLURM job's id that leads JAX to a free port."""
-    for job in random.SystemRandom().sample(range(4096), 64):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("localhost", SLURM_FIRST_PORT + job))
-            return job
-    raise AssertionError("64 ports of SLURM's jobs are taken")
-
-
-def start_all(workdir, count, devices, kind, heartbeat=100):
-    """Returns the started processes of one run, and their logs as they grow.
-
-    Each is told its place by flags, by SLURM's variables, or by those of a JobSet.
-    """
-    port, job = free_port(), free_job_id()
-    started = []
-    for index in range(count):
-        flags, variables = [f"--heartbeat-timeout={heartbeat}"], {}
-        if kind == "flags":
-            flags += [f"--coordinator=localhost:{port}", f"--processes={count}"]
-            flags += [f"--process-index={index}"]
-        elif kind == "slurm":
-            variables = {
-                "SLURM_JOB_ID": str(job),
-                "SLURM_STEP_NODELIST": "localhost",
-                "SLURM_NTASKS": str(count),
-                "SLURM_PROCID": str(index),
-                "SLURM_LOCALID": str(index),
-            }
-        else:
-            variables = {
-                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-                "JAX_PROCESS_COUNT": str(count),
-                "JOB_COMPLETION_INDEX": str(index),
-            }
-        process = soak_kill.start(workdir, *flags, devices=devices, variables=variables)
-        lines = []
-        reader = threading.Thread(target=lambda s=process.stderr, to=lines: to.extend(s))
-        reader.start()
-        started.append((process, lines, reader))
-    return started
-
-
-def ends_of(started):
-    """Returns exit codes and logs; a process that hangs fails the test."""
-    try:
-        codes = [process.wait(HANGS) for process, _, _ in started]
-    finally:
-        for process, _, reader in started:
-            process.kill()
-            reader.join()
-            process.stderr.close()
-    return codes, ["".join(lines) for _, lines, _ in started]
 
 
 def wait_for(process, workdir, step):
