@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,14 @@ AUTO = "auto"
 _LOOP_QUERIES = 256
 
 _HIDDEN = jnp.finfo(jnp.float32).min
-# The dimension numbers by which `dot_general` computes a.T @ b.
-_TRANSPOSED_LEFT = (((0,), (0,)), ((), ()))
+
+
+def precision_of(dtype: Any) -> jax.lax.Precision | None:
+    """Returns the precision of products of this dtype: all bits of float32, else the default.
+
+    By default TPUs take float32 as bfloat16, and GPUs as TensorFloat-32.
+    """
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def attend(
@@ -83,12 +90,15 @@ def xla_attention(
 ) -> jax.Array:
     """Computes `attend` for all heads at once, as two batched products."""
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+    precision = precision_of(query.dtype)
+    scores = jnp.einsum(
+        "bhqd,bhkd->bhqk", query, key, precision=precision, preferred_element_type=jnp.float32
+    )
     scores *= query.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, _HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqk,bhkd->bhqd", weights, value).swapaxes(1, 2)
+    return jnp.einsum("bhqk,bhkd->bhqd", weights, value, precision=precision).swapaxes(1, 2)
 
 
 def cudnn_attention(
@@ -162,9 +172,7 @@ def _one_head_forward(query, key, value, mask):
     top = scores.max(axis=0, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=0, keepdims=True)
-    mixed = jax.lax.dot_general(
-        weights.astype(value.dtype), value, _TRANSPOSED_LEFT, preferred_element_type=jnp.float32
-    )
+    mixed = _transposed_product(weights.astype(value.dtype), value, jnp.float32)
     out = (mixed / total.T).astype(value.dtype)
     return out, (query, key, value, mask, out, top, total)
 
@@ -175,14 +183,14 @@ def _one_head_backward(residuals, grad):
     weights = jnp.exp(_scores(query, key, mask) - top) / total
     # The product of the softmax's Jacobian, diag(w) - w w^T, with the weights' gradient.
     shared = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=1)[None]
-    grad_weights = jnp.dot(value, grad.T, preferred_element_type=jnp.float32)
+    grad_weights = _product(value, grad.T, jnp.float32)
     grad_scores = weights * (grad_weights - shared)
     if mask is not None:
         grad_scores = jnp.where(mask.T, grad_scores, 0.0)
     grad_scores = (grad_scores * query.shape[1] ** -0.5).astype(dtype)
-    grad_query = jax.lax.dot_general(grad_scores, key, _TRANSPOSED_LEFT)
-    grad_key = jnp.dot(grad_scores, query)
-    grad_value = jnp.dot(weights.astype(dtype), grad)
+    grad_query = _transposed_product(grad_scores, key)
+    grad_key = _product(grad_scores, query)
+    grad_value = _product(weights.astype(dtype), grad)
     return grad_query, grad_key, grad_value, None
 
 
@@ -190,8 +198,19 @@ _one_head.defvjp(_one_head_forward, _one_head_backward)
 
 
 def _scores(query, key, mask):
-    scores = jnp.dot(key, query.T, preferred_element_type=jnp.float32) * query.shape[1] ** -0.5
+    scores = _product(key, query.T, jnp.float32) * query.shape[1] ** -0.5
     return scores if mask is None else jnp.where(mask.T, scores, _HIDDEN)
+
+
+def _product(a, b, dtype=None):
+    return jnp.dot(a, b, precision=precision_of(a.dtype), preferred_element_type=dtype)
+
+
+def _transposed_product(a, b, dtype=None):
+    """Returns a.T @ b."""
+    return jax.lax.dot_general(
+        a, b, (((0,), (0,)), ((), ())), precision_of(a.dtype), preferred_element_type=dtype
+    )
 
 
 # By the names that `config.encoder.attention` gives them.

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fne_jax.encoders.transformer import KERNEL_INIT, EncoderOutput, TextTower, layer_norm
+from fne_jax.encoders.transformer import EncoderOutput, TextTower, dense, layer_norm
 from fne_jax.encoders.vision_transformer import VisionTower
 
 # The end token's id that configs of OpenAI's checkpoints name, though their tokenizer's is 49407.
@@ -92,5 +92,5 @@ class ClipText(TextTower, kw_only=True):
 
 
 def _project(pooled, dim):
-    projection = nn.Dense(dim, use_bias=False, kernel_init=KERNEL_INIT, name="projection")
+    projection = dense(dim, jnp.float32, "projection", use_bias=False)
     return projection(pooled.astype(jnp.float32))

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fne_jax.encoders.transformer import KERNEL_INIT, EncoderOutput
+from fne_jax.encoders.transformer import EncoderOutput, dense
 from fne_jax.errors import UserError
 
 # Floor of the norm that an embedding is divided by, as in PyTorch's `normalize`.
@@ -82,8 +82,7 @@ class DualEncoder(nn.Module):
         """Creates the projections, if any."""
         if self.projection_dim:
             self.image_projection, self.text_projection = (
-                nn.Dense(self.projection_dim, use_bias=False, kernel_init=KERNEL_INIT)
-                for _ in range(2)
+                dense(self.projection_dim, jnp.float32, use_bias=False) for _ in range(2)
             )
 
     def __call__(self, pixels, input_ids, attention_mask, *, deterministic=True):

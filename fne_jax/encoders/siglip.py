@@ -13,6 +13,7 @@ from fne_jax.encoders.transformer import (
     Attention,
     EncoderOutput,
     TextTower,
+    dense,
     layer_norm,
     mlp,
 )
@@ -88,7 +89,7 @@ class SiglipText(TextTower, kw_only=True):
         hidden = self.embed_tokens(input_ids).astype(self.dtype)
         hidden = self.run_layers(hidden, mask, deterministic, pre_norm=True)
         hidden = layer_norm(self.norm_epsilon, self.dtype, "final_norm")(hidden)
-        head = nn.Dense(self.projection_dim, kernel_init=KERNEL_INIT, name="head")
+        head = dense(self.projection_dim, jnp.float32, "head")
         return EncoderOutput(hidden, head(hidden[:, -1].astype(jnp.float32)))
 
 

@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from fne_jax.encoders.attention import AUTO, attend
+from fne_jax.encoders.attention import AUTO, attend, precision_of
 from fne_jax.errors import UserError
 
 # Random initialisation follows the original ViT's code rather than BERT's fixed deviation of 0.02,
@@ -82,14 +82,14 @@ class Attention(nn.Module):
         queries = hidden if queries is None else queries
 
         def heads_of(x, name):
-            out = _dense(width, self.dtype, name)(x)
+            out = dense(width, self.dtype, name)(x)
             return out.reshape(*x.shape[:2], self.heads, width // self.heads)
 
         query = heads_of(queries, "query")
         key, value = heads_of(hidden, "key"), heads_of(hidden, "value")
         mixed = attend(query, key, value, mask, implementation=self.attention)
         mixed = mixed.reshape(queries.shape)
-        return _dense(width, self.dtype, "output")(mixed)
+        return dense(width, self.dtype, "output")(mixed)
 
 
 class TransformerLayer(nn.Module):
@@ -319,8 +319,8 @@ def mlp(x: jax.Array, hidden_width: int, activation: str, dtype: Any) -> jax.Arr
     """
     if activation not in ACTIVATIONS:
         raise UserError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    hidden = ACTIVATIONS[activation](_dense(hidden_width, dtype, "mlp_in")(x))
-    return _dense(x.shape[-1], dtype, "mlp_out")(hidden)
+    hidden = ACTIVATIONS[activation](dense(hidden_width, dtype, "mlp_in")(x))
+    return dense(x.shape[-1], dtype, "mlp_out")(hidden)
 
 
 def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
@@ -328,10 +328,13 @@ def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def _dense(width, dtype, name):
+def dense(width: int, dtype: Any, name: str | None = None, *, use_bias: bool = True) -> nn.Dense:
+    """Returns a dense layer whose products have all bits of the dtype that they compute in."""
     return nn.Dense(
         width,
+        use_bias=use_bias,
         dtype=dtype,
+        precision=precision_of(dtype),
         kernel_init=KERNEL_INIT,
         name=name,
     )

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fne_jax.encoders.transformer import KERNEL_INIT, EncoderOutput, Tower, layer_norm
+from fne_jax.encoders.transformer import EncoderOutput, Tower, dense, layer_norm
 
 
 class VisionTower(Tower):
@@ -44,13 +44,8 @@ class VisionTower(Tower):
         token_init = nn.initializers.normal(self.width**-0.5)
         # A product over flattened patches: the gradient of the equal strided convolution is an
         # order of magnitude slower on a CPU.
-        hidden = nn.Dense(
-            self.width,
-            use_bias=patch_bias,
-            dtype=self.dtype,
-            kernel_init=KERNEL_INIT,
-            name="patch_embedding",
-        )(flatten_patches(pixels.astype(self.dtype), self.patch_size))
+        embed = dense(self.width, self.dtype, "patch_embedding", use_bias=patch_bias)
+        hidden = embed(flatten_patches(pixels.astype(self.dtype), self.patch_size))
         if class_token:
             first = self.param("class_token", token_init, (1, 1, self.width))
             first = jnp.broadcast_to(first.astype(self.dtype), (len(pixels), 1, self.width))

@@ -1,0 +1,82 @@
+"""float32 is float32 on every accelerator: the precision that each product asks for."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from fne_jax.encoders.bert import Bert
+from fne_jax.encoders.clip import ClipText, ClipVision
+from fne_jax.encoders.dual_encoder import CHECKPOINT, DualEncoder
+from fne_jax.encoders.siglip import SiglipText, SiglipVision
+from fne_jax.encoders.vision_transformer import VisionTransformer
+
+HIGHEST = (jax.lax.Precision.HIGHEST,) * 2
+
+
+def vit_and_bert(**options):
+    towers = VisionTransformer(image_size=8, patch_size=4, **options), Bert(30, 9, **options)
+    return DualEncoder(*towers)
+
+
+def clip(**options):
+    image = ClipVision(image_size=8, patch_size=4, projection_dim=6, **options)
+    text = ClipText(vocab_size=30, max_length=9, projection_dim=6, eos_token_id=2, **options)
+    return DualEncoder(image, text, CHECKPOINT, CHECKPOINT)
+
+
+def siglip(**options):
+    image = SiglipVision(image_size=8, patch_size=4, **options)
+    text = SiglipText(vocab_size=30, max_length=9, projection_dim=12, **options)
+    return DualEncoder(image, text, CHECKPOINT, CHECKPOINT, projection_dim=6)
+
+
+def gradient_of(build, dtype, **options):
+    """Returns a function of params that runs both towers forward and backward, and its params."""
+    model = build(width=12, layers=1, heads=3, mlp_width=20, dtype=dtype, **options)
+    inputs = jnp.zeros((2, 8, 8, 3)), jnp.ones((2, 5), jnp.int32), jnp.ones((2, 5), jnp.int32)
+
+    def loss(params):
+        image, text = model.apply(params, *inputs)
+        return (image * text).sum()
+
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    return jax.grad(loss), params
+
+
+def products(jaxpr):
+    """Yields the products of a program and of all programs within it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield equation
+        for inner in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
+        ):
+            if isinstance(inner, ClosedJaxpr):
+                yield from products(inner.jaxpr)
+            elif isinstance(inner, Jaxpr):
+                yield from products(inner)
+
+
+OPTIONS = ({"attention": "xla"}, {"attention": "head_loop", "scan_layers": True, "remat": True})
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("build", [vit_and_bert, clip, siglip])
+def test_products_of_float32_keep_all_its_bits(build, options):
+    for dtype in (jnp.float32, jnp.bfloat16):
+        gradient, params = gradient_of(build, jnp.dtype(dtype), **options)
+        found = list(products(jax.make_jaxpr(gradient)(params).jaxpr))
+        full = [all(x.aval.dtype == jnp.float32 for x in equation.invars) for equation in found]
+        assert len(found) > 30 and all(full) == (dtype == jnp.float32)
+        for equation, keeps_all in zip(found, full, strict=True):
+            assert (equation.params["precision"] == HIGHEST) == keeps_all, equation
+
+
+def test_the_compiled_program_asks_for_it():
+    for dtype, asks in ((jnp.float32, True), (jnp.bfloat16, False)):
+        gradient, params = gradient_of(vit_and_bert, dtype)
+        text = jax.jit(gradient).lower(params).as_text()
+        lines = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+        assert len(lines) > 30
+        assert all(("HIGHEST, HIGHEST" in line) == asks for line in lines)
