@@ -8,6 +8,8 @@ from tests.support.xla_flags import xla_flags
 os.environ["XLA_FLAGS"] = xla_flags(8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# As the commands set it: TensorFlow tells of errors that its caller is told of too.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 # There is one process of tests for each core: more threads of theirs would wait for each other.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["TF_NUM_INTEROP_THREADS"] = os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
