@@ -24,6 +24,7 @@ setuptools.setup(
         "absl-py>=2.5.1",
         "transformers>=5.23.0",
         "tokenizers>=0.23.3",
+        "sentencepiece>=0.2.3",  # reads SigLIP's tokenizer; transformers does not declare it
         "safetensors>=0.8.0",
         "huggingface_hub>=2.4.0",
         "rich>=15.0.0",

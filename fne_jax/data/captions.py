@@ -75,7 +75,7 @@ def load_tokenizer(name_or_path: str) -> transformers.PreTrainedTokenizerBase:
     """Returns a Hugging Face tokenizer by hub name or local folder.
 
     Raises:
-      UserError: If there is none.
+      UserError: If there is none, or it needs a package that is not installed.
     """
     try:
         return transformers.AutoTokenizer.from_pretrained(name_or_path)
@@ -85,6 +85,13 @@ def load_tokenizer(name_or_path: str) -> transformers.PreTrainedTokenizerBase:
             f"config.data.tokenizer is {name_or_path!r}, which cannot be loaded ({reason}). Give a "
             "name on the Hugging Face hub, the path of a folder that holds tokenizer.json, or "
             f"{TRAIN!r} to fit one to the training captions."
+        ) from error
+    except ImportError as error:
+        # Transformers names the package somewhere in a paragraph.
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"config.data.tokenizer is {name_or_path!r}, which needs a package that is not "
+            f"installed: {reason}"
         ) from error
 
 
