@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes plain messages to what is stderr by then: a progress bar puts lines above itself."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)  # StreamHandler's own would keep today's stderr
+        self.setFormatter(logging.Formatter("%(message)s"))
+
+    @property
+    def stream(self):
+        return sys.stderr
 
 
 def set_up_logging(level: int) -> None:
     """Lets this package log plain messages to stderr from a level up, and quiets what it builds on.
 
     It has the last word: libraries that log while they are imported (Orbax does, through absl) give
-    the root logger a handler with a format of its own. Handlers of other kinds stay as they are.
+    the root logger a handler of their own. Handlers that write elsewhere stay.
     """
     # TensorFlow and transformers print on import otherwise; a user's own settings stand.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    logging.basicConfig()
-    for handler in logging.root.handlers:
-        if type(handler) is logging.StreamHandler:
-            handler.setFormatter(logging.Formatter("%(message)s"))
+    for handler in logging.root.handlers[:]:
+        if type(handler) in (logging.StreamHandler, _StderrHandler):
+            logging.root.removeHandler(handler)
+    logging.root.addHandler(_StderrHandler())
     logging.root.setLevel(logging.WARNING)
     logging.getLogger("fne_jax").setLevel(level)
     logging.getLogger("absl").setLevel(logging.ERROR)
