@@ -55,6 +55,8 @@ setuptools.setup(
         "eccv": ["eccv_caption>=0.1.0"],
         # Scores detectors and tests differences, for `study`.
         "study": ["scikit-learn>=1.9.1", "scipy>=1.17.1"],
+        # TensorBoard's page for what `config.logging.profile_step` writes.
+        "profile": ["xprof>=2.24.2"],
         # Compiles for TPUs that are not there; jax[tpu] names the versions that go with jax.
         "plan": ["jax[tpu]>=0.10.2"],
         "test": [
