@@ -116,8 +116,9 @@ def test_a_rendered_split_knows_its_truth(tmp_path):
         assert load_split(config.data, 8, split).truth.matrix().shape == (2, 10)
 
 
-def test_unknown_sources_and_splits_list_the_choices(tmp_path):
-    config = config_of("karpaty", tmp_path, tmp_path)
+def test_unknown_sources_and_splits_list_the_choices():
+    config = tiny_config()
+    config.data.source = "karpaty"
     with pytest.raises(UserError, match=r"'karpaty'; expected one of flickr8k, .*jsonl"):
         load_split(config.data, 8, "train")
     with pytest.raises(UserError, match=r"'training' is unknown; expected one of train, val, test"):
