@@ -76,6 +76,9 @@ class Checkpoints:
                     preservation_policy=policy,
                     best_fn=lambda metrics: metrics[BEST_METRIC],
                     enable_async_checkpointing=True,
+                    # Else, after an error, threads wait for folders that nobody will create, and
+                    # the process does not end.
+                    async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
                     cleanup_tmp_directories=True,
                     create=True,
                 ),

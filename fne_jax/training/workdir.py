@@ -147,7 +147,7 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
     warning, and where its locks end at the host (some mounts of buckets) other hosts do not see it.
 
     Raises:
-      UserError: If another run holds the folder, or it cannot be written to.
+      UserError: If another run holds the folder, or the block could not read or write a file there.
     """
     descriptor = None
     try:
@@ -155,6 +155,11 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
             if jax.process_index() == 0:
                 descriptor = _lock(workdir)
         yield
+    except OSError as error:
+        # What no one told of better on its way here.
+        if not str(error.filename).startswith(str(workdir)):
+            raise
+        raise UserError(f"--workdir={workdir}: {error}; give the same command again") from error
     finally:
         if descriptor is not None:
             os.close(descriptor)
