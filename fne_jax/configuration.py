@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import difflib
 import json
 import pathlib
 import sys
@@ -16,26 +14,21 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from fne_jax.data.images.augmentation import AUGMENTATIONS
-from fne_jax.data.sources.registry import find_source
+from fne_jax.config_rules import (
+    BEFORE_REMOVAL,
+    REMOVED_FIELDS,
+    RENAMED_FIELDS,
+    check_field,
+    flatten,
+    validate,
+)
 from fne_jax.encoders import towers
-from fne_jax.encoders.attention import ATTENTIONS, AUTO
-from fne_jax.encoders.dual_encoder import CHECKPOINT, LONGEST_POOLING, POOLINGS
+from fne_jax.encoders.dual_encoder import CHECKPOINT
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
-from fne_jax.objectives import registry
-from fne_jax.objectives.fne_settings import ELIMINATIONS
-from fne_jax.objectives.key_blocks import BLOCK
 
 FILE_NAME = "config.json"
 _CONFIG_MODULE = "config_config"  # the name under which ml_collections runs config files
-
-# Fields that have another name by now, and which; an old run's config.json is read under the new.
-RENAMED_FIELDS = {
-    "fne.decay": "fne.tau",
-    "fne.statistics_keep": "fne.ema_decay",
-    "objective.memory": "objective.queue",
-}
 
 # Fields that may change when a run resumes: none alters what the run computes, but for rounding
 # and, with micro-batches, which units dropout drops.
@@ -54,212 +47,6 @@ MAY_CHANGE = (
     "mesh.",
     "micro_batches",
 )
-
-# Fields that are gone: the value that a stored config may still have, and why they went.
-REMOVED_FIELDS = {"data.augment_on": ("host", "images are augmented on the host")}
-# The last commit that reads other values of them.
-_BEFORE_REMOVAL = "67ae0d0"
-
-
-@dataclasses.dataclass(frozen=True)
-class Number:
-    """A number from `low` to `high`, or one of `also`; `whole` and a multiple of `multiple`."""
-
-    low: float
-    high: float
-    whole: bool = False
-    multiple: int = 1
-    also: tuple[int, ...] = ()
-
-    def allows(self, value: Any) -> bool:
-        """Returns whether a field may have the value."""
-        kinds = int if self.whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            return False
-        if value in self.also:
-            return True
-        return self.low <= value <= self.high and (not self.whole or value % self.multiple == 0)
-
-    def __str__(self):
-        kind = "a whole number" if self.whole else "a number"
-        kind = f"a multiple of {self.multiple}" if self.multiple > 1 else kind
-        also = "".join(f", or {value}" for value in self.also)
-        ends = f"from {self.low} to {self.high}" if self.high < _ANY else f"of at least {self.low}"
-        return f"{kind} {ends}{also}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Numbers:
-    """Several numbers, each as `each`: one of `counts` of them, or any number without counts."""
-
-    each: Number
-    counts: tuple[int, ...] = ()
-
-    def allows(self, value: Any) -> bool:
-        """Returns whether a field may have the value."""
-        if not isinstance(value, list | tuple) or (self.counts and len(value) not in self.counts):
-            return False
-        return all(self.each.allows(number) for number in value)
-
-    def __str__(self):
-        counts = f"{' or '.join(map(str, self.counts))} of them" if self.counts else "any of them"
-        return f"a tuple of numbers, {counts}, each {self.each}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """One of several names."""
-
-    names: tuple[str, ...]
-
-    def allows(self, value: Any) -> bool:
-        """Returns whether a field may have the value."""
-        return value in self.names
-
-    def __str__(self):
-        return f"one of {', '.join(self.names)}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A name or a path, or, if it is optional, nothing."""
-
-    optional: bool = True
-
-    def allows(self, value: Any) -> bool:
-        """Returns whether a field may have the value."""
-        return isinstance(value, str) and "\0" not in value and bool(value or self.optional)
-
-    def __str__(self):
-        return "a text" if self.optional else "a text that is not empty"
-
-
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    """True or False."""
-
-    def allows(self, value: Any) -> bool:
-        """Returns whether a field may have the value."""
-        return isinstance(value, bool)
-
-    def __str__(self):
-        return "True or False"
-
-
-_ANY = 10**9  # stands for no upper bound
-
-
-def _whole(low, high=_ANY, **options):
-    return Number(low, high, whole=True, **options)
-
-
-SCHEDULES = ("step", "cosine")
-_POOLINGS = Choice(("auto", *POOLINGS, CHECKPOINT))
-_SIZE = _whole(1, 2**16)
-_TOWER = {
-    "pretrained": Text(),
-    "width": _SIZE,
-    "layers": _whole(1, 256),
-    "heads": _SIZE,
-    "mlp_width": _whole(1, 2**20),
-    "dropout": Number(0, 0.99),
-    "pooling": _POOLINGS,
-}
-_EPOCHS = Number(0, 10**6)
-_SEED = _whole(0, 2**32 - 1)
-# [CLS], a piece of a word and [SEP] are the least that a caption has.
-_TEXT_LENGTH_RULE = _whole(3, 2**16, also=(0,))
-
-# What each field of a config may be. The optimizer's bounds also keep weights finite (the train
-# step looks at losses, gradients and embeddings only): Adam's corrections 1 - b^n stay above 0 in
-# float32, and no update of a clipped gradient reaches float32's largest number.
-FIELDS = {
-    "seed": _SEED,
-    "num_epochs": Number(1e-6, 10**6),
-    "global_batch_size": _whole(1, 2**24),
-    "micro_batches": _whole(1, 2**24),
-    "init_from": Text(),
-    "max_bad_steps": _whole(1),
-    "compile_cache": Text(),
-    "mesh.data": _whole(1, 2**24, also=(-1,)),
-    "mesh.fsdp": _whole(1, 2**24, also=(-1,)),
-    "data.source": Text(optional=False),
-    "data.dir": Text(),
-    "data.cache_dir": Text(optional=False),
-    "data.resize_to": _whole(0, 2**16),
-    "data.max_skipped": _whole(0),
-    "data.augmentation": Choice(("none", *AUGMENTATIONS)),
-    "data.tokenizer": Text(optional=False),
-    # Fewer would not spell most words.
-    "data.vocab_size": _whole(100, 2**24),
-    "data.max_words": _whole(1, 2**16),
-    "data.text_length": _TEXT_LENGTH_RULE,
-    "data.prefetch": _whole(0, 2**10),
-    "data.shapes.seed": _SEED,
-    "data.shapes.train_images": _whole(1, 10**8),
-    "data.shapes.val_images": _whole(1, 10**8),
-    "data.shapes.test_images": _whole(1, 10**8),
-    "data.shapes.shapes": _whole(1, 8),
-    "data.shapes.colours": _whole(1, 10),
-    "data.shapes.max_objects": _whole(1, 3),
-    "data.synthetic.seed": _SEED,
-    "data.synthetic.images": _whole(1, 10**8),
-    "image_mean": Numbers(Number(0, 1), (0, 3)),
-    "image_std": Numbers(Number(1e-3, 1), (0, 3)),
-    **{f"encoder.image.{name}": rule for name, rule in _TOWER.items()},
-    "encoder.image.image_size": _whole(1, 2**14),
-    "encoder.image.patch_size": _whole(1, 2**14),
-    **{f"encoder.text.{name}": rule for name, rule in _TOWER.items()},
-    "encoder.text.max_length": _whole(3, 2**16),
-    "encoder.text.training_pooling": _POOLINGS,
-    "encoder.projection_dim": _whole(0, 2**16),
-    "encoder.compute_dtype": Choice(("float32", "bfloat16")),
-    "encoder.attention": Choice((AUTO, *ATTENTIONS)),
-    "encoder.scan_layers": Flag(),
-    "encoder.remat": Flag(),
-    "momentum": Number(0, 0.999999),
-    "queue_size": _whole(1, 2**28),
-    "objective.name": Choice(tuple(registry.MAIN)),
-    "objective.queue": Flag(),
-    "objective.temperature": Number(1e-4, 100),
-    "objective.bias": Number(-1000, 1000),
-    "fne.start_epoch": _EPOCHS,
-    "fne.margin": Number(0, 10),
-    "fne.tau": Number(0, 10**6),
-    "fne.prior": Number(1e-12, 0.9999),
-    "fne.posterior_threshold": Number(0, 1),
-    "fne.min_count": _whole(0, 2**31 - 1),
-    "fne.mask_same_image": Flag(),
-    "fne.elimination": Choice(ELIMINATIONS),
-    "fne.cut_down": Flag(),
-    "fne.monotone": Flag(),
-    "fne.ema_decay": Number(1e-6, 1),
-    "fne.key_chunk": _whole(0, 2**28, multiple=BLOCK),
-    "warmup.objective": Choice(tuple(registry.WARMUP)),
-    "warmup.temperature": Number(1e-4, 100),
-    "warmup.fill_queue": Flag(),
-    "optimizer.learning_rate": Number(1e-20, 1),
-    "optimizer.b1": Number(0, 0.9999),
-    "optimizer.b2": Number(0, 0.999999),
-    "optimizer.eps": Number(1e-20, 1),
-    "optimizer.weight_decay": Number(0, 10**6),
-    "optimizer.clip_norm": Number(1e-6, 10**6),
-    "optimizer.schedule": Choice(SCHEDULES),
-    "optimizer.step_epochs": Numbers(_EPOCHS),
-    "optimizer.step_factor": Number(0, 1),
-    "optimizer.warmup_epochs": _EPOCHS,
-    "optimizer.image_factor": Number(0, 1000),
-    "optimizer.text_factor": Number(0, 1000),
-    "evaluation.per_epoch": _whole(1),
-    "evaluation.batch_size": _whole(1, 2**24),
-    "evaluation.text_length": _TEXT_LENGTH_RULE,
-    "evaluation.captions_per_image": _whole(0),
-    "checkpoint.keep_latest": _whole(1),
-    "checkpoint.every_steps": _whole(0),
-    "logging.every_steps": _whole(1),
-    "logging.progress_seconds": Number(0, _ANY),
-    "logging.profile_step": _whole(0),
-}
 
 
 def load_config(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
@@ -280,7 +67,7 @@ def load_config(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDic
         name, _, _ = override.removeprefix("--").removeprefix("no").partition("=")
         if not override.startswith("--") or not name.startswith("config."):
             raise UserError(f"unknown argument {override!r}; overrides look like --config.x=y")
-        _check_field(name.removeprefix("config."), fields)
+        check_field(name.removeprefix("config."), fields)
     config = _parse(path, overrides)
     validate(config)
     return config
@@ -325,96 +112,6 @@ def _in_one_line(error):
     if "get_config" in text:
         return "there is no function get_config() that returns the config"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _check_field(name, fields):
-    if name in fields:
-        return
-    if name in REMOVED_FIELDS:
-        raise UserError(f"config.{name} was removed: {REMOVED_FIELDS[name][1]}")
-    if name in RENAMED_FIELDS:
-        raise UserError(f"config.{name} is now config.{RENAMED_FIELDS[name]}")
-    if any(field.startswith(name + ".") for field in fields):
-        raise UserError(f"config.{name} is a group of fields; set one of its fields")
-    near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5)
-    leaf = name.rpartition(".")[2]
-    near += [f for f in fields if f.rpartition(".")[2] == leaf and f not in near]
-    hint = f"; did you mean {' or '.join(f'config.{n}' for n in near)}?" if near else ""
-    raise UserError(f"there is no config field config.{name}{hint}")
-
-
-def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, object]:
-    """Returns the leaves of a config under their dotted names."""
-    leaves = {}
-    for name, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            leaves |= flatten(value, f"{prefix}{name}.")
-        else:
-            leaves[prefix + name] = value
-    return leaves
-
-
-def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError, naming the field, if a value cannot be, or fields do not fit together."""
-    fields = flatten(config)
-    missing = sorted(FIELDS.keys() - fields.keys())
-    if missing:
-        raise UserError(
-            f"the config lacks {', '.join(f'config.{name}' for name in missing)}; begin a config "
-            "with configs/base.py's get_config()"
-        )
-    for name, value in fields.items():
-        _check_field(name, FIELDS)
-        rule = FIELDS[name]
-        if not rule.allows(value):
-            raise UserError(f"config.{name} is {value!r}; expected {rule}")
-    find_source(config.data.source)
-    _check_together(config)
-
-
-def _check_together(config):
-    """Raises UserError for values that are possible each, but not together."""
-    if config.queue_size < config.global_batch_size:
-        raise UserError(
-            f"config.queue_size is {config.queue_size}, smaller than a batch "
-            f"(config.global_batch_size is {config.global_batch_size}); make it at least as large"
-        )
-    if config.global_batch_size % config.micro_batches:
-        raise UserError(
-            f"config.global_batch_size is {config.global_batch_size}, which "
-            f"config.micro_batches={config.micro_batches} does not divide"
-        )
-    poolings = (config.encoder.text.pooling, config.encoder.text.training_pooling)
-    if config.micro_batches > 1 and LONGEST_POOLING in poolings:
-        raise UserError(
-            f"config.micro_batches is {config.micro_batches}, but config.encoder.text's pooling, "
-            f"{LONGEST_POOLING}, looks at the whole batch; make micro_batches 1 or take another"
-        )
-    if not config.encoder.text.pretrained:
-        for part in ("data", "evaluation"):
-            if config[part].text_length > config.encoder.text.max_length:
-                raise UserError(
-                    f"config.{part}.text_length is {config[part].text_length}, more than "
-                    f"config.encoder.text.max_length, {config.encoder.text.max_length}"
-                )
-    optimizer = config.optimizer
-    factor = max(optimizer.image_factor, optimizer.text_factor, 1.0)
-    if optimizer.learning_rate * optimizer.weight_decay * factor > 1:
-        raise UserError(
-            f"config.optimizer.weight_decay is {optimizer.weight_decay}, with which a step at "
-            f"learning_rate={optimizer.learning_rate} would take away more than a whole weight"
-        )
-
-
-def check_batches(config: ml_collections.ConfigDict, devices: int) -> None:
-    """Raises UserError, naming the field, unless batches can be split over so many devices."""
-    size, parts = config.global_batch_size, config.micro_batches
-    if size % (devices * parts):
-        micro = f" in config.micro_batches={parts} parts" if parts > 1 else ""
-        raise UserError(
-            f"config.global_batch_size is {size}, which the {devices} devices do not divide"
-            f"{micro}; take a multiple of {devices * parts}"
-        )
 
 
 # The tokens of a caption, where neither config nor checkpoint says (the paper).
@@ -576,7 +273,7 @@ def _drop_removed_fields(config, path):
         if stored[name] != kept:
             raise UserError(
                 f"{path}: config.{name} is {stored[name]!r}, but the field was removed: {reason}. "
-                f"Commit {_BEFORE_REMOVAL} still reads this run"
+                f"Commit {BEFORE_REMOVAL} still reads this run"
             )
         group, _, leaf = name.rpartition(".")
         del (config[group] if group else config)[leaf]

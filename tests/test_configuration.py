@@ -18,7 +18,7 @@ import optax
 import pytest
 
 from configs import base
-from fne_jax import configuration
+from fne_jax import config_rules, configuration
 from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, build_module
 from fne_jax.parallel import sharding
@@ -148,13 +148,13 @@ def test_mistakes_are_named(arguments, message):
 
 def test_batches_that_the_devices_do_not_divide_are_refused():
     with pytest.raises(UserError, match=r"is 12, which the 8 devices do not divide; .* of 8$"):
-        configuration.check_batches(tiny_config(global_batch_size=12), 8)
+        config_rules.check_batches(tiny_config(global_batch_size=12), 8)
     with pytest.raises(UserError, match=r"in config.micro_batches=4 parts; .* of 32$"):
-        configuration.check_batches(tiny_config(micro_batches=4), 8)
+        config_rules.check_batches(tiny_config(micro_batches=4), 8)
 
 
 def test_every_field_has_a_rule_and_every_rule_a_field():
-    assert configuration.flatten(base.get_config()).keys() == configuration.FIELDS.keys()
+    assert configuration.flatten(base.get_config()).keys() == config_rules.FIELDS.keys()
 
 
 def with_value(config, name, value):
@@ -204,9 +204,9 @@ def test_a_value_that_cannot_be_is_refused_with_its_field(name, value):
 
 def some_values(rule):
     """Returns values in, at, and beyond the ends of a rule, and of other types."""
-    ends = [rule.low, rule.high] if isinstance(rule, configuration.Number) else []
+    ends = [rule.low, rule.high] if isinstance(rule, config_rules.Number) else []
     near = [value for end in ends for value in (end, end - 1, end + 1, end * 2, end / 2, -end)]
-    names = list(rule.names) if isinstance(rule, configuration.Choice) else []
+    names = list(rule.names) if isinstance(rule, config_rules.Choice) else []
     numbers = [0, 1, -1, 2, 3, 7, 16, 10**30, 0.5, 1e-30, 1e300, math.nan, math.inf, *near]
     others = [True, False, None, "", "x", "a\0b", "~", (), (0.5,), (0.5,) * 3, (2.0,) * 3, ("x",)]
     return st.sampled_from([*numbers, *[round(v) for v in near], *names * 4, *others])
@@ -231,8 +231,8 @@ def builds(config):
 
 
 def refused_by_name_or_built(data):
-    name = data.draw(st.sampled_from(sorted(configuration.FIELDS)))
-    value = data.draw(some_values(configuration.FIELDS[name]))
+    name = data.draw(st.sampled_from(sorted(config_rules.FIELDS)))
+    value = data.draw(some_values(config_rules.FIELDS[name]))
     try:
         config, _ = configuration.resolve(with_value(tiny_config(), name, value))
         builds(config)
@@ -259,7 +259,7 @@ def test_no_allowed_optimizer_makes_weights_other_than_finite(name):
     # The guard of the train step looks at losses and gradients, not at what the update makes.
     optimizer = tiny_config().optimizer
     optimizer.update(learning_rate=1.0, clip_norm=1e6, eps=1e-20, b1=0.9999, b2=0.0)
-    rule = configuration.FIELDS[f"optimizer.{name}"]
+    rule = config_rules.FIELDS[f"optimizer.{name}"]
     for value in (float(rule.low), float(rule.high)):
         optimizer[name] = value
         update = build_optimizer(optimizer, optax.constant_schedule(1.0))

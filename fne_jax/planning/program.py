@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from fne_jax import configuration
+from fne_jax import config_rules, configuration
 from fne_jax.encoders.attention import AUTO
 from fne_jax.model.model import build_model, build_module
 from fne_jax.parallel import sharding
@@ -74,7 +74,7 @@ def compile_step(
         # What "auto" stands for there; it looks at the devices that are here.
         config = config.copy_and_resolve_references()
         config.encoder.attention = "xla"
-    configuration.check_batches(config, len(topology.devices))
+    config_rules.check_batches(config, len(topology.devices))
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, topology.devices)
     architectures = read_architectures(config.encoder)
     resolved = configuration.with_model_defaults(config, architectures)

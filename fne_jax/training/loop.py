@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import ml_collections
 
-from fne_jax import configuration
+from fne_jax import config_rules, configuration
 from fne_jax.data.batches import Batch, BatchOrder, training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.loading import load_split
@@ -66,7 +66,7 @@ def train_and_evaluate(
         run_folder.check_begun(workdir, config)
     use_compile_cache(config.compile_cache)
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
-    configuration.check_batches(config, mesh.size)
+    config_rules.check_batches(config, mesh.size)
 
     # Data.
     with processes.first_process_first("data"):

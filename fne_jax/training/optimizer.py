@@ -8,7 +8,7 @@ import jax
 import ml_collections
 import optax
 
-from fne_jax.configuration import SCHEDULES
+from fne_jax.config_rules import SCHEDULES
 from fne_jax.errors import UserError
 
 TOWERS = ("image", "text")

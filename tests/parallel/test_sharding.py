@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import fne_jax
-from fne_jax import configuration
+from fne_jax import config_rules, configuration
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, build_module
@@ -190,4 +190,4 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch():
 )
 def test_settings_that_cannot_be(fields, message):
     with pytest.raises(UserError, match=message):
-        configuration.validate(tiny_config(**fields))
+        config_rules.validate(tiny_config(**fields))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from fne_jax import configuration, plan
+from fne_jax import config_rules, configuration, plan
 from fne_jax.errors import UserError
 from fne_jax.planning import program, published, summary, topology
 from fne_jax.planning.accounting import Collective, account
@@ -275,8 +275,8 @@ def test_published_towers_need_no_hub_and_coco_divides_its_slices():
         )  # fmt: skip
         assert resolved.data.text_length == 30
     for devices in (8, 16, 64, 256):
-        configuration.check_batches(
+        config_rules.check_batches(
             configuration.load_config(str(TOP / "configs" / "coco.py"), []), devices
         )
     with pytest.raises(UserError, match="global_batch_size is 32, which the 64 devices do not"):
-        configuration.check_batches(config, 64)
+        config_rules.check_batches(config, 64)
