@@ -33,8 +33,11 @@ def write_atomically(path: AnyPath, content: str | bytes) -> None:
         else:
             scratch.write_text(content, encoding="utf-8")
         scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
+    except BaseException as error:
+        if isinstance(error, OSError):  # of a disk that is full, Python does not say the file
+            error.filename = error.filename or str(path)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
         raise
 
 

@@ -64,12 +64,18 @@ def stored_tokenizer(workdir: pathlib.Path) -> transformers.PreTrainedTokenizerB
         raise UserError(f"{folder} is not there: {workdir} is not the workdir of a run")
     try:
         about = json.loads((folder / _ABOUT).read_text())
-        if about.get("tokenizer_class") in _FITTED:
-            # The class that AutoTokenizer would take, but for which it imports PyTorch, too.
-            return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        fitted = about.get("tokenizer_class") in _FITTED
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: the run's tokenizer cannot be loaded: {error}") from error
-    return caption_lib.load_tokenizer(str(folder))
+    if not fitted:
+        return caption_lib.load_tokenizer(str(folder))
+    # The class that AutoTokenizer would take, but for which it imports PyTorch, too.
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    if tokenizer.pad_token is None:  # transformers does without files that it cannot read
+        raise UserError(
+            f"{folder / _ABOUT}: cannot be read, or is damaged; give the same command again"
+        )
+    return tokenizer
 
 
 def clean_captions(config: ml_collections.ConfigDict, captions: Sequence[str]) -> list[str]:

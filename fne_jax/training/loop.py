@@ -59,6 +59,11 @@ def train_and_evaluate(
         when a checkpoint cannot be written.
       Interrupted: After a signal that asks to stop, with everything saved.
     """
+    with run_folder.errors_told(workdir):
+        _train(config, workdir, warmup_only, module)
+
+
+def _train(config, workdir, warmup_only, module):
     # Config and devices.
     begun = run_folder.is_begun(workdir)
     config, architectures = configuration.resolve(config, workdir if begun else None)

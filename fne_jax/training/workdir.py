@@ -51,6 +51,21 @@ class RunFiles:
     data: Mapping[str, DatasetIdentity]
 
 
+@contextlib.contextmanager
+def errors_told(workdir: pathlib.Path) -> Iterator[None]:
+    """Raises UserError for errors of the block on files in the folder that nobody told of better.
+
+    Raises:
+      UserError: If a file there could not be read or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not str(error.filename).startswith(str(workdir)):
+            raise
+        raise UserError(f"--workdir={workdir}: {error}; give the same command again") from error
+
+
 def is_begun(workdir: pathlib.Path) -> bool:
     """Returns whether a run has a checkpoint in the folder, so that it is gone on with.
 
@@ -147,7 +162,7 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
     warning, and where its locks end at the host (some mounts of buckets) other hosts do not see it.
 
     Raises:
-      UserError: If another run holds the folder, or the block could not read or write a file there.
+      UserError: If another run holds the folder, or it cannot be written to.
     """
     descriptor = None
     try:
@@ -155,11 +170,6 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
             if jax.process_index() == 0:
                 descriptor = _lock(workdir)
         yield
-    except OSError as error:
-        # What no one told of better on its way here.
-        if not str(error.filename).startswith(str(workdir)):
-            raise
-        raise UserError(f"--workdir={workdir}: {error}; give the same command again") from error
     finally:
         if descriptor is not None:
             os.close(descriptor)

@@ -13,6 +13,7 @@ as a run never touched, to the bit. `--kill` ends the process at each operation 
 
 import argparse
 import builtins
+import concurrent.futures
 import errno
 import io
 import itertools
@@ -129,9 +130,9 @@ def with_fault(workdir, number, kind):
             train(workdir)
         except UserError as error:
             said = str(error)
-        # The process would wait for them as it ends.
+        # The process would wait for them as it ends; those of pools are told to end then.
         for thread in set(threading.enumerate()) - before:
-            if not thread.daemon:
+            if not thread.daemon and thread not in concurrent.futures.thread._threads_queues:
                 threading.Thread.join(thread, 10)  # Orbax's own raises what the thread did
                 assert not thread.is_alive(), f"{thread.name} goes on for ever"
     train(workdir)
