@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import resource
-import sys
 from typing import Any
 
 import jax
 import numpy as np
 
-from fne_jax.benchmarks.timing import machine, median_seconds
+from fne_jax.benchmarks.timing import machine, median_seconds, peak_memory_bytes
 from fne_jax.errors import UserError
 from fne_jax.objectives.similarity_statistics import cosine
 from fne_jax.retrieval.blocks import BLOCK_ROWS
@@ -41,7 +39,7 @@ def retrieval(images: int, captions: int, dim: int, repeats: int) -> dict[str, A
     owner = np.sort(np.arange(captions) % images)
     rank = functools.partial(retrieval_metrics, image_emb, text_emb, owner)
     rank()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory_bytes()
     on_device = jax.device_put(text_emb)
     blocks = [
         jax.device_put(image_emb[start : start + BLOCK_ROWS])
@@ -62,8 +60,7 @@ def retrieval(images: int, captions: int, dim: int, repeats: int) -> dict[str, A
         "retrieval_s": seconds["retrieval"],
         "product_s": seconds["product"],
         "ratio": seconds["retrieval"] / seconds["product"],
-        # In bytes on macOS, in KiB elsewhere.
-        "peak_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),
+        "peak_mib": peak / 2**20,
         **machine(),
     }
 

@@ -1,8 +1,11 @@
-"""Timing of compiled functions on machines whose speed drifts."""
+"""Measuring compiled functions on machines whose speed drifts, and the memory of a process."""
 
 from __future__ import annotations
 
+import pathlib
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -39,3 +42,14 @@ def machine() -> dict[str, Any]:
         "devices": jax.device_count(),
         "jax": jax.__version__,
     }
+
+
+def peak_memory_bytes() -> int:
+    """Returns the most memory that this process has held."""
+    # On Linux getrusage goes on from the peak of the process that started this one.
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].removesuffix("kB")) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

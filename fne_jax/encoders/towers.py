@@ -47,8 +47,15 @@ def read_architectures(
         if path is not None and path.is_file():
             found[tower] = json.loads(path.read_text())
         else:
-            found[tower] = read_architecture(encoder[tower].pretrained)
+            found[tower] = _read_source(f"config.encoder.{tower}.pretrained", encoder[tower])
     return found
+
+
+def _read_source(field, settings):
+    try:
+        return read_architecture(settings.pretrained)
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from error
 
 
 def store_architectures(
