@@ -7,13 +7,15 @@ import pathlib
 from collections.abc import Sequence
 
 import ml_collections
+import tokenizers
 import transformers
 
 from fne_jax.data import captions as caption_lib
 from fne_jax.errors import UserError
 
 DIRECTORY = "tokenizer"
-_ABOUT = "tokenizer_config.json"
+_ABOUT, _VOCABULARY = "tokenizer_config.json", "tokenizer.json"
+_SPECIAL = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 # The class of fitted tokenizers, by its name in transformers before and since version 5.
 _FITTED = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -64,18 +66,16 @@ def stored_tokenizer(workdir: pathlib.Path) -> transformers.PreTrainedTokenizerB
         raise UserError(f"{folder} is not there: {workdir} is not the workdir of a run")
     try:
         about = json.loads((folder / _ABOUT).read_text())
-        fitted = about.get("tokenizer_class") in _FITTED
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder}: the run's tokenizer cannot be loaded: {error}") from error
-    if not fitted:
-        return caption_lib.load_tokenizer(str(folder))
-    # The class that AutoTokenizer would take, but for which it imports PyTorch, too.
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    if tokenizer.pad_token is None:  # transformers does without files that it cannot read
-        raise UserError(
-            f"{folder / _ABOUT}: cannot be read, or is damaged; give the same command again"
-        )
-    return tokenizer
+        if about.get("tokenizer_class") not in _FITTED:
+            return caption_lib.load_tokenizer(str(folder))
+        # Not by transformers: it imports PyTorch to do so, and takes an empty vocabulary for files
+        # that it cannot read.
+        fitted = tokenizers.Tokenizer.from_str((folder / _VOCABULARY).read_text())
+    except Exception as error:  # the Rust library raises bare Exceptions
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: the run's tokenizer cannot be loaded: {reason}") from error
+    special = {name: about[name] for name in _SPECIAL if name in about}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=fitted, **special)
 
 
 def clean_captions(config: ml_collections.ConfigDict, captions: Sequence[str]) -> list[str]:
