@@ -133,6 +133,7 @@ def with_fault(workdir, number, kind):
         # The process would wait for them as it ends; those of pools are told to end then.
         for thread in set(threading.enumerate()) - before:
             if not thread.daemon and thread not in concurrent.futures.thread._threads_queues:
+                thread._started.wait(10)  # it may be listed before
                 threading.Thread.join(thread, 10)  # Orbax's own raises what the thread did
                 assert not thread.is_alive(), f"{thread.name} goes on for ever"
     train(workdir)
