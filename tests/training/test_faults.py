@@ -1,6 +1,6 @@
 """A file operation of a run fails once: no state is lost, and one line tells.
 
-`python -m tests.support.faults` tries all operations, which takes hours.
+`python -m tests.support.faults` tries all operations, which takes long.
 """
 
 import jax
