@@ -254,6 +254,7 @@ def _report(scored: _Scored, path: pathlib.Path | None, options: argparse.Namesp
 
 def _write_page(path: pathlib.Path, scored: _Scored, measured, options: argparse.Namespace) -> None:
     try:
+        # Kept out of the module's imports: matplotlib and Jinja2 may be missing.
         from fne_jax.report.run_report import Evaluated, write_run_report
     except ImportError as error:
         _log.warning("no %s: pip install %s", path.name, error.name)
