@@ -205,11 +205,6 @@ def failing_together(what: str) -> Iterator[None]:
         raise kind(f"{what}: another process failed; its log tells why")
 
 
-def all_agree(value: bool) -> bool:
-    """Returns whether the value is true on all processes; waits for them."""
-    return not highest(not value)
-
-
 def highest(value: int) -> int:
     """Returns the largest of all processes' values; waits for them."""
     if jax.process_count() == 1:
