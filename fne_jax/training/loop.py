@@ -155,10 +155,12 @@ def _train(config, workdir, warmup_only, module):
                 phase = timeline.phase(step)
                 if step == first_step or phase is not timeline.phase(step - 1):
                     _log.info("step %d: %s", step, phase.value)
-                # Nothing but the batch is copied to the devices, which would stall every step.
-                rows = sharding.to_devices(batch, mesh)
-                with jax.transfer_guard_host_to_device("disallow"):
-                    state, scalars, negatives = compiled[phase](state, rows)
+                # The mark tells the profiler which step a program that runs later belongs to.
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    # Nothing but the batch is copied to the devices, which would stall every step.
+                    rows = sharding.to_devices(batch, mesh)
+                    with jax.transfer_guard_host_to_device("disallow"):
+                        state, scalars, negatives = compiled[phase](state, rows)
                 supervisor.after_step(state, scalars, negatives, step + 1, clock, progress)
             supervisor.finish()
         _log.info("the run is complete: %d steps", last_step)
@@ -214,11 +216,16 @@ def training_progress(config: ml_collections.ConfigDict, steps: range) -> Progre
 
 
 def profiler(profile_step: int, workdir: pathlib.Path) -> Callable[[int], None]:
-    """Returns clu's profiler, which writes for TensorBoard, or what does nothing."""
+    """Returns clu's profiler of five steps, which writes for TensorBoard, or what does nothing."""
     if not profile_step or jax.process_index() != 0:
         return lambda step: None
     from clu import periodic_actions
 
     return periodic_actions.Profile(
-        logdir=str(workdir), num_profile_steps=5, first_profile=profile_step
+        logdir=str(workdir),
+        num_profile_steps=5,
+        first_profile=profile_step,
+        # By default clu profiles three seconds at least, and again in every hour.
+        profile_duration_ms=None,
+        every_secs=None,
     )

@@ -1,6 +1,7 @@
 """Steps, resumes and devices on a tiny run: what must agree does, to the bit where it can."""
 
 import collections
+import gzip
 import json
 import logging
 import os
@@ -424,3 +425,13 @@ def test_config_survives_json(tmp_path):
     configuration.store_config(config, tmp_path)
     stored = configuration.read_config(tmp_path)
     assert configuration.flatten(stored).keys() == configuration.flatten(config).keys()
+
+
+def test_a_profile_marks_its_five_steps(tmp_path):
+    config = tiny_config(logging__profile_step=3)
+    loop.train_and_evaluate(config, tmp_path, module=LinearTowers())
+    (trace,) = tmp_path.glob("plugins/profile/*/*.trace.json.gz")
+    with gzip.open(trace) as file:
+        events = json.load(file)["traceEvents"]
+    marked = [int(e["args"]["step_num"]) for e in events if e.get("name") == "train"]
+    assert marked == [3, 4, 5, 6, 7]
