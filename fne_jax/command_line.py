@@ -52,15 +52,15 @@ def run(main: Callable[[list[str]], None]) -> None:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
     except UserError as error:
-        code, message, echo = error.exit_code, f"error: {error}", False
-    except KeyboardInterrupt:
-        code, message, echo = 128 + signal.SIGINT, "stopped; there was nothing to save", False
+        code, message, raised = error.exit_code, f"error: {error}", error
+    except KeyboardInterrupt as error:
+        code, message, raised = 128 + signal.SIGINT, "stopped; there was nothing to save", error
     except Exception as error:
         if not is_environment_failure(error):
-            common_end.end_together(EXIT_BUG, traceback.format_exc(), echo=True)
+            common_end.end_together(EXIT_BUG, traceback.format_exc().rstrip(), error)
             raise
         message = f"error: {type(error).__name__}: {error}".rstrip(": ")
-        code, echo = EXIT_ENVIRONMENT_FAILURE, True
-    common_end.end_together(code, message, echo=echo)
+        code, raised = EXIT_ENVIRONMENT_FAILURE, error
+    common_end.end_together(code, message, raised)
     print(message, file=sys.stderr)
     sys.exit(code)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fne_jax.errors import EXIT_ENVIRONMENT_FAILURE, EnvironmentFailure, UserError
+from fne_jax.errors import EnvironmentFailure, UserError
 from fne_jax.parallel import common_end
 
 HEARTBEAT_TIMEOUT_SECONDS = 100  # jax.distributed's own default
@@ -189,8 +189,8 @@ def failing_together(what: str) -> Iterator[None]:
       what: What the body does, for the message of the processes where it did not fail.
 
     Raises:
-      UserError: What the body raised here, or that it raised one on another process, with the same
-        exit code.
+      UserError: What the body raised here.
+      FailedElsewhereError: If it raised one on another process; with the same exit code.
     """
     error = None
     try:
@@ -201,8 +201,8 @@ def failing_together(what: str) -> Iterator[None]:
     if error is not None:
         raise error
     if code:
-        kind = EnvironmentFailure if code == EXIT_ENVIRONMENT_FAILURE else UserError
-        raise kind(f"{what}: another process failed; its log tells why")
+        message = f"{what}: another process failed; its log tells why"
+        raise common_end.FailedElsewhereError(message, code)
 
 
 def highest(value: int) -> int:

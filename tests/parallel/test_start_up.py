@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -84,14 +85,15 @@ class Store:
     """Stands for the client of JAX's coordinator."""
 
     def __init__(self, **values):
-        self.values = {f"{common_end._FOLDER}{k[1:]}": v for k, v in values.items()}
+        self.values = {common_end._FOLDER + key: value for key, value in values.items()}
 
     def key_value_dir_get(self, folder):
         assert folder == common_end._FOLDER
         return list(self.values.items())
 
-    def key_value_set(self, key, value, allow_overwrite):
-        assert allow_overwrite
+    def key_value_set(self, key, value, allow_overwrite=False):
+        if key in self.values and not allow_overwrite:
+            raise jax.errors.JaxRuntimeError(f"ALREADY_EXISTS: key {key} already exists.")
         self.values[key] = value
 
 
@@ -99,36 +101,93 @@ class Exited(Exception):
     pass
 
 
-@pytest.mark.parametrize(
-    ("told", "code", "said"),
-    [
-        ({}, 1, "connection closed"),
-        # The connection was closed because another had ended.
-        ({"p0": "0 ", "p2": "2 error: no seed"}, 2, "process 2: error: no seed"),
-        ({"p0": "74 process 2: error: no disk", "p2": "74 error: no disk"}, 74, "process 2: error"),
-    ],
-)
-def test_an_echo_takes_the_exit_code_of_its_cause(told, code, said, monkeypatch, capsys):
-    store = Store(**told)
-    codes = []
+@pytest.fixture
+def ending(monkeypatch, capsys):
+    """Ends process 1 of 3 by an error; returns what is then told, and its exit code and words."""
 
     def leave(number):
-        codes.append(number)
-        raise Exited
+        raise Exited(number)
+
+    def end(store, message, error):
+        monkeypatch.setattr(distributed.global_state, "client", store)
+        with pytest.raises(Exited) as exited:
+            common_end.end_together(74, message, error)
+        told = {key.rpartition("/")[2]: value for key, value in store.values.items()}
+        return told, *exited.value.args, capsys.readouterr().err
 
     monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(distributed.global_state, "client", store)
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with pytest.raises(Exited):
-        common_end.end_together(1, "connection closed", echo=True)
-    assert codes == [code]
-    assert capsys.readouterr().err.startswith(said)
-    assert store.values[f"{common_end._FOLDER}1"].startswith(f"{code} {said}")
+    return end
+
+
+CLOSED = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+WRAPPED = EnvironmentFailure("the checkpoint could not be written")
+WRAPPED.__cause__ = CLOSED
+ECHOES = [CLOSED, WRAPPED, ValueError(*CLOSED.args), ConnectionResetError(104, "reset"),
+          common_end.FailedElsewhereError("work: another process failed", 2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", ECHOES, ids=lambda error: type(error).__name__)
+def test_an_echo_waits_for_its_cause(error, ending):
+    store = Store()
+    late = threading.Timer(
+        0.3, lambda: store.key_value_set(f"{common_end._FOLDER}cause", "2 2 error: no seed\nat all")
+    )
+    late.start()
+    told, code, said = ending(store, "echo", error)
+    assert (code, said) == (2, "process 2: error: no seed\nat all\n")
+    assert told == {"cause": "2 2 error: no seed\nat all", "1": ""}
+
+
+def test_an_echo_without_a_cause_tells_of_itself(ending, monkeypatch):
+    monkeypatch.setattr(common_end, "_ECHO_SECONDS", 0.3)
+    begun = time.monotonic()
+    told, code, said = ending(Store(**{"0": ""}), "echo", CLOSED)
+    assert time.monotonic() - begun >= 0.3
+    assert (code, said) == (74, "echo\n")
+    assert told == {"0": "", "cause": "1 74 echo", "1": ""}
+
+
+def judged():
+    try:
+        raise CLOSED
+    except RuntimeError:
+        raise UserError("no disk") from None
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), ValueError("UNKNOWN"), OSError(5, "no disk"), judged], ids=str
+)
+def test_an_error_of_this_process_is_told_at_once_and_beside_an_earlier_one(error, ending):
+    if callable(error):
+        with pytest.raises(UserError) as raised:
+            error()
+        error = raised.value
+    begun = time.monotonic()
+    told, code, said = ending(Store(), "own", error)
+    assert time.monotonic() - begun < common_end._ECHO_SECONDS / 2
+    assert (code, said, told["cause"]) == (74, "own\n", "1 74 own")
+    told, code, said = ending(Store(cause="0 2 error: no seed"), "own", error)
+    assert (code, said) == (2, "own\nprocess 0: error: no seed\n")
+    assert told == {"cause": "0 2 error: no seed", "1": ""}
+    # All processes that find the same mistake say it once.
+    assert ending(Store(cause="0 2 own"), "own", error)[1:] == (2, "own\n")
+
+
+def test_a_lost_coordinator_keeps_no_process(ending):
+    class Lost(Store):
+        def key_value_dir_get(self, folder):
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection refused")
+
+        key_value_set = key_value_dir_get
+
+    _, code, said = ending(Lost(), "own", CLOSED)
+    assert (code, said) == (74, "own\n")
 
 
 def test_a_single_process_ends_by_itself(capsys):
-    common_end.end_together(2, "error: unsaid", echo=False)
+    common_end.end_together(2, "error: unsaid", UserError("unsaid"))
     assert capsys.readouterr().err == ""
 
 
@@ -156,6 +215,7 @@ def ends(failing, kind, count=3):
     ("failing", "kind", "code"),
     [
         (2, "mistake", 2),
+        pytest.param(1, "mistake", 2, marks=pytest.mark.slow),
         pytest.param(0, "disk", 74, marks=pytest.mark.slow),
         pytest.param(1, "bug", 1, marks=pytest.mark.slow),
     ],
@@ -166,13 +226,11 @@ def test_an_error_in_one_process_ends_all_with_its_exit_code(failing, kind, code
     assert codes == [code] * 3, logs
     # JAX alone would wait for a heartbeat: 100 s.
     assert time.monotonic() - begun < 80
-    assert str(joined.FAILURES[kind]) in logs[failing]
     for index, log in enumerate(logs):
-        assert ("Traceback" in log) == (kind == "bug")
-        # A process that fails because of a bug in another may tell of its own failure first.
-        if kind != "bug":
-            assert str(joined.FAILURES[kind]) in log
-            assert (f"process {failing}: " in log) == (index != failing)
+        assert log.count("Traceback") == (kind == "bug")
+        assert log.count(str(joined.FAILURES[kind])) == 1
+        told = [line for line in log.splitlines() if line.startswith("process ")]
+        assert [line.split(":")[0] for line in told] == [f"process {failing}"] * (index != failing)
 
 
 @pytest.mark.slow
