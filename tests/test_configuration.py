@@ -2,12 +2,14 @@
 
 import ast
 import collections
+import contextlib
 import functools
 import itertools
 import json
 import math
 import pathlib
 import re
+import time
 
 import hypothesis
 import hypothesis.strategies as st
@@ -200,6 +202,26 @@ def with_value(config, name, value):
 def test_a_value_that_cannot_be_is_refused_with_its_field(name, value):
     with pytest.raises(UserError, match=rf"^config.{name} is .*; expected "):
         configuration.resolve(with_value(tiny_config(), name, value))
+
+
+def test_no_number_that_is_allowed_takes_long():
+    begun, timelines, refused = time.monotonic(), 0, set()
+    for name, rule in config_rules.FIELDS.items():
+        for value in (rule.low, rule.high) if isinstance(rule, config_rules.Number) else ():
+            config = with_value(tiny_config(num_epochs=2e5), name, value)
+            with contextlib.suppress(UserError):  # it does not fit to the others
+                config, _ = configuration.resolve(config)
+            try:
+                timeline = Timeline.of(config, 10**4)
+            except UserError as error:
+                assert str(error).startswith(f"config.{name} is {float(value)}; with 10000 steps")
+                refused.add((name, value))
+                continue
+            schedule = learning_rate_schedule(config.optimizer, 10**4, timeline.total_steps)
+            assert timeline.validates(timeline.total_steps) and schedule(7) >= 0
+            timelines += 1
+    assert refused == {("num_epochs", 10**6), ("optimizer.warmup_epochs", 10**6)}
+    assert timelines > 100 and time.monotonic() - begun < 60
 
 
 def some_values(rule):

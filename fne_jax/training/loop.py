@@ -119,9 +119,7 @@ def _train(config, workdir, warmup_only, module):
             _log.info("resumed from step %d of %s", int(state.step), workdir)
         first_step = int(state.step)
         # A signal may have come before or during the validation of a step that was then saved.
-        validated = first_step not in timeline.validation_steps or checkpoints.is_validated(
-            first_step
-        )
+        validated = not timeline.validates(first_step) or checkpoints.is_validated(first_step)
         if first_step >= last_step and validated:
             _log.info("the run is complete: %d steps are done", first_step)
             return

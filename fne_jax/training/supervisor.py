@@ -83,7 +83,7 @@ class Supervisor:
         logs = done % self.config.logging.every_steps == 0
         # No mean is taken over losses of the warm-up and of what follows it.
         logs |= done in (self.timeline.warmup_end, self.timeline.total_steps)
-        validates = done in self.timeline.validation_steps
+        validates = self.timeline.validates(done)
         saves = done == self.last_step or _is_due(done, self.config.checkpoint.every_steps)
         stops = self.stop.poll() is not None
         if logs or validates or saves or stops:

@@ -231,11 +231,26 @@ def test_decay_and_factors_touch_what_they_should():
     assert (updates["text"]["bias"] == 0).all()
 
 
+def validations(plan):
+    return {step for step in range(plan.total_steps + 2) if plan.validates(step)}
+
+
+@pytest.mark.parametrize("per_epoch", [1, 2, 3, 7, 11, 12, 24, 50])
+@pytest.mark.parametrize("steps_per_epoch", [1, 4, 11, 12])
+def test_validations_are_where_counting_the_intervals_finds_them(steps_per_epoch, per_epoch):
+    for epochs in (0.3, 1.0, 3.4):
+        config = tiny_config(num_epochs=epochs, evaluation__per_epoch=per_epoch)
+        plan = Timeline.of(config, steps_per_epoch)
+        counted = {round(n * steps_per_epoch / per_epoch) for n in range(1, 1000)}
+        expected = {step for step in counted if 0 < step < plan.total_steps}
+        assert validations(plan) == expected | {plan.total_steps}
+
+
 def test_phases():
     config = tiny_config(fne__start_epoch=1.5, num_epochs=3.0, evaluation__per_epoch=2)
     plan = Timeline.of(config, 10)
     assert [plan.phase(s) for s in (0, 14, 15)] == [Phase.WARMUP_FILLING] * 2 + [Phase.FNE]
-    assert plan.validation_steps == {5, 10, 15, 20, 25, 30} and plan.total_steps == 30
+    assert validations(plan) == {5, 10, 15, 20, 25, 30} and plan.total_steps == 30
     config.warmup.objective = "hardest"  # the memory of 40 takes 3 batches of 16
     plan = Timeline.of(config, 10)
     assert [plan.phase(s) for s in (11, 12, 15)] == [Phase.WARMUP, Phase.WARMUP_FILLING, Phase.FNE]
