@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import re
 from collections.abc import Sequence
 
@@ -10,7 +9,6 @@ import numpy as np
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from fne_jax import files
 from fne_jax.errors import UserError
 
 _TO_SPACE = re.compile(r"[-/]")
@@ -93,12 +91,6 @@ def load_tokenizer(name_or_path: str) -> transformers.PreTrainedTokenizerBase:
             f"config.data.tokenizer is {name_or_path!r}, which needs a package that is not "
             f"installed: {reason}"
         ) from error
-
-
-def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: pathlib.Path) -> None:
-    """Writes the tokenizer into a folder that appears complete or not at all."""
-    with files.whole_folder(folder) as scratch:
-        tokenizer.save_pretrained(scratch)
 
 
 def tokenize(

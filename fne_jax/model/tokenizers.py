@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -10,11 +11,23 @@ import ml_collections
 import tokenizers
 import transformers
 
+from fne_jax import files
 from fne_jax.data import captions as caption_lib
 from fne_jax.errors import UserError
 
 DIRECTORY = "tokenizer"
 _ABOUT, _VOCABULARY = "tokenizer_config.json", "tokenizer.json"
+# What the files are and what ids come of them: transformers takes a file that it cannot read for
+# one that is absent, and makes another tokenizer of what is left.
+_RECORD = "record.json"
+# Words, the letters and the digits for a vocabulary of any kind, and what none may know.
+_PROBES = (
+    "two dogs run along the beach while a man in a red shirt throws a ball",
+    "a b c d e f g h i j k l m n o p q r s t u v w x y z 0 1 2 3 4 5 6 7 8 9",
+    "the quick brown fox's jumps over 42 lazy dogs, na\u00efve caf\u00e9 \u96ea",
+    "",
+)
+_PROBE_LENGTH = 64
 _SPECIAL = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 # The class of fitted tokenizers, by its name in transformers before and since version 5.
 _FITTED = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -51,31 +64,104 @@ def run_tokenizer(
 
 def store_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, workdir: pathlib.Path) -> None:
     """Keeps a run's tokenizer in its workdir, unless one is there."""
-    if not (workdir / DIRECTORY).is_dir():
-        caption_lib.save_tokenizer(tokenizer, workdir / DIRECTORY)
+    if (workdir / DIRECTORY).is_dir():
+        return
+    with files.whole_folder(workdir / DIRECTORY) as scratch:
+        tokenizer.save_pretrained(scratch)
+        record = {
+            "transformers": transformers.__version__,
+            "sha256": {path.name: _digest(path) for path in sorted(scratch.iterdir())},
+            "ids": _probed(tokenizer, _PROBES),
+            "size": len(tokenizer),
+        }
+        files.write_atomically(scratch / _RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def stored_tokenizer(workdir: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
     """Returns the tokenizer that a workdir holds.
 
+    A workdir from before there was a record of its tokenizer is read without what that would check.
+
     Raises:
-      UserError: if there is none.
+      UserError: If there is none, its files are not those that were written, or it gives other ids
+        than it did then.
     """
     folder = workdir / DIRECTORY
     if not folder.is_dir():
         raise UserError(f"{folder} is not there: {workdir} is not the workdir of a run")
+    record = _checked_record(folder)
     try:
-        about = json.loads((folder / _ABOUT).read_text())
-        if about.get("tokenizer_class") not in _FITTED:
-            return caption_lib.load_tokenizer(str(folder))
-        # Not by transformers: it imports PyTorch to do so, and takes an empty vocabulary for files
-        # that it cannot read.
-        fitted = tokenizers.Tokenizer.from_str((folder / _VOCABULARY).read_text())
+        tokenizer = _loaded(folder)
+        same = record is None or (
+            record["size"] == len(tokenizer)
+            and record["ids"] == _probed(tokenizer, list(record["ids"]))
+        )
     except Exception as error:  # the Rust library raises bare Exceptions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: the run's tokenizer cannot be loaded: {reason}") from error
+        raise UserError(
+            f"{folder}: the run's tokenizer cannot be loaded: {_first_line(error)}"
+        ) from error
+    if not same:
+        raise UserError(
+            f"{folder}: the tokenizer gives other ids than when the run began, with transformers "
+            f"{record['transformers']} (here {transformers.__version__}), though its files are the "
+            "same; try again, or with that version"
+        )
+    return tokenizer
+
+
+def _checked_record(folder):
+    """Returns what `store_tokenizer` recorded after checking the files, or None without a record.
+
+    Raises:
+      UserError: If a file is not what it was.
+    """
+    path = folder / _RECORD
+    restore = "restore it from a copy of the workdir"
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {_first_line(error)}; {restore}") from error
+    try:
+        record = json.loads(text)
+        digests = dict(record["sha256"])
+        dict(record["ids"]), record["size"], record["transformers"]  # are there
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is damaged ({_first_line(error)}); {restore}") from error
+    for name, digest in digests.items():
+        try:
+            found = _digest(folder / name)
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}; {restore}") from error
+        if found != digest:
+            raise UserError(
+                f"{folder / name}: is damaged, or was changed since the run began; {restore}"
+            )
+    return record
+
+
+def _loaded(folder):
+    about = json.loads((folder / _ABOUT).read_text())
+    if about.get("tokenizer_class") not in _FITTED:
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    # Not by transformers: it imports PyTorch to do so.
+    fitted = tokenizers.Tokenizer.from_str((folder / _VOCABULARY).read_text())
     special = {name: about[name] for name in _SPECIAL if name in about}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=fitted, **special)
+
+
+def _probed(tokenizer, texts):
+    ids, _ = caption_lib.tokenize(tokenizer, texts, _PROBE_LENGTH)
+    return dict(zip(texts, ids.tolist(), strict=True))
+
+
+def _digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def clean_captions(config: ml_collections.ConfigDict, captions: Sequence[str]) -> list[str]:

@@ -32,7 +32,7 @@ def config_path(golden, tmp_path_factory):
     """A config of the golden run's encoders, with a tokenizer whose ids they know."""
     folder = tmp_path_factory.mktemp("reference")
     train = load_split(tiny_config().data, 8, "train")
-    captions.save_tokenizer(captions.fit_tokenizer(train.captions, 50), folder / "tokenizer")
+    captions.fit_tokenizer(train.captions, 50).save_pretrained(folder / "tokenizer")
     trajectory = golden / "trajectory"
     (folder / "config.py").write_text(
         "from tests.support.tiny import tiny_config\n\n"

@@ -70,7 +70,7 @@ def test_long_captions_are_cut():
 
 def test_saved_tokenizer_gives_the_same_ids(tmp_path):
     tokenizer = captions.fit_tokenizer(TEXTS, 80)
-    captions.save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
     loaded = captions.load_tokenizer(str(tmp_path / "tokenizer"))
     for ours, theirs in zip(
         captions.tokenize(tokenizer, TEXTS, 12), captions.tokenize(loaded, TEXTS, 12), strict=True

@@ -40,7 +40,7 @@ def tokenizer_folder(tmp_path_factory):
     tokenizer = captions.fit_tokenizer(train.captions, 50)
     assert len(tokenizer) <= 50
     folder = tmp_path_factory.mktemp("tokenizers") / "fitted"
-    captions.save_tokenizer(tokenizer, folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -10,6 +10,7 @@ import jax
 import pytest
 from jax._src import distributed
 
+from fne_jax.data.captions import fit_tokenizer
 from fne_jax.errors import EnvironmentFailure, UserError
 from fne_jax.parallel import common_end, processes
 from fne_jax.training import workdir
@@ -45,13 +46,9 @@ def writes():
     _listening[0] = False
 
 
-class StoredTokenizer:
-    def save_pretrained(self, folder):
-        (folder / "tokenizer.json").write_text("{}")
-
-
 def test_only_process_0_writes_into_the_workdir(tmp_path, writes, monkeypatch):
-    files = RunFiles(tiny_config(), {"image": {"model_type": "vit"}}, StoredTokenizer(), {})
+    tokenizer = fit_tokenizer(["a red circle"], 100)
+    files = RunFiles(tiny_config(), {"image": {"model_type": "vit"}}, tokenizer, {})
 
     def start(folder):
         with workdir.held(folder):

@@ -1,0 +1,137 @@
+"""A run's tokenizer gives the ids that it gave when the run began, or an error."""
+
+import io
+import json
+import shutil
+
+import pytest
+import sentencepiece
+import tokenizers as rust
+import transformers
+
+from fne_jax.data import captions
+from fne_jax.errors import UserError
+from fne_jax.model import tokenizers
+
+TEXTS = ["a red circle left of a square", "two small blue stars", "an unknown \u00fcber-7", ""]
+KINDS = ["bert", "clip", "siglip", "fitted"]
+SETTINGS = {"tokenizer_config.json", "special_tokens_map.json"}
+
+
+def write_bert(folder):
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TEXTS[0].split()[:-2], "square", "##s"]
+    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    return {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+
+
+def write_clip(folder):
+    letters = sorted(rust.pre_tokenizers.ByteLevel.alphabet())
+    merges = ["r e", "re d</w>", "b l", "bl u", "blu e</w>", "s q"]
+    made = [merge.replace(" ", "") for merge in merges]
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    pieces = [*letters, *(letter + "</w>" for letter in letters), *made, start, end]
+    (folder / "vocab.json").write_text(json.dumps({p: n for n, p in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    return {"tokenizer_class": "CLIPTokenizer", **special}
+
+
+def write_siglip(folder):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[:3]), model_writer=model, vocab_size=60,
+        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    special = {"pad_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return {"tokenizer_class": "SiglipTokenizer", "model_input_names": ["input_ids"], **special}
+
+
+def ids_of(tokenizer):
+    return captions.tokenize(tokenizer, TEXTS, 16)[0].tolist()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request, tmp_path_factory):
+    """The workdir of a run with a tokenizer of some kind, and the ids that this gives."""
+    source, workdir = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("run")
+    if request.param == "fitted":
+        tokenizer = captions.fit_tokenizer(TEXTS, 100)
+    else:
+        about = {"bert": write_bert, "clip": write_clip, "siglip": write_siglip}[request.param]
+        (source / "tokenizer_config.json").write_text(json.dumps(about(source)))
+        (source / "config.json").write_text(json.dumps({"model_type": request.param}))
+        tokenizer = captions.load_tokenizer(str(source))
+    tokenizers.store_tokenizer(tokenizer, workdir)
+    ids = ids_of(tokenizer)
+    assert len({tuple(row) for row in ids}) == len(TEXTS)
+    return workdir, ids
+
+
+def flipped(content):
+    at = len(content) // 2
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+DAMAGES = {
+    "gone": None,
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "zeros": lambda content: bytes(len(content)),
+    "object": lambda content: b"{}",
+    "list": lambda content: b"[]",
+    "flipped": flipped,
+}
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_a_stored_tokenizer_gives_the_same_ids(run, copied):
+    assert ids_of(tokenizers.stored_tokenizer(run[0])) == run[1]
+    # A run from before there was a record.
+    (copied / "tokenizer" / "record.json").unlink()
+    assert ids_of(tokenizers.stored_tokenizer(copied)) == run[1]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "folder"])
+def test_a_damaged_file_of_a_tokenizer_is_named(run, copied, damage):
+    names = sorted(path.name for path in (run[0] / "tokenizer").iterdir())
+    assert len(names) >= 3
+    for name in names:
+        path = copied / "tokenizer" / name
+        content = path.read_bytes()
+        path.unlink()
+        if damage == "folder":  # what cannot be read, to root as well
+            path.mkdir()
+        elif DAMAGES[damage] is not None:
+            path.write_bytes(DAMAGES[damage](content))
+        if (name, damage) == ("record.json", "gone"):
+            assert ids_of(tokenizers.stored_tokenizer(copied)) == run[1]
+        else:
+            with pytest.raises(UserError) as error:
+                tokenizers.stored_tokenizer(copied)
+            assert str(path) in str(error.value) and "\n" not in str(error.value)
+            assert "restore it from a copy" in str(error.value)
+        if damage == "folder":
+            path.rmdir()
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("run", ["bert", "clip", "siglip"], indirect=True)
+def test_a_file_that_transformers_alone_does_not_see_is_told(run, copied, monkeypatch):
+    read = transformers.AutoTokenizer.from_pretrained
+    folder = copied / "tokenizer"
+    (vocabulary,) = {path.name for path in folder.iterdir()} - {"record.json", *SETTINGS}
+    (folder / vocabulary).unlink()
+
+    def read_without(_, **options):
+        return read(str(folder), **options)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", read_without)
+    message = "other ids than when the run began, with transformers |tokenizer cannot be loaded: "
+    with pytest.raises(UserError, match=message):
+        tokenizers.stored_tokenizer(run[0])
