@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -250,18 +251,41 @@ def _fingerprint(leaf, number):
 
 
 def _read_item(manager, step, where, **item):
-    try:
-        return manager.restore(step, args=ocp.args.Composite(**item))
-    except jax.errors.JaxRuntimeError:  # too little memory on a device, say
-        raise
-    except Exception as error:  # Orbax raises bare Exceptions for arrays that it cannot read
-        if is_damage(error):
-            raise DamagedCheckpoint(f"{where} is damaged: {_reason(error)}") from error
-        kind = UserError if isinstance(error, PermissionError) else EnvironmentFailure
-        raise kind(
-            f"{where} could not be read: {_reason(error)}; nothing was changed. Give the same "
-            "command again, or move that folder away to do without it."
-        ) from error
+    error = None
+    for again in (True, False):
+        try:
+            return manager.restore(step, args=ocp.args.Composite(**item))
+        except jax.errors.JaxRuntimeError:  # too little memory on a device, say
+            raise
+        except Exception as raised:  # Orbax raises bare Exceptions for arrays that it cannot read
+            error = raised
+        if not is_damage(error) or not again:
+            break
+        # Orbax takes a file for missing if the storage fails when asked whether it is there.
+        try:
+            _open_all(manager.directory / str(step))
+        except OSError as failed:
+            error = failed
+            break
+        _log.warning("%s seems to be damaged: %s; it is read again", where, _reason(error))
+    if is_damage(error):
+        raise DamagedCheckpoint(f"{where} is damaged: {_reason(error)}") from error
+    kind = UserError if isinstance(error, PermissionError) else EnvironmentFailure
+    raise kind(
+        f"{where} could not be read: {_reason(error)}; nothing was changed. Give the same "
+        "command again, or move that folder away to do without it."
+    ) from error
+
+
+def _open_all(folder):
+    """Raises OSError if a folder cannot be listed or a file in it not be opened."""
+
+    def refuse(error):
+        raise error
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        for name in names:
+            open(os.path.join(parent, name), "rb").close()
 
 
 def is_damage(error: BaseException) -> bool:

@@ -193,9 +193,9 @@ class Checkpoints:
         if not damaged:
             return
         if len(damaged) == len(checkpoints.stored_steps(self._workdir)):
-            reasons = "".join(f"\n  {reason}" for reason in damaged.values())
+            reasons = "; ".join(map(str, damaged.values()))
             raise UserError(
-                f"{self.folder}: no checkpoint is undamaged:{reasons}\nNothing was changed. "
+                f"{self.folder}: no checkpoint is undamaged: {reasons}; nothing was changed. "
                 "Restore the folder from a copy, or move it away to begin the run anew."
             )
         folder = self.folder.with_name(DAMAGED_DIRECTORY)

@@ -4,44 +4,66 @@ python -m tests.support.faults --workdir=DIR [--every=N] [--kill]
 
 An operation is a call of the operating system, as Python makes it, on a path in the run's folder:
 in our code, in Orbax's and in the libraries between, in any thread (TensorStore's own, in C++, are
-out of reach). A new run and one that resumes count them; then a run for each makes it fail, with
+out of reach). A new run and one that resumes list them; then a run for each makes it fail, with
 EIO, EACCES, ENOSPC and, where a file is opened to be written, with a disk that is full once the
-content comes. The run must go on to its end, or stop with one line; the same command must then end
-as a run never touched, to the bit. `--kill` ends the process at each operation instead. Exits with
-1 if a state was lost.
+content comes. The run must go on to its end, or stop with one line that speaks of no damage, and
+with the exit code of a failed machine unless it is EACCES; the same command must then end as a run
+never touched, to the bit, and nothing be set aside. `--kill` ends the process at each operation
+instead. DIR/results.tsv has a line for each; given again, the command goes on behind the last.
+Exits with 1 if a state was lost.
 """
 
 import argparse
 import builtins
+import collections
 import concurrent.futures
+import contextlib
 import errno
 import io
 import itertools
+import logging
+import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
+import typing
 
+import jax
 import pytest
 
-from fne_jax.errors import UserError
+from fne_jax.errors import EXIT_ENVIRONMENT_FAILURE, UserError
+from fne_jax.parallel import sharding
 from fne_jax.training import loop
+from fne_jax.training.checkpointing import DAMAGED_DIRECTORY
 from tests import compiled_once
-from tests.support import TOP, soak_kill
+from tests.support import soak_kill
 from tests.support.tiny import LinearTowers, tiny_config
+from tests.support.xla_flags import xla_flags
 
 FULL = "full disk"
 KILL = "kill"
-KINDS = (errno.EIO, errno.EACCES, errno.ENOSPC, FULL)
+ERRORS = {"EIO": errno.EIO, "EACCES": errno.EACCES, "ENOSPC": errno.ENOSPC}
+KINDS = (*ERRORS, FULL)
 _CALLS = {
-    os: ("listdir", "mkdir", "open", "remove", "rename", "replace", "rmdir", "scandir", "stat",
-         "unlink", "utime"),
+    os: ("listdir", "lstat", "mkdir", "open", "remove", "rename", "replace", "rmdir", "scandir",
+         "stat", "truncate", "unlink", "utime"),
     io: ("open",),
     builtins: ("open",),
 }  # fmt: skip
+_RANDOM = re.compile(r"[0-9a-f]{8}(?=\.incomplete)")  # in the names of fne_jax.files
+
+
+class Operation(typing.NamedTuple):
+    """A call on a file, found again in another run whatever other threads do meanwhile."""
+
+    call: str
+    path: str  # in the folder
+    writes: bool  # opens a file to write its content
+    before: int  # equal calls before it
 
 
 class Operations:
@@ -49,17 +71,18 @@ class Operations:
 
     Args:
       folder: The folder.
-      failing: The number of the operation that fails, from 0; None for none.
-      kind: How it fails: an errno, `FULL` or `KILL`.
+      failing: The operation that fails; None for none.
+      kind: How it fails: one of `KINDS`, or `KILL`.
 
     Attributes:
-      calls: The operations so far, as (name of the call, path in the folder, whether it writes).
+      done: The operations so far.
     """
 
-    def __init__(self, folder, failing=None, kind=errno.EIO):
+    def __init__(self, folder, failing=None, kind=None):
         self._folder, self._failing, self._kind = str(folder), failing, kind
         self._lock, self._patch = threading.Lock(), pytest.MonkeyPatch()
-        self.calls = []
+        self._counts = collections.Counter()
+        self.done = []
 
     def __enter__(self):
         for module, names in _CALLS.items():
@@ -72,40 +95,63 @@ class Operations:
 
     def _watched(self, name, call):
         def watched(*arguments, **keywords):
-            paths = [str(a) for a in arguments[:2] if isinstance(a, str | os.PathLike)]
+            paths = _paths(arguments, keywords)
             if not any(path.startswith(self._folder) for path in paths):
                 return call(*arguments, **keywords)
-            writes = name == "open" and len(paths) > 1 and not paths[1].startswith("r")
+            mode = arguments[1] if len(arguments) > 1 else keywords.get("mode", "r")
+            writes = name == "open" and isinstance(mode, str) and not mode.startswith("r")
+            path = _RANDOM.sub("*", paths[0].removeprefix(self._folder))
             with self._lock:
-                number = len(self.calls)
-                self.calls.append((name, paths[0].removeprefix(self._folder), writes))
-            if number != self._failing:
+                operation = Operation(name, path, writes, self._counts[name, path, writes])
+                self._counts[name, path, writes] += 1
+                self.done.append(operation)
+            if operation != self._failing:
                 return call(*arguments, **keywords)
             if self._kind == KILL:
                 os.kill(os.getpid(), signal.SIGKILL)
             if self._kind != FULL:
-                raise OSError(self._kind, os.strerror(self._kind), paths[0])
-            return call("/dev/full", *arguments[1:], **keywords) if writes else call(*arguments)
+                number = ERRORS[self._kind]
+                raise OSError(number, os.strerror(number), paths[0])
+            return call("/dev/full", *arguments[1:], **keywords)
 
         return watched
 
 
-def config():
-    return tiny_config(num_epochs=0.45, checkpoint__every_steps=1, logging__every_steps=1)
+def _paths(arguments, keywords):
+    """Returns the paths that a call names, also by the descriptors of files and folders."""
+    folder = keywords.get("dir_fd")
+    paths = []
+    for argument in arguments[:2]:
+        if isinstance(argument, int) and not paths:
+            paths.append(os.readlink(f"/proc/self/fd/{argument}"))
+        elif isinstance(argument, str | os.PathLike):
+            within = "" if folder is None else os.readlink(f"/proc/self/fd/{folder}")
+            paths.append(os.path.join(within, str(argument)))
+    return paths
+
+
+@contextlib.contextmanager
+def one_device():
+    """Lets runs use the first device alone: on more of them, sums have another order."""
+    mesh = sharding.create_mesh(devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "create_mesh", lambda *sizes: mesh)
+        yield
 
 
 def train(workdir):
     """Trains three steps, each of them saved, without TensorBoard, which is slow to import."""
+    config = tiny_config(num_epochs=0.45, checkpoint__every_steps=1, logging__every_steps=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "clu", None)
-        loop.train_and_evaluate(config(), workdir, module=LinearTowers())
+        loop.train_and_evaluate(config, workdir, module=LinearTowers())
 
 
-def counted(workdir):
+def operations_of(workdir):
     """Returns the file operations of a run that nothing disturbs."""
     with Operations(workdir) as operations:
         train(workdir)
-    return operations.calls
+    return operations.done
 
 
 def begun(workdir, untouched):
@@ -115,70 +161,110 @@ def begun(workdir, untouched):
     return workdir
 
 
-def with_fault(workdir, number, kind):
-    """Trains with a fault, and again without one.
+class Starts:
+    """The untouched run in a folder, made if it is not there, and the ways to begin one.
 
-    Returns:
-      What the first run said as it stopped, or None if it went on to its end.
+    Attributes:
+      untouched: The folder of the run that nothing disturbed.
+      operations: Those of a `new` run and of one that is `resumed`.
+    """
+
+    def __init__(self, folder):
+        self._folder, self.untouched = folder, folder / "untouched"
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.untouched)
+        self.operations = {"new": operations_of(self.untouched)}
+        with self.folder_of("resumed") as workdir:
+            self.operations["resumed"] = operations_of(workdir)
+
+    @contextlib.contextmanager
+    def folder_of(self, start):
+        """Yields the folder of a run to be begun so; it is kept after an error."""
+        workdir = self._folder / "run"
+        shutil.rmtree(workdir, ignore_errors=True)
+        if start == "resumed":
+            begun(workdir, self.untouched)
+        yield workdir
+        shutil.rmtree(workdir)
+
+    def faults(self, every=1, kinds=KINDS):
+        """Yields start, operation and kind of the faults to be tried: every so many of all."""
+        possible = (
+            (start, operation, kind)
+            for start, operations in self.operations.items()
+            for operation in operations
+            for kind in kinds
+            if kind != FULL or operation.writes
+        )
+        return itertools.islice(possible, 0, None, every)
+
+    def outcome(self, start, operation, kind):
+        """Returns what became of a run with a fault: `went on`, `killed`, `not met` or a message.
+
+        Raises:
+          AssertionError: If the run, or the one after it, did not what it should.
+        """
+        with self.folder_of(start) as workdir:
+            if kind == KILL:
+                outcome = "killed" if killed(workdir, operation) else "not met"
+            else:
+                outcome = with_fault(workdir, operation, kind)
+            train(workdir)
+            different = soak_kill.differences(workdir, self.untouched)
+            left = [p.name for p in workdir.rglob("*") if "tmp" in p.name or "incompl" in p.name]
+            assert different + left == [], f"after {outcome!r}"
+            assert not (workdir / DAMAGED_DIRECTORY).exists(), f"set aside after {outcome!r}"
+        return outcome
+
+
+def with_fault(workdir, operation, kind):
+    """Returns what a run with a fault said as it stopped, `went on`, or `not met`.
 
     Raises:
-      Exception: Whatever else than a UserError the first run, or anything the second, raised.
+      AssertionError: If it said it in several lines, called it damage, or has a wrong exit code.
+      Exception: Whatever else than a UserError the run raised.
     """
-    before, said = set(threading.enumerate()), None
-    with Operations(workdir, number, kind):
+    before, said = set(threading.enumerate()), "went on"
+    with Operations(workdir, operation, kind) as operations:
         try:
             train(workdir)
         except UserError as error:
             said = str(error)
+            assert "\n" not in said and "damage" not in said, said
+            machine = error.exit_code == EXIT_ENVIRONMENT_FAILURE
+            assert machine or kind == "EACCES", f"exit code {error.exit_code}: {said}"
         # The process would wait for them as it ends; those of pools are told to end then.
         for thread in set(threading.enumerate()) - before:
             if not thread.daemon and thread not in concurrent.futures.thread._threads_queues:
                 thread._started.wait(10)  # it may be listed before
                 threading.Thread.join(thread, 10)  # Orbax's own raises what the thread did
                 assert not thread.is_alive(), f"{thread.name} goes on for ever"
-    train(workdir)
-    return said
+    return said if operation in operations.done else "not met"
 
 
-def killed(workdir, number):
-    """Trains in a process of its own that is killed at an operation; returns whether it was."""
-    code = (
-        "import sys; from tests.support import faults\n"
-        "with faults.Operations(sys.argv[1], int(sys.argv[2]), faults.KILL):\n"
-        "    faults.train(__import__('pathlib').Path(sys.argv[1]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(workdir), str(number)],
-        cwd=TOP, env=os.environ | soak_kill.cached(workdir.parent / "xla"), capture_output=True,
-    )  # fmt: skip
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()
-    return done.returncode != 0
+def killed(workdir, operation):
+    """Trains in a process of its own that is killed at an operation; returns whether it was.
+
+    It comes of a server that has imported everything and uses neither JAX's devices nor threads,
+    and has the flags of this process: with others, programs round in another way.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__spec__.name])
+    process = context.Process(target=_train_killed, args=(workdir, operation))
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), f"exit code {process.exitcode}"
+    return process.exitcode != 0
 
 
-def faults_of(calls, every=1, kinds=KINDS):
-    """Yields the number and the kind of the faults to be tried: every so many of all."""
-    possible = (
-        (number, kind)
-        for number, (_, _, writes) in enumerate(calls)
-        for kind in kinds
-        if kind != FULL or writes
-    )
-    return itertools.islice(possible, 0, None, every)
-
-
-def lost(workdir, untouched):
-    """Returns what differs from the untouched run, and what should not be there."""
-    scratch = [p.name for p in workdir.rglob("*") if "tmp" in p.name or "incomplete" in p.name]
-    return soak_kill.differences(workdir, untouched) + scratch
-
-
-def tried(workdir, number, kind):
-    """Returns what `with_fault`, or `killed` and another run, make of a run's folder."""
-    if kind != KILL:
-        return with_fault(workdir, number, kind)
-    said = "killed" if killed(workdir, number) else None
-    train(workdir)
-    return said
+def _train_killed(workdir, operation):
+    # Safe for programs of one CPU device (compile_cache.py).
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", str(workdir.with_name("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    logging.disable()
+    with one_device(), Operations(workdir, operation, KILL):
+        train(workdir)
 
 
 def main():
@@ -187,32 +273,39 @@ def main():
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--kill", action="store_true")
     options = parser.parse_args()
+    # The server of `killed` imports this module a second time, which Python warns of.
+    warnings = {"PYTHONWARNINGS": "ignore::RuntimeWarning"}
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(1)} | warnings
     compiled_once.install()
-    kinds = (KILL,) if options.kill else KINDS
-    untouched = options.workdir / "untouched"
-    calls = {"new": counted(untouched)}
-    calls["resumed"] = counted(begun(options.workdir / "counted", untouched))
-    count = stopped = bad = 0
-    for start, of_start in calls.items():
-        for number, kind in faults_of(of_start, options.every, kinds):
-            workdir = options.workdir / f"{start}-{number}-{kind}".replace(" ", "-")
-            if start == "resumed":
-                begun(workdir, untouched)
-            try:
-                said = tried(workdir, number, kind)
-                different = lost(workdir, untouched)
-            except Exception as error:
-                said, different = None, [f"{type(error).__name__}: {error}"]
-            count, stopped, bad = count + 1, stopped + (said is not None), bad + bool(different)
-            name, path, _ = of_start[number]
-            print(start, number, name, path, kind, said, different or "", sep="\t", flush=True)
-            if not different:
-                shutil.rmtree(workdir)
-    print(
-        f"{sum(map(len, calls.values()))} operations, {count} faults: {count - stopped} runs went "
-        f"on, {stopped} stopped; states lost or other errors: {bad}"
-    )
-    sys.exit(bool(bad))
+    logging.disable()
+    starts = Starts(options.workdir)
+    results = options.workdir / "results.tsv"
+    results.touch()
+    tried = [line.split("\t") for line in results.read_text().splitlines()]
+    for fault in starts.faults(options.every, (KILL,) if options.kill else KINDS):
+        start, operation, kind = fault
+        names = [start, kind, *map(str, operation)]
+        if names in [line[:-2] for line in tried]:
+            continue
+        try:
+            result = ["good", starts.outcome(*fault)]
+        except Exception as error:
+            result = ["BAD", repr(error)]
+        tried.append(names + result)
+        with results.open("a") as stream:
+            print(*tried[-1], sep="\t", file=stream)
+    for count in counts(tried):
+        print(*count, sep="\t")
+    sys.exit(any(line[-2] == "BAD" for line in tried))
+
+
+def counts(tried):
+    """Yields a line for each kind of fault: how often it ended how."""
+    outcomes = collections.Counter()
+    for _, kind, *_, judged, outcome in tried:
+        known = outcome in ("went on", "killed", "not met")
+        outcomes[kind, judged, outcome if known else "stopped"] += 1
+    yield from ((*key, count) for key, count in sorted(outcomes.items()))
 
 
 if __name__ == "__main__":

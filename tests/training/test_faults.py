@@ -1,45 +1,102 @@
-"""A file operation of a run fails once: no state is lost, and one line tells.
+"""A file operation of a run fails once, or the process is killed there: no state is lost.
 
-`python -m tests.support.faults` tries all operations, which takes long.
+`python -m tests.support.faults` tries all operations, which takes an hour.
 """
 
-import jax
+import builtins
+import errno
+import io
+import os
+import pathlib
+
 import pytest
 
-from fne_jax.parallel import sharding
+from fne_jax.errors import UserError
+from fne_jax.model.model import restore_model
 from tests.support import faults
+from tests.support.runs import content_of
+from tests.support.tiny import LinearTowers
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_device():
-    mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "create_mesh", lambda *sizes: mesh)
+    with faults.one_device():
         yield
 
 
 @pytest.fixture(scope="module")
 def starts(tmp_path_factory, one_device):
-    """The untouched run, and the file operations of a new run and of one that resumes."""
-    folder = tmp_path_factory.mktemp("faults")
-    untouched = folder / "untouched"
-    calls = {"new": faults.counted(untouched)}
-    calls["resumed"] = faults.counted(faults.begun(folder / "counted", untouched))
-    return untouched, calls
+    return faults.Starts(tmp_path_factory.mktemp("faults"))
 
 
-def check(folder, untouched, start, number, kind):
-    workdir = folder / f"{start}-{number}-{kind}".replace(" ", "-")
-    if start == "resumed":
-        faults.begun(workdir, untouched)
-    said = faults.tried(workdir, number, kind)
-    assert said is None or "\n" not in said
-    assert faults.lost(workdir, untouched) == []
+def every(starts, count, kinds=faults.KINDS):
+    """Returns so many faults of one kind or more, equally far from each other."""
+    possible = list(starts.faults(kinds=kinds))
+    return possible[:: -(-len(possible) // count)]
 
 
-@pytest.mark.parametrize("start", ["new", "resumed"])
-def test_some_faults_lose_nothing(tmp_path, starts, start):
-    untouched, calls = starts
-    assert len(calls[start]) > 50
-    for number, kind in faults.faults_of(calls[start], every=len(calls[start]) // 2):
-        check(tmp_path, untouched, start, number, kind)
+def test_the_operations_are_those_of_a_run(starts):
+    new, resumed = starts.operations["new"], starts.operations["resumed"]
+    assert len(new) > len(resumed) > 100
+    paths = {operation.path for operation in new if operation.writes}
+    assert {"/metrics.jsonl", "/config.json.*.incomplete"} <= paths
+    assert any(o.call == "unlink" and o.path.startswith("/checkpoints/1/") for o in new)
+    assert ("open", "/checkpoints/2/position/metadata") in [o[:2] for o in resumed]
+
+
+def test_some_faults_lose_nothing(starts):
+    outcomes = [starts.outcome(*fault) for fault in every(starts, 5)]
+    assert outcomes != ["not met"] * len(outcomes)
+
+
+@pytest.mark.slow
+def test_more_faults_lose_nothing(starts):
+    outcomes = [starts.outcome(*fault) for fault in every(starts, 30)]
+    assert len(set(outcomes) - {"went on", "not met"}) > 5
+
+
+@pytest.mark.slow
+def test_some_kills_lose_nothing(starts):
+    outcomes = [starts.outcome(*fault) for fault in every(starts, 10, [faults.KILL])]
+    assert outcomes.count("killed") > 5
+
+
+def refusing(call, below, number):
+    """Returns the call, failing with an errno on a path and all below."""
+
+    def refusing_call(path, *arguments, **keywords):
+        if isinstance(path, str | os.PathLike) and pathlib.Path(path).is_relative_to(below):
+            raise OSError(number, os.strerror(number), str(path))
+        return call(path, *arguments, **keywords)
+
+    return refusing_call
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EIO, 74), (errno.EACCES, 2)])
+def test_a_folder_that_the_storage_refuses_is_not_told_as_damage(
+    starts, monkeypatch, number, code
+):
+    with starts.folder_of("resumed") as workdir:
+        before, refused = content_of(workdir), workdir / "checkpoints" / "2" / "state"
+        for module, name in ((os, "stat"), (os, "scandir"), (io, "open"), (builtins, "open")):
+            call = refusing(getattr(module, name), refused, number)
+            monkeypatch.setattr(module, name, call)
+        with pytest.raises(UserError) as raised:
+            faults.train(workdir)
+        monkeypatch.undo()
+        assert raised.value.exit_code == code
+        message = str(raised.value)
+        assert "damage" not in message and "\n" not in message
+        assert f"{os.strerror(number)}: '{refused}'; nothing was changed" in message
+        assert content_of(workdir) == before
+
+
+def test_a_folder_that_seems_to_be_missing_once_is_found(starts):
+    workdir, towers = starts.untouched, LinearTowers()
+    with faults.Operations(workdir) as operations:
+        restore_model(workdir, "latest", module=towers)
+    asked = [o for o in operations.done if o[:2] == ("stat", "/checkpoints/3/state")]
+    for operation in asked:
+        with faults.Operations(workdir, operation, "EIO"):
+            assert restore_model(workdir, "latest", module=towers)
+    assert len(asked) > 1
