@@ -20,7 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fne_jax.errors import EnvironmentFailure, UserError
+from fne_jax.errors import (
+    EXIT_ENVIRONMENT_FAILURE,
+    EXIT_USER_ERROR,
+    EnvironmentFailure,
+    UserError,
+)
 from fne_jax.parallel import processes
 
 DIRECTORY = "checkpoints"
@@ -53,6 +58,7 @@ _STORAGE_FAILED = (
     "UNAVAILABLE",
     "UNKNOWN",
 )
+_DAMAGED = 1  # of what processes agree on, where other errors have their exit codes
 _HOST_PART = 2**20  # elements whose checksum the host computes at once
 _log = logging.getLogger(__name__)
 
@@ -162,14 +168,14 @@ def read(
     except Exception as error:
         fault = error
     # What follows is computed by all processes together, or by none.
-    kinds = (type(None), DamagedCheckpoint, Exception)
-    worst = kinds[processes.highest(next(n for n, k in enumerate(kinds) if isinstance(fault, k)))]
-    if fault is not None and isinstance(fault, worst):
+    worst = processes.highest(_severity(fault))
+    if fault is not None and _severity(fault) == worst:
         raise fault
-    if worst is DamagedCheckpoint:
+    if worst == _DAMAGED:
         raise DamagedCheckpoint(f"{where} is damaged; the log of another process tells why")
-    if worst is Exception:
-        raise UserError(f"{where} was not read; the log of another process tells why")
+    if worst:
+        kind = EnvironmentFailure if worst == EXIT_ENVIRONMENT_FAILURE else UserError
+        raise kind(f"{where} was not read; the log of another process tells why")
     if position["layout"] < LAYOUT:
         _log.warning("%s has an older layout: its arrays are not verified", where)
         return fields, position
@@ -180,6 +186,15 @@ def read(
                 f"{where} is damaged: the arrays of {name!r} are not those that were saved"
             )
     return fields, position
+
+
+def _severity(error):
+    """Returns 0 without an error, 1 for damage, else an exit code, which is higher."""
+    if isinstance(error, DamagedCheckpoint):
+        return _DAMAGED
+    if isinstance(error, UserError):
+        return error.exit_code
+    return 0 if error is None else EXIT_USER_ERROR
 
 
 def _read_here(manager, step, like, where):

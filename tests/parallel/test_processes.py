@@ -15,7 +15,7 @@ from fne_jax.training import loop
 from fne_jax.training.metric_log import read_metrics
 from tests.support import soak_kill, tiny_train
 from tests.support.run_of_processes import ends_of, start_all
-from tests.support.runs import stored_state
+from tests.support.runs import content_of, stored_state
 from tests.support.tiny import LinearTowers
 
 # Parameters move by 1e-3 and more; by what the order of sums changes, they differ by 1e-7.
@@ -163,4 +163,31 @@ def test_two_processes_resumed_as_more_follow_one(broken_run, single_run, tmp_pa
     codes, logs = ends_of(start_all(workdir, count, devices, "jobset"))
     assert codes == [0] * count, logs
     assert "resumed from step" in logs[0]
+    assert_follows(workdir, single_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_error_of_reading_in_one_process_ends_both_and_changes_nothing(
+    single_run, tmp_path, index
+):
+    workdir = shutil.copytree(single_run, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "14")
+    for path in workdir.glob("negatives.*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:13]))
+    before = content_of(workdir / "checkpoints")
+    unread = "/checkpoints/13/position/metadata"
+    started = start_all(workdir, 2, 4, "flags", arguments=[f"--unread={index}:{unread}"])
+    begun = time.monotonic()
+    codes, logs = ends_of(started)
+    assert codes == [74, 74], logs
+    # Importing and joining included; JAX alone would wait for a heartbeat: 100 s.
+    assert time.monotonic() - begun < 80
+    for log in logs:
+        (error,) = (line for line in log.splitlines() if "error: " in line)
+        assert f"{workdir}/checkpoints/13 " in error
+        assert "Traceback" not in log and "damage" not in log
+    assert f"Input/output error: '{workdir}{unread}'; nothing was changed" in logs[index]
+    assert content_of(workdir / "checkpoints") == before
+    train(workdir)
     assert_follows(workdir, single_run)

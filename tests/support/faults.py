@@ -171,8 +171,8 @@ class Starts:
 
     def __init__(self, folder):
         self._folder, self.untouched = folder, folder / "untouched"
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.untouched)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.untouched, ignore_errors=True)
         self.operations = {"new": operations_of(self.untouched)}
         with self.folder_of("resumed") as workdir:
             self.operations["resumed"] = operations_of(workdir)

@@ -1,9 +1,12 @@
 """`python -m tests.support.tiny_train --workdir=DIR` trains with towers that compile fast.
 
+With `--unread=INDEX:PATH` process INDEX meets EIO as it opens a file of the workdir.
+
 Beside what a run leaves, it appends each step's negatives to negatives.<process>.jsonl in the
 workdir, for tests that compare runs step by step.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -13,6 +16,7 @@ import pytest
 
 from fne_jax import command_line, train
 from fne_jax.training.step_results import StepResults
+from tests.support import faults
 from tests.support.tiny import LinearTowers, smooth_config
 
 
@@ -45,9 +49,19 @@ def recorded_negatives(workdir):
     return by_step
 
 
+def fault_of(workdir, unread, arguments):
+    """Returns the context of the run: a read error, if the flag is for this process."""
+    for index, path in (flag.split(":") for flag in unread):
+        if f"--process-index={index}" in arguments:
+            return faults.Operations(workdir, faults.Operation("open", path, False, 0), "EIO")
+    return contextlib.nullcontext()
+
+
 def main(arguments):
     (workdir,) = (a.removeprefix("--workdir=") for a in arguments if a.startswith("--workdir="))
-    with pytest.MonkeyPatch.context() as patch:
+    unread = [a.removeprefix("--unread=") for a in arguments if a.startswith("--unread=")]
+    arguments = [a for a in arguments if not a.startswith("--unread=")]
+    with pytest.MonkeyPatch.context() as patch, fault_of(workdir, unread, arguments):
         # Importing it takes longer than the run, and nobody reads these runs' TensorBoard logs.
         patch.setitem(sys.modules, "clu", None)
         record_negatives(patch, workdir)

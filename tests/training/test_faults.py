@@ -11,8 +11,10 @@ import pathlib
 
 import pytest
 
-from fne_jax.errors import UserError
+from fne_jax.errors import EnvironmentFailure, UserError
+from fne_jax.model import checkpoints
 from fne_jax.model.model import restore_model
+from fne_jax.parallel import processes
 from tests.support import faults
 from tests.support.runs import content_of
 from tests.support.tiny import LinearTowers
@@ -73,9 +75,7 @@ def refusing(call, below, number):
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.EIO, 74), (errno.EACCES, 2)])
-def test_a_folder_that_the_storage_refuses_is_not_told_as_damage(
-    starts, monkeypatch, number, code
-):
+def test_a_folder_that_the_storage_refuses_is_not_told_as_damage(starts, monkeypatch, number, code):
     with starts.folder_of("resumed") as workdir:
         before, refused = content_of(workdir), workdir / "checkpoints" / "2" / "state"
         for module, name in ((os, "stat"), (os, "scandir"), (io, "open"), (builtins, "open")):
@@ -100,3 +100,16 @@ def test_a_folder_that_seems_to_be_missing_once_is_found(starts):
         with faults.Operations(workdir, operation, "EIO"):
             assert restore_model(workdir, "latest", module=towers)
     assert len(asked) > 1
+
+
+@pytest.mark.parametrize(
+    ("worst", "kind", "code"),
+    [(1, checkpoints.DamagedCheckpoint, 2), (2, UserError, 2), (74, EnvironmentFailure, 74)],
+)
+def test_what_another_process_cannot_read_ends_this_one_alike(
+    starts, monkeypatch, worst, kind, code
+):
+    monkeypatch.setattr(processes, "highest", lambda value: max(value, worst))
+    with pytest.raises(kind, match=r"checkpoints/3 .*the log of another process tells") as raised:
+        restore_model(starts.untouched, "latest", module=LinearTowers())
+    assert type(raised.value) is kind and raised.value.exit_code == code
