@@ -13,6 +13,7 @@ from etils import epath
 
 from fne_jax.errors import UserError
 
+_INCOMPLETE = ".incomplete"
 AnyPath = pathlib.Path | epath.Path
 
 
@@ -61,6 +62,23 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         raise
 
 
+def remove_leftovers(path: pathlib.Path) -> None:
+    """Removes what killed writers of a file or folder left beside it, as far as that is possible.
+
+    Args:
+      path: a path that nobody writes meanwhile.
+
+    Raises:
+      OSError: if the folder cannot be listed.
+    """
+    for scratch in path.parent.glob(f"{path.name}.*{_INCOMPLETE}"):
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+
+
 def local_folder(text: str, flag: str) -> pathlib.Path:
     """Returns the folder that a flag names, `~` being the user's home.
 
@@ -86,4 +104,4 @@ def local_folder(text: str, flag: str) -> pathlib.Path:
 
 def _scratch_beside(path):
     # A name of its own for each writer: processes that share a file system may write at once.
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.incomplete")
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{_INCOMPLETE}")

@@ -23,9 +23,10 @@ from fne_jax import configuration
 from fne_jax.data.pairs import DatasetIdentity
 from fne_jax.encoders import towers
 from fne_jax.errors import UserError
-from fne_jax.files import write_atomically
+from fne_jax.files import remove_leftovers, write_atomically
 from fne_jax.model import checkpoints, tokenizers
 from fne_jax.parallel import processes
+from fne_jax.training.metric_log import FILE_NAME as METRICS_FILE
 
 DATA_FILE = "data.json"
 LOCK_FILE = "run.lock"
@@ -126,7 +127,8 @@ def check_data(workdir: pathlib.Path, data: Mapping[str, DatasetIdentity]) -> No
 def begin(workdir: pathlib.Path, files: RunFiles, begun: bool) -> None:
     """Writes what restores a run's model; what another config left there is replaced.
 
-    Only process 0 writes. Of a run that is begun, whatever is there already stays.
+    Only process 0 writes. Of a run that is begun, whatever is there already stays; what a killed
+    writer left unfinished is removed.
 
     Args:
       workdir: The folder of the run, which is held.
@@ -211,6 +213,11 @@ def _lock(workdir):
 def _write(workdir, files, begun):
     data = {split: dataclasses.asdict(identity) for split, identity in files.data.items()}
     data = json.dumps(data, indent=2) + "\n"
+    # Others, such as a report, may be written by another command now.
+    for name in (configuration.FILE_NAME, DATA_FILE, METRICS_FILE, tokenizers.DIRECTORY):
+        remove_leftovers(workdir / name)
+    for tower in files.architectures:
+        remove_leftovers(workdir / towers.DIRECTORY / f"{tower}.json")
     if begun:
         if not (workdir / DATA_FILE).exists():  # a run of an earlier version
             write_atomically(workdir / DATA_FILE, data)

@@ -210,9 +210,9 @@ class Starts:
             else:
                 outcome = with_fault(workdir, operation, kind)
             train(workdir)
-            different = soak_kill.differences(workdir, self.untouched)
-            left = [p.name for p in workdir.rglob("*") if "tmp" in p.name or "incompl" in p.name]
-            assert different + left == [], f"after {outcome!r}"
+            lost = soak_kill.differences(workdir, self.untouched)
+            lost += [p.name for p in workdir.rglob("*") if "tmp" in p.name or "incompl" in p.name]
+            assert not lost, f"{lost} after {outcome!r}"
             assert not (workdir / DAMAGED_DIRECTORY).exists(), f"set aside after {outcome!r}"
         return outcome
 

@@ -63,6 +63,19 @@ def test_some_kills_lose_nothing(starts):
     assert outcomes.count("killed") > 5
 
 
+def test_what_a_killed_start_left_is_removed(starts):
+    with starts.folder_of("resumed") as workdir:
+        names = {path.name for path in workdir.iterdir()}
+        (workdir / "tokenizer.12345678.incomplete").mkdir()
+        (workdir / "tokenizer.12345678.incomplete" / "tokenizer.json").write_text("{")
+        for name in ("config.json", "data.json", "metrics.jsonl", "report.html"):
+            (workdir / f"{name}.12345678.incomplete").write_text("{")
+        faults.train(workdir)
+        # Another command may be writing the report.
+        names.add("report.html.12345678.incomplete")
+        assert {path.name for path in workdir.iterdir()} == names
+
+
 def refusing(call, below, number):
     """Returns the call, failing with an errno on a path and all below."""
 
