@@ -266,30 +266,33 @@ def _fingerprint(leaf, number):
 
 
 def _read_item(manager, step, where, **item):
-    error = None
-    for again in (True, False):
-        try:
-            return manager.restore(step, args=ocp.args.Composite(**item))
-        except jax.errors.JaxRuntimeError:  # too little memory on a device, say
+    try:
+        return _restored(manager, step, where, ocp.args.Composite(**item))
+    except jax.errors.JaxRuntimeError:  # too little memory on a device, say
+        raise
+    except Exception as error:  # Orbax raises bare Exceptions for arrays that it cannot read
+        if is_damage(error):
+            raise DamagedCheckpoint(f"{where} is damaged: {_reason(error)}") from error
+        kind = UserError if isinstance(error, PermissionError) else EnvironmentFailure
+        raise kind(
+            f"{where} could not be read: {_reason(error)}; nothing was changed. Give the same "
+            "command again, or move that folder away to do without it."
+        ) from error
+
+
+def _restored(manager, step, where, args):
+    """Returns what Orbax restores; what seems to be damaged is read twice.
+
+    Orbax takes a file for missing if the storage fails when asked whether it is there.
+    """
+    try:
+        return manager.restore(step, args=args)
+    except Exception as error:
+        if not is_damage(error):
             raise
-        except Exception as raised:  # Orbax raises bare Exceptions for arrays that it cannot read
-            error = raised
-        if not is_damage(error) or not again:
-            break
-        # Orbax takes a file for missing if the storage fails when asked whether it is there.
-        try:
-            _open_all(manager.directory / str(step))
-        except OSError as failed:
-            error = failed
-            break
+        _open_all(manager.directory / str(step))
         _log.warning("%s seems to be damaged: %s; it is read again", where, _reason(error))
-    if is_damage(error):
-        raise DamagedCheckpoint(f"{where} is damaged: {_reason(error)}") from error
-    kind = UserError if isinstance(error, PermissionError) else EnvironmentFailure
-    raise kind(
-        f"{where} could not be read: {_reason(error)}; nothing was changed. Give the same "
-        "command again, or move that folder away to do without it."
-    ) from error
+        return manager.restore(step, args=args)
 
 
 def _open_all(folder):
