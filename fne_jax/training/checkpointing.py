@@ -21,7 +21,6 @@ from fne_jax.model import checkpoints
 from fne_jax.model.checkpoints import (
     BEST_METRIC,
     DIRECTORY,
-    ITEMS,
     LAYOUT,
     METRICS,
     DamagedCheckpoint,
@@ -30,7 +29,24 @@ from fne_jax.parallel import processes
 from fne_jax.training.train_state import TrainState
 
 DAMAGED_DIRECTORY = "damaged_checkpoints"
+_INDEX = "manifest.ocdbt"  # as TensorStore names it
 _log = logging.getLogger(__name__)
+
+
+class _StateHandler(ocp.PyTreeCheckpointHandler):
+    """Writes what Orbax does, or fails.
+
+    Each process writes a folder of its own, and process 0 one index over those that it finds: where
+    the storage fails as they are listed, Orbax finds none, and takes the checkpoint for whole.
+    """
+
+    def finalize(self, directory):
+        super().finalize(directory)
+        (directory / _INDEX).stat()
+
+    @classmethod
+    def typestr(cls):
+        return ocp.PyTreeCheckpointHandler.typestr()  # which reads it
 
 
 class Checkpoints:
@@ -69,6 +85,8 @@ class Checkpoints:
                 ),
             ]
         )
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        handlers.add("state", ocp.args.PyTreeSave, _StateHandler())
         with self._refusing():
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -82,7 +100,7 @@ class Checkpoints:
                     cleanup_tmp_directories=True,
                     create=True,
                 ),
-                item_names=ITEMS,
+                handler_registry=handlers,
             )
 
     def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:

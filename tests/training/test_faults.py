@@ -63,6 +63,17 @@ def test_some_kills_lose_nothing(starts):
     assert outcomes.count("killed") > 5
 
 
+@pytest.mark.parametrize("kind", ["EIO", "EACCES"])
+def test_a_checkpoint_whose_parts_were_not_found_is_not_taken_for_whole(starts, kind):
+    # Else Orbax would leave out the index, and a run that is complete have no last checkpoint.
+    asked = (
+        "scandir", "/checkpoints/3.orbax-checkpoint-tmp/state.orbax-checkpoint-tmp", False, 0
+    )  # fmt: skip
+    assert asked in starts.operations["new"]
+    said = starts.outcome("new", faults.Operation(*asked), kind)
+    assert "could not be written: " in said and "the last good one is of step 2" in said
+
+
 def test_what_a_killed_start_left_is_removed(starts):
     with starts.folder_of("resumed") as workdir:
         names = {path.name for path in workdir.iterdir()}
