@@ -71,6 +71,9 @@ def get_config() -> ConfigDict:
     shapes.shapes = 5  # 1 to 8 kinds of shape
     shapes.colours = 7  # 1 to 10 colours
     shapes.max_objects = 3  # objects in a scene, 1 to this many, at most 3
+    # varied (captions of one fact to seven: some are true of far more images than others) or four
+    # (four facts in every caption, three objects in every scene).
+    shapes.facts = "varied"
 
     data.synthetic = synthetic = ConfigDict()
     synthetic.seed = 0  # of the pixels and the captions

@@ -11,6 +11,7 @@ import ml_collections
 
 from fne_jax.data.images.augmentation import AUGMENTATIONS
 from fne_jax.data.sources.registry import find_source
+from fne_jax.data.sources.shapes_scenes import FACTS, VARIED, vocabulary_of
 from fne_jax.encoders.attention import ATTENTIONS, AUTO
 from fne_jax.encoders.dual_encoder import CHECKPOINT, LONGEST_POOLING, POOLINGS
 from fne_jax.errors import UserError
@@ -24,6 +25,10 @@ RENAMED_FIELDS = {
     "fne.statistics_keep": "fne.ema_decay",
     "objective.memory": "objective.queue",
 }
+
+# Fields that came later, and the value that says what runs did before; an old run's config.json is
+# read with it.
+ADDED_FIELDS = {"data.shapes.facts": VARIED}
 
 # Fields that are gone: the value that a stored config may still have, and why they went.
 REMOVED_FIELDS = {"data.augment_on": ("host", "images are augmented on the host")}
@@ -172,6 +177,7 @@ FIELDS = {
     "data.shapes.shapes": _whole(1, 8),
     "data.shapes.colours": _whole(1, 10),
     "data.shapes.max_objects": _whole(1, 3),
+    "data.shapes.facts": Choice(FACTS),
     "data.synthetic.seed": _SEED,
     "data.synthetic.images": _whole(1, 10**8),
     "image_mean": Numbers(Number(0, 1), (0, 3)),
@@ -263,6 +269,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 def _check_together(config):
     """Raises UserError for values that are possible each, but not together."""
+    vocabulary_of(config.data.shapes)
     if config.queue_size < config.global_batch_size:
         raise UserError(
             f"config.queue_size is {config.queue_size}, smaller than a batch "

@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fne_jax.config_rules import (
+    ADDED_FIELDS,
     BEFORE_REMOVAL,
     REMOVED_FIELDS,
     RENAMED_FIELDS,
@@ -261,6 +262,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     except ValueError as error:
         raise UserError(f"{path}: not a JSON file: {error}") from error
     _drop_removed_fields(config, path)
+    _add_later_fields(config)
     return config.lock()
 
 
@@ -277,6 +279,15 @@ def _drop_removed_fields(config, path):
             )
         group, _, leaf = name.rpartition(".")
         del (config[group] if group else config)[leaf]
+
+
+def _add_later_fields(config):
+    """Gives a stored config the fields that there were not yet, with what they say of old runs."""
+    stored = flatten(config)
+    for name, value in ADDED_FIELDS.items():
+        group, _, leaf = name.rpartition(".")
+        if name not in stored and any(other.startswith(f"{group}.") for other in stored):
+            config[group][leaf] = value
 
 
 def _with_new_names(stored):

@@ -130,6 +130,11 @@ def test_every_field_has_a_comment():
         (["--config.queue_size=many"], "queue_size"),
         (["--config.queue_size=8"], "queue_size is 8, smaller than a batch"),
         (["--config.fne.prior=0"], "config.fne.prior is 0"),
+        (["--config.data.shapes.facts=5"], "shapes.facts is '5'; expected one of varied, four"),
+        (
+            ["--config.data.shapes.facts=four", "--config.data.shapes.max_objects=2"],
+            "^config.data.shapes.max_objects is 2; with facts=four every scene has 3 objects",
+        ),
         (["--config.num_epochs=-1"], "config.num_epochs is -1"),
         (["--config.momentum=1.5"], "config.momentum is 1.5"),
         (["--config.data.text_length=600"], "more than config.encoder.text.max_length"),
@@ -357,6 +362,18 @@ def test_a_stored_config_may_have_a_removed_field_with_its_default(tmp_path):
     path.write_text(json.dumps(stored))
     with pytest.raises(UserError, match=r"augment_on is 'device', but the field was removed"):
         configuration.read_config(tmp_path)
+
+
+def test_a_run_that_was_stored_without_later_fields_is_read_and_resumed(tmp_path):
+    configuration.store_config(tiny_config(), tmp_path)
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["data"]["shapes"]["facts"]
+    path.write_text(json.dumps(stored))
+    assert configuration.read_config(tmp_path).data.shapes.facts == "varied"
+    configuration.store_config(tiny_config(), tmp_path)  # a resume
+    with pytest.raises(UserError, match="facts: 'varied' in the run, 'four' now"):
+        configuration.store_config(tiny_config(data__shapes__facts="four"), tmp_path)
 
 
 def test_a_run_that_was_stored_under_old_names_is_read(tmp_path):

@@ -25,16 +25,9 @@ def shapes_builder(settings: ml_collections.ConfigDict, cache: epath.Path) -> Sh
       cache: The folder of prepared datasets.
 
     Raises:
-      UserError: If a number is out of range.
+      UserError: If a value cannot be.
     """
-    try:
-        vocabulary = scenes.Vocabulary(
-            shapes=settings.shapes,
-            colours=settings.colours,
-            max_objects=settings.max_objects,
-        )
-    except ValueError as error:
-        raise UserError(f"config.data.shapes.{error}") from error
+    vocabulary = scenes.vocabulary_of(settings)
     sizes = (settings.train_images, settings.val_images, settings.test_images)
     if min(sizes) < 1:
         raise UserError(f"config.data.shapes: the split sizes {sizes} must be at least 1")
@@ -63,6 +56,9 @@ class ShapesConfig(tfds.core.BuilderConfig):
             f"s{self.seed}-n{'-'.join(map(str, self.sizes))}"
             f"-v{words.shapes}-{words.colours}-{words.max_objects}"
         )
+        # Varied facts are not named: datasets were prepared before there were others.
+        if words.facts != scenes.VARIED:
+            self.name += f"-{words.facts}"
 
 
 class Shapes(PairBuilder, skip_registration=True):
@@ -101,7 +97,7 @@ class Shapes(PairBuilder, skip_registration=True):
             # One generator an image, so that a larger dataset begins with a smaller one's images.
             rng = np.random.default_rng([config.seed, number, index])
             scene = scenes.random_scene(rng, config.vocabulary)
-            captions, facts = scenes.random_captions(rng, scene)
+            captions, facts = scenes.random_captions(rng, scene, config.vocabulary.facts)
             image_id = first_id + index
             yield {
                 "image": scenes.render_image(rng, scene),

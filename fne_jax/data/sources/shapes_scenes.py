@@ -14,14 +14,21 @@ import io
 import math
 from collections.abc import Sequence
 
+import ml_collections
 import numpy as np
 from PIL import Image, ImageDraw
+
+from fne_jax.errors import UserError
 
 IMAGE_SIZE = 64
 MAX_OBJECTS = 3
 SCENE_FIELDS = 5
 FACT_FIELDS = 9
 CAPTIONS_PER_IMAGE = 5
+
+# How many facts captions state: as it falls out, or four each, of scenes of three objects.
+VARIED, FOUR = "varied", "four"
+FACTS = (VARIED, FOUR)
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "arrow")
 COLOURS = {
@@ -59,17 +66,20 @@ _RELATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """How varied the scenes are.
+    """How varied the scenes are, and how much their captions say.
 
     Attributes:
       shapes: How many of `SHAPES` are used.
       colours: How many of `COLOURS` are used.
       max_objects: The largest number of objects in a scene, 1 to `MAX_OBJECTS`.
+      facts: `VARIED`, captions of one fact to seven; or `FOUR`, of four each, so that none is true
+        of many more images than another because it says less. Scenes then have three objects.
     """
 
     shapes: int = 5
     colours: int = 7
     max_objects: int = 3
+    facts: str = VARIED
 
     def __post_init__(self):
         for name, most in (
@@ -81,6 +91,13 @@ class Vocabulary:
                 raise ValueError(
                     f"{name}: expected a number from 1 to {most}, got {getattr(self, name)}"
                 )
+        if self.facts not in FACTS:
+            raise ValueError(f"facts: expected one of {', '.join(FACTS)}, got {self.facts!r}")
+        if self.facts == FOUR and self.max_objects != MAX_OBJECTS:
+            raise ValueError(
+                f"max_objects is {self.max_objects}; with facts={FOUR} every scene has "
+                f"{MAX_OBJECTS} objects, so make it {MAX_OBJECTS}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +123,18 @@ class SceneTruth:
     def of_captions(self, rows: Sequence[int]) -> SceneTruth:
         """Returns the truth of some of the captions, which are numbered anew in that order."""
         return SceneTruth(self.scenes, self.facts[rows])
+
+
+def vocabulary_of(settings: ml_collections.ConfigDict) -> Vocabulary:
+    """Returns the vocabulary that `config.data.shapes` describes.
+
+    Raises:
+      UserError: naming the field, if a value cannot be.
+    """
+    try:
+        return Vocabulary(settings.shapes, settings.colours, settings.max_objects, settings.facts)
+    except ValueError as error:
+        raise UserError(f"config.data.shapes.{error}") from error
 
 
 def is_true(facts: np.ndarray, scene: np.ndarray) -> np.ndarray:
@@ -145,9 +174,8 @@ def truth_matrix(facts: np.ndarray, scenes: np.ndarray) -> np.ndarray:
 
 def _fits(stated, scene):
     """Returns which objects have the stated properties: [..., 4], [..., objects, 5] -> bool."""
-    actual = np.stack([scene[..., 0], scene[..., 1], scene[..., 2], _cell(scene)], axis=-1)
     stated = stated[..., None, :]
-    agrees = (stated == UNSTATED) | (stated == actual)
+    agrees = (stated == UNSTATED) | (stated == _properties(scene))
     return agrees.all(axis=-1) & (scene[..., 0] != UNSTATED)
 
 
@@ -158,9 +186,15 @@ def _cell(scene):
 
 
 def random_scene(rng: np.random.Generator, vocabulary: Vocabulary) -> np.ndarray:
-    """Returns a scene of one to `max_objects` objects in different quarters of the image."""
+    """Returns a scene of objects in different quarters of the image.
+
+    They are one to `max_objects`, and always as many where each caption states four facts.
+    """
     weights = np.array([1.0, 3.0, 2.0])[: vocabulary.max_objects]
-    count = 1 + rng.choice(vocabulary.max_objects, p=weights / weights.sum())
+    if vocabulary.facts == FOUR:
+        count = vocabulary.max_objects
+    else:
+        count = 1 + rng.choice(vocabulary.max_objects, p=weights / weights.sum())
     scene = np.full((MAX_OBJECTS, SCENE_FIELDS), UNSTATED, np.int32)
     for row, cell in enumerate(rng.permutation(len(CELLS))[:count]):
         quarter = IMAGE_SIZE // 4
@@ -171,11 +205,20 @@ def random_scene(rng: np.random.Generator, vocabulary: Vocabulary) -> np.ndarray
     return scene
 
 
-def random_captions(rng: np.random.Generator, scene: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Returns five captions of different facts, and the facts [5, FACT_FIELDS]."""
+def random_captions(
+    rng: np.random.Generator, scene: np.ndarray, kind: str = VARIED
+) -> tuple[list[str], np.ndarray]:
+    """Returns five captions of different facts, and the facts [5, FACT_FIELDS].
+
+    Args:
+      rng: Where the choices come from.
+      scene: The [MAX_OBJECTS, SCENE_FIELDS] int scene; of three objects for `FOUR`.
+      kind: One of `FACTS`.
+    """
+    random_facts = {VARIED: _varied_facts, FOUR: _four_facts}[kind]
     captions, facts = [], []
     while len(captions) < CAPTIONS_PER_IMAGE:
-        stated = _random_facts(rng, scene)
+        stated = random_facts(rng, scene)
         if any((stated == other).all() for other in facts):
             continue
         facts.append(stated)
@@ -183,7 +226,8 @@ def random_captions(rng: np.random.Generator, scene: np.ndarray) -> tuple[list[s
     return captions, np.stack(facts)
 
 
-def _random_facts(rng, scene):
+def _varied_facts(rng, scene):
+    """States some facts of one object or of two, at least their shapes."""
     objects = scene[scene[:, 0] != UNSTATED]
     facts = np.full((FACT_FIELDS,), UNSTATED, np.int32)
     if len(objects) == 1 or rng.random() < 0.2:
@@ -191,25 +235,65 @@ def _random_facts(rng, scene):
         facts[:4] = _state(rng, a)
         return facts
     a, b = objects[rng.permutation(len(objects))[:2]]
-    relations = [TOGETHER]
-    if abs(a[3] - b[3]) >= RELATION_GAP:
-        relations.append(LEFT_OF)
-    if abs(a[4] - b[4]) >= RELATION_GAP:
-        relations.append(ABOVE)
+    relations = [TOGETHER, *_clear_relations(a, b)]
     relation = relations[rng.integers(len(relations))]
-    if (relation == LEFT_OF and a[3] > b[3]) or (relation == ABOVE and a[4] > b[4]):
-        a, b = b, a
+    a, b = _in_order(relation, a, b)
     facts[:4] = _state(rng, a, with_cell=False)
     facts[4:8] = _state(rng, b, with_cell=False)
     facts[8] = relation
     return facts
 
 
+def _four_facts(rng, scene):
+    """States four facts: all of one object, or the shapes of two and two more of the pair."""
+    facts = np.full((FACT_FIELDS,), UNSTATED, np.int32)
+    if rng.random() < 0.25:
+        facts[:4] = _properties(scene[rng.integers(len(scene))])
+        return facts
+    a, b = scene[rng.permutation(len(scene))[:2]]
+    # Of colour a, colour b, size a, size b and the relation.
+    told = np.isin(np.arange(5), rng.permutation(5)[:2])
+    relation = TOGETHER
+    if told[4]:
+        relations = _clear_relations(a, b)
+        relation = relations[rng.integers(len(relations))]
+        a, b = _in_order(relation, a, b)
+    stated = [
+        np.where([True, colour, size, False], _properties(one), UNSTATED)
+        for one, colour, size in ((a, told[0], told[2]), (b, told[1], told[3]))
+    ]
+    if relation == TOGETHER:
+        # In one order: turned round they would be the same facts, and count as others.
+        stated.sort(key=tuple)
+    facts[:4], facts[4:8] = stated
+    facts[8] = relation
+    return facts
+
+
+def _clear_relations(a, b):
+    """Returns which of `LEFT_OF` and `ABOVE` two objects' centres are far enough apart for.
+
+    Objects in different quarters have at least one of them.
+    """
+    apart = ((LEFT_OF, abs(a[3] - b[3])), (ABOVE, abs(a[4] - b[4])))
+    return [relation for relation, gap in apart if gap >= RELATION_GAP]
+
+
+def _in_order(relation, a, b):
+    """Returns two objects in the order in which the relation is true of them."""
+    turned = (relation == LEFT_OF and a[3] > b[3]) or (relation == ABOVE and a[4] > b[4])
+    return (b, a) if turned else (a, b)
+
+
 def _state(rng, obj, with_cell=True):
     """States the shape of an object, mostly its colour, and its size and cell or not."""
-    stated = np.array([obj[0], obj[1], obj[2], _cell(obj)])
     left_out = rng.random(4) < [0, 0.1, 0.5, 0.3 if with_cell else 1]
-    return np.where(left_out, UNSTATED, stated)
+    return np.where(left_out, UNSTATED, _properties(obj))
+
+
+def _properties(obj):
+    """Returns shape, colour, size and cell of objects: [..., SCENE_FIELDS] -> [..., 4]."""
+    return np.stack([obj[..., 0], obj[..., 1], obj[..., 2], _cell(obj)], axis=-1)
 
 
 def _phrase(rng, facts):
