@@ -1,7 +1,9 @@
 """The names of metrics: what each means, and how tables, pages and figures show it.
 
 A metric of retrieval is named by what its matches are taken from, its direction and its key, as
-`complete_i2t_r1`; all others by their key alone, as `rsum`. Whatever shows a metric reads this.
+`complete_i2t_r1`; all others by their key alone, as `rsum`. `complete_i2t_r1_controlled` is the
+former controlled for how much captions say, and `complete_i2t_r1_weight` what that took. Whatever
+shows a metric reads this.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 
 COMPLETE = "complete_"
+# Endings of a metric that is controlled for how much captions say, and of the weight that it took.
+CONTROLLED, WEIGHT = "_controlled", "_weight"
 # Logged while training: 1 for the steps of the warm-up, 0 for those after it.
 WARMUP = "warmup"
 
@@ -105,6 +109,8 @@ RETRIEVAL = {
 }
 # Known against every true match alone, so that their headings need not say so.
 _OF_COMPLETE_TRUTH = ("r_precision", "map_at_r")
+_CONTROLLED_BY = "captions ranked by similarity minus {weight} times their number of words"
+_WEIGHT_MEANING = "what each word takes off a caption's similarities, chosen on the val split"
 OTHERS = {
     "rsum": Metric("rSum", "sum of the six recalls, of 600"),
     # Logged while training.
@@ -167,9 +173,17 @@ def describe(name: str) -> Metric:
     truth, direction, key = split_name(name)
     if not direction:
         return dataclasses.replace(OTHERS[key], legend=OTHERS[key].legend or OTHERS[key].heading)
-    found = RETRIEVAL[key]
+    plain = key.removesuffix(CONTROLLED).removesuffix(WEIGHT)
+    found = RETRIEVAL[plain]
     heading = f"{found.heading} {direction}"
+    legend = f"{DIRECTIONS[direction].title} {found.heading}"
+    if key.endswith(WEIGHT):
+        return Metric(f"weight for {heading}", _WEIGHT_MEANING, decimals=3)
+    if key.endswith(CONTROLLED):
+        weight = name.removesuffix(CONTROLLED) + WEIGHT
+        definition = f"{found.definition}, {_CONTROLLED_BY.format(weight=weight)}"
+        heading, legend = f"controlled {heading}", f"{legend}, controlled"
+        return dataclasses.replace(found, heading=heading, legend=legend, definition=definition)
     if truth == COMPLETE and key not in _OF_COMPLETE_TRUTH:
         heading = f"true {heading}"
-    legend = f"{DIRECTIONS[direction].title} {found.heading}"
     return dataclasses.replace(found, heading=heading, legend=legend)

@@ -15,6 +15,7 @@ import numpy as np
 from fne_jax import configuration
 from fne_jax.files import whole_folder, write_atomically
 from fne_jax.model.model import restore_model
+from fne_jax.retrieval import generality
 from fne_jax.retrieval.metrics import complete_metrics, retrieval_metrics
 from fne_jax.studies.cells import Cell, Run
 from fne_jax.studies.detector import detection_scores, judged_candidates
@@ -88,14 +89,20 @@ def read_results(runs: Sequence[Run]) -> dict[Cell, dict[int, dict[str, Any]]]:
 def measured(run: Run) -> dict[str, Any]:
     """Returns the test metrics of a trained run's last weights and how it treated its negatives.
 
-    Beside the metrics: `sampled_false_negative_rate` and `hardest_false_negative_rate`, means over
-    the steps after the warm-up, and what `detection_scores` gives; each where it is known.
+    The metrics are `retrieval_metrics`, and `complete_metrics` and `controlled_metrics` where the
+    truth is known. Beside them: `sampled_false_negative_rate` and `hardest_false_negative_rate`,
+    means over the steps after the warm-up, and what `detection_scores` gives; each where it is
+    known.
     """
     model = restore_model(run.workdir, "latest")
-    split = model.embed_split(model.load_split("test"))
+    test = model.load_split("test")
+    split = model.embed_split(test)
     result = retrieval_metrics(split.image_emb, split.text_emb, split.caption_image)
     if split.truth is not None:
-        result |= complete_metrics(split.image_emb, split.text_emb, split.truth)
+        embedded = split.image_emb, split.text_emb, split.truth
+        words = generality.word_counts(test.captions)
+        result |= complete_metrics(*embedded)
+        result |= generality.controlled_metrics(*embedded, words, _weights_of_words(model))
     lines = read_metrics(run.workdir)
     for name in ("sampled_false_negative_rate", "hardest_false_negative_rate"):
         logged = [line[name] for line in lines if name in line]
@@ -105,6 +112,14 @@ def measured(run: Run) -> dict[str, Any]:
     if train.truth is not None:
         result |= detection_scores(*judged_candidates(model, train))
     return result
+
+
+def _weights_of_words(model):
+    """Returns what a word takes off a similarity in controlled metrics, by the validation split."""
+    val = model.load_split("val")
+    split = model.embed_split(val)
+    words = generality.word_counts(val.captions)
+    return generality.choose_weights(split.image_emb, split.text_emb, split.truth, words)
 
 
 def _copy_warmup(run):

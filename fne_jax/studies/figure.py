@@ -14,7 +14,11 @@ _ACROSS = 3  # panels in a row
 _LEAST = 30  # candidates that a point of the calibration stands for
 # Title of a panel, and the colours of its metrics.
 _PANELS = {
-    "R@1 by the complete truth, %": {"complete_i2t_r1": BLUE, "complete_t2i_r1": ORANGE},
+    "R@1 by the complete truth, %": {
+        "complete_t2i_r1": ORANGE,
+        "complete_i2t_r1": BLUE,
+        "complete_i2t_r1_controlled": GREEN,
+    },
     "R@1 by the labels, %": {"i2t_r1": BLUE, "t2i_r1": ORANGE},
     "Negatives that are in truth matches, %": {
         "sampled_false_negative_rate": BLUE,

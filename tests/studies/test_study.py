@@ -17,6 +17,7 @@ from fne_jax.errors import Interrupted, UserError
 from fne_jax.model import checkpoints
 from fne_jax.model import model as model_lib
 from fne_jax.model.model import restore_model
+from fne_jax.retrieval import generality
 from fne_jax.studies import cells, detector, execution, schedule, summary
 from fne_jax.studies.cells import Cell
 from fne_jax.training.loop import train_and_evaluate
@@ -263,6 +264,38 @@ def test_only_columns_that_are_there_are_explained():
     text = summary.markdown(more, "fne")
     assert "mean ± standard deviation over 2 seeds" in text
     assert "- AUC: of the posterior" in text and "truth" not in text
+
+
+def test_text_to_image_by_the_truth_comes_first_and_its_confound_has_a_control():
+    result = {
+        "rsum": 10.0,
+        "complete_i2t_r1": 60.0,
+        "complete_t2i_r1": 50.0,
+        "complete_i2t_r1_controlled": 71.5,
+        "complete_i2t_r1_weight": -0.016,
+    }
+    lines = summary.markdown({Cell("fne"): {0: result}}, "fne").splitlines()
+    columns = "|  | true R@1 t2i | true R@1 i2t | controlled R@1 i2t | weight for R@1 i2t | rSum |"
+    assert lines[lines.index(columns) + 2] == "| fne | 50.0 | 60.0 | 71.5 | -0.016 | 10.0 |"
+    assert "- true R@1 t2i, true R@1 i2t: by the complete truth" in lines
+    assert any(line.startswith("- controlled R@1 i2t: by the complete truth, ea") for line in lines)
+    assert "- weight for R@1 i2t: these weights, each the best on the validation split" in lines
+
+
+def test_the_weights_of_words_are_chosen_on_the_validation_split(finished):
+    workdir = finished[1] / "hardest" / "seed0"
+    model = restore_model(workdir, "latest")
+    embedded, words = {}, {}
+    for name in ("val", "test"):
+        dataset = model.load_split(name)
+        split = model.embed_split(dataset)
+        embedded[name] = split.image_emb, split.text_emb, split.truth
+        words[name] = generality.word_counts(dataset.captions)
+    weights = generality.choose_weights(*embedded["val"], words["val"])
+    expected = generality.controlled_metrics(*embedded["test"], words["test"], weights)
+    result = json.loads((workdir / "study.json").read_text())
+    assert {name: result[name] for name in expected} == pytest.approx(expected)
+    assert len(expected) == 4
 
 
 def test_estimates_are_those_of_a_t_test():
