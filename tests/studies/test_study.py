@@ -282,20 +282,28 @@ def test_text_to_image_by_the_truth_comes_first_and_its_confound_has_a_control()
     assert "- weight for R@1 i2t: these weights, each the best on the validation split" in lines
 
 
-def test_the_weights_of_words_are_chosen_on_the_validation_split(finished):
-    workdir = finished[1] / "hardest" / "seed0"
-    model = restore_model(workdir, "latest")
-    embedded, words = {}, {}
-    for name in ("val", "test"):
-        dataset = model.load_split(name)
-        split = model.embed_split(dataset)
-        embedded[name] = split.image_emb, split.text_emb, split.truth
-        words[name] = generality.word_counts(dataset.captions)
-    weights = generality.choose_weights(*embedded["val"], words["val"])
-    expected = generality.controlled_metrics(*embedded["test"], words["test"], weights)
-    result = json.loads((workdir / "study.json").read_text())
-    assert {name: result[name] for name in expected} == pytest.approx(expected)
+def test_the_weights_of_words_are_chosen_on_the_validation_split(
+    config_path, finished, monkeypatch
+):
+    runs = cells.study_runs(config_path, ["--config.fne.prior=0.3"], ("fne",), (), 1, finished[1])
+    weights, given = {"r1": 0.128, "map_at_r": -0.032}, []
+    monkeypatch.setattr(generality, "choose_weights", lambda *split: given.append(split) or weights)
+    result = execution.measured(runs[0])
+    model = restore_model(runs[0].workdir, "latest")
+    val, test = model.load_split("val"), model.load_split("test")
+    (chosen_by,) = given
+    embedded = model.embed_split(val)
+    for ours, theirs in zip(
+        chosen_by, (embedded.image_emb, embedded.text_emb, embedded.truth), strict=False
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(chosen_by[3], generality.word_counts(val.captions))
+    embedded, words = model.embed_split(test), generality.word_counts(test.captions)
+    expected = generality.controlled_metrics(
+        embedded.image_emb, embedded.text_emb, embedded.truth, words, weights
+    )
     assert len(expected) == 4
+    assert {name: result[name] for name in expected} == pytest.approx(expected)
 
 
 def test_estimates_are_those_of_a_t_test():
