@@ -54,7 +54,8 @@ _CALLS = {
     io: ("open",),
     builtins: ("open",),
 }  # fmt: skip
-_RANDOM = re.compile(r"[0-9a-f]{8}(?=\.incomplete)")  # in the names of fne_jax.files
+# In the names of fne_jax.files and of TensorStore.
+_RANDOM = re.compile(r"[0-9a-f]{8}(?=\.incomplete)|[0-9a-f]{32}")
 
 
 class Operation(typing.NamedTuple):
@@ -162,7 +163,7 @@ def begun(workdir, untouched):
 
 
 class Starts:
-    """The untouched run in a folder, made if it is not there, and the ways to begin one.
+    """The untouched run, made in a folder, and the ways in which one begins.
 
     Attributes:
       untouched: The folder of the run that nothing disturbed.
