@@ -35,4 +35,17 @@ def set_up_logging(level: int) -> None:
     logging.root.addHandler(_StderrHandler())
     logging.root.setLevel(logging.WARNING)
     logging.getLogger("fne_jax").setLevel(level)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # As a save fails, Orbax and asyncio log the error of each thread and task with a traceback, and
+    # the first of them is raised and told in one line.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _tell_unraisable
+
+
+def _tell_unraisable(unraisable):
+    """Prints what nobody can catch, but for what TensorStore's threads meet after a failed save.
+
+    They tell of each write to an event loop that Orbax closed after the first error.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)

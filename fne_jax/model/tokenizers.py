@@ -13,7 +13,7 @@ import transformers
 
 from fne_jax import files
 from fne_jax.data import captions as caption_lib
-from fne_jax.errors import UserError
+from fne_jax.errors import EnvironmentFailure, UserError
 
 DIRECTORY = "tokenizer"
 _ABOUT, _VOCABULARY = "tokenizer_config.json", "tokenizer.json"
@@ -63,11 +63,20 @@ def run_tokenizer(
 
 
 def store_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, workdir: pathlib.Path) -> None:
-    """Keeps a run's tokenizer in its workdir, unless one is there."""
+    """Keeps a run's tokenizer in its workdir, unless one is there.
+
+    Raises:
+      EnvironmentFailure: If it cannot be written.
+    """
     if (workdir / DIRECTORY).is_dir():
         return
     with files.whole_folder(workdir / DIRECTORY) as scratch:
-        tokenizer.save_pretrained(scratch)
+        try:
+            tokenizer.save_pretrained(scratch)
+        except Exception as error:  # the Rust library raises bare Exceptions
+            raise EnvironmentFailure(
+                f"{workdir / DIRECTORY}: the tokenizer cannot be written: {_first_line(error)}"
+            ) from error
         record = {
             "transformers": transformers.__version__,
             "sha256": {path.name: _digest(path) for path in sorted(scratch.iterdir())},

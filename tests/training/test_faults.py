@@ -8,6 +8,8 @@ import errno
 import io
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -15,7 +17,7 @@ from fne_jax.errors import EnvironmentFailure, UserError
 from fne_jax.model import checkpoints
 from fne_jax.model.model import restore_model
 from fne_jax.parallel import processes
-from tests.support import faults
+from tests.support import TOP, faults
 from tests.support.runs import content_of
 from tests.support.tiny import LinearTowers
 
@@ -137,3 +139,22 @@ def test_what_another_process_cannot_read_ends_this_one_alike(
     with pytest.raises(kind, match=r"checkpoints/3 .*the log of another process tells") as raised:
         restore_model(starts.untouched, "latest", module=LinearTowers())
     assert type(raised.value) is kind and raised.value.exit_code == code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kibibytes", [0, 1, 3, 6])
+def test_files_that_cannot_grow_end_a_run_in_one_line(tmp_path, kibibytes):
+    # The operating system's own error, which also meets what Python does not open: the tokenizer's
+    # Rust and TensorStore's C++.
+    command = [sys.executable, "-m", "tests.support.tiny_train", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        ["bash", "-c", f'ulimit -f {kibibytes}; exec "$@"', "bash", *command],
+        cwd=TOP,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode == 74, done.stderr
+    assert lines[-1].startswith(f"error: {tmp_path}")
+    assert not any(word in line for line in lines[:-1] for word in ("error", "Error", "Traceback"))
