@@ -16,6 +16,7 @@ from fne_jax.model.model import build_model, build_module
 from fne_jax.parallel import sharding
 from fne_jax.planning.published import read_architectures
 from fne_jax.planning.topology import CPU, Topology
+from fne_jax.planning.useful import matrix_flops
 from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.timeline import Phase, Timeline
@@ -44,6 +45,7 @@ class Program:
       fits: Whether the compiler could place it.
       limit: Bytes that it may take, if the compiler said so.
       text: The program as text; None if it does not fit.
+      forward_flops: Operations of the matrix products in both towers' forward pass over one pair.
     """
 
     config: ml_collections.ConfigDict
@@ -55,6 +57,7 @@ class Program:
     fits: bool
     limit: int | None
     text: str | None
+    forward_flops: int
 
 
 def compile_step(
@@ -86,6 +89,7 @@ def compile_step(
     )
     state = abstract_state(model, schedule)
     batch = _abstract_batch(resolved, mesh)
+    forward = _forward_flops(resolved, architectures, state.params)
     lowered = jitted_steps(resolved, timeline, mesh, schedule, state)[Phase.FNE].lower(state, batch)
     try:
         compiled = lowered.compile()
@@ -93,7 +97,7 @@ def compile_step(
         found = out_of_memory(str(error))
         if found is None:
             raise
-        return Program(resolved, mesh, state, batch, found[0], None, False, found[1], None)
+        return Program(resolved, mesh, state, batch, found[0], None, False, found[1], None, forward)
     sizes = compiled.memory_analysis()
     memory = (
         sizes.argument_size_in_bytes
@@ -102,7 +106,8 @@ def compile_step(
         + sizes.temp_size_in_bytes
     )
     scratch = sizes.temp_size_in_bytes
-    return Program(resolved, mesh, state, batch, memory, scratch, True, None, compiled.as_text())
+    text = compiled.as_text()
+    return Program(resolved, mesh, state, batch, memory, scratch, True, None, text, forward)
 
 
 def out_of_memory(message: str) -> tuple[int, int] | None:
@@ -119,6 +124,17 @@ def out_of_memory(message: str) -> tuple[int, int] | None:
         return None
     needed, limit = (int(float(found[n]) * _UNITS[found[n + 1]]) for n in (1, 3))
     return needed, limit
+
+
+def _forward_flops(config, architectures, params):
+    """Returns the operations of the forward pass over one pair, its caption of full length."""
+    config = config.copy_and_resolve_references()
+    config.encoder.attention = "xla"  # plain products, neither padded nor hidden in a kernel
+    module = build_module(config, architectures, _vocabulary(config))
+    side, tokens = config.encoder.image.image_size, (1, config.data.text_length)
+    shapes = ((1, side, side, 3), jnp.float32), (tokens, jnp.int32), (tokens, jnp.int32)
+    pair = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    return matrix_flops(module.apply, {"params": params}, *pair)
 
 
 def _vocabulary(config):

@@ -11,6 +11,7 @@ import jax
 from fne_jax.planning.accounting import account
 from fne_jax.planning.program import Program
 from fne_jax.planning.topology import Topology
+from fne_jax.planning.useful import PASSES
 from fne_jax.training import train_step
 
 ENCODERS = (train_step.ONLINE_ENCODERS, train_step.MOMENTUM_ENCODERS)
@@ -38,6 +39,7 @@ _COUNTED = (
     "roofline_seconds",
     "roofline_step_seconds",
     "roofline_bound_by",
+    "roofline_mfu",
     "roofline_pairs_per_second",
     "roofline_hours",
 )
@@ -81,6 +83,9 @@ def summarize(
         "training_pairs": pairs,
         "steps_per_epoch": steps_per_epoch,
         "epochs": config.num_epochs,
+        "useful_flops_per_chip": PASSES
+        * program.forward_flops
+        * (config.global_batch_size // len(topology.devices)),
         **dict.fromkeys(_COUNTED),
     }
     if program.text is None:
@@ -119,6 +124,8 @@ def summarize(
         "roofline_seconds": bounds,
         "roofline_step_seconds": seconds,
         "roofline_bound_by": bound_by,
+        # Of the peak of bfloat16, whatever the dtype of the program.
+        "roofline_mfu": plan["useful_flops_per_chip"] / (chip.flops * seconds),
         "roofline_pairs_per_second": config.global_batch_size / seconds,
         "roofline_hours": steps_per_epoch and config.num_epochs * steps_per_epoch * seconds / 3600,
     }
@@ -186,6 +193,8 @@ def render(plan: dict[str, Any]) -> str:
         f"roofline, a bound that no run can beat: {bounds}",
         f"  a step: {plan['roofline_step_seconds'] * 1e3:.1f} ms, bound by "
         f"{plan['roofline_bound_by']}; {plan['roofline_pairs_per_second']:,.0f} pairs/s",
+        f"  roofline_mfu: {plan['roofline_mfu']:.1%} of the peak in useful FLOPs "
+        f"({plan['useful_flops_per_chip'] / 1e12:.3f} T a device and step)",
     ]
     if plan["roofline_hours"] is None:
         lines.append("  hours: unknown without the number of training pairs, --pairs")

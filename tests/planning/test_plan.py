@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from fne_jax import config_rules, configuration, plan
 from fne_jax.errors import UserError
-from fne_jax.planning import program, published, summary, topology
+from fne_jax.planning import program, published, summary, topology, useful
 from fne_jax.planning.accounting import Collective, account
 from tests.support import TOP
 from tests.support.runs import mesh_of
@@ -129,6 +129,29 @@ def test_gradients_keep_the_scope_of_what_they_are_of():
     assert work["inner"].matrix_passes == 2 * 2 * 16 * 24 * 40
 
 
+def test_useful_operations_are_those_of_the_trace():
+    x, stack, kernel = jnp.ones((6, 5)), jnp.ones((3, 5, 5)), jnp.ones((2, 2, 3, 7))
+
+    @jax.checkpoint
+    def layer(x, w):
+        return jax.nn.relu(x @ w), None  # its derivative is a function of its own
+
+    def function(x, stack, image):
+        x, _ = jax.lax.scan(layer, x, stack)
+        x = jax.lax.cond(x[0, 0] > 0, lambda x: x @ stack[0], lambda x: x, x)
+        patches = jax.lax.conv_general_dilated(
+            image, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.einsum("bik,bjk->bij", x[None], x[None]), patches
+
+    products = 4 * (2 * 6 * 5 * 5) + 2 * 6 * 6 * 5
+    patches = 2 * (3 * 2) * 7 * (2 * 2 * 3)  # of 6 x 4 pixels with three channels
+    image = jax.ShapeDtypeStruct((1, 6, 4, 3), jnp.float32)
+    assert useful.matrix_flops(jax.jit(function), x, stack, image) == products + patches
+    with pytest.raises(ValueError, match="the operations of a while are not known"):
+        useful.matrix_flops(lambda x: jax.lax.while_loop(jnp.any, lambda x: x - 1, x), x[0, 0])
+
+
 def test_collectives_are_counted_in_bytes():
     mesh = mesh_of(8)
 
@@ -176,6 +199,8 @@ def test_the_plan_of_a_tiny_run(tiny_plan):
 
     # Four rows on each device, of 4 patches of 4 x 4 pixels, a class token and 8 words.
     forward = 4 * (tower(5) + tower(8) + 2 * 4 * 48 * 16)
+    assert compiled.forward_flops == forward / 4
+    assert found["useful_flops_per_chip"] == 4 * forward
     work = account(compiled.text, summary.SCOPES).work
     # Float32 takes six passes of a matrix unit. Backwards is twice as much, but for the gradient of
     # the pixels.
@@ -192,13 +217,15 @@ def test_rooflines_and_hours(tiny_plan):
     chip = topology.Chip(flops=1e9, main_memory=1.0, memory_bandwidth=1e6, link_bandwidth=1e12)
     machine = topology.Topology("made-up", jax.devices()[:1], chip)
     compiled = program.Program(
-        config, mesh_of(1), program_state(), {}, 2, 1, True, None, TPU_PROGRAM
+        config, mesh_of(1), program_state(), {}, 2, 1, True, None, TPU_PROGRAM, 500
     )
     found = summary.summarize(compiled, machine, 48, 3)
     assert not found["fits"]  # 2 bytes of 1
     assert found["roofline_bound_by"] == "memory"
     seconds = found["hbm_traffic_bytes_per_chip"] / 1e6
     assert found["roofline_step_seconds"] == seconds
+    # Four forward passes over each pair of the batch of 16.
+    assert found["roofline_mfu"] == pytest.approx(4 * 500 * 16 / (1e9 * seconds))
     assert found["roofline_pairs_per_second"] == pytest.approx(16 / seconds)
     assert found["roofline_hours"] == pytest.approx(2 * 3 * seconds / 3600)
     assert "fits: NO" in summary.render(found) and "bound by memory" in summary.render(found)
@@ -237,7 +264,7 @@ def test_a_program_that_does_not_fit():
     assert program.out_of_memory("INTERNAL: something else") is None
     config = tiny_config()
     machine = topology.Topology("made-up", jax.devices()[:1], None)
-    compiled = program.Program(config, mesh_of(1), program_state(), {}, 3, None, False, 2, None)
+    compiled = program.Program(config, mesh_of(1), program_state(), {}, 3, None, False, 2, None, 1)
     found = summary.summarize(compiled, machine, 48, 3)
     assert not found["fits"] and found["hbm_limit_bytes_per_chip"] == 2
     assert "fits: NO, at least 3 B of 2 B a device" in summary.render(found)
