@@ -59,6 +59,8 @@ setuptools.setup(
         "profile": ["xprof>=2.24.2"],
         # Compiles for TPUs that are not there; jax[tpu] names the versions that go with jax.
         "plan": ["jax[tpu]>=0.10.2"],
+        # Compiles for GPUs that are not there: CUDA's compilers and libraries, 5 GB.
+        "plan-gpu": ["jax[cuda13]>=0.10.2"],
         "test": [
             "torch>=2.13.0",
             "pytest>=9.2.0",

@@ -11,6 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from fne_jax.errors import UserError
+from fne_jax.planning import gpus
 
 CPU = "cpu"
 
@@ -40,7 +41,16 @@ CHIPS = {
     "v5e": Chip(197e12, 16e9, 819e9, 200e9),
     "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
     "v6e": Chip(918e12, 32e9, 1638e9, 400e9),
+    # NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200: products of bfloat16
+    # without sparsity, of which they list twice as much from the H100 on; NVLink in both
+    # directions, of which half is taken.
+    "a100": Chip(312e12, 80e9, 2039e9, 300e9),
+    "h100": Chip(989.5e12, 80e9, 3350e9, 450e9),
+    "h200": Chip(989.5e12, 141e9, 4800e9, 450e9),
+    "b200": Chip(2250e12, 180e9, 8000e9, 900e9),
 }
+# Those that NVLink joins in one machine; the links of several machines are not in the figures.
+_MOST_GPUS = 8
 # No TPU is touched: libtpu is neither to ask a Cloud TPU's metadata server, nor to log that there
 # is none, nor to refuse because another process uses it.
 _LIBTPU_SETTINGS = {
@@ -50,7 +60,7 @@ _LIBTPU_SETTINGS = {
     "TPU_MIN_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-_EXAMPLES = "expected one as v5e:4x4, v6e:2x4, v5p:2x2x1 or cpu:8"
+_EXAMPLES = "expected one as v5e:4x4, v6e:2x4, v5p:2x2x1, h100:8 or cpu:8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,17 +79,19 @@ class Topology:
 
 
 def find(name: str) -> Topology:
-    """Returns the machine of a name such as `v5e:4x4` or `cpu:8`.
+    """Returns the machine of a name such as `v5e:4x4`, `h100:8` or `cpu:8`.
 
     Call it before anything else uses JAX: virtual CPU devices cannot be added later.
 
     Raises:
-      UserError: if there is no such machine, or libtpu is missing.
+      UserError: if there is no such machine, or the compiler for it is missing.
     """
     kind, _, shape = name.partition(":")
     if kind == CPU and re.fullmatch(r"[1-9]\d*", shape):
         return Topology(name, _cpu_devices(int(shape)), None)
-    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+    if kind in gpus.GPUS and re.fullmatch(rf"[1-{_MOST_GPUS}]", shape):
+        return Topology(name, _gpu_devices(name, kind, shape), CHIPS[kind])
+    if kind in gpus.GPUS or kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
         raise UserError(
             f"--topology={name}: there is no such machine; {_EXAMPLES} "
             f"(known chips: {', '.join(CHIPS)})"
@@ -111,6 +123,22 @@ def _tpu_devices(name, shape):
         raise UserError(
             f"--topology={name}: {_first_line(error)}; TPU programs are compiled by libtpu: "
             f"pip install 'fne-jax[plan]', and {_EXAMPLES}"
+        ) from error
+    return list(described.devices)
+
+
+def _gpu_devices(name, kind, count):
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="",
+            target_config=gpus.target_config(gpus.GPUS[kind]),
+            topology=f"1x1x{count}",  # slices, machines of each, devices of each
+        )
+    except Exception as error:  # JAX raises whatever the plugin or its loading did
+        raise UserError(
+            f"--topology={name}: {_first_line(error)}; GPU programs are compiled by JAX's CUDA "
+            "plugin, which needs no GPU: pip install 'fne-jax[plan-gpu]'"
         ) from error
     return list(described.devices)
 
