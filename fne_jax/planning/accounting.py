@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import re
 
-from fne_jax.planning import hlo, operations, traffic
+from fne_jax.planning import hlo, kernels, operations, traffic
 
 COLLECTIVES = (
     "all-gather",
@@ -29,8 +29,8 @@ class Work:
 
     Attributes:
       flops: Operations, a multiplication and an addition as two.
-      matrix_passes: Operations of matrix products alone, each as often as a matrix unit of
-        bfloat16 takes it: six times at the highest precision of float32.
+      matrix_passes: Operations of matrix products alone, by the time that they take: as many as the
+        device does of bfloat16 meanwhile.
       bytes: Bytes of the main memory read and written.
     """
 
@@ -57,6 +57,24 @@ class Collective:
     count: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A call of code that the program does not show.
+
+    Attributes:
+      name: Its name, such as `__cudnn$fmhaSoftmax`.
+      scope: The scope that it comes from.
+      flops: Operations of its matrix products, each time; None if they are not known, and so are in
+        no sum.
+      count: How often it runs in a step.
+    """
+
+    name: str
+    scope: str
+    flops: int | None
+    count: int
+
+
 @dataclasses.dataclass
 class Account:
     """The work of a program.
@@ -64,13 +82,20 @@ class Account:
     Attributes:
       work: The work of each scope.
       collectives: All collectives of the program.
+      kernels: All calls of kernels.
     """
 
     work: dict[str, Work]
     collectives: list[Collective]
+    kernels: list[Kernel]
 
 
-def account(text: str, scopes: tuple[str, ...], other: str = "other") -> Account:
+def account(
+    text: str,
+    scopes: tuple[str, ...],
+    other: str = "other",
+    float32: operations.Float32 = operations.TPU_FLOAT32,
+) -> Account:
     """Returns the work of a compiled program.
 
     Where a scope lies within another, the inner one counts. An instruction that XLA made up, and
@@ -80,21 +105,22 @@ def account(text: str, scopes: tuple[str, ...], other: str = "other") -> Account
       text: The program, as `compiled.as_text()` returns it.
       scopes: The names to tell apart.
       other: The name of all else.
+      float32: How long the device takes over matrix products of float32.
 
     Raises:
       ValueError: if a loop's trip count cannot be read.
     """
-    counter = _Counter(hlo.parse(text), scopes, other)
+    counter = _Counter(hlo.parse(text), scopes, other, float32)
     counter.visit(counter.module.entry, 1, other)
-    return Account(dict(counter.work), counter.collectives)
+    return Account(dict(counter.work), counter.collectives, counter.kernels)
 
 
 class _Counter:
-    def __init__(self, module, scopes, other):
-        self.module, self.other = module, other
+    def __init__(self, module, scopes, other, float32):
+        self.module, self.other, self.float32 = module, other, float32
         self.scope_pattern = re.compile("|".join(rf"(?<!\w){re.escape(s)}(?!\w)" for s in scopes))
         self.work = collections.defaultdict(Work)
-        self.collectives, self.channels = [], set()
+        self.collectives, self.channels, self.kernels = [], set(), []
 
     def visit(self, name, times, outer):
         """Adds what a computation does when it runs so many times within a scope."""
@@ -135,7 +161,11 @@ class _Counter:
         if kind in COLLECTIVES:
             self.add_collective(kind, instruction, computation, times, scope)
             return
-        work, done = self.work[scope], operations.count(computation, instruction)
+        work = self.work[scope]
+        done = operations.count(computation, instruction, self.float32)
+        kernel = kernels.target(instruction)
+        if kernel is not None:
+            self.kernels.append(Kernel(kernel, scope, done.flops or None, times))
         work.flops += times * done.flops
         work.matrix_passes += times * done.matrix_passes
 

@@ -19,7 +19,8 @@ _SPACE = re.compile(r"S\((\d+)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
-_COMMENT = re.compile(r"/\*.*?\*/")
+# Comments, and what a kernel of Pallas tells profilers, which alone is printed on lines of its own.
+_COMMENT = re.compile(r"/\*.*?\*/|(?<=kernel_metadata=\{)\n.*\n(?=\})")
 _BITS = re.compile(r"\d+")
 
 

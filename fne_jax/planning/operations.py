@@ -6,6 +6,7 @@ import math
 import re
 from typing import NamedTuple
 
+from fne_jax.planning import kernels
 from fne_jax.planning.hlo import Array, Computation, Instruction
 
 # One operation for each element of the output; other opcodes only move data.
@@ -17,8 +18,22 @@ _ELEMENTWISE = frozenset(
     shift-right-logical sign sine sqrt subtract tan tanh xor
     """.split()  # noqa: SIM905 a list of fifty strings is not easier to read
 )
-# Passes of a bfloat16 matrix unit for one product at the highest precision of float32.
-_HIGHEST_PASSES = 6
+
+
+class Float32(NamedTuple):
+    """The time of float32's matrix products on a device.
+
+    Attributes:
+      default: Times as long as a product of bfloat16, at the default precision.
+      highest: Times as long at the highest precision.
+    """
+
+    default: float
+    highest: float
+
+
+# A TPU's matrix unit takes float32 as bfloat16, and at the highest precision in six parts.
+TPU_FLOAT32 = Float32(1, 6)
 
 
 class Operations(NamedTuple):
@@ -26,28 +41,48 @@ class Operations(NamedTuple):
 
     Attributes:
       flops: Operations, a multiplication and an addition as two.
-      matrix_passes: Those of matrix products alone, as often as a bfloat16 matrix unit does them.
+      matrix_passes: Those of matrix products alone, by the time that they take: as many as a device
+        does of bfloat16 meanwhile.
     """
 
     flops: int
-    matrix_passes: int = 0
+    matrix_passes: float = 0
 
 
-def count(computation: Computation, instruction: Instruction) -> Operations:
-    """Returns the operations of an instruction, those of what it calls left out."""
+def count(
+    computation: Computation, instruction: Instruction, float32: Float32 = TPU_FLOAT32
+) -> Operations:
+    """Returns the operations of an instruction, those of what it calls left out.
+
+    Args:
+      computation: The computation that holds the instruction.
+      instruction: The instruction.
+      float32: How long the device takes over products of float32.
+    """
     opcode = instruction.opcode
-    operands = [computation.instructions[name].arrays for name in instruction.operands[:2]]
+    operands = [computation.instructions[name].arrays for name in instruction.operands]
     if opcode in ("dot", "convolution"):
         flops_of = _dot_flops if opcode == "dot" else _convolution_flops
         flops = flops_of(instruction, *(arrays[0] for arrays in operands))
-        highest = "highest" in instruction.attributes
-        return Operations(flops, flops * (_HIGHEST_PASSES if highest else 1))
+        return Operations(flops, flops * _passes(instruction, operands, float32))
+    if opcode == "custom-call":
+        found = kernels.products(instruction, [arrays[0] for arrays in operands if arrays])
+        if found is None:
+            return Operations(0)
+        return Operations(found.flops, found.computed * _passes(instruction, operands, float32))
     if opcode in _ELEMENTWISE:
         return Operations(instruction.arrays[0].size)
     if opcode in ("reduce", "reduce-window"):
         # Of windows too: they are cumulative sums, and sums that are broadcast again.
         return Operations(operands[0][0].size)
     return Operations(0)
+
+
+def _passes(instruction, operands, float32):
+    if re.search("operand_precision.*highest", instruction.attributes, re.IGNORECASE):
+        return float32.highest
+    left_and_right = {arrays[0].dtype for arrays in operands[:2]}
+    return float32.default if left_and_right == {"f32"} else 1
 
 
 def _dot_flops(instruction: Instruction, left: Array, right: Array) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from fne_jax.planning.accounting import account
+from fne_jax.planning.operations import TPU_FLOAT32
 from fne_jax.planning.program import Program
 from fne_jax.planning.topology import Topology
 from fne_jax.planning.useful import PASSES
@@ -36,6 +37,7 @@ _COUNTED = (
     "strategy_byte_share",
     "collectives",
     "collective_bytes_per_chip",
+    "kernels",
     "roofline_seconds",
     "roofline_step_seconds",
     "roofline_bound_by",
@@ -90,7 +92,7 @@ def summarize(
     }
     if program.text is None:
         return plan
-    found = account(program.text, SCOPES)
+    found = account(program.text, SCOPES, float32=chip.float32 if chip else TPU_FLOAT32)
     total = {
         field: sum(getattr(work, field) for work in found.work.values())
         for field in ("flops", "matrix_passes", "bytes")
@@ -110,6 +112,7 @@ def summarize(
         "strategy_byte_share": sum(work.bytes for work in strategy) / total["bytes"],
         "collectives": _grouped(found.collectives),
         "collective_bytes_per_chip": sent,
+        "kernels": _kernels(found.kernels),
     }
     if chip is None:
         return plan
@@ -150,6 +153,17 @@ def _grouped(collectives):
     ]
 
 
+def _kernels(kernels):
+    """Returns the kernels by name and scope, in the order of the program."""
+    counts = collections.Counter()
+    for one in kernels:
+        counts[one.name, one.scope, one.flops] += one.count
+    return [
+        {"kernel": name, "scope": scope, "count": count, "flops": flops and flops * count}
+        for (name, scope, flops), count in counts.items()
+    ]
+
+
 def render(plan: dict[str, Any]) -> str:
     """Returns the plan as text."""
     mesh = " x ".join(f"{name} {size}" for name, size in plan["mesh"].items())
@@ -185,6 +199,11 @@ def render(plan: dict[str, Any]) -> str:
     for one in plan["collectives"]:
         counted = f"{one['count']:>5} times{_size(one['bytes']):>12} in all"
         lines.append(f"  {one['kind']:20}{one['scope']:18}{counted}")
+    if plan["kernels"]:
+        lines.append("kernels, each device:")
+    for one in plan["kernels"]:
+        flops = "unknown FLOPs" if one["flops"] is None else f"{one['flops'] / 1e12:.4f} TFLOP"
+        lines.append(f"  {one['scope']:18}{one['count']:>5} times{flops:>16}  {one['kernel']}")
     if plan["roofline_seconds"] is None:
         lines.append("no roofline: the peak figures of CPUs are not known")
         return "\n".join(lines)

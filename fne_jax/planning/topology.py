@@ -12,6 +12,7 @@ from jax.experimental import topologies
 
 from fne_jax.errors import UserError
 from fne_jax.planning import gpus
+from fne_jax.planning.operations import TPU_FLOAT32, Float32
 
 CPU = "cpu"
 
@@ -25,12 +26,14 @@ class Chip:
       main_memory: Bytes of the main memory.
       memory_bandwidth: Bytes of the main memory read or written a second.
       link_bandwidth: Bytes a second that it sends to other chips, all links together.
+      float32: How long it takes over matrix products of float32.
     """
 
     flops: float
     main_memory: float
     memory_bandwidth: float
     link_bandwidth: float
+    float32: Float32 = TPU_FLOAT32
 
 
 # Google Cloud's "System architecture" pages of each TPU (cloud.google.com/tpu/docs/v5e, /v5p and
@@ -43,11 +46,12 @@ CHIPS = {
     "v6e": Chip(918e12, 32e9, 1638e9, 400e9),
     # NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200: products of bfloat16
     # without sparsity, of which they list twice as much from the H100 on; NVLink in both
-    # directions, of which half is taken.
-    "a100": Chip(312e12, 80e9, 2039e9, 300e9),
-    "h100": Chip(989.5e12, 80e9, 3350e9, 450e9),
-    "h200": Chip(989.5e12, 141e9, 4800e9, 450e9),
-    "b200": Chip(2250e12, 180e9, 8000e9, 900e9),
+    # directions, of which half is taken; products of float32 as TensorFloat-32 at half the rate,
+    # and by the units of float32 (19.5, 67, 67 and 80 TFLOP/s) at the highest precision.
+    "a100": Chip(312e12, 80e9, 2039e9, 300e9, Float32(2, 312 / 19.5)),
+    "h100": Chip(989.5e12, 80e9, 3350e9, 450e9, Float32(2, 989.5 / 67)),
+    "h200": Chip(989.5e12, 141e9, 4800e9, 450e9, Float32(2, 989.5 / 67)),
+    "b200": Chip(2250e12, 180e9, 8000e9, 900e9, Float32(2, 2250 / 80)),
 }
 # Those that NVLink joins in one machine; the links of several machines are not in the figures.
 _MOST_GPUS = 8
@@ -91,10 +95,14 @@ def find(name: str) -> Topology:
         return Topology(name, _cpu_devices(int(shape)), None)
     if kind in gpus.GPUS and re.fullmatch(rf"[1-{_MOST_GPUS}]", shape):
         return Topology(name, _gpu_devices(name, kind, shape), CHIPS[kind])
-    if kind in gpus.GPUS or kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+    if (
+        kind in gpus.GPUS
+        or kind not in CHIPS
+        or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape)
+    ):
         raise UserError(
             f"--topology={name}: there is no such machine; {_EXAMPLES} "
-            f"(known chips: {', '.join(CHIPS)})"
+            f"(known chips: {', '.join(CHIPS)}; at most {_MOST_GPUS} GPUs)"
         )
     return Topology(name, _tpu_devices(name, shape), CHIPS[kind])
 

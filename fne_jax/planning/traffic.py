@@ -1,21 +1,23 @@
 """Bytes that single instructions read and write of the main memory.
 
 Slices are read, and updates in place written, without the rest of their array. Arrays in the
-memory on the chip, where XLA puts what it needs soon, are no traffic; moving them there is.
+memory on the chip, where XLA puts what it needs soon, are no traffic; moving them there is. A
+kernel is taken to read all that it is given once: one whose blocks do not hold all keys and values
+reads them again for each block of queries.
 """
 
 from __future__ import annotations
 
 import collections
 
+from fne_jax.planning import kernels
 from fne_jax.planning.hlo import MAIN_MEMORY, Array, Computation, Instruction, Module
 
 # Neither read nor write: they name, group or wait for what is there.
 _FREE = frozenset(
     """
     parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id
-    opt-barrier while conditional call async-start async-update async-done copy-done slice-done
-    all-gather-done all-reduce-done collective-permute-done send-done recv-done add-dependency
+    opt-barrier while conditional call async-start async-update add-dependency
     """.split()  # noqa: SIM905 a list of strings is not easier to read
 )
 _FREE_TARGETS = ("AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast")
@@ -40,7 +42,11 @@ def main_memory(
       instruction itself.
     """
     opcode = instruction.opcode
-    if opcode in _FREE or any(target in instruction.attributes for target in _FREE_TARGETS):
+    if (
+        opcode in _FREE
+        or opcode.endswith("-done")
+        or any(target in instruction.attributes for target in _FREE_TARGETS)
+    ):
         return collections.Counter()
     if opcode == "fusion":
         return _fusion_traffic(module, computation, instruction)
@@ -57,8 +63,10 @@ def main_memory(
         update = operands[_UPDATES[opcode]]
         written = update[0].bytes if _main_bytes(operands[0]) else 0
         total = _main_bytes(update) + written
+    elif opcode.endswith("-start") and opcode != "all-reduce-start":
+        total = _main_bytes(instruction.arrays)  # lists what it takes beside what it gives
     else:
-        total = sum(map(_main_bytes, operands)) + _main_bytes(instruction.arrays)
+        total = sum(map(_main_bytes, operands)) + _main_bytes(kernels.results(instruction))
     return collections.Counter({"": total})
 
 
