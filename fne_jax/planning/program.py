@@ -15,7 +15,7 @@ from fne_jax.encoders.attention import AUTO
 from fne_jax.model.model import build_model, build_module
 from fne_jax.parallel import sharding
 from fne_jax.planning.published import read_architectures
-from fne_jax.planning.topology import CPU, Topology
+from fne_jax.planning.topology import CPU, GPU, Topology
 from fne_jax.planning.useful import matrix_flops
 from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.optimizer import learning_rate_schedule
@@ -28,6 +28,10 @@ _OUT_OF_MEMORY = re.compile(
     r"(?:HLO temporaries \(|Used )([\d.]+)([KMGT])\)? (?:exceeds available HBM \(|of )"
     r"([\d.]+)([KMGT])"
 )
+# Matrix products by cuBLAS. On a GPU XLA measures for each whether a kernel of its own is faster;
+# without one it takes its own for most, with tiles that do not always exist, and then gives up
+# ("Couldn't find output tile sizes", as openxla/xla#36792 has it).
+_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -92,7 +96,8 @@ def compile_step(
     forward = _forward_flops(resolved, architectures, state.params)
     lowered = jitted_steps(resolved, timeline, mesh, schedule, state)[Phase.FNE].lower(state, batch)
     try:
-        compiled = lowered.compile()
+        gpu = topology.devices[0].platform == GPU
+        compiled = lowered.compile(compiler_options=_GPU_OPTIONS if gpu else None)
     except jax.errors.JaxRuntimeError as error:
         found = out_of_memory(str(error))
         if found is None:

@@ -14,7 +14,9 @@ from fne_jax.errors import UserError
 from fne_jax.planning import gpus
 from fne_jax.planning.operations import TPU_FLOAT32, Float32
 
+# Platforms, as JAX's devices name them.
 CPU = "cpu"
+GPU = "gpu"
 
 
 @dataclasses.dataclass(frozen=True)
