@@ -155,12 +155,18 @@ def _grouped(collectives):
 
 def _kernels(kernels):
     """Returns the kernels by name and scope, in the order of the program."""
-    counts = collections.Counter()
+    counts, flops = collections.Counter(), collections.defaultdict(int)
     for one in kernels:
-        counts[one.name, one.scope, one.flops] += one.count
+        counts[one.name, one.scope, one.flops is None] += one.count
+        flops[one.name, one.scope, one.flops is None] += (one.flops or 0) * one.count
     return [
-        {"kernel": name, "scope": scope, "count": count, "flops": flops and flops * count}
-        for (name, scope, flops), count in counts.items()
+        {
+            "kernel": name,
+            "scope": scope,
+            "count": count,
+            "flops": None if unknown else flops[name, scope, unknown],
+        }
+        for (name, scope, unknown), count in counts.items()
     ]
 
 

@@ -165,6 +165,43 @@ def test_collectives_are_counted_in_bytes():
     assert found == Collective("all-reduce", "sum", 2 * 5 * 4, 1)
 
 
+# As for GPUs: what starts a collective lists what it takes beside what it gives, but for a sum.
+GPU_COLLECTIVES = """
+HloModule collectives, is_scheduled=true
+
+ENTRY %main (a: f32[16,8], b: s32[16]) -> f32[4,8] {
+  %a = f32[16,8]{1,0} parameter(0)
+  %b = s32[16]{0} parameter(1)
+  %gather = ((f32[16,8]{1,0}, s32[16]{0}), (f32[64,8]{1,0}, s32[64]{0})) all-gather-start(%a, %b), \
+channel_id=1, dimensions={0}, metadata={op_name="jit(step)/queue/all_gather"}
+  %gathered = (f32[64,8]{1,0}, s32[64]{0}) all-gather-done(%gather)
+  %reduce = f32[16,8]{1,0} all-reduce-start(%a), channel_id=2, to_apply=%add, \
+metadata={op_name="jit(step)/encoders/psum"}
+  %reduced = f32[16,8]{1,0} all-reduce-done(%reduce), metadata={op_name="jit(step)/encoders/psum"}
+  %scatter = ((f32[16,8]{1,0}), f32[4,8]{1,0}) reduce-scatter-start(%reduced), channel_id=3, \
+dimensions={0}, to_apply=%add, metadata={op_name="jit(step)/optimizer/reduce_scatter"}
+  ROOT %scattered = f32[4,8]{1,0} reduce-scatter-done(%scatter)
+}
+"""
+
+
+def test_collectives_of_gpus():
+    found = account(GPU_COLLECTIVES, ("queue", "encoders", "optimizer"))
+    row = 8 * 4
+    kinds = [(one.kind, one.scope, one.bytes) for one in found.collectives]
+    gathered = 64 * row + 64 * 4
+    assert kinds[-2:] == [
+        ("all-reduce", "encoders", 16 * row),
+        ("reduce-scatter", "optimizer", 16 * row),
+    ]
+    assert {one[0] for one in kinds[:-2]} == {"all-gather"}
+    assert sum(one[2] for one in kinds[:-2]) == gathered
+    # Each reads what it takes and writes what it gives; waiting for them is free.
+    assert found.work["queue"].bytes == 16 * row + 16 * 4 + gathered
+    assert found.work["encoders"].bytes == 2 * 16 * row
+    assert found.work["optimizer"].bytes == 16 * row + 4 * row
+
+
 def test_a_loop_of_unknown_length_is_an_error():
     text = TPU_PROGRAM.replace("direction=LT", "direction=NE")
     with pytest.raises(ValueError, match="loop: the loop's trip count cannot be read"):
@@ -216,9 +253,11 @@ def test_rooflines_and_hours(tiny_plan):
     config, _, _ = tiny_plan
     chip = topology.Chip(flops=1e9, main_memory=1.0, memory_bandwidth=1e6, link_bandwidth=1e12)
     machine = topology.Topology("made-up", jax.devices()[:1], chip)
-    compiled = program.Program(
-        config, mesh_of(1), program_state(), {}, 2, 1, True, None, TPU_PROGRAM, 500
-    )
+    kernel = """  %kernel = f32[8,16]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(step)/momentum_encoders/mine/pallas_call"}
+  ROOT %end = """
+    text = TPU_PROGRAM.replace("  ROOT %end = ", kernel)
+    compiled = program.Program(config, mesh_of(1), program_state(), {}, 2, 1, True, None, text, 500)
     found = summary.summarize(compiled, machine, 48, 3)
     assert not found["fits"]  # 2 bytes of 1
     assert found["roofline_bound_by"] == "memory"
@@ -228,7 +267,11 @@ def test_rooflines_and_hours(tiny_plan):
     assert found["roofline_mfu"] == pytest.approx(4 * 500 * 16 / (1e9 * seconds))
     assert found["roofline_pairs_per_second"] == pytest.approx(16 / seconds)
     assert found["roofline_hours"] == pytest.approx(2 * 3 * seconds / 3600)
-    assert "fits: NO" in summary.render(found) and "bound by memory" in summary.render(found)
+    mine = {"kernel": "mine", "scope": "momentum_encoders", "count": 1, "flops": None}
+    assert found["kernels"] == [mine]
+    rendered = summary.render(found)
+    assert "fits: NO" in rendered and "bound by memory" in rendered
+    assert "unknown FLOPs  mine" in rendered and "roofline_mfu" in rendered
 
 
 def program_state():
