@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
       UserError: on wrong input.
     """
     options, overrides = _parse(arguments)
-    # Programs for TPUs are compiled without any; nothing else than the CPU is to be started.
+    # Programs for TPUs and GPUs are compiled without any; only the CPU is to be started.
     jax.config.update("jax_platforms", "cpu")
     machine = topology.find(options.topology)
     config = configuration.load_config(options.config, overrides)
@@ -45,7 +45,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = command_line.parser("Says what a run would take of a machine.", "plan")
     parser.add_argument("--config", required=True, help="config file, e.g. configs/coco.py")
     parser.add_argument(
-        "--topology", required=True, help="machine: v5e:4x4, v5p:2x2x1, v6e:2x4, cpu:8, ..."
+        "--topology", required=True, help="machine: v5e:4x4, v5p:2x2x1, h100:8, cpu:8, ..."
     )
     parser.add_argument("--batch", type=int, help="pairs in a batch (the config's by default)")
     known = ", ".join(published.TRAINING_PAIRS)

@@ -215,7 +215,7 @@ def render(plan: dict[str, Any]) -> str:
         return "\n".join(lines)
     bounds = ", ".join(f"{k} {v * 1e3:.1f} ms" for k, v in plan["roofline_seconds"].items())
     lines += [
-        f"roofline, a bound that no run can beat: {bounds}",
+        f"roofline, a bound on this program: {bounds}",
         f"  a step: {plan['roofline_step_seconds'] * 1e3:.1f} ms, bound by "
         f"{plan['roofline_bound_by']}; {plan['roofline_pairs_per_second']:,.0f} pairs/s",
         f"  roofline_mfu: {plan['roofline_mfu']:.1%} of the peak in useful FLOPs "
