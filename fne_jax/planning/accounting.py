@@ -95,6 +95,7 @@ def account(
     scopes: tuple[str, ...],
     other: str = "other",
     float32: operations.Float32 = operations.TPU_FLOAT32,
+    in_tiles: bool = False,
 ) -> Account:
     """Returns the work of a compiled program.
 
@@ -106,11 +107,12 @@ def account(
       scopes: The names to tell apart.
       other: The name of all else.
       float32: How long the device takes over matrix products of float32.
+      in_tiles: Whether bytes are those of arrays padded to whole tiles, as TPUs hold them.
 
     Raises:
       ValueError: if a loop's trip count cannot be read.
     """
-    counter = _Counter(hlo.parse(text), scopes, other, float32)
+    counter = _Counter(hlo.parse(text, in_tiles=in_tiles), scopes, other, float32)
     counter.visit(counter.module.entry, 1, other)
     return Account(dict(counter.work), counter.collectives, counter.kernels)
 

@@ -16,6 +16,8 @@ MAIN_MEMORY = 0
 
 _ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
+# Order of the axes, the one that lies closest together first, and the tiles of TPUs.
+_TILED = re.compile(r"([\d,]+):T\(([\d,]+)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
@@ -32,11 +34,13 @@ class Array:
       dtype: XLA's name of it, such as f32 or pred.
       dims: The size of each axis.
       space: The memory space, 0 for the main memory.
+      held: The size of each axis as `bytes` counts it; None for `dims`.
     """
 
     dtype: str
     dims: tuple[int, ...]
     space: int = MAIN_MEMORY
+    held: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -45,11 +49,12 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Bytes without padding; 0 for tokens and the like."""
+        """Bytes of all that is held; 0 for tokens and the like."""
         bits = _BITS.search(self.dtype)
+        size = math.prod(self.held or self.dims)
         if self.dtype == "pred":
-            return self.size
-        return math.ceil(self.size * int(bits.group()) / 8) if bits else 0
+            return size
+        return math.ceil(size * int(bits.group()) / 8) if bits else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +129,12 @@ class Module:
     entry: str
 
 
-def parse(text: str) -> Module:
+def parse(text: str, *, in_tiles: bool = False) -> Module:
     """Returns the program that a text prints.
+
+    Args:
+      text: The program.
+      in_tiles: Whether arrays hold the padding to whole tiles that they have in a TPU's memory.
 
     Raises:
       ValueError: if it has no entry.
@@ -143,7 +152,7 @@ def parse(text: str) -> Module:
         else:
             match = _INSTRUCTION.match(line)
             if match:
-                instructions[match["name"]] = _instruction(match["name"], match["rest"])
+                instructions[match["name"]] = _instruction(match["name"], match["rest"], in_tiles)
                 root = match["name"] if match["root"] else root
     if entry is None:
         raise ValueError("the text has no ENTRY computation")
@@ -211,14 +220,14 @@ def _initial_value(computation, name, index):
     return 0
 
 
-def _instruction(name, rest):
+def _instruction(name, rest, in_tiles):
     output, rest = _first_term(rest)
     opcode, _, rest = rest.partition("(")
     operands, attributes = _first_term("(" + rest)
     return Instruction(
         name=name,
         opcode=opcode.strip(),
-        arrays=_arrays(output),
+        arrays=_arrays(output, in_tiles),
         operands=tuple(_NAME.findall(operands)),
         text=operands[1:-1],
         attributes=attributes,
@@ -240,10 +249,23 @@ def _first_term(text):
     return text, ""
 
 
-def _arrays(text):
+def _arrays(text, in_tiles):
     found = []
     for dtype, dims, layout in _ARRAY.findall(text):
         space = _SPACE.search(layout)
         sizes = tuple(int(size) for size in dims.split(",") if size)
-        found.append(Array(dtype, sizes, int(space.group(1)) if space else MAIN_MEMORY))
+        held = _padded(sizes, layout) if in_tiles else None
+        found.append(Array(dtype, sizes, int(space.group(1)) if space else MAIN_MEMORY, held))
     return tuple(found)
+
+
+def _padded(sizes, layout):
+    """Returns the sizes rounded up to whole tiles, which lie along the closest axes."""
+    tiled = _TILED.match(layout)
+    if tiled is None:
+        return sizes
+    axes, tile = ([int(number) for number in group.split(",")] for group in tiled.groups())
+    held = list(sizes)
+    for axis, length in zip(axes, reversed(tile), strict=False):
+        held[axis] = -(-held[axis] // length) * length
+    return tuple(held)

@@ -28,8 +28,10 @@ _NOT_STRATEGY = (*ENCODERS, train_step.OPTIMIZER)
 # Read from the program and from the chip's peak figures; None where there is neither.
 _COUNTED = (
     "flops_per_chip",
+    "matrix_passes_per_chip",
     "flops",
     "hbm_traffic_bytes_per_chip",
+    "hbm_traffic_bytes_in_tiles_per_chip",
     "work_per_chip",
     "strategy_flops_per_chip",
     "strategy_bytes_per_chip",
@@ -92,17 +94,27 @@ def summarize(
     }
     if program.text is None:
         return plan
+    plan |= _work(program, topology)
+    return plan if chip is None else plan | _roofline(plan, chip)
+
+
+def _work(program, topology):
+    """Returns what a step computes, moves and sends."""
+    chip = topology.chip
     found = account(program.text, SCOPES, float32=chip.float32 if chip else TPU_FLOAT32)
+    in_tiles = account(program.text, SCOPES, in_tiles=True).work.values()
     total = {
         field: sum(getattr(work, field) for work in found.work.values())
         for field in ("flops", "matrix_passes", "bytes")
     }
     strategy = [work for scope, work in found.work.items() if scope not in _NOT_STRATEGY]
     sent = sum(c.bytes * c.count * (1 + (c.kind in _SENT_TWICE)) for c in found.collectives)
-    plan |= {
+    return {
         "flops_per_chip": total["flops"],
+        "matrix_passes_per_chip": total["matrix_passes"],
         "flops": total["flops"] * len(topology.devices),
         "hbm_traffic_bytes_per_chip": total["bytes"],
+        "hbm_traffic_bytes_in_tiles_per_chip": sum(work.bytes for work in in_tiles),
         "work_per_chip": {
             scope: {"flops": work.flops, "bytes": work.bytes} for scope, work in found.work.items()
         },
@@ -114,23 +126,25 @@ def summarize(
         "collective_bytes_per_chip": sent,
         "kernels": _kernels(found.kernels),
     }
-    if chip is None:
-        return plan
+
+
+def _roofline(plan, chip):
+    """Returns the bounds of a step's time, each as if the others cost nothing."""
     bounds = {
-        "matrix products": total["matrix_passes"] / chip.flops,
-        "memory": total["bytes"] / chip.memory_bandwidth,
-        "links": sent / chip.link_bandwidth,
+        "matrix products": plan["matrix_passes_per_chip"] / chip.flops,
+        "memory": plan["hbm_traffic_bytes_per_chip"] / chip.memory_bandwidth,
+        "links": plan["collective_bytes_per_chip"] / chip.link_bandwidth,
     }
     bound_by = max(bounds, key=bounds.get)
-    seconds = bounds[bound_by]
-    return plan | {
+    seconds, steps = bounds[bound_by], plan["steps_per_epoch"]
+    return {
         "roofline_seconds": bounds,
         "roofline_step_seconds": seconds,
         "roofline_bound_by": bound_by,
         # Of the peak of bfloat16, whatever the dtype of the program.
         "roofline_mfu": plan["useful_flops_per_chip"] / (chip.flops * seconds),
-        "roofline_pairs_per_second": config.global_batch_size / seconds,
-        "roofline_hours": steps_per_epoch and config.num_epochs * steps_per_epoch * seconds / 3600,
+        "roofline_pairs_per_second": plan["global_batch_size"] / seconds,
+        "roofline_hours": steps and plan["epochs"] * steps * seconds / 3600,
     }
 
 
@@ -187,8 +201,10 @@ def render(plan: dict[str, Any]) -> str:
     if plan["flops"] is None:
         return "\n".join(lines)
     flops, traffic = plan["flops_per_chip"], plan["hbm_traffic_bytes_per_chip"]
+    in_tiles = plan["hbm_traffic_bytes_in_tiles_per_chip"]
+    padded = "" if in_tiles == traffic else f" ({_size(in_tiles)} padded to tiles)"
     lines.append(
-        f"a step, each device: {flops / 1e12:.3f} TFLOP, {_size(traffic)} of memory traffic"
+        f"a step, each device: {flops / 1e12:.3f} TFLOP, {_size(traffic)} of memory traffic{padded}"
     )
     for scope, work in sorted(plan["work_per_chip"].items(), key=lambda item: -item[1]["flops"]):
         lines.append(

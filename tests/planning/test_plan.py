@@ -99,6 +99,26 @@ def test_a_tpu_program_is_counted_as_by_hand():
     assert found.collectives == [Collective("all-gather", "objective", 8 * 16 * 4, 1)]
 
 
+def test_arrays_of_tpus_are_padded_to_tiles():
+    text = """
+HloModule tiles
+
+ENTRY %main (a: bf16[3,5,64], b: bf16[3,5,64]) -> f32[300] {
+  %a = bf16[3,5,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[3,5,64]{1,2,0:T(8,128)(2,1)S(1)} parameter(1)
+  %c = bf16[3,5,64]{1,2,0:T(8,128)(2,1)} copy(%a)
+  ROOT %d = f32[300]{0:T(256)} custom-call(%c, %b), custom_call_target="tpu_custom_call"
+}
+"""
+    size = 2 * 3 * 5 * 64
+    assert account(text, ("x",)).work["other"].bytes == 3 * size + 4 * 300
+    padded = account(text, ("x",), in_tiles=True).work["other"]
+    # [3, 8, 128]; then the 5 lie closest together, and there is [3, 64, 128].
+    assert padded.bytes == 2 * 3 * 8 * 128 + 2 * (2 * 3 * 64 * 128) + 4 * 512
+    plain = account(text, ("x",)).work["other"]
+    assert padded.flops == plain.flops
+
+
 def test_loops_count_as_often_as_they_run():
     @jax.jit
     def step(x, weights):
