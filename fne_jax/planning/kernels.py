@@ -70,16 +70,17 @@ def products(instruction: Instruction, operands: list[Array]) -> Products | None
       instruction: The call.
       operands: What it is given.
     """
-    if _CUBLAS in instruction.attributes:
+    name = target(instruction) or ""
+    if name.startswith(_CUBLAS):
         contracted = _numbers(instruction, "lhs_contracting_dimensions")
         flops = 2 * instruction.arrays[0].size * math.prod(operands[0].dims[d] for d in contracted)
         return Products(flops, flops)
-    if _CUDNN_ATTENTION in instruction.attributes:
+    if name.startswith(_CUDNN_ATTENTION):
         batch, heads, queries, tokens = _numbers(instruction, "dimensions")
-        gradients = 3 if "Backward" in target(instruction) else 0
+        gradients = 3 if "Backward" in name else 0
         width = batch * heads * operands[0].dims[-1]
         return _attention(instruction, gradients, queries, tokens, width)
-    if target(instruction) and f'"{_PALLAS}"' in instruction.attributes:
+    if f'custom_call_target="{_PALLAS}"' in instruction.attributes:
         return _pallas(instruction, operands)
     return None
 
