@@ -133,14 +133,21 @@ def get_config() -> ConfigDict:
     # What follows the warm-up (fne_jax/objectives/registry.py lists all objectives).
     config.objective = objective = ConfigDict()
     # fne; triplets with the hardest, a semi_hard or a random key as negative; infonce (contrastive
-    # over the queue); or sigmoid (SigLIP's, within the batch).
+    # over the queue); or, within the batch, clip (contrastive), multi_positive (the same with
+    # several positives, at least all captions of an image) or sigmoid (SigLIP's).
     objective.name = "fne"
     # Whether candidates come from the queue as well, or from the batch alone.
     objective.queue = True
-    # Divisor of the similarities in infonce and sigmoid (0.1 is where SigLIP starts).
+    # Divisor of the similarities in infonce, clip, multi_positive and sigmoid (0.1 is where SigLIP
+    # starts).
     objective.temperature = 0.07
     # Number that sigmoid adds to the logits.
     objective.bias = -10.0
+    # What the truth is used for, where the training split knows it (shapes does), to see how much a
+    # perfect detector would gain: none (nothing); drop (whatever matches is neither a negative nor
+    # in the statistics of negatives); positives (multi_positive and sigmoid: further positives).
+    # The warm-up never uses it.
+    objective.oracle = "none"
 
     # False negative elimination, section 3 of the paper. `margin` and `prior` also serve the
     # other triplet objectives: the one in their loss, the other in their log.

@@ -9,8 +9,10 @@ import warnings
 
 from fne_jax.encoders.pretrained_weights import load_pretrained, save_pretrained
 from fne_jax.objectives.contrastive import clip_loss, infonce_loss, sigmoid_loss
+from fne_jax.objectives.features import Matches
 from fne_jax.objectives.fne_loss import fne_triplet_loss, fne_triplet_loss_from_uniform
 from fne_jax.objectives.memory_queue import MemoryQueue
+from fne_jax.objectives.multi_positive import multi_positive_loss
 from fne_jax.objectives.negative_mining import (
     hardest_negative,
     mined_triplet_loss,
@@ -31,6 +33,7 @@ from fne_jax.objectives.triplet_loss import hardest_negative_triplet_loss
 from fne_jax.retrieval.metrics import retrieval_metrics
 
 __all__ = [
+    "Matches",
     "MemoryQueue",
     "SimilarityStatistics",
     "clip_loss",
@@ -43,6 +46,7 @@ __all__ = [
     "load_pretrained",
     "load_workdir",
     "mined_triplet_loss",
+    "multi_positive_loss",
     "random_negative",
     "retrieval_metrics",
     "sample_negatives",

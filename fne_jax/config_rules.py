@@ -28,7 +28,7 @@ RENAMED_FIELDS = {
 
 # Fields that came later, and the value that says what runs did before; an old run's config.json is
 # read with it.
-ADDED_FIELDS = {"data.shapes.facts": VARIED}
+ADDED_FIELDS = {"data.shapes.facts": VARIED, "objective.oracle": registry.NO_ORACLE}
 
 # Fields that are gone: the value that a stored config may still have, and why they went.
 REMOVED_FIELDS = {"data.augment_on": ("host", "images are augmented on the host")}
@@ -199,6 +199,7 @@ FIELDS = {
     "objective.queue": Flag(),
     "objective.temperature": Number(1e-4, 100),
     "objective.bias": Number(-1000, 1000),
+    "objective.oracle": Choice(registry.ORACLES),
     "fne.start_epoch": _EPOCHS,
     "fne.margin": Number(0, 10),
     "fne.tau": Number(0, 10**6),
@@ -280,6 +281,7 @@ def _check_together(config):
             f"config.global_batch_size is {config.global_batch_size}, which "
             f"config.micro_batches={config.micro_batches} does not divide"
         )
+    registry.check_oracle(config.objective)
     poolings = (config.encoder.text.pooling, config.encoder.text.training_pooling)
     if config.micro_batches > 1 and LONGEST_POOLING in poolings:
         raise UserError(

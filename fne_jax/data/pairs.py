@@ -20,6 +20,14 @@ class KnownTruth(Protocol):
     def matrix(self) -> np.ndarray:
         """Returns the truth of all captions of the split, [images, pairs] bool."""
 
+    def packed(self) -> np.ndarray:
+        """Returns the truth of all captions, eight images a byte, without ever holding `matrix`.
+
+        Returns:
+          [pairs, ceil(images / 8)] uint8; bit i % 8 (0 is the lowest) of byte i // 8 in a caption's
+          row tells whether it is true of image i.
+        """
+
     def is_true(self, caption: np.ndarray, image: np.ndarray) -> np.ndarray:
         """Returns [n] bool for the [n] indices of captions and of images."""
 

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from fne_jax.objectives import checks
-from fne_jax.objectives.memory_queue import EMPTY_ID, MemoryQueue
+from fne_jax.objectives.features import (
+    Features,
+    Matches,
+    check_features,
+    directions,
+    excluded_keys,
+)
+from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.similarity_statistics import cosine
 
 
@@ -19,6 +26,7 @@ def infonce_loss(
     queue: MemoryQueue | None,
     *,
     temperature: float = 0.07,
+    matches: Matches | None = None,
 ) -> jax.Array:
     """Returns the contrastive loss over the batch's momentum keys and the queue.
 
@@ -40,6 +48,7 @@ def infonce_loss(
         empty slots of the queue take no part.
       queue: The queue of momentum embeddings, or None for the batch's keys only.
       temperature: Divisor of the similarities, above 0; 0.07 in MoCo and ALBEF.
+      matches: Known matches, which take no part either; or None.
 
     Returns:
       The [] float32 cross entropy, the mean over the anchors of both directions.
@@ -51,32 +60,26 @@ def infonce_loss(
       He et al., MoCo, arXiv 1911.05722, equation 1; Li et al., ALBEF, arXiv 2107.07651,
       section 3.2.
     """
-    batch, _ = checks.embeddings(
-        image_emb=image_emb,
-        text_emb=text_emb,
-        momentum_image_emb=momentum_image_emb,
-        momentum_text_emb=momentum_text_emb,
-    )
-    checks.ids("image_id", image_id, batch)
+    momentum = jax.lax.stop_gradient((momentum_image_emb, momentum_text_emb))
+    features = Features(image_emb, text_emb, *momentum, image_id, matches=matches)
+    check_features(features, queue)
     checks.in_range("temperature", temperature, 0, low_open=True)
-    own = jnp.eye(batch, dtype=bool)
-    batch_excluded = (image_id[:, None] == image_id[None, :]) & ~own
+    own = jnp.eye(image_id.shape[0], dtype=bool)
 
-    def direction(anchor, batch_keys, queue_keys):
-        logits = jnp.where(batch_excluded, -jnp.inf, cosine(anchor, batch_keys) / temperature)
+    def losses(direction):
+        in_batch, in_queue = excluded_keys(direction, image_id, queue)
+        logits = cosine(direction.anchor, direction.batch_keys) / temperature
+        logits = jnp.where(in_batch & ~own, -jnp.inf, logits)
         positive = jnp.diagonal(logits)
         normaliser = jax.nn.logsumexp(logits, axis=1)
         if queue is not None:
-            excluded = image_id[:, None] == queue.image_id[None, :]
-            excluded |= (queue.image_id == EMPTY_ID)[None, :]
-            logits = jnp.where(excluded, -jnp.inf, cosine(anchor, queue_keys) / temperature)
+            logits = cosine(direction.anchor, direction.queue_keys) / temperature
+            logits = jnp.where(in_queue, -jnp.inf, logits)
             normaliser = jnp.logaddexp(normaliser, jax.nn.logsumexp(logits, axis=1))
         return normaliser - positive
 
-    keys = jax.lax.stop_gradient((momentum_image_emb, momentum_text_emb))
-    i2t = direction(image_emb, keys[1], None if queue is None else queue.text)
-    t2i = direction(text_emb, keys[0], None if queue is None else queue.image)
-    return (i2t.mean() + t2i.mean()) / 2
+    image_to_text, text_to_image = directions(features, queue)
+    return (losses(image_to_text).mean() + losses(text_to_image).mean()) / 2
 
 
 def clip_loss(
@@ -101,8 +104,9 @@ def clip_loss(
       image_emb: [batch, dim] L2-normalised image embeddings.
       text_emb: [batch, dim] L2-normalised embeddings of the matching captions.
       temperature: Divisor of the similarities, above 0.
-      same_image: [batch, batch] bool, true where two pairs show one image; such off-diagonal
-        entries take no part. None lets all take part.
+      same_image: [batch, batch] bool, true for images (rows) and captions that are no negatives of
+        each other, such as those of one image; off the diagonal they take no part. None lets all
+        take part.
 
     Returns:
       The [] float32 cross entropy, the mean over the anchors of both directions.
@@ -131,6 +135,7 @@ def sigmoid_loss(
     temperature: float = 0.1,
     bias: float = -10.0,
     same_image: jax.Array | None = None,
+    positives: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the pairwise sigmoid loss within a batch: each pair is judged by itself.
 
@@ -148,8 +153,11 @@ def sigmoid_loss(
       text_emb: [batch, dim] L2-normalised embeddings of the matching captions.
       temperature: Divisor of the similarities, above 0.
       bias: Number added to the logits, about the log odds of a match at similarity 0.
-      same_image: [batch, batch] bool, true where two pairs show one image; such off-diagonal
-        entries take no part. None lets all take part.
+      same_image: [batch, batch] bool, true for images (rows) and captions that are no negatives of
+        each other, such as those of one image; unless they are positives, they take no part. None
+        lets all take part.
+      positives: [batch, batch] bool, true for images (rows) and captions that match; those of one
+        pair do in any case. None knows of no others.
 
     Returns:
       The [] float32 loss, summed over all pairs and divided by the batch.
@@ -166,6 +174,9 @@ def sigmoid_loss(
     own = jnp.eye(batch, dtype=bool)
     same_image = own if same_image is None else same_image
     checks.shape("same_image", same_image, (batch, batch))
+    positives = own if positives is None else positives
+    checks.shape("positives", positives, (batch, batch))
+    positives = positives | own
     logits = cosine(image_emb, text_emb) / temperature + bias
-    losses = jax.nn.softplus(jnp.where(own, -logits, logits))
-    return jnp.where(same_image & ~own, 0.0, losses).sum() / batch
+    losses = jax.nn.softplus(jnp.where(positives, -logits, logits))
+    return jnp.where(same_image & ~positives, 0.0, losses).sum() / batch

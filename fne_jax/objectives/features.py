@@ -8,7 +8,41 @@ import flax.struct
 import jax
 
 from fne_jax.objectives import checks
-from fne_jax.objectives.memory_queue import MemoryQueue
+from fne_jax.objectives.memory_queue import EMPTY_ID, MemoryQueue
+
+
+@flax.struct.dataclass
+class Matches:
+    """Which images and captions of a step are known to match, labelled or not.
+
+    `fne_jax.objectives.known_matches` looks them up. Objectives leave them out wherever they would
+    be negatives; own pairs stay what they are.
+
+    >>> import jax.numpy as jnp
+    >>> from fne_jax.objectives.contrastive import infonce_loss
+    >>> image_emb = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> text_emb = jnp.array([[0.8, 0.6], [0.6, 0.8]])
+    >>> embeddings = image_emb, text_emb, image_emb, text_emb
+    >>> # The caption of pair 1 also matches the image of pair 0, which have no negative then.
+    >>> matches = Matches(batch=jnp.array([[True, True], [False, True]]))
+    >>> for known in (None, matches):
+    ...     loss = infonce_loss(*embeddings, jnp.arange(2), None, temperature=0.1, matches=known)
+    ...     print(f"{loss:.3f}")
+    0.127
+    0.063
+
+    Attributes:
+      batch: [batch, batch] bool, true where the image of pair i (row) matches the caption of pair
+        j (column).
+      queue_text: [batch, size] bool, true where the image of pair i matches the caption in a slot
+        of the queue; None without a queue.
+      queue_image: [batch, size] bool, true where the caption of pair i matches the image in a slot
+        of the queue; None without a queue.
+    """
+
+    batch: jax.Array
+    queue_text: jax.Array | None = None
+    queue_image: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -23,6 +57,7 @@ class Features:
       image_id: [batch] integer ids of the images.
       same_image: [batch, batch] bool, true where two pairs count as one image in losses and
         statistics within the batch; None leaves only the diagonal out.
+      matches: Known matches, or None where none are known.
     """
 
     image: jax.Array
@@ -31,6 +66,19 @@ class Features:
     momentum_text: jax.Array
     image_id: jax.Array
     same_image: jax.Array | None = None
+    matches: Matches | None = None
+
+    @property
+    def excluded(self) -> jax.Array | None:
+        """[batch, batch] bool, true for images (rows) and captions that are no negatives.
+
+        None where nothing but the diagonal is left out.
+        """
+        if self.matches is None:
+            return self.same_image
+        if self.same_image is None:
+            return self.matches.batch
+        return self.same_image | self.matches.batch
 
 
 class Direction(NamedTuple):
@@ -40,19 +88,59 @@ class Direction(NamedTuple):
       anchor: [batch, dim] online embeddings of one modality.
       batch_keys: [batch, dim] momentum embeddings of the other; key i matches anchor i.
       queue_keys: [size, dim] the queue's embeddings of the other, or None without a queue.
+      batch_matches: [batch, batch] bool, true where an anchor (row) is known to match a key of the
+        batch; None where nothing is known.
+      queue_matches: [batch, size] bool, the same of the queue's keys, or None.
     """
 
     anchor: jax.Array
     batch_keys: jax.Array
     queue_keys: jax.Array | None
+    batch_matches: jax.Array | None = None
+    queue_matches: jax.Array | None = None
 
 
 def directions(features: Features, queue: MemoryQueue | None) -> tuple[Direction, Direction]:
     """Returns the two directions: images that ask among texts, and texts among images."""
-    return (
-        Direction(features.image, features.momentum_text, None if queue is None else queue.text),
-        Direction(features.text, features.momentum_image, None if queue is None else queue.image),
+    image_to_text = Direction(
+        features.image, features.momentum_text, None if queue is None else queue.text
     )
+    text_to_image = Direction(
+        features.text, features.momentum_image, None if queue is None else queue.image
+    )
+    matches = features.matches
+    if matches is None:
+        return image_to_text, text_to_image
+    return (
+        image_to_text._replace(batch_matches=matches.batch, queue_matches=matches.queue_text),
+        text_to_image._replace(batch_matches=matches.batch.T, queue_matches=matches.queue_image),
+    )
+
+
+def excluded_keys(
+    direction: Direction, image_id: jax.Array, queue: MemoryQueue | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns which keys are no negatives of an anchor: its image's, and its known matches.
+
+    Args:
+      direction: The anchors and their keys.
+      image_id: [batch] integer image ids of the anchors.
+      queue: The queue of the direction's keys, or None for the batch's alone.
+
+    Returns:
+      [batch, batch] bool, own matches included; and [batch, size] bool, empty slots included, or
+      None without a queue.
+    """
+    in_batch = image_id[:, None] == image_id[None, :]
+    if direction.batch_matches is not None:
+        in_batch = in_batch | direction.batch_matches
+    if queue is None:
+        return in_batch, None
+    in_queue = image_id[:, None] == queue.image_id[None, :]
+    in_queue = in_queue | (queue.image_id == EMPTY_ID)[None, :]
+    if direction.queue_matches is not None:
+        in_queue = in_queue | direction.queue_matches
+    return in_batch, in_queue
 
 
 def check_features(features: Features, queue: MemoryQueue | None) -> None:
@@ -71,3 +159,17 @@ def check_features(features: Features, queue: MemoryQueue | None) -> None:
         checks.shape("queue.image", queue.image, (queue.size, dim))
         checks.shape("queue.text", queue.text, (queue.size, dim))
         checks.ids("queue.image_id", queue.image_id, queue.size)
+    if features.matches is not None:
+        check_matches(features.matches, batch, queue)
+
+
+def check_matches(matches: Matches, batch: int, queue: MemoryQueue | None) -> None:
+    """Raises ValueError unless known matches fit the batch and the queue."""
+    checks.shape("matches.batch", matches.batch, (batch, batch))
+    if queue is None:
+        return
+    for name in ("queue_text", "queue_image"):
+        mask = getattr(matches, name)
+        if mask is None:
+            raise ValueError(f"matches.{name}: expected [batch, size] bool, as there is a queue")
+        checks.shape(f"matches.{name}", mask, (batch, queue.size))

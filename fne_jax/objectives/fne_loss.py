@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from fne_jax.objectives import checks
-from fne_jax.objectives.features import Features, check_features, directions
+from fne_jax.objectives.features import Features, Matches, check_features, directions
 from fne_jax.objectives.fne_settings import FNESettings
 from fne_jax.objectives.key_blocks import KeyBlocks, Weigh
 from fne_jax.objectives.memory_queue import MemoryQueue
@@ -35,6 +35,8 @@ def fne_triplet_loss(
     image_id: jax.Array,
     queue: MemoryQueue | None,
     stats: SimilarityStatistics,
+    *,
+    matches: Matches | None = None,
     **settings,
 ) -> tuple[jax.Array, TripletAux]:
     """Returns the triplet loss over negatives sampled by false-negative elimination.
@@ -63,6 +65,7 @@ def fne_triplet_loss(
       image_id: [batch] integer ids; keys with the anchor's id are never its negatives.
       queue: The queue of momentum embeddings, or None for the batch's keys only.
       stats: The similarity statistics, already updated for this batch.
+      matches: Known matches, which are never negatives either; or None.
       **settings: The fields of `FNESettings` by name: `margin=0.2`, `tau=0.5`,
         `elimination_tau=None` (as `tau`), `prior=1e-4`, `posterior_threshold=1e-3`,
         `min_count=200`, `monotone=False`, and `key_chunk=None`, the keys of the queue that are
@@ -79,7 +82,8 @@ def fne_triplet_loss(
     References:
       Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380, section 3.
     """
-    features = Features(image_emb, text_emb, momentum_image_emb, momentum_text_emb, image_id)
+    momentum = momentum_image_emb, momentum_text_emb
+    features = Features(image_emb, text_emb, *momentum, image_id, matches=matches)
     return fne_loss(rng, features, queue, stats, FNESettings.from_keywords(settings))
 
 
@@ -93,6 +97,8 @@ def fne_triplet_loss_from_uniform(
     image_id: jax.Array,
     queue: MemoryQueue | None,
     stats: SimilarityStatistics,
+    *,
+    matches: Matches | None = None,
     **settings,
 ) -> tuple[jax.Array, TripletAux]:
     """Returns `fne_triplet_loss` of given uniform numbers, to replay a recorded run.
@@ -117,6 +123,7 @@ def fne_triplet_loss_from_uniform(
       image_id: [batch] integer ids; keys with the anchor's id are never its negatives.
       queue: The queue of momentum embeddings, or None for the batch's keys only.
       stats: The similarity statistics, already updated for this batch.
+      matches: Known matches, which are never negatives either; or None.
       **settings: The fields of `FNESettings` by name.
 
     Returns:
@@ -126,7 +133,8 @@ def fne_triplet_loss_from_uniform(
       TypeError: on an unknown setting.
       ValueError: on a wrong shape, dtype or range.
     """
-    features = Features(image_emb, text_emb, momentum_image_emb, momentum_text_emb, image_id)
+    momentum = momentum_image_emb, momentum_text_emb
+    features = Features(image_emb, text_emb, *momentum, image_id, matches=matches)
     settings = FNESettings.from_keywords(settings)
     return fne_loss_from_uniform((uniform_i2t, uniform_t2i), features, queue, stats, settings)
 
@@ -201,7 +209,7 @@ def _choose(uniform: jax.Array, blocks: KeyBlocks, weigh: Weigh, settings: FNESe
     table = blocks.table(weigh, settings.key_chunk)
 
     best = blocks.scores(table.best.argmax(axis=1).astype(jnp.int32), weigh)
-    candidates = jnp.where(best.other_image, best.similarity, -jnp.inf)
+    candidates = jnp.where(best.candidate, best.similarity, -jnp.inf)
     hardest = _pick(best.index, candidates.argmax(axis=1))
     violates = settings.margin + candidates.max(axis=1) - blocks.positive > 0
     fallback = jnp.where(violates, hardest, 0)

@@ -8,6 +8,7 @@ element by element.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,8 +24,8 @@ from fne_jax.objectives.similarity_statistics import cosine
 # [batch, keys / BLOCK], are both far smaller than the scores.
 BLOCK = 16
 
-# Maps similarities, each anchor's positive similarity, and which keys show the anchor's image to
-# weights; the arguments broadcast against each other.
+# Maps similarities, each anchor's positive similarity, and which keys are no negatives (of the
+# anchor's image, or known to match) to weights; the arguments broadcast against each other.
 Weigh = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -33,7 +34,7 @@ class BlockTable(NamedTuple):
 
     Attributes:
       weight: [batch, blocks] sum of the weights.
-      best: [batch, blocks] highest similarity to a key of another image, -inf where there is none.
+      best: [batch, blocks] highest similarity to a candidate, -inf where there is none.
     """
 
     weight: jax.Array
@@ -47,13 +48,14 @@ class BlockScores(NamedTuple):
       index: [batch, BLOCK] int32 indices into the keys: the batch's first, then the queue's slots.
       similarity: [batch, BLOCK] float32 similarities to the anchor.
       weight: [batch, BLOCK] float32 weights, 0 beyond the last key.
-      other_image: [batch, BLOCK] bool, true for existing keys of another image.
+      candidate: [batch, BLOCK] bool, true for existing keys of another image that are not known to
+        match.
     """
 
     index: jax.Array
     similarity: jax.Array
     weight: jax.Array
-    other_image: jax.Array
+    candidate: jax.Array
 
 
 @flax.struct.dataclass
@@ -68,6 +70,9 @@ class KeyBlocks:
         (columns).
       queue_keys: [size, dim] the queue's keys, or None without a queue.
       queue_id: [size] their image ids, or None without a queue.
+      batch_matches: [batch, batch] bool, true where a key of the batch (row) is known to match an
+        anchor (column); None where nothing is known.
+      queue_matches: [size, batch] bool, the same of the queue's keys, or None.
     """
 
     anchor: jax.Array
@@ -76,6 +81,8 @@ class KeyBlocks:
     batch_similarity: jax.Array
     queue_keys: jax.Array | None
     queue_id: jax.Array | None
+    batch_matches: jax.Array | None
+    queue_matches: jax.Array | None
 
     @classmethod
     def create(
@@ -88,15 +95,18 @@ class KeyBlocks:
           image_id: [batch] integer image ids of the anchors.
           queue: where the direction's queue keys come from, for their image ids; or None.
         """
-        anchor, batch_keys, queue_keys = jax.lax.stop_gradient(tuple(direction))
+        anchor, batch_keys = jax.lax.stop_gradient((direction.anchor, direction.batch_keys))
         similarity = cosine(batch_keys, anchor)
+        in_batch, in_queue = direction.batch_matches, direction.queue_matches
         return cls(
             anchor=anchor,
             positive=jnp.diagonal(similarity),
             image_id=jnp.asarray(image_id),
             batch_similarity=similarity,
-            queue_keys=None if queue is None else jnp.asarray(queue_keys),
+            queue_keys=None if queue is None else jnp.asarray(direction.queue_keys),
             queue_id=None if queue is None else jnp.asarray(queue.image_id),
+            batch_matches=None if in_batch is None else jnp.asarray(in_batch).T,
+            queue_matches=None if queue is None or in_queue is None else jnp.asarray(in_queue).T,
         )
 
     def table(self, weigh: Weigh, key_chunk: int | None) -> BlockTable:
@@ -106,7 +116,7 @@ class KeyBlocks:
           weigh: maps similarities to weights.
           key_chunk: keys of the queue scored at a time, a multiple of BLOCK; None for all.
         """
-        parts = [self._reduce(self.batch_similarity, self.image_id, weigh)]
+        parts = [self._reduce(self.batch_similarity, self.image_id, self.batch_matches, weigh)]
         if self.queue_keys is not None:
             parts += self._scan_queue(weigh, key_chunk)
         weight, best = (jnp.concatenate(part, axis=0).T for part in zip(*parts, strict=True))
@@ -125,8 +135,11 @@ class KeyBlocks:
         index = block[:, None] * BLOCK + column
         exists = index < batch
         row = jnp.minimum(index, batch - 1)
-        similarity = self.batch_similarity[row, jnp.arange(batch)[:, None]]
-        key_id = self.image_id[row]
+        anchor = jnp.arange(batch)[:, None]
+        similarity = self.batch_similarity[row, anchor]
+        excluded = self.image_id[row] == self.image_id[:, None]
+        if self.batch_matches is not None:
+            excluded = excluded | self.batch_matches[row, anchor]
         if self.queue_keys is not None:
             size = self.queue_keys.shape[0]
             slot = (block[:, None] - batch_blocks) * BLOCK + column
@@ -139,43 +152,53 @@ class KeyBlocks:
                 precision=jax.lax.Precision.HIGHEST,
             )
             similarity = jnp.where(in_queue, from_queue, similarity)
-            key_id = jnp.where(in_queue, self.queue_id[row], key_id)
+            queue_excluded = self.queue_id[row] == self.image_id[:, None]
+            if self.queue_matches is not None:
+                queue_excluded = queue_excluded | self.queue_matches[row, anchor]
+            excluded = jnp.where(in_queue, queue_excluded, excluded)
             exists = jnp.where(in_queue, slot < size, exists)
             index = jnp.where(in_queue, batch + slot, index)
-        same_image = key_id == self.image_id[:, None]
-        weight = weigh(similarity, self.positive[:, None], same_image)
+        weight = weigh(similarity, self.positive[:, None], excluded)
         return BlockScores(
             index=index,
             similarity=similarity,
             weight=jnp.where(exists, weight, 0.0),
-            other_image=exists & ~same_image,
+            candidate=exists & ~excluded,
         )
 
-    def _reduce(self, similarity, key_id, weigh):
+    def _reduce(self, similarity, key_id, matches, weigh):
         """Returns the weights and best similarities, [blocks, batch], of [keys, batch] scores."""
-        same_image = key_id[:, None] == self.image_id[None, :]
-        weight = weigh(similarity, self.positive[None, :], same_image)
-        others = jnp.where(same_image, -jnp.inf, similarity)
+        excluded = key_id[:, None] == self.image_id[None, :]
+        if matches is not None:
+            excluded = excluded | matches
+        weight = weigh(similarity, self.positive[None, :], excluded)
+        others = jnp.where(excluded, -jnp.inf, similarity)
         return _by_block(weight, jnp.sum), _by_block(others, jnp.max)
 
     def _scan_queue(self, weigh, key_chunk):
         size, batch = self.queue_keys.shape[0], self.anchor.shape[0]
         chunk = size if key_chunk is None else min(key_chunk, size)
 
-        def table_of(keys, key_id):
-            return self._reduce(cosine(keys, self.anchor), key_id, weigh)
+        # Without known matches there is None among them, which is an empty tree.
+        slots = self.queue_keys, self.queue_id, self.queue_matches
+
+        def table_of(slots):
+            keys, key_id, matches = slots
+            return self._reduce(cosine(keys, self.anchor), key_id, matches, weigh)
 
         def step(_, start):
-            keys = jax.lax.dynamic_slice_in_dim(self.queue_keys, start, chunk)
-            return None, table_of(keys, jax.lax.dynamic_slice_in_dim(self.queue_id, start, chunk))
+            take = functools.partial(
+                jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk
+            )
+            return None, table_of(jax.tree.map(take, slots))
 
         chunked = size - size % chunk
         if chunked == chunk:  # fewer than two chunks: no loop
-            return [table_of(self.queue_keys, self.queue_id)]
+            return [table_of(slots)]
         _, tables = jax.lax.scan(step, None, jnp.arange(0, chunked, chunk))
         parts = [tuple(table.reshape(-1, batch) for table in tables)]
         if chunked < size:
-            parts.append(table_of(self.queue_keys[chunked:], self.queue_id[chunked:]))
+            parts.append(table_of(jax.tree.map(lambda slot: slot[chunked:], slots)))
         return parts
 
 

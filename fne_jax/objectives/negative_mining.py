@@ -2,9 +2,10 @@
 
 A rule is a pure function of one direction: it takes a PRNG key, the [batch, keys] float32
 similarities, the [batch] similarity of each anchor to its own match, and [batch, keys] bool, true
-where a key is a candidate (an existing key of another image); it returns [batch] int32 choices and
-[batch] bool, whether the rule itself found one rather than fell back. `mined_triplet_loss` trains
-with it. The rules are written plainly, over the full matrix: the fast form is FNE's alone.
+where a key is a candidate (an existing key of another image that is not known to match); it returns
+[batch] int32 choices and [batch] bool, whether the rule itself found one rather than fell back.
+`mined_triplet_loss` trains with it. The rules are written plainly, over the full matrix: the fast
+form is FNE's alone.
 
 >>> import jax, jax.numpy as jnp
 >>> similarity = jnp.array([[0.8, 0.6, 0.9], [0.3, 0.7, 0.65]])
@@ -29,8 +30,14 @@ import jax
 import jax.numpy as jnp
 
 from fne_jax.objectives import checks
-from fne_jax.objectives.features import Features, check_features, directions
-from fne_jax.objectives.memory_queue import EMPTY_ID, MemoryQueue
+from fne_jax.objectives.features import (
+    Features,
+    Matches,
+    check_features,
+    directions,
+    excluded_keys,
+)
+from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.negative_sampling import sample_negatives
 from fne_jax.objectives.similarity_statistics import (
     SimilarityStatistics,
@@ -83,6 +90,7 @@ def mined_triplet_loss(
     stats: SimilarityStatistics,
     *,
     rule: Rule,
+    matches: Matches | None = None,
     **settings,
 ) -> tuple[jax.Array, TripletAux]:
     """Returns the triplet loss over momentum keys with the negatives that a rule chooses.
@@ -108,6 +116,7 @@ def mined_triplet_loss(
         the batch's keys only.
       stats: The similarity statistics, for the posterior in the TripletAux alone.
       rule: `hardest_negative`, `semi_hard_negative`, `random_negative`, or another of their kind.
+      matches: Known matches, which are no candidates either; or None.
       **settings: `margin=0.2`, the similarity by which the positive should win, and `prior=1e-4`,
         for the posterior in the TripletAux alone.
 
@@ -118,7 +127,8 @@ def mined_triplet_loss(
       TypeError: on an unknown setting.
       ValueError: on a wrong shape, dtype or range.
     """
-    features = Features(image_emb, text_emb, momentum_image_emb, momentum_text_emb, image_id)
+    momentum = momentum_image_emb, momentum_text_emb
+    features = Features(image_emb, text_emb, *momentum, image_id, matches=matches)
     return mined_loss(rng, features, queue, stats, rule=rule, **settings)
 
 
@@ -151,14 +161,16 @@ def mined_loss(
     """
     check_features(features, queue)
     checks.in_range("margin", margin, 0)
-    candidate = _candidates(features.image_id, queue)
 
     def choose(rng, direction):
-        anchor, batch_keys, queue_keys = direction
-        similarity = cosine(anchor, batch_keys)
+        similarity = cosine(direction.anchor, direction.batch_keys)
         positive = jnp.diagonal(similarity)
-        if queue_keys is not None:
-            similarity = jnp.concatenate([similarity, cosine(anchor, queue_keys)], axis=1)
+        in_batch, in_queue = excluded_keys(direction, features.image_id, queue)
+        candidate = ~in_batch
+        if queue is not None:
+            in_queue_similarity = cosine(direction.anchor, direction.queue_keys)
+            similarity = jnp.concatenate([similarity, in_queue_similarity], axis=1)
+            candidate = jnp.concatenate([candidate, ~in_queue], axis=1)
         similarity, positive = jax.lax.stop_gradient((similarity, positive))
         index, found = rule(rng, similarity, positive, candidate)
         hardest = _most_similar(similarity, candidate)
@@ -169,16 +181,6 @@ def mined_loss(
     choices = choose(i2t_rng, image_to_text), choose(t2i_rng, text_to_image)
     posterior = functools.partial(false_negative_posterior, stats=stats, prior=prior)
     return triplet_loss_of_choices(choices, features, queue, posterior, margin=margin)
-
-
-def _candidates(image_id, queue):
-    """Returns [batch, keys] bool, true for existing keys of another image."""
-    candidate = image_id[:, None] != image_id[None, :]
-    if queue is None:
-        return candidate
-    in_queue = image_id[:, None] != queue.image_id[None, :]
-    in_queue &= (queue.image_id != EMPTY_ID)[None, :]
-    return jnp.concatenate([candidate, in_queue], axis=1)
 
 
 def _most_similar(similarity, candidate):

@@ -122,7 +122,8 @@ def candidate_weight(
     Args:
       similarity: float32 similarities of candidates to their anchors.
       positive_similarity: Similarities of the anchors to their own matches.
-      same_image: bool, true where a candidate shows its anchor's image.
+      same_image: bool, true where a key is no candidate: it shows its anchor's image, or is known
+        to match.
       stats: The similarity statistics.
       settings: The constants of the method.
 

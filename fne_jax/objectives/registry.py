@@ -20,6 +20,7 @@ from fne_jax.objectives.features import Features
 from fne_jax.objectives.fne_loss import fne_loss
 from fne_jax.objectives.fne_settings import FNESettings, check_elimination
 from fne_jax.objectives.memory_queue import MemoryQueue
+from fne_jax.objectives.multi_positive import multi_positive_loss
 from fne_jax.objectives.negative_mining import (
     hardest_negative,
     mined_loss,
@@ -31,6 +32,10 @@ from fne_jax.objectives.similarity_statistics import (
     update_similarity_statistics,
 )
 from fne_jax.objectives.triplet_loss import TripletAux, hardest_negative_triplet_loss
+
+# What `config.objective.oracle` may be, of the matches that the training split's truth tells:
+# nothing; they are left out of the negatives; they are positives beside the labelled ones.
+NO_ORACLE, DROP, POSITIVES = ORACLES = ("none", "drop", "positives")
 
 # Maps a PRNG key, the features of a batch, the queue and the updated statistics to the loss and,
 # for losses that choose negatives, what they chose.
@@ -63,6 +68,7 @@ class Entry:
       source: The work that it comes from.
       main: How it is built for what follows the warm-up, or None if it cannot follow one.
       warmup: How it is built for the warm-up, or None if it cannot warm up.
+      takes_positives: Whether an anchor may have several positives.
     """
 
     name: str
@@ -70,13 +76,29 @@ class Entry:
     source: str
     main: Role | None = None
     warmup: Role | None = None
+    takes_positives: bool = False
+
+
+def own_positives(features: Features) -> jax.Array:
+    """Returns [batch, batch] bool, true for the image and the caption of one pair."""
+    return jnp.eye(features.image_id.shape[0], dtype=bool)
+
+
+def labelled_positives(features: Features) -> jax.Array:
+    """Returns [batch, batch] bool, true for an image and the captions of that image."""
+    return features.image_id[:, None] == features.image_id[None, :]
+
+
+def known_positives(features: Features) -> jax.Array:
+    """Returns [batch, batch] bool, true for an image, its captions, and those known to match."""
+    return labelled_positives(features) | features.matches.batch
 
 
 def hardest_objective(rng, features, queue, stats, *, margin):
     """Computes `hardest_negative_triplet_loss` as an Objective."""
     del rng, queue, stats
     loss = hardest_negative_triplet_loss(
-        features.image, features.text, margin=margin, same_image=features.same_image
+        features.image, features.text, margin=margin, same_image=features.excluded
     )
     return loss, None
 
@@ -92,6 +114,7 @@ def infonce_objective(rng, features, queue, stats, *, temperature):
         features.image_id,
         queue,
         temperature=temperature,
+        matches=features.matches,
     )
     return loss, None
 
@@ -103,12 +126,25 @@ def clip_objective(rng, features, queue, stats, *, temperature):
         features.image,
         features.text,
         temperature=temperature,
-        same_image=features.same_image,
+        same_image=features.excluded,
     )
     return loss, None
 
 
-def sigmoid_objective(rng, features, queue, stats, *, temperature, bias):
+def multi_positive_objective(rng, features, queue, stats, *, temperature, positives_of):
+    """Computes `multi_positive_loss` as an Objective."""
+    del rng, queue, stats
+    loss = multi_positive_loss(
+        features.image,
+        features.text,
+        temperature=temperature,
+        positives=positives_of(features),
+        excluded=features.excluded,
+    )
+    return loss, None
+
+
+def sigmoid_objective(rng, features, queue, stats, *, temperature, bias, positives_of):
     """Computes `sigmoid_loss` as an Objective."""
     del rng, queue, stats
     loss = sigmoid_loss(
@@ -116,7 +152,8 @@ def sigmoid_objective(rng, features, queue, stats, *, temperature, bias):
         features.text,
         temperature=temperature,
         bias=bias,
-        same_image=features.same_image,
+        same_image=features.excluded,
+        positives=positives_of(features),
     )
     return loss, None
 
@@ -172,11 +209,26 @@ def _clip_warmup(config):
     return functools.partial(clip_objective, temperature=config.warmup.temperature)
 
 
+def _clip(config):
+    return functools.partial(clip_objective, temperature=config.objective.temperature)
+
+
+def _multi_positive(config):
+    with_oracle = config.objective.oracle == POSITIVES
+    return functools.partial(
+        multi_positive_objective,
+        temperature=config.objective.temperature,
+        positives_of=known_positives if with_oracle else labelled_positives,
+    )
+
+
 def _sigmoid(config):
+    with_oracle = config.objective.oracle == POSITIVES
     return functools.partial(
         sigmoid_objective,
         temperature=config.objective.temperature,
         bias=config.objective.bias,
+        positives_of=known_positives if with_oracle else own_positives,
     )
 
 
@@ -233,13 +285,22 @@ OBJECTIVES: dict[str, Entry] = {
             name="sigmoid",
             description="all of the batch, each judged by itself; temperature and bias are fixed",
             source="SigLIP",
-            main=Role(_sigmoid, ("objective.temperature", "objective.bias")),
+            main=Role(_sigmoid, ("objective.temperature", "objective.bias", "objective.oracle")),
+            takes_positives=True,
         ),
         Entry(
             name="clip",
             description="all of the batch, contrastively, both sides with gradient",
             source="CLIP",
+            main=Role(_clip, ("objective.temperature",)),
             warmup=Role(_clip_warmup, ("warmup.temperature",)),
+        ),
+        Entry(
+            name="multi_positive",
+            description="as `clip`, each of several positives beside the negatives alone",
+            source="SupCon",
+            main=Role(_multi_positive, ("objective.temperature", "objective.oracle")),
+            takes_positives=True,
         ),
     )
 }
@@ -259,12 +320,25 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Checks the names by which a config selects objectives, before anything is built.
 
     Raises:
-      UserError: if `config.objective.name`, `config.warmup.objective` or `config.fne.elimination`
-        is unknown.
+      UserError: if `config.objective.name`, `config.objective.oracle`, `config.warmup.objective` or
+        `config.fne.elimination` is unknown, or the objective has no use for the oracle.
     """
     _check_name("objective.name", config.objective.name, MAIN)
+    _check_name("objective.oracle", config.objective.oracle, ORACLES)
     _check_name("warmup.objective", config.warmup.objective, WARMUP)
     check_elimination(config.fne)
+    check_oracle(config.objective)
+
+
+def check_oracle(objective: ml_collections.ConfigDict) -> None:
+    """Raises UserError if `config.objective` gives positives to a loss that takes one an anchor."""
+    if objective.oracle == POSITIVES and not OBJECTIVES[objective.name].takes_positives:
+        able = [entry.name for entry in OBJECTIVES.values() if entry.takes_positives]
+        raise UserError(
+            f"config.objective.oracle is {POSITIVES!r}, but config.objective.name="
+            f"{objective.name} takes one positive an anchor; take oracle={DROP}, or one of the "
+            f"objectives {', '.join(able)}"
+        )
 
 
 def main_objective(config: ml_collections.ConfigDict) -> Objective:
@@ -321,7 +395,7 @@ class StatisticsRule:
     def add(self, stats: SimilarityStatistics, features: Features) -> SimilarityStatistics:
         """Returns the statistics with a batch added."""
         return update_similarity_statistics(
-            stats, features.image, features.text, features.same_image, ema_decay=self.ema_decay
+            stats, features.image, features.text, features.excluded, ema_decay=self.ema_decay
         )
 
 

@@ -132,9 +132,10 @@ def update_similarity_statistics(
       stats: The statistics so far.
       image_emb: [batch, dim] L2-normalised online image embeddings.
       text_emb: [batch, dim] L2-normalised online text embeddings of the matching captions.
-      same_image: [batch, batch] bool, true where two pairs show one image. Such off-diagonal
-        entries are no competitors for the top match and count as similarity 0 among the
-        negatives. None leaves only the diagonal out, as the authors do.
+      same_image: [batch, batch] bool, true for images (rows) and captions that are no negatives of
+        each other, such as those of one image. Such off-diagonal entries are no competitors for
+        the top match and count as similarity 0 among the negatives. None leaves only the diagonal
+        out, as the authors do.
       ema_decay: Share of the old statistics that is kept at each update, in (0, 1]. 1 accumulates
         until a reset (the paper resets at each epoch); below 1 the statistics are an exponential
         moving average over some 1 / (1 - ema_decay) batches, for data without epochs.

@@ -20,7 +20,7 @@ class Choice:
 
     Attributes:
       index: [batch] int32 indices into the keys: the batch's first, then the queue's slots.
-      hardest: [batch] int32 indices of the most similar keys of another image.
+      hardest: [batch] int32 indices of the most similar candidates.
       sampled: [batch] bool, false where the strategy had nothing to choose from.
       counts: [batch] bool, false where the index names no negative, so that there is no loss.
     """
@@ -40,8 +40,10 @@ class TripletAux:
     Attributes:
       negative_i2t: [batch] int32, the text key chosen for each image anchor.
       negative_t2i: [batch] int32, the image key chosen for each text anchor.
-      hardest_i2t: [batch] int32, the most similar text key of another image.
-      hardest_t2i: [batch] int32, the most similar image key of another image.
+      hardest_i2t: [batch] int32, the most similar text key of another image that is not known to
+        match.
+      hardest_t2i: [batch] int32, the most similar image key of another image that is not known to
+        match.
       fallback_fraction: [] share of the 2 * batch anchors for which nothing could be sampled.
       posterior: [] mean posterior of the chosen negatives being false ones.
       active_fraction: [] share of the 2 * batch anchors with a loss above 0.
@@ -100,9 +102,9 @@ def triplet_loss_of_choices(
 
 def _hinge(direction: Direction, choice: Choice, margin: float) -> tuple[jax.Array, jax.Array]:
     """Returns each anchor's loss and its similarity to the negative (without gradient), [batch]."""
-    anchor, batch_keys, queue_keys = direction
+    anchor, batch_keys = direction.anchor, direction.batch_keys
     positive = rowwise_cosine(anchor, batch_keys)
-    negative = rowwise_cosine(anchor, take_keys(choice.index, batch_keys, queue_keys))
+    negative = rowwise_cosine(anchor, take_keys(choice.index, batch_keys, direction.queue_keys))
     hinge = jnp.where(choice.counts, jax.nn.relu(margin + negative - positive), 0.0)
     return hinge, jax.lax.stop_gradient(negative)
 
@@ -126,8 +128,9 @@ def hardest_negative_triplet_loss(
       image_emb: [batch, dim] L2-normalised image embeddings.
       text_emb: [batch, dim] L2-normalised embeddings of the matching captions.
       margin: Similarity by which the positive should win, 0.2 in the paper.
-      same_image: [batch, batch] bool, true where two pairs show one image, which are no negatives
-        of each other; None leaves only the diagonal out, as the authors do.
+      same_image: [batch, batch] bool, true for images (rows) and captions that are no negatives of
+        each other, such as those of one image; None leaves only the diagonal out, as the authors
+        do.
 
     Returns:
       The [] float32 loss, summed over both directions and divided by the batch.

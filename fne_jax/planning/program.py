@@ -12,7 +12,9 @@ import ml_collections
 
 from fne_jax import config_rules, configuration
 from fne_jax.encoders.attention import AUTO
+from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, build_module
+from fne_jax.objectives.registry import NO_ORACLE
 from fne_jax.parallel import sharding
 from fne_jax.planning.published import read_architectures
 from fne_jax.planning.topology import CPU, GPU, Topology
@@ -77,6 +79,12 @@ def compile_step(
     Raises:
       UserError: if the config does not suit the machine.
     """
+    if config.objective.oracle != NO_ORACLE:
+        raise UserError(
+            f"config.objective.oracle is {config.objective.oracle!r}: a plan knows of no matches; "
+            f"make it {NO_ORACLE}, and add a bit for each image and caption of the training split "
+            "to a device's memory"
+        )
     if topology.devices[0].platform != CPU and config.encoder.attention == AUTO:
         # What "auto" stands for there; it looks at the devices that are here.
         config = config.copy_and_resolve_references()

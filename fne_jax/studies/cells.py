@@ -172,11 +172,6 @@ def _field(override):
     return override.removeprefix("--config.").partition("=")[0]
 
 
-def _field(override):
-    """Returns the field that `--config.x=y` sets."""
-    return override.removeprefix("--config.").partition("=")[0]
-
-
 def _folder(name):
     return re.sub(r"[^A-Za-z0-9_.=,+-]", "_", name)
 

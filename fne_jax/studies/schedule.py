@@ -18,6 +18,7 @@ from fne_jax.logs import set_up_logging
 from fne_jax.studies import execution
 from fne_jax.studies.cells import Run
 from fne_jax.training.interruption import stop_signals
+from fne_jax.training.oracle import check_known
 
 # The seconds that a piece of work took, and what went wrong, or None.
 Outcome = tuple[float, str | None]
@@ -37,6 +38,7 @@ def work_through(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> 
 
     Raises:
       Interrupted: after Ctrl-C or SIGTERM; the same call goes on from there.
+      UserError: if a run asks for the truth of a dataset that does not know it.
     """
     todo = [run for run in runs if execution.read_result(run) is None]
     first = {run.warmup: run for run in reversed(todo) if not execution.warmup_is_done(run)}
@@ -45,9 +47,12 @@ def work_through(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> 
         f"{len(runs)} runs, {len(runs) - len(todo)} of them done; to do: {len(warmups)} warm-ups "
         f"that runs share, {len(todo)} runs"
     )
-    for data, image_size in _datasets(todo):
+    for of_dataset in _by_dataset(todo):
         # Prepared here, once: several processes would do so at the same time.
-        load_split(data, image_size, "train")
+        config = of_dataset[0].config
+        train = load_split(config.data, config.encoder.image.image_size, "train")
+        for run in of_dataset:  # before any warm-up is trained
+            check_known(run.config, train)
     progress, lost = _Progress(len(warmups) + len(todo), say), set()
     with _Workers(jobs) as workers:
         for run, outcome in workers.each(execution.train_warmup, warmups):
@@ -66,13 +71,12 @@ def work_through(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> 
     return progress.failures
 
 
-def _datasets(runs):
-    """Returns each `config.data` of the runs once, with the side of its images."""
-    found = {}
+def _by_dataset(runs):
+    """Returns the runs in groups that have `config.data` and the side of its images in common."""
+    groups = collections.defaultdict(list)
     for run in runs:
-        image_size = run.config.encoder.image.image_size
-        found[run.config.data.to_json(), image_size] = (run.config.data, image_size)
-    return list(found.values())
+        groups[run.config.data.to_json(), run.config.encoder.image.image_size].append(run)
+    return list(groups.values())
 
 
 def _name(run):

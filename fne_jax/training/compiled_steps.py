@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from fne_jax.objectives import registry
+from fne_jax.objectives.known_matches import KnownMatches
 from fne_jax.parallel import sharding
 from fne_jax.training.encoder_passes import MicroBatches, WholeBatch
 from fne_jax.training.timeline import Phase, Timeline
@@ -26,6 +27,8 @@ def jitted_steps(
     state: TrainState,
 ) -> dict[Phase, Callable]:
     """Returns the train step of each phase, compiled on its first use; it donates the state.
+
+    With an oracle, the steps take the table of known matches as a third argument.
 
     Args:
       config: The resolved config.
@@ -51,22 +54,29 @@ def jitted_steps(
         learning_rate=schedule,
     )
     rule = registry.statistics_rule(config.fne, timeline.steps_per_epoch)
-    step = functools.partial(train_step, settings=settings, statistics_rule=rule)
+    common = {"settings": settings, "statistics_rule": rule}
     warmup, main = registry.warmup_objective(config), registry.main_objective(config)
-    kinds = {
-        Phase.WARMUP: {"objective": warmup, "write_queue": False},
-        Phase.WARMUP_FILLING: {"objective": warmup, "write_queue": True},
-        Phase.FNE: {"objective": main, "write_queue": True},
+    steps = {
+        Phase.WARMUP: functools.partial(_warmup_step, objective=warmup, write_queue=False),
+        Phase.WARMUP_FILLING: functools.partial(_warmup_step, objective=warmup, write_queue=True),
+        Phase.FNE: functools.partial(train_step, objective=main, write_queue=True),
     }
+    known = () if config.objective.oracle == registry.NO_ORACLE else (replicated,)
     return {
         phase: jax.jit(
-            functools.partial(step, **kind),
-            in_shardings=(placed, rows),
+            functools.partial(step, **common),
+            in_shardings=(placed, rows, *known),
             out_shardings=(placed, replicated, replicated),
             donate_argnums=0,
         )
-        for phase, kind in kinds.items()
+        for phase, step in steps.items()
     }
+
+
+def _warmup_step(state, batch, known=None, **settings):
+    """`train_step` of the warm-up, which runs of other oracles share: it does not look at them."""
+    del known
+    return train_step(state, batch, **settings)
 
 
 def compile_phases(
@@ -75,6 +85,7 @@ def compile_phases(
     state: TrainState,
     batch: dict[str, np.ndarray] | None,
     mesh: jax.sharding.Mesh,
+    known: tuple[KnownMatches, ...] = (),
 ) -> dict[Phase, Callable]:
     """Returns the compiled train step of each phase that is still to come.
 
@@ -84,8 +95,9 @@ def compile_phases(
       state: The state before the next step.
       batch: This process's rows of any batch; None if no step is to come.
       mesh: The devices.
+      known: What `oracle.known_matches` returned: what else the steps take.
     """
     if batch is None:
         return {}
     rows = sharding.to_devices(batch, mesh)
-    return {phase: jitted[phase].lower(state, rows).compile() for phase in phases}
+    return {phase: jitted[phase].lower(state, rows, *known).compile() for phase in phases}

@@ -16,6 +16,7 @@ from fne_jax.training import workdir as run_folder
 from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.loop import batch_order, batches_of
 from fne_jax.training.optimizer import learning_rate_schedule
+from fne_jax.training.oracle import known_matches
 from fne_jax.training.timeline import Phase, Timeline
 from fne_jax.training.train_state import abstract_state, find_source_run
 
@@ -52,7 +53,8 @@ def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
     tokens = model.tokenize(train.captions, config.data.text_length)
     batch = next(batches_of(config, train, tokens, order, range(1), mesh))
     step = jitted_steps(config, timeline, mesh, schedule, state)[Phase.FNE]
-    compiled = step.lower(state, sharding.to_devices(batch, mesh)).compile()
+    known = known_matches(config, train, mesh)
+    compiled = step.lower(state, sharding.to_devices(batch, mesh), *known).compile()
     first = int(batch["pair_id"][0])
     lines = [
         *_parameter_lines(state.params),

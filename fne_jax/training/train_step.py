@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from fne_jax.encoders.pixels import normalize_pixels
-from fne_jax.objectives.features import Features
+from fne_jax.objectives.features import Features, Matches
+from fne_jax.objectives.known_matches import KnownMatches, matches_of_step
 from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.registry import Objective, StatisticsRule
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
@@ -56,6 +57,7 @@ class StepSettings:
 def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
+    known: KnownMatches | None = None,
     *,
     settings: StepSettings,
     objective: Objective,
@@ -72,6 +74,7 @@ def train_step(
       state: The state before the step; the jitted form donates it.
       batch: `image` [batch, side, side, 3] uint8, `input_ids` and `attention_mask` [batch, length]
         int32, `image_id` and `pair_id` [batch] int32.
+      known: The table of the training split's known matches, on the devices; None uses none.
       settings: What all steps of the run have in common.
       objective: The loss in this phase of the run.
       statistics_rule: How the batch enters the similarity statistics.
@@ -99,6 +102,13 @@ def train_step(
     same_image = jnp.eye(image_id.shape[0], dtype=bool)
     if settings.mask_same_image:
         same_image = image_id[:, None] == image_id[None, :]
+    matches = None
+    if known is not None:
+        with jax.named_scope(OBJECTIVE):
+            matches = matches_of_step(known, pair_id, state.queue.pair_id)
+            # Each device looks up what concerns its own anchors.
+            in_queue = layout.rows((matches.queue_text, matches.queue_image))
+            matches = Matches(matches.batch, *in_queue)
 
     def encode(params, inputs, dropout_rng):
         embeddings = state.apply_fn(
@@ -119,7 +129,8 @@ def train_step(
 
     @jax.named_scope(OBJECTIVE)
     def loss_fn(image, text):
-        features = Features(image, text, momentum_image, momentum_text, image_id, same_image)
+        momentum = momentum_image, momentum_text
+        features = Features(image, text, *momentum, image_id, same_image, matches)
         stats = statistics_rule.add(state.stats, features)
         loss, aux = objective(sampling_rng, features, state.queue, stats)
         return loss, (stats, aux)

@@ -4,6 +4,7 @@ import ml_collections
 import pytest
 
 from configs import base
+from fne_jax import config_rules
 from fne_jax.errors import UserError
 from fne_jax.objectives import registry
 from fne_jax.studies import cells
@@ -58,7 +59,7 @@ def test_every_entry_serves_for_something():
     ("change", "message"),
     [
         ({"objective__name": "fen"}, r"config.objective.name is 'fen'; expected one of fne, ha"),
-        ({"objective__name": "clip"}, r"config.objective.name is 'clip'; expected one of fne, ha"),
+        ({"objective__oracle": "keep"}, r"config.objective.oracle is 'keep'; expected one of none"),
         ({"warmup__objective": "fne"}, r"config.warmup.objective is 'fne'; expected one of hardes"),
         ({"fne__elimination": "all"}, r"config.fne.elimination is 'all'; expected one of soft"),
     ],
@@ -68,6 +69,21 @@ def test_unknown_names_are_told_early(change, message):
         with pytest.raises(UserError, match=message):
             function(config_with(**change))
     registry.check(config_with())
+
+
+def test_positives_are_for_losses_that_take_several():
+    able = {name for name, entry in registry.OBJECTIVES.items() if entry.takes_positives}
+    assert able == {"multi_positive", "sigmoid"}
+    for name in registry.MAIN:
+        config = config_with(objective__name=name, objective__oracle="positives")
+        if name in able:
+            registry.check(config)
+            config_rules.validate(config)
+            continue
+        for function in (registry.check, config_rules.validate):
+            with pytest.raises(UserError, match=rf"config.objective.oracle is .*name={name} takes"):
+                function(config)
+        config_rules.validate(config_with(objective__name=name, objective__oracle="drop"))
 
 
 def test_the_study_compares_what_the_registry_has():

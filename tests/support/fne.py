@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from fne_jax import MemoryQueue, SimilarityStatistics
-from fne_jax.objectives.features import Features
+from fne_jax.objectives.features import Features, Matches
 from fne_jax.objectives.similarity_statistics import GaussianStatistics
 
 
@@ -49,6 +49,27 @@ def arguments_of(features):
         features.momentum_text,
         features.image_id,
     )
+
+
+def make_matches(seed, batch=6, queue_size=11, density=0.3):
+    """Returns known matches, different in both directions; own pairs are among them."""
+    rng = np.random.default_rng(seed)
+    masks = [rng.random((batch, keys)) < density for keys in (batch, queue_size, queue_size)]
+    return Matches(masks[0] | np.eye(batch, dtype=bool), *masks[1:])
+
+
+def excluded_of(features, queue):
+    """Returns which keys are no negatives, [batch, keys] bool of both directions, as `keys_of`."""
+    matches, excluded = features.matches, []
+    for _, _, key_id in keys_of(features, queue):
+        excluded.append(features.image_id[:, None] == key_id[None, :])
+    if matches is not None:
+        known = [matches.batch, matches.batch.T]
+        if queue is not None:
+            slots = matches.queue_text, matches.queue_image
+            known = [np.concatenate(pair, axis=1) for pair in zip(known, slots, strict=True)]
+        excluded = [same | more for same, more in zip(excluded, known, strict=True)]
+    return excluded
 
 
 def keys_of(features, queue):
@@ -103,10 +124,10 @@ def slow_sample(uniform, weights, fallback):
 def slow_loss(uniforms, features, queue, stats, margin):
     """The loss of FNE and both directions' negatives, anchor by anchor."""
     total, chosen = 0.0, []
-    for (anchor, keys, key_id), uniform in zip(keys_of(features, queue), uniforms, strict=True):
+    candidates = zip(keys_of(features, queue), excluded_of(features, queue), uniforms, strict=True)
+    for (anchor, keys, _), same, uniform in candidates:
         s = anchor @ keys.T
         d = (anchor * keys[: len(anchor)]).sum(axis=1)
-        same = features.image_id[:, None] == key_id[None, :]
         weights = slow_weights(s, d, same, stats, margin=margin)
         violation = np.where(same, 0, np.maximum(margin + s - d[:, None], 0))
         negative = slow_sample(uniform, weights, violation.argmax(axis=1))

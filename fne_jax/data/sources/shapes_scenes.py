@@ -116,6 +116,10 @@ class SceneTruth:
         """Returns the truth of all captions, [images, pairs] bool."""
         return truth_matrix(self.facts, self.scenes)
 
+    def packed(self) -> np.ndarray:
+        """Returns the truth of all captions, [pairs, ceil(images / 8)] uint8."""
+        return packed_truth(self.facts, self.scenes)
+
     def is_true(self, caption: np.ndarray, image: np.ndarray) -> np.ndarray:
         """Returns [n] bool for the [n] indices of captions and of images."""
         return is_true(self.facts[caption], self.scenes[image])
@@ -170,6 +174,66 @@ def truth_matrix(facts: np.ndarray, scenes: np.ndarray) -> np.ndarray:
     for row, scene in enumerate(scenes):
         truth[row] = is_true(facts, scene)
     return truth
+
+
+def packed_truth(facts: np.ndarray, scenes: np.ndarray, block: int = 1000) -> np.ndarray:
+    """Returns `truth_matrix` by caption and with eight images in a byte.
+
+    `is_true` on the 10,000 scenes and 50,000 captions of the default training split takes minutes;
+    rows of bits, one for each property that an object may have, give the same within seconds.
+
+    Args:
+      facts: The [captions, FACT_FIELDS] int facts of the captions.
+      scenes: The [images, MAX_OBJECTS, SCENE_FIELDS] int scenes.
+      block: How many captions are judged at a time.
+
+    Returns:
+      [captions, ceil(images / 8)] uint8; bit i % 8 (0 is the lowest) of byte i // 8 is that of
+      image i.
+    """
+    present = scenes[:, :, 0] != UNSTATED
+    actual = _properties(scenes)
+    # By field: [values + 1, objects, bytes]; the last row is that of UNSTATED, which all fit.
+    rows = []
+    for field in range(actual.shape[-1]):
+        largest = max(actual[..., field].max(), facts[:, [field, 4 + field]].max(), 0)
+        fits = [present & (actual[..., field] == value) for value in range(largest + 1)]
+        rows.append(_packed_images(np.stack([*fits, present])))
+    related = _packed_images(
+        np.stack([_related(scenes, kind) for kind in (TOGETHER, LEFT_OF, ABOVE)])
+    )
+
+    def fitting(stated):
+        fits = rows[0][stated[:, 0]]
+        for field in range(1, len(rows)):
+            fits = fits & rows[field][stated[:, field]]
+        return fits
+
+    packed = np.empty((len(facts), (len(scenes) + 7) // 8), np.uint8)
+    for start in range(0, len(facts), block):
+        part = facts[start : start + block]
+        first, second = fitting(part[:, 0:4]), fitting(part[:, 4:8])
+        single = np.bitwise_or.reduce(first, axis=1)
+        double = np.zeros_like(single)
+        for a, b in np.argwhere(~np.eye(MAX_OBJECTS, dtype=bool)):
+            double |= first[:, a] & second[:, b] & related[part[:, 8], a, b]
+        packed[start : start + block] = np.where(part[:, 8:] == UNSTATED, single, double)
+    return packed
+
+
+def _packed_images(truth):
+    """Packs the first axis after the kinds, [kinds, images, ...] bool, to [kinds, ..., bytes]."""
+    return np.packbits(np.moveaxis(truth, 1, -1), axis=-1, bitorder="little")
+
+
+def _related(scene, relation):
+    """Returns which two different objects [..., a, b] of scenes stand in one relation."""
+    x, y = scene[..., 3], scene[..., 4]
+    different = ~np.eye(MAX_OBJECTS, dtype=bool)
+    gaps = {LEFT_OF: x[..., None, :] - x[..., :, None], ABOVE: y[..., None, :] - y[..., :, None]}
+    if relation not in gaps:
+        return np.broadcast_to(different, (*x.shape, MAX_OBJECTS))
+    return different & (gaps[relation] >= RELATION_GAP)
 
 
 def _fits(stated, scene):

@@ -1,0 +1,153 @@
+"""Tables of known matches on the devices, and what they say of a step's pairs.
+
+Which captions match which images is data, too large to be a constant of the train step's program:
+the step takes a table as an argument, and looks its batch and the queue up. A table tells by the
+number of an image in its split and by that of a pair (a caption), both of any shape:
+
+>>> import numpy as np
+>>> caption_image = np.array([0, 0, 1], np.int32)  # two captions of image 0, one of image 1
+>>> truth = np.array([[True, True, True], [False, False, True]])  # [images, pairs]
+>>> bits = np.packbits(truth.T, axis=1, bitorder="little")
+>>> complete = CompleteMatches.create(bits, caption_image)
+>>> complete.match(np.array([0, 1]), np.array([2, 0])).tolist()
+[True, False]
+>>> further = {"image": np.array([0]), "pair": np.array([2])}
+>>> listed = ListedMatches.create(**further, caption_image=caption_image)
+>>> listed.match(np.array([0, 1]), np.array([2, 0])).tolist()
+[True, False]
+>>> matches_of_step(listed, np.array([0, 2]), np.array([2, -1])).queue_text.tolist()
+[[True, False], [True, False]]
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fne_jax.objectives.features import Matches
+
+
+class KnownMatches(Protocol):
+    """A table of known matches: a pytree of arrays."""
+
+    caption_image: jax.Array
+
+    def match(self, image: jax.Array, pair: jax.Array) -> jax.Array:
+        """Returns whether images are known to match the captions of pairs.
+
+        Args:
+          image: int32 numbers of images, at least 0, of any shape.
+          pair: int32 numbers of pairs, at least 0; both broadcast.
+
+        Returns:
+          bool, of the shape to which both broadcast.
+        """
+
+
+@flax.struct.dataclass
+class CompleteMatches:
+    """The truth about every image and caption of a split, a bit for each.
+
+    Attributes:
+      bits: [pairs, ceil(images / 8)] uint8; bit i % 8 (0 is the lowest) of byte i // 8 tells
+        whether the caption matches image i.
+      caption_image: [pairs] int32 number of each caption's own image.
+    """
+
+    bits: jax.Array
+    caption_image: jax.Array
+
+    @classmethod
+    def create(cls, bits: np.ndarray, caption_image: np.ndarray) -> CompleteMatches:
+        """Returns the table of NumPy arrays, still on the host."""
+        if bits.dtype != np.uint8 or bits.ndim != 2 or len(bits) != len(caption_image):
+            raise ValueError(
+                f"bits: expected uint8 of shape [{len(caption_image)}, ceil(images / 8)], got "
+                f"{bits.dtype} of shape {bits.shape}"
+            )
+        return cls(bits, np.asarray(caption_image, np.int32))
+
+    def match(self, image: jax.Array, pair: jax.Array) -> jax.Array:
+        """See `KnownMatches`."""
+        byte = jnp.asarray(self.bits)[pair, jnp.asarray(image) // 8]
+        return (byte >> (jnp.asarray(image) % 8).astype(jnp.uint8)) & 1 == 1
+
+
+@flax.struct.dataclass
+class ListedMatches:
+    """The matches that a list names, such as verdicts or a detector's finds, for any split.
+
+    Attributes:
+      image: [matches] int32 numbers of images, in increasing order within each pair.
+      start: [pairs + 1] int32, where each pair's images begin, and the end of the last.
+      caption_image: [pairs] int32 number of each caption's own image.
+      longest: The most images of a pair, which the program depends on.
+    """
+
+    image: jax.Array
+    start: jax.Array
+    caption_image: jax.Array
+    longest: int = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def create(
+        cls, image: np.ndarray, pair: np.ndarray, caption_image: np.ndarray
+    ) -> ListedMatches:
+        """Returns the table of a list in any order, still on the host; own matches are added.
+
+        Args:
+          image: [matches] integer numbers of images.
+          pair: [matches] integer numbers of pairs that match them.
+          caption_image: [pairs] integer number of each caption's own image.
+        """
+        pairs = len(caption_image)
+        listed = np.stack([np.asarray(pair, np.int64), np.asarray(image, np.int64)], axis=1)
+        if listed.size and not (listed.min() >= 0 and listed[:, 0].max() < pairs):
+            raise ValueError(f"image, pair: expected numbers from 0, of pairs below {pairs}")
+        own = np.stack([np.arange(pairs), np.asarray(caption_image, np.int64)], axis=1)
+        listed = np.unique(np.concatenate([listed, own]), axis=0)
+        start = np.searchsorted(listed[:, 0], np.arange(pairs + 1))
+        return cls(
+            image=listed[:, 1].astype(np.int32),
+            start=start.astype(np.int32),
+            caption_image=np.asarray(caption_image, np.int32),
+            longest=int(np.diff(start).max()),
+        )
+
+    def match(self, image: jax.Array, pair: jax.Array) -> jax.Array:
+        """See `KnownMatches`; a binary search in the pair's images."""
+        image, pair = jnp.broadcast_arrays(jnp.asarray(image), jnp.asarray(pair))
+        images, start = jnp.asarray(self.image), jnp.asarray(self.start)
+        low, end = start[pair], start[pair + 1]
+        high = end
+        # The first of the pair's images that is not below the one looked for lies in [low, high].
+        for _ in range(self.longest.bit_length()):
+            middle = (low + high) // 2
+            below = (middle < high) & (images[jnp.minimum(middle, len(images) - 1)] < image)
+            low, high = jnp.where(below, middle + 1, low), jnp.where(below, high, middle)
+        found = images[jnp.minimum(low, len(images) - 1)] == image
+        return found & (low < end)
+
+
+def matches_of_step(known: KnownMatches, pair_id: jax.Array, queue_pair_id: jax.Array) -> Matches:
+    """Returns what a table says of the pairs of a batch and of the queue.
+
+    Args:
+      known: The table of the split that the pairs are from.
+      pair_id: [batch] int32 numbers of the batch's pairs.
+      queue_pair_id: [size] int32 numbers of the pairs in the queue's slots; empty slots, which are
+        below 0, match nothing.
+    """
+    caption_image = jnp.asarray(known.caption_image)
+    image = caption_image[pair_id]
+    filled = (queue_pair_id >= 0)[None, :]
+    slot = jnp.maximum(queue_pair_id, 0)
+    return Matches(
+        batch=known.match(image[:, None], pair_id[None, :]),
+        queue_text=filled & known.match(image[:, None], slot[None, :]),
+        queue_image=filled & known.match(caption_image[slot][None, :], pair_id[:, None]),
+    )

@@ -1,0 +1,147 @@
+"""The losses with several positives beside plain loops in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fne_jax
+from tests.support.fne import assert_gradient, matching_rows
+
+BATCH, DIM = 7, 5
+
+
+def pairs():
+    return matching_rows(np.random.default_rng(1), BATCH, DIM, noise=1.0)
+
+
+def masks():
+    """Returns positives, of which one anchor has all and others several, and what is excluded."""
+    rng = np.random.default_rng(2)
+    positives = (rng.random((BATCH, BATCH)) < 0.25) | np.eye(BATCH, dtype=bool)
+    positives[4] = True
+    excluded = rng.random((BATCH, BATCH)) < 0.3
+    assert (excluded & positives).any() and (excluded & ~positives).any()
+    return positives, excluded
+
+
+def slow_multi_positive(image, text, temperature, positives, excluded):
+    s = np.asarray(image, np.float64) @ np.asarray(text, np.float64).T
+    total = 0.0
+    for scores, p, e in ((s, positives, excluded), (s.T, positives.T, excluded.T)):
+        for i in range(len(s)):
+            of_positives = []
+            for j in np.flatnonzero(p[i]):
+                negatives = [n for n in range(len(s)) if not p[i, n] and not e[i, n]]
+                gaps = [(scores[i, n] - scores[i, j]) / temperature for n in negatives]
+                of_positives.append(np.log1p(np.exp(gaps).sum()))
+            total += np.mean(of_positives)
+    return total / (2 * len(s))
+
+
+def test_multi_positive_loss_is_the_mean_over_positives_of_what_negatives_exceed():
+    positives, excluded = masks()
+    differentiate = jax.jit(
+        jax.value_and_grad(
+            lambda image, text, temperature: fne_jax.multi_positive_loss(
+                image, text, temperature=temperature, positives=positives, excluded=excluded
+            ),
+            (0, 1, 2),
+        )
+    )
+    arguments = *pairs(), np.float32(0.3)
+    loss, grads = differentiate(*arguments)
+    expected = slow_multi_positive(*pairs(), 0.3, positives, excluded)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert all((np.asarray(grad) != 0).any() for grad in grads)
+    assert_gradient(differentiate, arguments)
+
+
+def test_with_one_positive_each_it_is_clip_loss():
+    image, text = pairs()
+    _, excluded = masks()
+
+    def ours(image, text, mask, temperature):
+        return fne_jax.multi_positive_loss(image, text, temperature=temperature, excluded=mask)
+
+    def clips(image, text, mask, temperature):
+        return fne_jax.clip_loss(image, text, temperature=temperature, same_image=mask)
+
+    ours, clips = (jax.jit(jax.value_and_grad(loss, (0, 1))) for loss in (ours, clips))
+    for temperature in (0.02, 0.3):
+        for mask in (np.eye(BATCH, dtype=bool), excluded):
+            loss, grads = ours(image, text, mask, temperature)
+            expected, expected_grads = clips(image, text, mask, temperature)
+            np.testing.assert_allclose(loss, expected, rtol=1e-5)
+            for a, b in zip(grads, expected_grads, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 100.0])
+def test_it_is_finite_at_any_temperature_and_without_negatives(temperature):
+    image, text = pairs()
+    positives, excluded = masks()
+    everything = np.ones((BATCH, BATCH), bool)
+    own = np.eye(BATCH, dtype=bool)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def differentiate(image, text, positives, excluded):
+        return fne_jax.multi_positive_loss(
+            image, text, temperature=temperature, positives=positives, excluded=excluded
+        )
+
+    for p, e in ((positives, excluded), (everything, own), (own, everything)):
+        loss, grads = differentiate(image, text, p, e)
+        assert np.isfinite(loss) and all(np.isfinite(grad).all() for grad in grads)
+        assert (loss == 0) == (p is not positives)
+
+
+def test_positives_do_not_compete():
+    # Two captions of one image: with the second nearer, the first's loss is none the higher.
+    image = jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    text = jnp.array([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
+    same = np.array([0, 0, 1])
+    positives = same[:, None] == same[None, :]
+    loss = fne_jax.multi_positive_loss(image, text, temperature=0.1, positives=positives)
+    expected = slow_multi_positive(image, text, 0.1, positives, np.eye(3, dtype=bool))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert loss < fne_jax.clip_loss(image, text, temperature=0.1)
+
+
+def test_sigmoid_loss_takes_several_positives():
+    image, text = pairs()
+    positives, excluded = masks()
+    logits = np.asarray(image @ text.T, np.float64) / 0.4 - 2.0
+    total = 0.0
+    for i, j in np.ndindex(BATCH, BATCH):
+        if positives[i, j]:
+            total += np.log1p(np.exp(-logits[i, j]))
+        elif not excluded[i, j]:
+            total += np.log1p(np.exp(logits[i, j]))
+
+    def loss_fn(image, text, temperature, bias):
+        return fne_jax.sigmoid_loss(
+            image,
+            text,
+            temperature=temperature,
+            bias=bias,
+            same_image=excluded,
+            positives=positives,
+        )
+
+    differentiate = jax.jit(jax.value_and_grad(loss_fn, (0, 1, 2, 3)))
+    arguments = image, text, np.float32(0.4), np.float32(-2.0)
+    np.testing.assert_allclose(differentiate(*arguments)[0], total / BATCH, rtol=1e-5)
+    assert_gradient(differentiate, arguments)
+
+
+def test_wrong_arguments_are_named():
+    image, text = pairs()
+    for name in ("positives", "excluded"):
+        with pytest.raises(ValueError, match=rf"{name}: expected shape \(7, 7\), got \(7, 6\)"):
+            fne_jax.multi_positive_loss(image, text, **{name: np.ones((7, 6), bool)})
+    with pytest.raises(ValueError, match="temperature: expected a number in"):
+        fne_jax.multi_positive_loss(image, text, temperature=0.0)
