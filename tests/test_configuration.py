@@ -394,6 +394,17 @@ def test_a_run_that_was_stored_under_old_names_is_read(tmp_path):
     configuration.store_config(tiny_config(fne__tau=0.7, objective__queue=False), tmp_path)
 
 
+def test_a_run_that_was_stored_before_a_field_came_is_read(tmp_path):
+    fields = configuration.flatten(tiny_config())
+    assert {name: fields[name] for name in configuration.ADDED_FIELDS} == configuration.ADDED_FIELDS
+    stored = json.loads(tiny_config().to_json())
+    del stored["objective"]["oracle"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    configuration.check_stored(tiny_config(), tmp_path)
+    with pytest.raises(UserError, match=r"config.objective.oracle: 'none' in the run, 'drop' now"):
+        configuration.check_stored(tiny_config(objective__oracle="drop"), tmp_path)
+
+
 def test_workdir_without_a_config(tmp_path):
     with pytest.raises(UserError, match="not the workdir of a run"):
         configuration.read_config(tmp_path)

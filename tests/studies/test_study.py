@@ -95,6 +95,36 @@ def test_a_run_from_a_shared_warm_up_equals_one_trained_alone(config_path, finis
     assert restore_model(run.warmup, "latest").step == 4
 
 
+@pytest.mark.slow
+def test_runs_with_and_without_an_oracle_share_a_warm_up(config_path, tmp_path):
+    workdir = tmp_path / "study"
+    arguments = ["--objectives=fne", "--vary=objective.oracle=drop", "--seeds=1"]
+    study.main([f"--config={config_path}", f"--workdir={workdir}", *arguments])
+    assert len(list((workdir / "warmups").iterdir())) == 1
+    plain, oracle = (
+        json.loads((workdir / name / "seed0" / "study.json").read_text())
+        for name in ("fne", "fne_objective.oracle=drop")
+    )
+    for kind in ("sampled", "hardest"):
+        assert plain[f"{kind}_false_negative_rate"] > 0
+        assert oracle[f"{kind}_false_negative_rate"] == 0
+    assert "| fne objective.oracle=drop less fne |" in (workdir / "study.md").read_text()
+
+
+def test_a_truth_that_nobody_knows_is_told_before_anything_is_trained(config_path, tmp_path):
+    runs = cells.study_runs(
+        config_path,
+        ["--config.data.source=synthetic"],
+        ("infonce",),
+        ("objective.oracle=drop",),
+        1,
+        tmp_path / "study",
+    )
+    with pytest.raises(UserError, match=r"config.objective.oracle is 'drop'.*source=synthetic"):
+        schedule.work_through(runs, 1, lambda line: None)
+    assert not (tmp_path / "study").exists()
+
+
 def test_the_tables_hold_what_the_runs_measured(finished):
     workdir = finished[1]
     stored = {
@@ -145,6 +175,7 @@ def test_runs_share_a_warm_up_unless_it_depends_on_what_differs(config_path):
     variants = (
         "fne.prior=0.5",
         "fne.margin=0.1",
+        "objective.oracle=drop",
         "momentum=0.5",
         "queue_size=64",
         "data.prefetch=2",
@@ -152,8 +183,8 @@ def test_runs_share_a_warm_up_unless_it_depends_on_what_differs(config_path):
     runs = runs_of(config_path, ("fne", "infonce"), variants, seeds=2)
     warmups = {(run.cell.name, run.seed): run.warmup for run in runs}
     plain = warmups["fne", 0]
-    for name in ("infonce", "fne fne.prior=0.5", "fne fne.margin=0.1", "fne data.prefetch=2"):
-        assert warmups[name, 0] == plain
+    for variant in ("fne.prior=0.5", "fne.margin=0.1", "objective.oracle=drop", "data.prefetch=2"):
+        assert warmups["infonce", 0] == warmups[f"fne {variant}", 0] == plain
     for name in ("fne momentum=0.5", "fne queue_size=64"):
         assert warmups[name, 0] != plain
         assert warmups[name, 0] == warmups[name.replace("fne", "infonce", 1), 0]

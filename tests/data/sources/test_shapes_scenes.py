@@ -98,6 +98,26 @@ def test_all_captions_are_true_of_their_image(captioned):
         assert len(captions) == len(np.unique(stated, axis=0)) == scenes.CAPTIONS_PER_IMAGE
 
 
+@pytest.mark.parametrize("images", [1, 8, 61])
+def test_packed_truth_is_the_matrix_in_bits(captioned, images):
+    scene = np.stack([row[0] for row in captioned[:images]])
+    stated = np.concatenate([row[2] for row in captioned])[:203]
+    # Captions of what no scene has, and of everything.
+    others = [
+        facts((len(scenes.SHAPES) - 1, 9, NONE, NONE)),
+        facts((NONE,) * 4),
+        facts((NONE,) * 4, relation=scenes.TOGETHER),
+    ]
+    stated = np.concatenate([stated, others])
+    matrix = scenes.truth_matrix(stated, scene)
+    packed = scenes.packed_truth(stated, scene, block=50)
+    expected = np.packbits(matrix.T, axis=1, bitorder="little")
+    np.testing.assert_array_equal(packed, expected)
+    assert packed.shape == (206, (images + 7) // 8) and matrix[:, -2].all()
+    truth = scenes.SceneTruth(scene, stated)
+    np.testing.assert_array_equal(truth.packed(), expected)
+
+
 def plainly_true(stated, scene):
     """The truth of a caption, object by object."""
 

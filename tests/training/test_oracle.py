@@ -1,0 +1,154 @@
+"""Runs that use the truth of the training split: what they draw, on which devices, and resumed."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from fne_jax.data.batches import training_batches
+from fne_jax.data.images.preprocessing import TrainingImages
+from fne_jax.data.loading import load_split
+from fne_jax.errors import UserError
+from fne_jax.model import checkpoints
+from fne_jax.parallel import sharding
+from fne_jax.planning.program import compile_step
+from fne_jax.planning.topology import Topology
+from fne_jax.training import dry_run, loop
+from fne_jax.training.compiled_steps import jitted_steps
+from fne_jax.training.optimizer import learning_rate_schedule
+from fne_jax.training.oracle import known_matches
+from fne_jax.training.step_results import true_false_negative_rates
+from fne_jax.training.timeline import Phase, Timeline
+from tests.support.runs import mesh_of, new_state, stored_state
+from tests.support.tiny import LinearTowers, smooth_config, tiny_config
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixTruth:
+    """A truth that was made up, [images, pairs] bool."""
+
+    truth: np.ndarray
+
+    def matrix(self):
+        return self.truth
+
+    def packed(self):
+        return np.packbits(self.truth.T, axis=1, bitorder="little")
+
+    def is_true(self, caption, image):
+        return self.truth[image, caption]
+
+    def of_captions(self, rows):
+        return MatrixTruth(self.truth[:, rows])
+
+
+def split_with_truth(config):
+    """Returns a split of 61 images, of which captions match a quarter beside their own."""
+    train = load_split(config.data, 8, "train")
+    images, pairs = len(train.image_id), len(train.captions)
+    truth = np.random.default_rng(0).random((images, pairs)) < 0.25
+    truth[train.caption_image, np.arange(pairs)] = True
+    return dataclasses.replace(train, truth=MatrixTruth(truth))
+
+
+def config_of(**fields):
+    return smooth_config(data__synthetic__images=61, **fields)
+
+
+def run_steps(config, mesh, steps=12):
+    """Returns the states, the scalars and the drawn negatives of steps, and compilations."""
+    train = split_with_truth(config)
+    order = loop.batch_order(config, train)
+    plan = Timeline.of(config, order.steps_per_epoch)
+    tokens = np.arange(len(train.captions), dtype=np.int32)[:, None] + np.arange(8, dtype=np.int32)
+    schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
+    state = new_state(config, LinearTowers(), mesh, schedule)
+    jitted = jitted_steps(config, plan, mesh, schedule, state)
+    known = known_matches(config, train, mesh)
+    batches = training_batches(
+        train,
+        (tokens % 30, np.ones_like(tokens)),
+        order.rows(range(steps)),
+        TrainingImages(8, config.data.augmentation, config.seed),
+    )
+    results = []
+    for step, batch in enumerate(batches):
+        rows = sharding.to_devices(batch, mesh)
+        state, scalars, negatives = jitted[plan.phase(step)](state, rows, *known)
+        result = jax.device_get((state.params, scalars, negatives))
+        rates = {}
+        if negatives:
+            rates = true_false_negative_rates(train.truth, train.caption_image, result[2])
+        results.append((*result, rates))
+    return results, {phase: step._cache_size() for phase, step in jitted.items()}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return run_steps(config_of(), mesh_of(1))
+
+
+@pytest.fixture(scope="module")
+def dropping():
+    return run_steps(config_of(objective__oracle="drop"), mesh_of(1))
+
+
+def test_no_step_draws_a_known_match(plain, dropping):
+    for name in ("sampled_false_negative_rate", "hardest_false_negative_rate"):
+        rates = [[rates[name] for *_, rates in run[0] if rates] for run in (plain, dropping)]
+        assert len(rates[0]) == len(rates[1]) == 5
+        assert min(rates[0]) > 0.05 and max(rates[1]) == 0
+
+
+def test_the_warm_up_does_not_look_at_the_truth(plain, dropping):
+    for (params, scalars, _, _), (others, other_scalars, _, _) in zip(
+        plain[0][:7], dropping[0][:7], strict=True
+    ):
+        jax.tree.map(np.testing.assert_array_equal, (params, scalars), (others, other_scalars))
+    assert plain[0][7][1]["loss"] != dropping[0][7][1]["loss"]
+
+
+def test_nothing_recompiles(dropping):
+    assert dropping[1] == {Phase.WARMUP: 0, Phase.WARMUP_FILLING: 1, Phase.FNE: 1}
+
+
+@pytest.mark.parametrize("objective", ["fne", "multi_positive"])
+def test_eight_devices_do_what_one_does(dropping, objective):
+    fields = {"objective__oracle": "drop"}
+    one = dropping
+    if objective == "multi_positive":
+        fields = {"objective__oracle": "positives", "objective__name": objective}
+        one = run_steps(config_of(**fields), mesh_of(1))
+    eight = run_steps(config_of(**fields), mesh_of(4, 2))
+    for ours, theirs in zip(eight[0], one[0], strict=True):
+        np.testing.assert_allclose(ours[1]["loss"], theirs[1]["loss"], rtol=1e-4)
+        jax.tree.map(np.testing.assert_array_equal, ours[2], theirs[2])
+
+
+@pytest.mark.slow
+def test_a_run_that_is_resumed_is_the_same_to_the_bit(monkeypatch, tmp_path):
+    config = config_of(objective__oracle="drop")
+    monkeypatch.setattr(loop, "load_split", lambda *arguments: split_with_truth(config))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    loop.train_and_evaluate(config, whole, module=LinearTowers())
+    loop.train_and_evaluate(config, parts, module=LinearTowers(), warmup_only=True)
+    loop.train_and_evaluate(config, parts, module=LinearTowers())
+    states = [stored_state(folder, module=LinearTowers()) for folder in (whole, parts)]
+    assert int(states[0].step) == 14
+    assert len({str(checkpoints.fingerprints(state.stored())) for state in states}) == 1
+
+
+def test_a_truth_that_nobody_knows_is_told_before_anything_is_written(tmp_path):
+    config = tiny_config(objective__oracle="drop")
+    message = r"config.objective.oracle is 'drop', but .* config.data.source=synthetic"
+    for start in (loop.train_and_evaluate, dry_run.describe):
+        with pytest.raises(UserError, match=message):
+            start(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_knows_of_no_matches():
+    topology = Topology("cpu", jax.devices()[:1], chip=None)
+    with pytest.raises(UserError, match=r"config.objective.oracle is 'drop': a plan knows"):
+        compile_step(tiny_config(objective__oracle="drop"), topology, 10)
