@@ -143,6 +143,9 @@ def get_config() -> ConfigDict:
     objective.temperature = 0.07
     # Number that sigmoid adds to the logits.
     objective.bias = -10.0
+    # Whether temperature and bias are learned from there on by these objectives, as CLIP and SigLIP
+    # do, within 0.01 to 1; not in the warm-up.
+    objective.learn_temperature = False
     # What the truth is used for, where the training split knows it (shapes does), to see how much a
     # perfect detector would gain: none (nothing); drop (whatever matches is neither a negative nor
     # in the statistics of negatives); positives (multi_positive and sigmoid: further positives).
@@ -210,6 +213,8 @@ def get_config() -> ConfigDict:
     # Factors on the learning rate of either tower; 0 freezes it.
     optimizer.image_factor = 1.0
     optimizer.text_factor = 1.0  # that of the text tower
+    # Factor on the learning rate of temperature and bias, where they are learned; 0 freezes them.
+    optimizer.objective_factor = 1.0
 
     config.evaluation = evaluation = ConfigDict()
     # Validations in an epoch.

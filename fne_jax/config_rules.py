@@ -28,7 +28,12 @@ RENAMED_FIELDS = {
 
 # Fields that came later, and the value that says what runs did before; an old run's config.json is
 # read with it.
-ADDED_FIELDS = {"data.shapes.facts": VARIED, "objective.oracle": registry.NO_ORACLE}
+ADDED_FIELDS = {
+    "data.shapes.facts": VARIED,
+    "objective.learn_temperature": False,
+    "objective.oracle": registry.NO_ORACLE,
+    "optimizer.objective_factor": 1.0,
+}
 
 # Fields that are gone: the value that a stored config may still have, and why they went.
 REMOVED_FIELDS = {"data.augment_on": ("host", "images are augmented on the host")}
@@ -199,6 +204,7 @@ FIELDS = {
     "objective.queue": Flag(),
     "objective.temperature": Number(1e-4, 100),
     "objective.bias": Number(-1000, 1000),
+    "objective.learn_temperature": Flag(),
     "objective.oracle": Choice(registry.ORACLES),
     "fne.start_epoch": _EPOCHS,
     "fne.margin": Number(0, 10),
@@ -227,6 +233,7 @@ FIELDS = {
     "optimizer.warmup_epochs": _EPOCHS,
     "optimizer.image_factor": Number(0, 1000),
     "optimizer.text_factor": Number(0, 1000),
+    "optimizer.objective_factor": Number(0, 1000),
     "evaluation.per_epoch": _whole(1),
     "evaluation.batch_size": _whole(1, 2**24),
     "evaluation.text_length": _TEXT_LENGTH_RULE,
@@ -282,6 +289,7 @@ def _check_together(config):
             f"config.micro_batches={config.micro_batches} does not divide"
         )
     registry.check_oracle(config.objective)
+    registry.check_learned(config.objective)
     poolings = (config.encoder.text.pooling, config.encoder.text.training_pooling)
     if config.micro_batches > 1 and LONGEST_POOLING in poolings:
         raise UserError(

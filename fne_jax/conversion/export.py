@@ -9,6 +9,7 @@ from fne_jax.encoders.pretrained_weights import save_pretrained
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
 from fne_jax.model.model import restore_model
+from fne_jax.objectives.learned_scalars import towers_of
 from fne_jax.retrieval.evaluation import read_values
 
 _CARD = """---
@@ -58,7 +59,7 @@ def export(workdir: pathlib.Path, checkpoint: str, out: pathlib.Path) -> list[pa
         )
     if module.image.pooled_dim and module.text.pooled_dim:
         folders = [out]
-        save_pretrained(out, module, model.params)
+        save_pretrained(out, module, towers_of(model.params))
     else:
         folders = [out / "image", out / "text"]
         save_pretrained(out / "image", module.image, model.params["image"])

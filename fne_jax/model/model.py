@@ -33,6 +33,7 @@ from fne_jax.errors import UserError
 from fne_jax.model import checkpoints, tokenizers
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.embedder import Embedder
+from fne_jax.objectives import learned_scalars
 from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.parallel import sharding
@@ -254,6 +255,8 @@ def initial_params(
 ) -> tuple[Any, int]:
     """Returns random parameters and the embeddings' dimension.
 
+    Beside those of the towers there may be those that the objective learns.
+
     Args:
       module: The two towers.
       config: The resolved config, for the sizes of their inputs.
@@ -263,7 +266,11 @@ def initial_params(
     pixels = jnp.zeros((1, size, size, 3))
     tokens = jnp.zeros((1, config.data.text_length), jnp.int32)
     (image_emb, _), variables = module.init_with_output(rng, pixels, tokens, tokens + 1)
-    return variables["params"], image_emb.shape[-1]
+    params = variables["params"]
+    # The first runs' configs have no such group.
+    if config.get("objective", {}).get("learn_temperature", False):
+        params = params | learned_scalars.initial()
+    return params, image_emb.shape[-1]
 
 
 def restore_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.struct
@@ -58,6 +59,8 @@ class Features:
       same_image: [batch, batch] bool, true where two pairs count as one image in losses and
         statistics within the batch; None leaves only the diagonal out.
       matches: Known matches, or None where none are known.
+      learned: What an objective learns beside the encoders, as `learned_scalars.initial` begins
+        it; None where all its numbers are fixed.
     """
 
     image: jax.Array
@@ -67,6 +70,7 @@ class Features:
     image_id: jax.Array
     same_image: jax.Array | None = None
     matches: Matches | None = None
+    learned: Mapping[str, jax.Array] | None = None
 
     @property
     def excluded(self) -> jax.Array | None:

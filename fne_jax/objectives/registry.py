@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from fne_jax.errors import UserError
+from fne_jax.objectives import learned_scalars
 from fne_jax.objectives.contrastive import clip_loss, infonce_loss, sigmoid_loss
 from fne_jax.objectives.features import Features
 from fne_jax.objectives.fne_loss import fne_loss
@@ -113,7 +114,7 @@ def infonce_objective(rng, features, queue, stats, *, temperature):
         features.momentum_text,
         features.image_id,
         queue,
-        temperature=temperature,
+        temperature=learned_scalars.temperature(temperature, features.learned),
         matches=features.matches,
     )
     return loss, None
@@ -125,7 +126,7 @@ def clip_objective(rng, features, queue, stats, *, temperature):
     loss = clip_loss(
         features.image,
         features.text,
-        temperature=temperature,
+        temperature=learned_scalars.temperature(temperature, features.learned),
         same_image=features.excluded,
     )
     return loss, None
@@ -137,7 +138,7 @@ def multi_positive_objective(rng, features, queue, stats, *, temperature, positi
     loss = multi_positive_loss(
         features.image,
         features.text,
-        temperature=temperature,
+        temperature=learned_scalars.temperature(temperature, features.learned),
         positives=positives_of(features),
         excluded=features.excluded,
     )
@@ -150,8 +151,8 @@ def sigmoid_objective(rng, features, queue, stats, *, temperature, bias, positiv
     loss = sigmoid_loss(
         features.image,
         features.text,
-        temperature=temperature,
-        bias=bias,
+        temperature=learned_scalars.temperature(temperature, features.learned),
+        bias=learned_scalars.bias(bias, features.learned),
         same_image=features.excluded,
         positives=positives_of(features),
     )
@@ -201,12 +202,23 @@ def _infonce(config):
     )
 
 
+def _at_fixed_temperature(objective, config):
+    """Returns an objective of the warm-up: what is learned begins to be after it."""
+    temperature = config.warmup.temperature
+
+    def warm_up(rng, features, queue, stats):
+        features = features.replace(learned=None)
+        return objective(rng, features, queue, stats, temperature=temperature)
+
+    return warm_up
+
+
 def _infonce_warmup(config):
-    return functools.partial(infonce_objective, temperature=config.warmup.temperature)
+    return _at_fixed_temperature(infonce_objective, config)
 
 
 def _clip_warmup(config):
-    return functools.partial(clip_objective, temperature=config.warmup.temperature)
+    return _at_fixed_temperature(clip_objective, config)
 
 
 def _clip(config):
@@ -283,7 +295,7 @@ OBJECTIVES: dict[str, Entry] = {
         ),
         Entry(
             name="sigmoid",
-            description="all of the batch, each judged by itself; temperature and bias are fixed",
+            description="all of the batch, each judged by itself",
             source="SigLIP",
             main=Role(_sigmoid, ("objective.temperature", "objective.bias", "objective.oracle")),
             takes_positives=True,
@@ -328,6 +340,17 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_name("warmup.objective", config.warmup.objective, WARMUP)
     check_elimination(config.fne)
     check_oracle(config.objective)
+    check_learned(config.objective)
+
+
+def check_learned(objective: ml_collections.ConfigDict) -> None:
+    """Raises UserError if a temperature that is learned begins where it may not go."""
+    lowest, highest = learned_scalars.LOWEST_TEMPERATURE, learned_scalars.HIGHEST_TEMPERATURE
+    if objective.learn_temperature and not lowest <= objective.temperature <= highest:
+        raise UserError(
+            f"config.objective.temperature is {objective.temperature}; with learn_temperature "
+            f"expected a number from {lowest} to {highest}"
+        )
 
 
 def check_oracle(objective: ml_collections.ConfigDict) -> None:
@@ -365,6 +388,8 @@ def fields_after_warmup(config: ml_collections.ConfigDict) -> set[str]:
     """Returns the dotted names of the fields on which the warm-up of a config does not depend."""
     after = {f"objective.{field}" for field in config.objective}
     after |= {field for role in MAIN.values() for field in role.fields}
+    # Says what a checkpoint holds, of the warm-up too.
+    after.discard("objective.learn_temperature")
     return after - set(WARMUP[config.warmup.objective].fields)
 
 

@@ -16,11 +16,14 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from fne_jax.objectives.learned_scalars import LEARNED
+
 # Of parameters, the batch's inputs and a dropout key (None for no dropout) to the [batch, dim]
 # embeddings of images and of captions.
 Encode = Callable[[Any, Any, jax.Array | None], tuple[jax.Array, jax.Array]]
-# Of both embeddings to the [] loss and whatever else is wanted of it.
-LossOfEmbeddings = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
+# Of both embeddings, and of what the objective learns (empty for nothing), to the [] loss and
+# whatever else is wanted of it.
+LossOfEmbeddings = Callable[[jax.Array, jax.Array, dict[str, jax.Array]], tuple[jax.Array, Any]]
 
 
 class EncoderPasses(Protocol):
@@ -47,7 +50,7 @@ class WholeBatch:
         """See `EncoderPasses`."""
 
         def loss_of(params):
-            return loss_fn(*encode(params, inputs, rng))
+            return loss_fn(*encode(params, inputs, rng), params.get(LEARNED, {}))
 
         return jax.value_and_grad(loss_of, has_aux=True)(params)
 
@@ -85,10 +88,13 @@ class MicroBatches:
             return jax.tree.map(jnp.add, total, *pullback(cotangents)), None
 
         embeddings = self._join(jax.lax.scan(embed_part, None, parts)[1])
-        result, cotangents = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(*embeddings)
+        learned = params.get(LEARNED, {})
+        differentiate = jax.value_and_grad(loss_fn, (0, 1, 2), has_aux=True)
+        result, (*cotangents, of_learned) = differentiate(*embeddings, learned)
         start = jax.tree.map(jnp.zeros_like, params)
-        gradients, _ = jax.lax.scan(add_gradients, start, (parts, self._split(cotangents)))
-        return result, gradients
+        gradients, _ = jax.lax.scan(add_gradients, start, (parts, self._split(tuple(cotangents))))
+        # The encoders do not use these.
+        return result, gradients | ({LEARNED: of_learned} if learned else {})
 
     def _split(self, tree):
         # Part k has rows k, k + count, ...: so that a device's own rows make up its share of each

@@ -5,11 +5,14 @@ from __future__ import annotations
 import collections
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 
 from fne_jax.config_rules import SCHEDULES
 from fne_jax.errors import UserError
+from fne_jax.objectives import learned_scalars
+from fne_jax.objectives.learned_scalars import LEARNED, LOG_TEMPERATURE_FACTOR
 
 TOWERS = ("image", "text")
 
@@ -50,13 +53,21 @@ def learning_rate_schedule(
 
 
 def build_optimizer(
-    optimizer: ml_collections.ConfigDict, schedule: optax.Schedule
+    optimizer: ml_collections.ConfigDict,
+    schedule: optax.Schedule,
+    temperature: float | None = None,
 ) -> optax.GradientTransformation:
-    """Returns the update rule: freeze, clip, Adam, decay, learning rate, tower factors.
+    """Returns the update rule: freeze, clip, Adam, decay, learning rate, factors, bounds.
 
     A frozen tower's gradients are dropped before clipping, so that they do not shrink the other's.
+
+    Args:
+      optimizer: `config.optimizer`, see configs/base.py.
+      schedule: The learning rate as a function of the updates already applied.
+      temperature: Where a temperature that is learned begins; None if none is.
     """
     factors = {"image": optimizer.image_factor, "text": optimizer.text_factor}
+    factors[LEARNED] = optimizer.objective_factor
     frozen = [tower for tower, factor in factors.items() if factor == 0]
     scaled = {tower: factor for tower, factor in factors.items() if factor not in (0, 1)}
     return optax.chain(
@@ -68,7 +79,21 @@ def build_optimizer(
         *(optax.masked(optax.scale(value), _tower_mask(tower)) for tower, value in scaled.items()),
         # Decay moves weights without gradients too.
         *(optax.masked(optax.set_to_zero(), _tower_mask(tower)) for tower in frozen),
+        *(() if temperature is None else (_bounded_temperature(temperature),)),
     )
+
+
+def _bounded_temperature(start):
+    """Returns a transformation of updates that keeps the learned temperature within its bounds."""
+    bounds = learned_scalars.log_factor_bounds(start)
+
+    def within(updates, params):
+        before = params[LEARNED][LOG_TEMPERATURE_FACTOR]
+        after = jnp.clip(before + updates[LEARNED][LOG_TEMPERATURE_FACTOR], *bounds)
+        learned = updates[LEARNED] | {LOG_TEMPERATURE_FACTOR: after - before}
+        return updates | {LEARNED: learned}
+
+    return optax.stateless(within)
 
 
 def _tower_mask(tower):
@@ -85,6 +110,8 @@ def _tower_mask(tower):
 def _is_matrix(params):
     # Stacked layers (scan) carry a leading axis, so biases are told by name rather than by rank.
     def decayed(path, _):
+        if path[0].key == LEARNED:
+            return False
         return path[-1].key not in ("bias", "scale", "class_token", "position_embedding")
 
     return jax.tree_util.tree_map_with_path(decayed, params)

@@ -19,6 +19,7 @@ from fne_jax.encoders import towers
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints
 from fne_jax.model.model import Model, abstract_fields, initial_params, stored_model
+from fne_jax.objectives.learned_scalars import towers_of
 from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.parallel import sharding
@@ -61,8 +62,8 @@ def create_train_state(
 
     Args:
       rng: A typed PRNG key.
-      weights: `params` and `momentum_params` to begin with, both or neither, or `params` of some
-        parts of the model; the rest of `params` is random, and `momentum_params` a copy of it.
+      weights: `params` and `momentum_params` of both towers to begin with, or `params` of some
+        parts of the model; the rest of `params` is random, and of `momentum_params` a copy of it.
       model: The model to be trained; its parameters, if it has any, are not used.
       apply_fn: The function of parameters and inputs that training calls.
       tx: The optimizer.
@@ -71,7 +72,7 @@ def create_train_state(
     params, dim = initial_params(model.module, model.config, params_rng)
     params = params | weights.get("params", {})
     # A copy: a donated state must not hold one buffer twice.
-    momentum_params = weights.get("momentum_params") or jax.tree.map(jnp.copy, params)
+    momentum_params = jax.tree.map(jnp.copy, params) | weights.get("momentum_params", {})
     return TrainState(
         # An array rather than flax's 0, so that the first and later steps compile alike.
         step=jnp.zeros((), jnp.int32),
@@ -95,7 +96,8 @@ def abstract_state(model: Model, learning_rate: optax.Schedule) -> TrainState:
     """
     config = model.config
     module = model.module.clone(text_pooling=config.encoder.text.training_pooling)
-    tx = build_optimizer(config.optimizer, learning_rate)
+    temperature = config.objective.temperature if config.objective.learn_temperature else None
+    tx = build_optimizer(config.optimizer, learning_rate, temperature)
     create = functools.partial(create_train_state, model=model, apply_fn=module.apply, tx=tx)
     state = jax.eval_shape(create, jax.random.key(config.seed), {})
     return sharding.abstract_on(model.mesh, state)
@@ -136,6 +138,7 @@ def first_state(model: Model, like: TrainState) -> TrainState:
         source = find_source_run(config, like)
         with checkpoints.reader(source.workdir) as manager:
             weights, _ = checkpoints.read(manager, source.step, source.weights)
+        weights = {name: towers_of(params) for name, params in weights.items()}
         _log.info("weights: from step %d of %s", source.step, source.workdir)
     elif any(config.encoder[tower].pretrained for tower in towers.TOWERS):
         weights = {"params": _pretrained_towers(config.encoder, like.params)}
@@ -177,7 +180,7 @@ def find_source_run(config: ml_collections.ConfigDict, like: TrainState) -> Sour
     except UserError as error:
         raise UserError(f"config.init_from={config.init_from}: {error}") from error
     fields = abstract_fields(other)
-    ours, theirs = _shapes(like.params), _shapes(fields["params"])
+    ours, theirs = _shapes(towers_of(like.params)), _shapes(towers_of(fields["params"]))
     if ours != theirs:
         different = [
             f"{name}: {theirs.get(name)} there, {ours.get(name)} here"

@@ -13,6 +13,7 @@ import optax
 from fne_jax.encoders.pixels import normalize_pixels
 from fne_jax.objectives.features import Features, Matches
 from fne_jax.objectives.known_matches import KnownMatches, matches_of_step
+from fne_jax.objectives.learned_scalars import BIAS_CHANGE, LEARNED, LOG_TEMPERATURE_FACTOR
 from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.registry import Objective, StatisticsRule
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
@@ -128,9 +129,9 @@ def train_step(
         momentum_image, momentum_text = layout.replicated(momentum_embeddings)
 
     @jax.named_scope(OBJECTIVE)
-    def loss_fn(image, text):
+    def loss_fn(image, text, learned):
         momentum = momentum_image, momentum_text
-        features = Features(image, text, *momentum, image_id, same_image, matches)
+        features = Features(image, text, *momentum, image_id, same_image, matches, learned or None)
         stats = statistics_rule.add(state.stats, features)
         loss, aux = objective(sampling_rng, features, state.queue, stats)
         return loss, (stats, aux)
@@ -161,9 +162,21 @@ def train_step(
         **statistics_scalars(stats),
         **queue_scalars(queue, image_id.shape[0]),
         **negative_scalars(aux),
+        **learned_scalars_of(new.params),
     }
     key_pair_id = jnp.concatenate([pair_id, state.queue.pair_id])
     return new, scalars, {} if aux is None else _negative_pairs(aux, key_pair_id)
+
+
+def learned_scalars_of(params: Any) -> dict[str, jax.Array]:
+    """Returns how far temperature and bias are from the config's; nothing if they are fixed."""
+    if LEARNED not in params:
+        return {}
+    learned = params[LEARNED]
+    return {
+        "temperature_factor": jnp.exp(learned[LOG_TEMPERATURE_FACTOR]),
+        "bias_change": learned[BIAS_CHANGE],
+    }
 
 
 def queue_scalars(queue: MemoryQueue, batch_size: int) -> dict[str, jax.Array]:
