@@ -135,11 +135,10 @@ class KeyBlocks:
         index = block[:, None] * BLOCK + column
         exists = index < batch
         row = jnp.minimum(index, batch - 1)
-        anchor = jnp.arange(batch)[:, None]
-        similarity = self.batch_similarity[row, anchor]
+        similarity = self.batch_similarity[row, jnp.arange(batch)[:, None]]
         excluded = self.image_id[row] == self.image_id[:, None]
         if self.batch_matches is not None:
-            excluded = excluded | self.batch_matches[row, anchor]
+            excluded = excluded | _of_anchors(self.batch_matches, row)
         if self.queue_keys is not None:
             size = self.queue_keys.shape[0]
             slot = (block[:, None] - batch_blocks) * BLOCK + column
@@ -154,7 +153,7 @@ class KeyBlocks:
             similarity = jnp.where(in_queue, from_queue, similarity)
             queue_excluded = self.queue_id[row] == self.image_id[:, None]
             if self.queue_matches is not None:
-                queue_excluded = queue_excluded | self.queue_matches[row, anchor]
+                queue_excluded = queue_excluded | _of_anchors(self.queue_matches, row)
             excluded = jnp.where(in_queue, queue_excluded, excluded)
             exists = jnp.where(in_queue, slot < size, exists)
             index = jnp.where(in_queue, batch + slot, index)
@@ -200,6 +199,14 @@ class KeyBlocks:
         if chunked < size:
             parts.append(table_of(jax.tree.map(lambda slot: slot[chunked:], slots)))
         return parts
+
+
+def _of_anchors(matches, row):
+    """Returns [batch, BLOCK] of [keys, batch] at each anchor's rows, [batch, BLOCK].
+
+    Indexing with the anchors' numbers gives the same, but would gather the rows of all devices.
+    """
+    return jnp.take_along_axis(matches.T, row, axis=1)
 
 
 def _by_block(matrix, reduce):

@@ -97,6 +97,8 @@ def test_the_warmup_depends_on_the_margin_where_it_mines():
     mining = registry.fields_after_warmup(config_with(warmup__objective="hardest"))
     assert contrastive - mining == {"fne.margin"}
     assert {"objective.name", "objective.bias", "fne.tau", "fne.key_chunk"} <= mining
+    # It decides what a checkpoint holds, also that of a warm-up.
+    assert "objective.learn_temperature" not in mining
     for field in ("fne.start_epoch", "fne.mask_same_image", "fne.ema_decay", "warmup.temperature"):
         assert field not in contrastive
 

@@ -12,7 +12,9 @@ from fne_jax.data.loading import load_split
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints
 from fne_jax.parallel import sharding
+from fne_jax.planning.accounting import account
 from fne_jax.planning.program import compile_step
+from fne_jax.planning.summary import SCOPES
 from fne_jax.planning.topology import Topology
 from fne_jax.training import dry_run, loop
 from fne_jax.training.compiled_steps import jitted_steps
@@ -20,6 +22,7 @@ from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.oracle import known_matches
 from fne_jax.training.step_results import true_false_negative_rates
 from fne_jax.training.timeline import Phase, Timeline
+from fne_jax.training.train_step import OBJECTIVE
 from tests.support.runs import mesh_of, new_state, stored_state
 from tests.support.tiny import LinearTowers, smooth_config, tiny_config
 
@@ -124,6 +127,26 @@ def test_eight_devices_do_what_one_does(dropping, objective):
     for ours, theirs in zip(eight[0], one[0], strict=True):
         np.testing.assert_allclose(ours[1]["loss"], theirs[1]["loss"], rtol=1e-4)
         jax.tree.map(np.testing.assert_array_equal, ours[2], theirs[2])
+
+
+def test_devices_look_up_their_own_anchors_only():
+    config = config_of(objective__oracle="drop", queue_size=4000, fne__start_epoch=0.0)
+    mesh, train = mesh_of(2, 4), split_with_truth(config)
+    schedule = learning_rate_schedule(config.optimizer, 7, 14)
+    state = new_state(config, LinearTowers(), mesh, schedule)
+    batch = {
+        "image": np.zeros((16, 8, 8, 3), np.uint8),
+        "input_ids": np.ones((16, 8), np.int32),
+        "attention_mask": np.ones((16, 8), np.int32),
+        "image_id": np.arange(16, dtype=np.int32),
+        "pair_id": np.arange(16, dtype=np.int32),
+    }
+    step = jitted_steps(config, Timeline.of(config, 7), mesh, schedule, state)[Phase.FNE]
+    rows, known = sharding.to_devices(batch, mesh), known_matches(config, train, mesh)
+    text = step.lower(state, rows, *known).compile().as_text()
+    found = account(text, SCOPES).collectives
+    largest = max(one.bytes for one in found if one.scope == OBJECTIVE)
+    assert largest < config.queue_size, "what is known of the queue moves between devices"
 
 
 @pytest.mark.slow
