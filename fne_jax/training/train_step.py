@@ -103,13 +103,7 @@ def train_step(
     same_image = jnp.eye(image_id.shape[0], dtype=bool)
     if settings.mask_same_image:
         same_image = image_id[:, None] == image_id[None, :]
-    matches = None
-    if known is not None:
-        with jax.named_scope(OBJECTIVE):
-            matches = matches_of_step(known, pair_id, state.queue.pair_id)
-            # Each device looks up what concerns its own anchors.
-            in_queue = layout.rows((matches.queue_text, matches.queue_image))
-            matches = Matches(matches.batch, *in_queue)
+    matches = _known_matches(known, pair_id, state.queue, layout)
 
     def encode(params, inputs, dropout_rng):
         embeddings = state.apply_fn(
@@ -207,6 +201,15 @@ def statistics_scalars(stats: SimilarityStatistics) -> dict[str, Any]:
             ("count", gaussian.count),
         )
     }
+
+
+@jax.named_scope(OBJECTIVE)
+def _known_matches(known, pair_id, queue, layout):
+    if known is None:
+        return None
+    matches = matches_of_step(known, pair_id, queue.pair_id)
+    # Each device looks up what concerns its own anchors.
+    return Matches(matches.batch, *layout.rows((matches.queue_text, matches.queue_image)))
 
 
 def _negative_pairs(aux: TripletAux, key_pair_id: jax.Array) -> dict[str, jax.Array]:

@@ -17,6 +17,7 @@ from fne_jax.errors import Interrupted, UserError
 from fne_jax.model import checkpoints
 from fne_jax.model import model as model_lib
 from fne_jax.model.model import restore_model
+from fne_jax.objectives import registry
 from fne_jax.retrieval import generality
 from fne_jax.studies import cells, detector, execution, schedule, summary
 from fne_jax.studies.cells import Cell
@@ -210,7 +211,7 @@ def test_objectives_change_what_they_are_named_for(config_path):
     }
     as_it_is = (True, "soft", True)
     assert chosen == {
-        **{name: (name, *as_it_is) for name in list(cells.OBJECTIVES)[:6]},
+        **{name: (name, *as_it_is) for name in registry.MAIN},
         "fne_no_queue": ("fne", False, "soft", True),
         "fne_no_elimination": ("fne", True, "none", True),
         "fne_no_cutdown": ("fne", True, "soft", False),
