@@ -154,7 +154,9 @@ def judged():
 
 
 @pytest.mark.parametrize(
-    "error", [KeyError("x"), ValueError("UNKNOWN"), OSError(5, "no disk"), judged], ids=str
+    "error",
+    [KeyError("x"), ValueError("UNKNOWN"), OSError(5, "no disk"), judged],
+    ids=["bug", "value", "disk", "judged"],
 )
 def test_an_error_of_this_process_is_told_at_once_and_beside_an_earlier_one(error, ending):
     if callable(error):
