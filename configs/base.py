@@ -117,13 +117,16 @@ def get_config() -> ConfigDict:
     encoder.projection_dim = 0
     # float32 or bfloat16; parameters, losses and similarities are float32 in any case.
     encoder.compute_dtype = "bfloat16"
-    # How attention is computed: auto (what was fastest on this kind of device), xla (anywhere),
-    # cudnn (fused; GPUs in bfloat16), or head_loop (long sequences on a CPU, in little memory).
+    # How attention is computed: auto (what suits the device and the number of tokens), xla
+    # (anywhere), splash (fused; TPUs in bfloat16), cudnn (fused; GPUs in bfloat16), or head_loop
+    # (long sequences on a CPU, in little memory).
     encoder.attention = "auto"
     # Compile one layer and loop over it.
     encoder.scan_layers = False
-    # Recompute activations in the backward pass.
-    encoder.remat = False
+    # What layers keep for the backward pass, which computes the rest again: none (is computed
+    # again), products (the results of matrix products and of fused attention are kept), attention
+    # (of fused attention alone), or full (all is computed again from a layer's input).
+    encoder.remat = "none"
 
     # Momentum m of the momentum encoders' update m <- m * momentum + (1 - m) * online.
     config.momentum = 0.995

@@ -14,6 +14,7 @@ from fne_jax.data.sources.registry import find_source
 from fne_jax.data.sources.shapes_scenes import FACTS, VARIED, vocabulary_of
 from fne_jax.encoders.attention import ATTENTIONS, AUTO
 from fne_jax.encoders.dual_encoder import CHECKPOINT, LONGEST_POOLING, POOLINGS
+from fne_jax.encoders.rematerialization import OLD_REMATS, REMATS
 from fne_jax.errors import UserError
 from fne_jax.objectives import registry
 from fne_jax.objectives.fne_settings import ELIMINATIONS
@@ -34,6 +35,9 @@ ADDED_FIELDS = {
     "objective.oracle": registry.NO_ORACLE,
     "optimizer.objective_factor": 1.0,
 }
+
+# Fields whose values have other names by now, and which; read likewise.
+RENAMED_VALUES = {"encoder.remat": OLD_REMATS}
 
 # Fields that are gone: the value that a stored config may still have, and why they went.
 REMOVED_FIELDS = {"data.augment_on": ("host", "images are augmented on the host")}
@@ -197,7 +201,7 @@ FIELDS = {
     "encoder.compute_dtype": Choice(("float32", "bfloat16")),
     "encoder.attention": Choice((AUTO, *ATTENTIONS)),
     "encoder.scan_layers": Flag(),
-    "encoder.remat": Flag(),
+    "encoder.remat": Choice(tuple(REMATS)),
     "momentum": Number(0, 0.999999),
     "queue_size": _whole(1, 2**28),
     "objective.name": Choice(tuple(registry.MAIN)),

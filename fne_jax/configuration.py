@@ -19,6 +19,7 @@ from fne_jax.config_rules import (
     BEFORE_REMOVAL,
     REMOVED_FIELDS,
     RENAMED_FIELDS,
+    RENAMED_VALUES,
     check_field,
     flatten,
     validate,
@@ -291,11 +292,16 @@ def _add_later_fields(config):
 
 
 def _with_new_names(stored):
-    """Returns a stored config's nested fields under the names that they have by now."""
+    """Returns a stored config's nested fields and values under the names that they have by now."""
     for old, new in RENAMED_FIELDS.items():
         (group, old_leaf), new_leaf = old.split("."), new.rpartition(".")[2]
         if old_leaf in stored.get(group, {}):
             stored[group][new_leaf] = stored[group].pop(old_leaf)
+    for name, new_values in RENAMED_VALUES.items():
+        group, leaf = name.split(".")
+        value = stored.get(group, {}).get(leaf)
+        if isinstance(value, bool):
+            stored[group][leaf] = new_values[value]
     return stored
 
 

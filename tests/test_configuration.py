@@ -345,7 +345,7 @@ def test_resuming_with_another_config_lists_the_differences(tmp_path):
 
 def test_a_resumed_run_may_be_fitted_to_fewer_devices(tmp_path):
     configuration.store_config(tiny_config(), tmp_path)
-    fitted = {"micro_batches": 2, "encoder__remat": True, "encoder__attention": "head_loop"}
+    fitted = {"micro_batches": 2, "encoder__remat": "full", "encoder__attention": "head_loop"}
     configuration.store_config(tiny_config(**fitted), tmp_path)
 
 
@@ -374,6 +374,19 @@ def test_a_run_that_was_stored_without_later_fields_is_read_and_resumed(tmp_path
     configuration.store_config(tiny_config(), tmp_path)  # a resume
     with pytest.raises(UserError, match="facts: 'varied' in the run, 'four' now"):
         configuration.store_config(tiny_config(data__shapes__facts="four"), tmp_path)
+
+
+@pytest.mark.parametrize(("stored", "read"), [(True, "full"), (False, "none"), ("full", "full")])
+def test_a_switch_that_was_stored_is_read_as_a_name(tmp_path, stored, read):
+    configuration.store_config(tiny_config(), tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    fields["encoder"]["remat"] = stored
+    path.write_text(json.dumps(fields))
+    config = configuration.read_config(tmp_path)
+    assert config.encoder.remat == read
+    config_rules.validate(config)
+    configuration.store_config(tiny_config(), tmp_path)  # a resume
 
 
 def test_a_run_that_was_stored_under_old_names_is_read(tmp_path):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from fne_jax.benchmarks.timing import machine, median_seconds
-from fne_jax.encoders.attention import ATTENTIONS, resolve
+from fne_jax.encoders.attention import ATTENTIONS, attend, resolve
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import UserError
 
@@ -73,14 +73,15 @@ def encoders(
         "train": batch * training_flops(encoder, text_tokens),
     }
     image_tokens = _image_tokens(encoder)
+    chosen = functools.partial(resolve, encoder.attention, dtype=jnp.dtype(encoder.compute_dtype))
     return {
         "benchmark": "encoders",
         "batch": batch,
         "image_tokens": image_tokens,
         "text_tokens": text_tokens,
         "dtype": encoder.compute_dtype,
-        "image_attention": resolve(encoder.attention, queries=image_tokens),
-        "text_attention": resolve(encoder.attention, queries=text_tokens),
+        "image_attention": chosen(queries=image_tokens),
+        "text_attention": chosen(queries=text_tokens),
         "forward_pairs_per_s": batch / seconds["forward"],
         "train_pairs_per_s": batch / seconds["train"],
         **_speeds(flops, seconds, peak),
@@ -114,8 +115,8 @@ def attention(
         return out, pull(grad)
 
     functions, errors = {}, {}
-    for name, implementation in ATTENTIONS.items():
-        run = functools.partial(implementation, mask=None)
+    for name in ATTENTIONS:
+        run = functools.partial(attend, mask=None, implementation=name)
         try:
             jax.eval_shape(run, *arrays)
         except UserError as error:

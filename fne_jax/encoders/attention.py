@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fne_jax.encoders.fused_attention import cudnn_attention, on_each_device, splash_attention
 from fne_jax.errors import UserError
 
 AUTO = "auto"
@@ -16,6 +19,8 @@ AUTO = "auto"
 # two cores of a Xeon, in seconds of "xla" and of "head_loop": 0.09 and 0.11 at 197 tokens, 0.137
 # and 0.136 at 257, 0.63 and 0.42 at 401, 0.82 and 0.54 at 577. In bfloat16 both take 1.2 at 577.
 _LOOP_QUERIES = 256
+# Fewest queries at which the fused kernels are taken.
+_FUSED_QUERIES = 128
 
 _HIDDEN = jnp.finfo(jnp.float32).min
 
@@ -34,37 +39,54 @@ def attend(
     value: jax.Array,
     mask: jax.Array | None,
     *,
+    causal: bool = False,
     implementation: str = AUTO,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
     """Returns softmax(query key^T / sqrt(dim)) value, with a float32 softmax.
 
-    A query whose mask is False everywhere weighs all tokens alike, except in "cudnn".
+    A query that may look nowhere weighs all tokens alike; fused kernels give it some finite value.
 
     Args:
       query: [batch, queries, heads, dim] float array.
       key: [batch, tokens, heads, dim] array of the same dtype.
       value: [batch, tokens, heads, dim] array of the same dtype.
-      mask: [batch, 1 or queries, tokens] bool, False where a query must not look; or None.
-      implementation: A key of `ATTENTIONS`, or "auto" for the fastest on this kind of device.
+      mask: [batch, tokens] bool, False where no query must look; or None.
+      causal: Whether query i must not look at tokens after token i; there are then as many queries
+        as tokens.
+      implementation: A key of `ATTENTIONS`, or "auto" for what `resolve` chooses.
+      mesh: The devices that the program is for, over all axes of which batches are split; None for
+        the default device alone.
 
     Returns:
       A [batch, queries, heads, dim] array in the dtype of `value`.
 
     Raises:
-      UserError: if there is no such implementation, or it cannot run here.
+      UserError: if there is no such implementation, or it cannot run there.
     """
-    chosen = resolve(implementation, queries=query.shape[1])
-    return ATTENTIONS[chosen](query, key, value, mask)
+    chosen = resolve(implementation, queries=query.shape[1], dtype=query.dtype, mesh=mesh)
+    run = functools.partial(ATTENTIONS[chosen], causal=causal)
+    if chosen in _FUSED:
+        _check_fused(chosen, query.dtype, mesh)
+        run = on_each_device(run, mesh)
+    return run(query, key, value, mask)
 
 
-def resolve(implementation: str, *, queries: int) -> str:
-    """Returns the key of `ATTENTIONS` that a name stands for on the default backend.
+def resolve(
+    implementation: str, *, queries: int, dtype: Any, mesh: jax.sharding.Mesh | None = None
+) -> str:
+    """Returns the key of `ATTENTIONS` that a name stands for.
 
-    "auto" is "head_loop" for long sequences on a single CPU, and "xla" elsewhere.
+    For "auto" that is, where queries are many, "head_loop" on a single CPU, and in half precision
+    "splash" on TPUs and "cudnn" on GPUs; else it is "xla". On CPUs it was measured that this is
+    faster. On TPUs and GPUs nothing was measured: the compiled programs move less memory (see
+    `python -m fne_jax.plan`), which bounds them.
 
     Args:
       implementation: A key of `ATTENTIONS`, or "auto".
       queries: Number of query tokens.
+      dtype: Compute dtype.
+      mesh: The devices that the program is for; None for the default device.
 
     Raises:
       UserError: if there is no such implementation.
@@ -72,9 +94,63 @@ def resolve(implementation: str, *, queries: int) -> str:
     check_name(implementation, "attention")
     if implementation != AUTO:
         return implementation
-    # Over several devices each would run a loop over the whole batch. "cudnn" was not measured.
-    looping = jax.default_backend() == "cpu" and jax.device_count() == 1
-    return "head_loop" if looping and queries >= _LOOP_QUERIES else "xla"
+    device, count = _devices(mesh)
+    if device.platform == "cpu":
+        # Over several devices each would run a loop over the whole batch.
+        return "head_loop" if count == 1 and queries >= _LOOP_QUERIES else "xla"
+    for name, needs in _FUSED.items():
+        # Without a mesh nothing says how several devices share a batch.
+        known = mesh is not None or count == 1
+        if known and queries >= _FUSED_QUERIES and needs.reason_against(device, dtype) is None:
+            return name
+    return "xla"
+
+
+def _devices(mesh):
+    """Returns one of the devices that a program is for, and their number."""
+    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
+    return devices[0], len(devices)
+
+
+def _check_fused(name, dtype, mesh):
+    reason = _FUSED[name].reason_against(_devices(mesh)[0], dtype)
+    if reason is not None:
+        raise UserError(f"attention is {name!r}, {reason}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Needs:
+    """What a fused kernel runs on.
+
+    Attributes:
+      platform: The name that JAX gives such devices.
+      dtypes: The dtypes that it computes in.
+      capability: The least compute capability, for GPUs.
+    """
+
+    platform: str
+    dtypes: tuple[str, ...]
+    capability: float = 0.0
+
+    def reason_against(self, device: jax.Device, dtype: Any) -> str | None:
+        """Returns why the kernel cannot run there in this dtype; None if it can."""
+        if device.platform != self.platform:
+            return (
+                f"which runs on {self.platform.upper()}s only, and this is {device.platform}; "
+                "expected auto or xla"
+            )
+        capability = float(getattr(device, "compute_capability", self.capability))
+        if capability < self.capability:
+            return (
+                f"which needs a GPU of compute capability {self.capability} or above, and this "
+                f"one has {capability}; expected auto or xla"
+            )
+        if jnp.dtype(dtype).name not in self.dtypes:
+            return (
+                f"which needs half precision, and the compute dtype is {jnp.dtype(dtype).name}; "
+                "make it bfloat16, or the attention auto"
+            )
+        return None
 
 
 def check_name(implementation: str, field: str) -> None:
@@ -86,70 +162,63 @@ def check_name(implementation: str, field: str) -> None:
 
 
 def xla_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    *,
+    causal: bool = False,
 ) -> jax.Array:
     """Computes `attend` for all heads at once, as two batched products."""
+    seen = _seen(mask, query.shape[1], causal)
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     precision = precision_of(query.dtype)
     scores = jnp.einsum(
         "bhqd,bhkd->bhqk", query, key, precision=precision, preferred_element_type=jnp.float32
     )
     scores *= query.shape[-1] ** -0.5
-    if mask is not None:
-        scores = jnp.where(mask[:, None], scores, _HIDDEN)
+    if seen is not None:
+        scores = jnp.where(seen[:, None], scores, _HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bhqk,bhkd->bhqd", weights, value, precision=precision).swapaxes(1, 2)
 
 
-def cudnn_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
-) -> jax.Array:
-    """Computes `attend` by cuDNN's fused kernel, which never stores the scores.
+def _seen(mask, queries, causal):
+    """Returns [batch or 1, queries or 1, tokens] bool, False where a query must not look; or None.
 
-    Raises:
-      UserError: if the backend is not a GPU, the dtype is neither bfloat16 nor float16, the mask
-        has one row for all queries (as captions' masks have), or a length is odd (as a ViT's with
-        its class token is).
+    Args:
+      mask: [batch, tokens] bool, False where no query must look; or None.
+      queries: The number of queries, and of tokens if attention is causal.
+      causal: whether queries must not look at later tokens.
     """
-    if jax.default_backend() != "gpu":
-        raise UserError(
-            f"attention is 'cudnn', which runs on GPUs only, and this is {jax.default_backend()}; "
-            "expected auto or xla"
-        )
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        raise UserError(
-            f"attention is 'cudnn', which needs half precision, and the compute dtype is "
-            f"{query.dtype}; make it bfloat16, or the attention auto"
-        )
-    queries, tokens = query.shape[1], key.shape[1]
-    if mask is not None and mask.shape[1] != queries:
-        raise UserError(
-            f"attention is 'cudnn', which takes no mask of one row for all {queries} queries, as "
-            "that of captions is; make config.encoder.attention auto or xla"
-        )
-    if queries % 2 or tokens % 2:
-        raise UserError(
-            f"attention is 'cudnn', whose gradient needs even lengths, and there are {queries} "
-            f"queries and {tokens} tokens; make config.encoder.attention auto or xla"
-        )
-    mask = None if mask is None else mask[:, None]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+    seen = None if mask is None else mask[:, None]
+    if causal:
+        earlier = jnp.tril(jnp.ones((1, queries, queries), bool))
+        seen = earlier if seen is None else earlier & seen
+    return seen
 
 
 def head_loop_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    *,
+    causal: bool = False,
 ) -> jax.Array:
     """Computes `attend` for one head of one example after the other.
 
     The scores of one head stay in a CPU's cache, and a plain product runs several times as fast
     there as a batched one. The backward pass computes the scores again, so that none are kept.
     """
-
-    batch, _, heads, dim = query.shape
+    batch, queries, heads, dim = query.shape
+    seen = _seen(mask, queries, causal)
+    if seen is not None:
+        seen = jnp.broadcast_to(seen, (batch, *seen.shape[1:]))
 
     def one(head):
         index, *arrays = head
-        return _one_head(*arrays, None if mask is None else mask[index // heads])
+        return _one_head(*arrays, None if seen is None else seen[index // heads])
 
     # One loop: two, one within the other, were a tenth slower.
     arrays = (x.swapaxes(1, 2).reshape(batch * heads, -1, dim) for x in (query, key, value))
@@ -217,5 +286,11 @@ def _transposed_product(a, b, dtype=None):
 ATTENTIONS: dict[str, Callable[..., jax.Array]] = {
     "xla": xla_attention,
     "cudnn": cudnn_attention,
+    "splash": splash_attention,
     "head_loop": head_loop_attention,
+}
+_FUSED = {
+    "cudnn": _Needs("gpu", ("bfloat16", "float16"), capability=8.0),
+    # In float32 it would not keep all bits of its products.
+    "splash": _Needs("tpu", ("bfloat16",)),
 }

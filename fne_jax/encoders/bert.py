@@ -30,5 +30,5 @@ class Bert(TextTower):
         hidden = self.embed_tokens(input_ids)
         hidden += self.table("segment_embedding", self.segments)[None, :1]
         hidden = layer_norm(self.norm_epsilon, self.dtype, "embedding_norm")(hidden)
-        mask = attention_mask.astype(bool)[:, None]
+        mask = attention_mask.astype(bool)
         return EncoderOutput(self.run_layers(hidden, mask, deterministic, pre_norm=False))

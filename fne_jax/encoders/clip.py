@@ -78,12 +78,9 @@ class ClipText(TextTower, kw_only=True):
         Raises:
           ValueError: if the sequence is longer than `max_length`.
         """
-        tokens = input_ids.shape[1]
-        mask = jnp.tril(jnp.ones((1, tokens, tokens), bool))
-        if attention_mask is not None:
-            mask = mask & attention_mask.astype(bool)[:, None]
+        mask = None if attention_mask is None else attention_mask.astype(bool)
         hidden = self.embed_tokens(input_ids).astype(self.dtype)
-        hidden = self.run_layers(hidden, mask, deterministic, pre_norm=True)
+        hidden = self.run_layers(hidden, mask, deterministic, pre_norm=True, causal=True)
         hidden = layer_norm(self.norm_epsilon, self.dtype, "final_norm")(hidden)
         legacy = self.eos_token_id == _LEGACY_EOS
         end = jnp.argmax(input_ids if legacy else input_ids == self.eos_token_id, axis=1)

@@ -35,6 +35,7 @@ from fne_jax.encoders.hub_files import (
 )
 from fne_jax.encoders.layouts import IGNORED, LAYOUTS, MODELS, VALUE, Transform
 from fne_jax.encoders.position_interpolation import resize_positions
+from fne_jax.encoders.rematerialization import NONE, check_remat
 from fne_jax.encoders.vision_transformer import VisionTower
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
@@ -51,7 +52,7 @@ def load_pretrained(
     dtype: Any = jnp.float32,
     attention: str = AUTO,
     scan_layers: bool = False,
-    remat: bool = False,
+    remat: str | bool = NONE,
     revision: str | None = None,
 ) -> tuple[nn.Module, dict]:
     """Returns an encoder, or a pair of them, read from Hugging Face's layout.
@@ -67,11 +68,12 @@ def load_pretrained(
       image_size: Pixels along a side, a multiple of the patch size. Where it differs from the
         checkpoint's, position embeddings are interpolated bicubically. None for the checkpoint's.
       dtype: Compute dtype.
-      attention: How attention is computed: "xla", "cudnn", "head_loop", or "auto" for the fastest
-        on this kind of device.
+      attention: How attention is computed: "xla", "splash", "cudnn", "head_loop", or "auto" for
+        what suits the device and the number of tokens.
       scan_layers: Whether the layers' parameters are stacked along a leading axis, under one name,
         so that one layer is compiled and looped over.
-      remat: Whether activations are computed again in the backward pass rather than kept.
+      remat: What layers keep for the backward pass: "none" (is computed again), "products",
+        "attention" or "full", as configs/base.py says. True stands for "full", False for "none".
       revision: Branch, tag or commit on the hub; a local folder has none.
 
     Returns:
@@ -80,9 +82,10 @@ def load_pretrained(
     Raises:
       UserError: if there is no such model, it is of another type, its weights are pickled, do not
         fit its config (all that do not are named), `image_size` does not fit its patches, or there
-        is no such attention.
+        is no such attention or remat.
     """
     check_name(attention, "attention")
+    remat = check_remat(remat, "remat")
     folder = find_folder(path_or_hub_name, revision, [CONFIG, "model*.safetensors", INDEX])
     module = build_from_architecture(read_config(folder), str(folder / CONFIG))
     weights = _read_weights(folder, module)
@@ -166,7 +169,7 @@ def _shapes(module) -> dict[str, tuple[int, ...]]:
             inputs = (jnp.zeros((1, tower.image_size, tower.image_size, 3)),)
         else:
             inputs = (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
-        plain = tower.clone(scan_layers=False, remat=False)
+        plain = tower.clone(scan_layers=False, remat=NONE)
         variables = jax.eval_shape(plain.init, jax.random.key(0), *inputs)
         flat = flax.traverse_util.flatten_dict(variables["params"], sep="/")
         shapes.update({begin + path: value.shape for path, value in flat.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -47,7 +48,7 @@ class SiglipVision(VisionTower, kw_only=True):
             self.activation,
             self.norm_epsilon,
             self.dtype,
-            self.attention,
+            self.attend(),
             name="head",
         )
         return EncoderOutput(hidden, head(hidden))
@@ -85,7 +86,7 @@ class SiglipText(TextTower, kw_only=True):
         Raises:
           ValueError: if the sequence is longer than `max_length`.
         """
-        mask = None if attention_mask is None else attention_mask.astype(bool)[:, None]
+        mask = None if attention_mask is None else attention_mask.astype(bool)
         hidden = self.embed_tokens(input_ids).astype(self.dtype)
         hidden = self.run_layers(hidden, mask, deterministic, pre_norm=True)
         hidden = layer_norm(self.norm_epsilon, self.dtype, "final_norm")(hidden)
@@ -102,7 +103,7 @@ class _AttentionPooling(nn.Module):
       activation: Activation of the MLP, a key of `ACTIVATIONS`.
       norm_epsilon: Epsilon of the LayerNorm.
       dtype: Compute dtype.
-      attention: How attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
+      attend: What mixes the values: `attend`, with its options set.
     """
 
     heads: int
@@ -110,7 +111,7 @@ class _AttentionPooling(nn.Module):
     activation: str
     norm_epsilon: float
     dtype: Any
-    attention: str
+    attend: Callable[..., jax.Array]
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
@@ -118,7 +119,7 @@ class _AttentionPooling(nn.Module):
         batch, _, width = hidden.shape
         probe = self.param("probe", KERNEL_INIT, (1, 1, width))
         probe = jnp.broadcast_to(probe.astype(self.dtype), (batch, 1, width))
-        attention = Attention(self.heads, self.dtype, self.attention, name="attention")
+        attention = Attention(self.heads, self.dtype, self.attend, name="attention")
         pooled = attention(hidden, None, probe)
         normed = layer_norm(self.norm_epsilon, self.dtype, "norm")(pooled)
         pooled = pooled + mlp(normed, self.mlp_width, self.activation, self.dtype)

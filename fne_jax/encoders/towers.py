@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 
@@ -72,6 +73,7 @@ def build_dual_encoder(
     encoder: ml_collections.ConfigDict,
     vocab_size: int,
     architectures: Mapping[str, Mapping[str, Any]] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> DualEncoder:
     """Returns the model that the `encoder` part of a config describes.
 
@@ -79,6 +81,8 @@ def build_dual_encoder(
       encoder: `config.encoder`, whose fields configs/base.py describes.
       vocab_size: Number of the tokenizer's ids.
       architectures: What `read_architectures` returned, for towers that are pretrained.
+      mesh: The devices that programs are for, over which batches are split; None for the default
+        device alone.
 
     Raises:
       UserError: naming the field, if the sizes do not fit together or a name is unknown.
@@ -90,8 +94,8 @@ def build_dual_encoder(
             "expected float32 or bfloat16"
         )
     check_name(encoder.attention, "config.encoder.attention")
-    image = _tower(encoder, "image", architectures.get("image"), vocab_size)
-    text = _tower(encoder, "text", architectures.get("text"), vocab_size)
+    image = _tower(encoder, "image", architectures.get("image"), vocab_size).clone(mesh=mesh)
+    text = _tower(encoder, "text", architectures.get("text"), vocab_size).clone(mesh=mesh)
     if text.vocab_size < vocab_size:
         raise UserError(
             f"config.data.tokenizer has {vocab_size} token ids, more than the {text.vocab_size} "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fne_jax.encoders.attention import AUTO, attend, precision_of
+from fne_jax.encoders.rematerialization import NONE, rematerialized
 from fne_jax.errors import UserError
 
 # Random initialisation follows the original ViT's code rather than BERT's fixed deviation of 0.02,
@@ -54,12 +57,12 @@ class Attention(nn.Module):
     Attributes:
       heads: Number of heads; it must divide the width.
       dtype: Compute dtype. The softmax is float32 in any case.
-      attention: How attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
+      attend: What mixes the values: `attend`, with its options set.
     """
 
     heads: int
     dtype: Any = jnp.float32
-    attention: str = AUTO
+    attend: Callable[..., jax.Array] = attend
 
     @nn.compact
     def __call__(
@@ -69,7 +72,7 @@ class Attention(nn.Module):
 
         Args:
           hidden: [batch, tokens, width] hidden states.
-          mask: [batch, 1 or queries, tokens] bool, False where a query must not look; or None.
+          mask: [batch, tokens] bool, False where no query must look; or None.
           queries: [batch, queries, width] hidden states that ask; None for the tokens themselves.
 
         Returns:
@@ -87,8 +90,7 @@ class Attention(nn.Module):
 
         query = heads_of(queries, "query")
         key, value = heads_of(hidden, "key"), heads_of(hidden, "value")
-        mixed = attend(query, key, value, mask, implementation=self.attention)
-        mixed = mixed.reshape(queries.shape)
+        mixed = self.attend(query, key, value, mask).reshape(queries.shape)
         return dense(width, self.dtype, "output")(mixed)
 
 
@@ -103,7 +105,7 @@ class TransformerLayer(nn.Module):
       activation: Activation of the MLP, a key of `ACTIVATIONS`.
       dropout: Dropout rate on the output of each part.
       dtype: Compute dtype.
-      attention: How attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
+      attend: What mixes the values: `attend`, with its options set.
     """
 
     heads: int
@@ -113,7 +115,7 @@ class TransformerLayer(nn.Module):
     activation: str = "gelu"
     dropout: float = 0.0
     dtype: Any = jnp.float32
-    attention: str = AUTO
+    attend: Callable[..., jax.Array] = attend
 
     @nn.compact
     def __call__(
@@ -123,12 +125,12 @@ class TransformerLayer(nn.Module):
 
         Args:
           hidden: [batch, tokens, width] hidden states.
-          mask: [batch, 1 or tokens, tokens] bool, False where a token must not look; or None.
+          mask: [batch, tokens] bool, False where no token must look; or None.
           deterministic: whether dropout is off.
         """
 
         def mix(x):
-            return Attention(self.heads, self.dtype, self.attention, name="attention")(x, mask)
+            return Attention(self.heads, self.dtype, self.attend, name="attention")(x, mask)
 
         def transform(x):
             return mlp(x, self.mlp_width, self.activation, self.dtype)
@@ -153,10 +155,10 @@ class TransformerStack(nn.Module):
       activation: Activation of the MLPs, a key of `ACTIVATIONS`.
       dropout: Dropout rate on the output of each part.
       dtype: Compute dtype.
-      attention: How attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
+      attend: What mixes the values: `attend`, with its options set.
       scan_layers: Whether the layers' parameters are stacked along a leading axis, under one name,
         so that one layer is compiled and looped over.
-      remat: Whether activations are computed again in the backward pass rather than kept.
+      remat: What a layer keeps for its backward pass, a key of `REMATS`.
     """
 
     layers: int
@@ -167,9 +169,9 @@ class TransformerStack(nn.Module):
     activation: str = "gelu"
     dropout: float = 0.0
     dtype: Any = jnp.float32
-    attention: str = AUTO
+    attend: Callable[..., jax.Array] = attend
     scan_layers: bool = False
-    remat: bool = False
+    remat: str | bool = NONE
 
     @nn.compact
     def __call__(self, hidden: jax.Array, mask: jax.Array | None, deterministic: bool) -> jax.Array:
@@ -177,13 +179,10 @@ class TransformerStack(nn.Module):
 
         Args:
           hidden: [batch, tokens, width] hidden states.
-          mask: [batch, 1 or tokens, tokens] bool, False where a token must not look; or None.
+          mask: [batch, tokens] bool, False where no token must look; or None.
           deterministic: whether dropout is off.
         """
-        layer = TransformerLayer
-        if self.remat:
-            # `deterministic` (argument 3 with self) must stay a Python bool.
-            layer = nn.remat(layer, prevent_cse=not self.scan_layers, static_argnums=(3,))
+        layer = rematerialized(TransformerLayer, self.remat, scanned=self.scan_layers)
         sizes = (
             self.heads,
             self.mlp_width,
@@ -192,7 +191,7 @@ class TransformerStack(nn.Module):
             self.activation,
             self.dropout,
             self.dtype,
-            self.attention,
+            self.attend,
         )
         if self.scan_layers:
             scanned = nn.scan(
@@ -220,10 +219,12 @@ class Tower(nn.Module, kw_only=True):
       norm_epsilon: Epsilon of the LayerNorms; 1e-12 in Google's ViT and BERT.
       dropout: Dropout rate after the embeddings and in the layers.
       dtype: Compute dtype; parameters stay float32.
-      attention: How attention is computed, a key of `ATTENTIONS`, or "auto" for the fastest here.
+      attention: How attention is computed, a key of `ATTENTIONS`, or "auto".
+      mesh: The devices that programs are for, over which batches are split; None for the default
+        device alone.
       scan_layers: Whether the layers' parameters are stacked along a leading axis, under one name,
         so that one layer is compiled and looped over.
-      remat: Whether activations are computed again in the backward pass rather than kept.
+      remat: What a layer keeps for its backward pass, a key of `REMATS`.
     """
 
     width: int
@@ -235,24 +236,38 @@ class Tower(nn.Module, kw_only=True):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     attention: str = AUTO
+    mesh: jax.sharding.Mesh | None = None
     scan_layers: bool = False
-    remat: bool = False
+    remat: str | bool = NONE
 
     @property
     def pooled_dim(self) -> int:
         """The dimension of the encoder's own `pooled`; 0 where it has none."""
         return 0
 
+    def attend(self, *, causal: bool = False) -> Callable[..., jax.Array]:
+        """Returns what mixes the values of query, key, value and mask, as the tower computes it."""
+        return functools.partial(
+            attend, causal=causal, implementation=self.attention, mesh=self.mesh
+        )
+
     def run_layers(
-        self, hidden: jax.Array, mask: jax.Array | None, deterministic: bool, *, pre_norm: bool
+        self,
+        hidden: jax.Array,
+        mask: jax.Array | None,
+        deterministic: bool,
+        *,
+        pre_norm: bool,
+        causal: bool = False,
     ) -> jax.Array:
         """Returns the [batch, tokens, width] hidden states after dropout and all layers.
 
         Args:
           hidden: [batch, tokens, width] embeddings.
-          mask: [batch, 1 or tokens, tokens] bool, False where a token must not look; or None.
+          mask: [batch, tokens] bool, False where no token must look; or None.
           deterministic: whether dropout is off.
           pre_norm: whether the input of each part is normalised, rather than the sum after it.
+          causal: whether tokens must not look at later ones.
         """
         hidden = nn.Dropout(self.dropout)(hidden, deterministic=deterministic)
         return TransformerStack(
@@ -264,7 +279,7 @@ class Tower(nn.Module, kw_only=True):
             activation=self.activation,
             dropout=self.dropout,
             dtype=self.dtype,
-            attention=self.attention,
+            attend=self.attend(causal=causal),
             scan_layers=self.scan_layers,
             remat=self.remat,
             name="encoder",

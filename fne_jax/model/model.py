@@ -213,7 +213,7 @@ def build_model(
       UserError: if sources, sizes, tokenizer and caption length do not fit together.
     """
     if module is None:
-        module = build_module(config, architectures, len(tokenizer))
+        module = build_module(config, architectures, len(tokenizer), mesh)
     embedder = Embedder(
         module,
         mesh,
@@ -229,6 +229,7 @@ def build_module(
     config: ml_collections.ConfigDict,
     architectures: Mapping[str, Mapping[str, Any]],
     vocab_size: int,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> nn.Module:
     """Returns the flax module of both towers.
 
@@ -236,11 +237,12 @@ def build_module(
       config: The resolved config.
       architectures: What `encoders.towers.read_architectures` returned.
       vocab_size: The number of the tokenizer's ids.
+      mesh: The devices to spread batches over; None for the default device alone.
 
     Raises:
       UserError: if sources, sizes, tokenizer and caption length do not fit together.
     """
-    module = towers.build_dual_encoder(config.encoder, vocab_size, architectures)
+    module = towers.build_dual_encoder(config.encoder, vocab_size, architectures, mesh)
     for part in ("data", "evaluation"):
         if config[part].text_length > module.text.max_length:
             raise UserError(

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import ml_collections
 
 from fne_jax import config_rules, configuration
-from fne_jax.encoders.attention import AUTO
 from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, build_module
 from fne_jax.objectives.registry import NO_ORACLE
 from fne_jax.parallel import sharding
 from fne_jax.planning.published import read_architectures
-from fne_jax.planning.topology import CPU, GPU, Topology
+from fne_jax.planning.topology import GPU, Topology
 from fne_jax.planning.useful import matrix_flops
 from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.optimizer import learning_rate_schedule
@@ -85,15 +84,11 @@ def compile_step(
             f"make it {NO_ORACLE}, and add a bit for each image and caption of the training split "
             "to a device's memory"
         )
-    if topology.devices[0].platform != CPU and config.encoder.attention == AUTO:
-        # What "auto" stands for there; it looks at the devices that are here.
-        config = config.copy_and_resolve_references()
-        config.encoder.attention = "xla"
     config_rules.check_batches(config, len(topology.devices))
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, topology.devices)
     architectures = read_architectures(config.encoder)
     resolved = configuration.with_model_defaults(config, architectures)
-    module = build_module(resolved, architectures, _vocabulary(resolved))
+    module = build_module(resolved, architectures, _vocabulary(resolved), mesh)
     model = build_model(resolved, architectures, None, mesh, module=module)
     timeline = Timeline.of(resolved, steps_per_epoch)
     schedule = learning_rate_schedule(

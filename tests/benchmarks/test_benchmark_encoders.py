@@ -65,7 +65,7 @@ def test_a_line_for_the_encoders_and_one_for_each_attention(monkeypatch, capsys)
     monkeypatch.setattr(encoders, "PEAK_SIDE", 64)
     benchmark.main(["encoders", "--size", "tiny", "--batch", "2", "--repeats", "1"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["benchmark"] for line in lines] == ["encoders", *["attention"] * 3]
+    assert [line["benchmark"] for line in lines] == ["encoders", *["attention"] * 4]
     assert {line["size"] for line in lines} == {"tiny"}
     towers, *alone = lines
     assert (towers["image_tokens"], towers["text_tokens"], towers["dtype"]) == (5, 8, "float32")
@@ -73,6 +73,7 @@ def test_a_line_for_the_encoders_and_one_for_each_attention(monkeypatch, capsys)
     assert towers["train_pairs_per_s"] == pytest.approx(2 / towers["train_s"])
     by_name = {line["implementation"]: line for line in alone}
     assert "GPUs only" in by_name.pop("cudnn")["error"]
+    assert "TPUs only" in by_name.pop("splash")["error"]
     for line in (towers, *by_name.values()):
         for kind in ("forward", "train"):
             speed = line[f"{kind}_flops"] / line[f"{kind}_s"]

@@ -57,7 +57,7 @@ def hidden_and_gradients(module, params, inputs):
 
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize(
-    ("scan_layers", "remat"), [(True, False), (False, True), (True, True)], ids=str
+    ("scan_layers", "remat"), [(True, "none"), (False, "full"), (True, "products")], ids=str
 )
 def test_scan_and_remat_change_nothing(pixels, tokens, tower, scan_layers, remat):
     inputs = (pixels,) if tower == "image" else tokens
@@ -181,7 +181,7 @@ def test_dropout_is_off_unless_asked_for(pixels):
         (
             "attention",
             "flash",
-            "config.encoder.attention is 'flash'; expected one of auto, xla, cudnn, head_loop",
+            "config.encoder.attention is 'flash'; expected one of auto, xla, cudnn, splash, head_loop",
         ),
     ],
 )

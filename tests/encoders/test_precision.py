@@ -44,21 +44,21 @@ def gradient_of(build, dtype, **options):
     return jax.grad(loss), params
 
 
-def products(jaxpr):
-    """Yields the products of a program and of all programs within it."""
+def equations(jaxpr, *names):
+    """Yields the equations of some primitives, of a program and of all programs within it."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+        if equation.primitive.name in names:
             yield equation
         for inner in jax.tree.leaves(
             equation.params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
         ):
             if isinstance(inner, ClosedJaxpr):
-                yield from products(inner.jaxpr)
+                yield from equations(inner.jaxpr, *names)
             elif isinstance(inner, Jaxpr):
-                yield from products(inner)
+                yield from equations(inner, *names)
 
 
-OPTIONS = ({"attention": "xla"}, {"attention": "head_loop", "scan_layers": True, "remat": True})
+OPTIONS = ({"attention": "xla"}, {"attention": "head_loop", "scan_layers": True, "remat": "full"})
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -66,7 +66,8 @@ OPTIONS = ({"attention": "xla"}, {"attention": "head_loop", "scan_layers": True,
 def test_products_of_float32_keep_all_its_bits(build, options):
     for dtype in (jnp.float32, jnp.bfloat16):
         gradient, params = gradient_of(build, jnp.dtype(dtype), **options)
-        found = list(products(jax.make_jaxpr(gradient)(params).jaxpr))
+        jaxpr = jax.make_jaxpr(gradient)(params).jaxpr
+        found = list(equations(jaxpr, "dot_general", "conv_general_dilated"))
         full = [all(x.aval.dtype == jnp.float32 for x in equation.invars) for equation in found]
         assert len(found) > 30 and all(full) == (dtype == jnp.float32)
         for equation, keeps_all in zip(found, full, strict=True):

@@ -1,0 +1,59 @@
+"""What a layer keeps for its backward pass; all else is computed again there, to save memory."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+
+from fne_jax.encoders.fused_attention import KERNEL_OUTPUT
+from fne_jax.errors import UserError
+
+NONE, FULL = "none", "full"
+_KERNELS = jax.checkpoint_policies.save_only_these_names(KERNEL_OUTPUT)
+# By the names that `config.encoder.remat` gives them: which results are kept, of those that the
+# backward pass asks for.
+REMATS = {
+    # All of them: nothing is computed again.
+    NONE: jax.checkpoint_policies.everything_saveable,
+    # Those of matrix products and of fused attention: norms and activations are computed again.
+    "products": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _KERNELS
+    ),
+    # Those of fused attention.
+    "attention": _KERNELS,
+    # None: a layer keeps its input alone.
+    FULL: jax.checkpoint_policies.nothing_saveable,
+}
+# What the field said when it was a switch, as configs of older runs do.
+OLD_REMATS = {False: NONE, True: FULL}
+
+
+def check_remat(remat: str | bool, field: str) -> str:
+    """Returns the key of `REMATS` that a name, or a switch of old, stands for.
+
+    Raises:
+      UserError: naming the field, if there is no such key.
+    """
+    remat = OLD_REMATS.get(remat, remat)
+    if remat not in REMATS:
+        raise UserError(f"{field} is {remat!r}; expected one of {', '.join(REMATS)}")
+    return remat
+
+
+def rematerialized(layer: type[nn.Module], remat: str | bool, *, scanned: bool) -> type[nn.Module]:
+    """Returns a kind of layer that keeps for its backward pass what a name says.
+
+    Args:
+      layer: The kind of layer, called with hidden states, a mask and a Python bool.
+      remat: What `check_remat` takes.
+      scanned: Whether the layer is the body of a loop, where equal computations are not merged
+        anyhow.
+
+    Raises:
+      UserError: if there is no such remat.
+    """
+    remat = check_remat(remat, "remat")
+    if remat == NONE:
+        return layer
+    # Argument 3, with self, must stay a Python bool.
+    return nn.remat(layer, prevent_cse=not scanned, static_argnums=(3,), policy=REMATS[remat])

@@ -1,0 +1,84 @@
+"""What layers keep for their backward pass: the same gradients, of more or fewer computations."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import ad_checkpoint
+
+from fne_jax.encoders.attention import xla_attention
+from fne_jax.encoders.fused_attention import splash_attention
+from fne_jax.encoders.rematerialization import REMATS, check_remat
+from fne_jax.encoders.transformer import TransformerStack
+from fne_jax.encoders.vision_transformer import VisionTransformer
+from fne_jax.errors import UserError
+from tests.encoders.test_precision import equations
+
+LAYERS = 2
+SIZES = {"width": 12, "layers": LAYERS, "heads": 3, "mlp_width": 20}
+
+
+def gradient(remat, **options):
+    tower = VisionTransformer(8, 4, **SIZES, remat=remat, **options)
+    pixels = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    params = jax.jit(tower.init)(jax.random.key(1), pixels)
+
+    def loss(params):
+        hidden = tower.apply(params, pixels).last_hidden_state
+        return (hidden * jnp.sin(jnp.arange(hidden.size)).reshape(hidden.shape)).sum()
+
+    return jax.grad(loss), params
+
+
+@pytest.mark.parametrize("remat", [*REMATS, True, False])
+def test_gradients_are_the_same(remat):
+    plain, params = gradient("none", attention="xla")
+    other, _ = gradient(remat, attention="xla")
+    for a, b in zip(*(jax.tree.leaves(jax.jit(g)(params)) for g in (plain, other)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def products(remat):
+    """Returns how often the gradient computes a product without and with a batch dimension."""
+    run, params = gradient(remat, attention="xla")
+    found = equations(jax.make_jaxpr(run)(params).jaxpr, "dot_general")
+    return collections.Counter(bool(e.params["dimension_numbers"][1][0]) for e in found)
+
+
+def test_fewer_products_are_computed_again_the_more_is_kept():
+    kept = {remat: products(remat) for remat in REMATS}
+    # In a layer six products of weights, and two of attention; the last of a layer has no use.
+    assert kept["products"][False] == kept["none"][False]
+    assert kept["products"][True] == kept["none"][True] + 2 * LAYERS
+    assert kept["full"] == kept["attention"]  # nothing is fused here
+    assert kept["full"][False] >= kept["none"][False] + 5 * LAYERS
+    assert kept["full"][True] >= kept["none"][True] + 2 * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("remat", "kept"), [("products", True), ("attention", True), ("full", False)]
+)
+def test_results_of_fused_attention_are_kept(remat, kept, capsys):
+    sizes = {"layers": LAYERS, "heads": 3, "mlp_width": 20, "pre_norm": True}
+    stack = TransformerStack(**sizes, norm_epsilon=1e-6, attend=splash_attention, remat=remat)
+    hidden = jnp.ones((2, 5, 12))
+    plain = stack.clone(attend=xla_attention)
+    params = jax.jit(lambda key: plain.init(key, hidden, None, True))(jax.random.key(0))
+    ad_checkpoint.print_saved_residuals(
+        lambda params: stack.apply(params, hidden, None, True).sum(), params
+    )
+    lines = capsys.readouterr().out.splitlines()
+    # The mixture of 5 tokens padded to 128, and the sums of its softmax.
+    for shape in ("f32[2,3,128,4]", "f32[2,3,128]"):
+        found = [line for line in lines if line.startswith(f"{shape} ")]
+        assert len(found) == LAYERS * kept
+
+
+def test_names_are_checked():
+    assert [check_remat(value, "remat") for value in (True, False, "full")] == [
+        "full", "none", "full",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="remat is 'some'; expected one of none, products, atten"):
+        check_remat("some", "remat")
