@@ -181,7 +181,7 @@ def test_dropout_is_off_unless_asked_for(pixels):
         (
             "attention",
             "flash",
-            "config.encoder.attention is 'flash'; expected one of auto, xla, cudnn, splash, head_loop",
+            "attention is 'flash'; expected one of auto, xla, cudnn, splash, head_loop",
         ),
     ],
 )
