@@ -19,8 +19,11 @@ AUTO = "auto"
 # two cores of a Xeon, in seconds of "xla" and of "head_loop": 0.09 and 0.11 at 197 tokens, 0.137
 # and 0.136 at 257, 0.63 and 0.42 at 401, 0.82 and 0.54 at 577. In bfloat16 both take 1.2 at 577.
 _LOOP_QUERIES = 256
-# Fewest queries at which the fused kernels are taken.
-_FUSED_QUERIES = 128
+# Fewest queries at which fused kernels are taken. Main memory that attention moves forward and
+# backward, [64, tokens, 12, 64] bfloat16 compiled for one v5e, in GB of "xla" and of "splash": 0.02
+# and 0.10 at 30 tokens, 0.06 and 0.18 at 77, 0.18 and 0.22 at 128, 1.08 and 0.64 at 197, 1.88 and
+# 1.18 at 257.
+_FUSED_QUERIES = 160
 
 _HIDDEN = jnp.finfo(jnp.float32).min
 
@@ -79,8 +82,8 @@ def resolve(
 
     For "auto" that is, where queries are many, "head_loop" on a single CPU, and in half precision
     "splash" on TPUs and "cudnn" on GPUs; else it is "xla". On CPUs it was measured that this is
-    faster. On TPUs and GPUs nothing was measured: the compiled programs move less memory (see
-    `python -m fne_jax.plan`), which bounds them.
+    faster. On TPUs it is counted, in compiled programs, that less memory is moved, which bounds the
+    step (`python -m fne_jax.plan`); no time was measured there, nor on GPUs.
 
     Args:
       implementation: A key of `ATTENTIONS`, or "auto".
