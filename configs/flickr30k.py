@@ -14,5 +14,5 @@ def get_config():
     config.data.augmentation = "randaugment"
     # So that a batch of 32 fits 16 GB of memory.
     config.encoder.scan_layers = True
-    config.encoder.remat = "full"
+    config.encoder.remat = "attention"
     return config

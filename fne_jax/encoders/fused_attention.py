@@ -11,14 +11,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 # Of [batch, queries, heads, dim], and of key, value and mask as `attend` takes them, but all padded
 # to the kernel's length; whether attention is causal; and the number of tokens that are real.
 # Returns the mixture for all queries, the padded ones too.
 Kernel = Callable[..., jax.Array]
 
-# Under this name `remat` finds what a kernel gives its backward pass.
+# Under this name `remat` finds what the kernel of Pallas gives its backward pass.
 KERNEL_OUTPUT = "attention_kernel"
 # cuDNN's backward pass refuses odd lengths beside a mask; its tiles are of 64 and 128 tokens.
 _CUDNN_MULTIPLE = 64
@@ -88,7 +87,7 @@ def _cudnn_kernel(query, key, value, mask, *, causal, tokens):
         mask = jnp.broadcast_to(mask[:, None, None], shape)
     elif tokens != key.shape[1]:
         lengths = jnp.full(len(query), tokens, jnp.int32)
-    out = jax.nn.dot_product_attention(
+    return jax.nn.dot_product_attention(
         query,
         key,
         value,
@@ -97,7 +96,6 @@ def _cudnn_kernel(query, key, value, mask, *, causal, tokens):
         key_value_seq_lengths=lengths,
         implementation="cudnn",
     )
-    return checkpoint_name(out, KERNEL_OUTPUT)
 
 
 def splash_attention(

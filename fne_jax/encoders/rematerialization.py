@@ -9,7 +9,16 @@ from fne_jax.encoders.fused_attention import KERNEL_OUTPUT
 from fne_jax.errors import UserError
 
 NONE, FULL = "none", "full"
-_KERNELS = jax.checkpoint_policies.save_only_these_names(KERNEL_OUTPUT)
+
+
+def _is_cudnn(primitive, *_, **__):
+    """Returns whether a result is cuDNN's attention, whose sums of the softmax have no name."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+_KERNELS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(KERNEL_OUTPUT), _is_cudnn
+)
 # By the names that `config.encoder.remat` gives them: which results are kept, of those that the
 # backward pass asks for.
 REMATS = {

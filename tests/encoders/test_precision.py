@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.clip import ClipText, ClipVision
 from fne_jax.encoders.dual_encoder import CHECKPOINT, DualEncoder
 from fne_jax.encoders.siglip import SiglipText, SiglipVision
 from fne_jax.encoders.vision_transformer import VisionTransformer
+from tests.support.programs import equations
 
 HIGHEST = (jax.lax.Precision.HIGHEST,) * 2
 
@@ -42,20 +42,6 @@ def gradient_of(build, dtype, **options):
 
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     return jax.grad(loss), params
-
-
-def equations(jaxpr, *names):
-    """Yields the equations of some primitives, of a program and of all programs within it."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in names:
-            yield equation
-        for inner in jax.tree.leaves(
-            equation.params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
-        ):
-            if isinstance(inner, ClosedJaxpr):
-                yield from equations(inner.jaxpr, *names)
-            elif isinstance(inner, Jaxpr):
-                yield from equations(inner, *names)
 
 
 OPTIONS = ({"attention": "xla"}, {"attention": "head_loop", "scan_layers": True, "remat": "full"})

@@ -14,7 +14,7 @@ from fne_jax.encoders.rematerialization import REMATS, check_remat
 from fne_jax.encoders.transformer import TransformerStack
 from fne_jax.encoders.vision_transformer import VisionTransformer
 from fne_jax.errors import UserError
-from tests.encoders.test_precision import equations
+from tests.support.programs import equations
 
 LAYERS = 2
 SIZES = {"width": 12, "layers": LAYERS, "heads": 3, "mlp_width": 20}
