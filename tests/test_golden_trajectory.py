@@ -83,9 +83,11 @@ def initial_state(folder, arrays):
 def build_step(arrays, *, warmup):
     """Returns our train step with the draws as arguments."""
     margin = float(arrays["margin"])
+    layout = StepLayout(create_mesh(devices=jax.devices()[:1]))
     settings = StepSettings(
-        passes=WholeBatch(),
-        layout=StepLayout(create_mesh(devices=jax.devices()[:1])),
+        passes=WholeBatch(layout),
+        layout=layout,
+        compute_dtype=jnp.float32,
         momentum=float(arrays["momentum"]),
         mask_same_image=False,
         # The recorded pixels are normalised already.

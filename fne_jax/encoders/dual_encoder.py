@@ -38,6 +38,10 @@ def pool_mean_to_longest(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     in the authors' training, without a length that changes from batch to batch.
     """
     longest = mask.sum(axis=1).max()
+    # Inside a `shard_map` over rows, the batch's other rows lie on other devices.
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    if axes:
+        longest = jax.lax.pmax(longest, axes)
     counted = jnp.arange(mask.shape[1])[None, :] < longest
     return pool_mean(hidden, jnp.broadcast_to(counted, mask.shape))
 

@@ -18,6 +18,8 @@ from fne_jax.errors import UserError
 # Random initialisation follows the original ViT's code rather than BERT's fixed deviation of 0.02,
 # which suits a width of 768 but leaves narrow towers nearly silent for their first hundred steps.
 KERNEL_INIT = nn.initializers.xavier_uniform()
+# Name of a tower's stack of layers.
+STACK = "encoder"
 
 
 def _quick_gelu(x):
@@ -207,6 +209,25 @@ class TransformerStack(nn.Module):
         return hidden
 
 
+def cast_kernels(params: Any, dtype: Any) -> Any:
+    """Returns parameters of which the layers' kernels have the compute dtype.
+
+    It changes no bit of what the towers compute, for these kernels are cast before anything else is
+    done with them. Embeddings, biases, norms and projections, which are used in float32 in part,
+    stay as they are.
+
+    Args:
+      params: The parameters of towers, by any names above the towers' own.
+      dtype: The towers' compute dtype.
+    """
+
+    def cast(path, leaf):
+        names = [part.key for part in path]
+        return leaf.astype(dtype) if STACK in names and names[-1] == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 class Tower(nn.Module, kw_only=True):
     """Sizes and options that every encoder has.
 
@@ -282,7 +303,7 @@ class Tower(nn.Module, kw_only=True):
             attend=self.attend(causal=causal),
             scan_layers=self.scan_layers,
             remat=self.remat,
-            name="encoder",
+            name=STACK,
         )(hidden, mask, deterministic)
 
 

@@ -1,17 +1,20 @@
 """The device mesh, and where each array lives on it: the one place that decides.
 
 - The rows of a batch are sharded over both axes.
-- Parameters, momentum parameters and Adam's moments are sharded over `fsdp`, each along the largest
-  of its dimensions that the axis divides; small arrays are replicated.
+- Parameters, momentum parameters and Adam's moments are sharded over both axes too, so that no
+  device updates what another does (ZeRO; Rajbhandari et al. 2020, arXiv 1910.02054, and Xu et al.
+  2020, arXiv 2004.13336); small arrays are replicated. A step gathers the parameters once for each
+  encoder, and sums gradients into the parts that their devices keep.
 - All else of the train state (queue, statistics, step, key) is replicated, so that each device
-  scores its own anchors against the queue without asking another.
+  finds the keys of its own anchors without asking another.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +26,7 @@ from fne_jax.errors import UserError
 DATA_AXIS = "data"
 FSDP_AXIS = "fsdp"
 BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
-# The fields of the train state that are sharded over `fsdp`.
+# The fields of the train state that are sharded.
 SHARDED_FIELDS = ("params", "momentum_params", "opt_state")
 # Elements below which an array is replicated: biases and norms, also those of stacked layers, whose
 # gathering would cost more than the memory that it saves.
@@ -77,14 +80,25 @@ def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def parameter_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Returns the sharding of a parameter of this shape, of its momentum and of Adam's moments."""
-    fsdp = mesh.shape[FSDP_AXIS]
-    divisible = [size if size % fsdp == 0 else 0 for size in shape]
-    if fsdp == 1 or np.prod(shape) < MIN_SHARDED_SIZE or not any(divisible):
+    """Returns the sharding of a parameter of this shape, of its momentum and of Adam's moments.
+
+    Either axis of the mesh splits one dimension, evenly. Of all ways the one with the most parts is
+    taken, and of those the one along the first dimensions: parts that lie in one piece are gathered
+    without being put in another order.
+    """
+    if np.prod(shape) < MIN_SHARDED_SIZE:
         return replicated(mesh)
-    spec = [None] * len(shape)
-    spec[int(np.argmax(divisible))] = FSDP_AXIS
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    best, most = PartitionSpec(), 1
+    dimensions = (*range(len(shape)), None)
+    for placed in itertools.product(dimensions, repeat=len(BATCH_AXES)):
+        axes = [
+            tuple(a for a, d in zip(BATCH_AXES, placed, strict=True) if d == n and mesh.shape[a] > 1)
+            for n in range(len(shape))
+        ]
+        parts = [int(np.prod([mesh.shape[a] for a in along])) for along in axes]
+        if np.prod(parts) > most and not any(np.mod(shape, parts)):
+            best, most = PartitionSpec(*(along or None for along in axes)), np.prod(parts)
+    return NamedSharding(mesh, best)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
@@ -171,6 +185,11 @@ def place(array: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
 class StepLayout:
     """Where a train step wants its arrays; without it the compiler may shard products anyhow.
 
+    What goes through the encoders is divided by hand (`jax.shard_map`): each device runs them on
+    its own rows with the whole parameters, and says when gradients are summed. Left to the
+    compiler, gradients are summed whole and then cut; told to cut them at once, it moves
+    activations between the devices to do so.
+
     Attributes:
       mesh: The devices.
     """
@@ -182,21 +201,83 @@ class StepLayout:
         return jax.lax.with_sharding_constraint(tree, replicated(self.mesh))
 
     def rows(self, tree: Any) -> Any:
-        """Returns arrays of which each device holds its rows of the batch."""
+        """Returns arrays of which each device holds its part of the rows."""
         return jax.lax.with_sharding_constraint(tree, batch_sharding(self.mesh))
 
-    def replicated_parameters(self, params: Any) -> Any:
-        """Returns parameters replicated, to be used; their gradients are sharded again."""
+    def on_rows(self, fn: Callable, params: Any, rows: Any, rng: jax.Array | None) -> Any:
+        """Returns what a function makes of rows, each device giving it its own.
 
-        @jax.custom_vjp
-        def use(params):
-            return self.replicated(params)
+        Gradients with respect to the parameters are summed over the devices in the dtype of the
+        parameters, and each device gets its part of the sums.
 
-        def shard(_, gradients):
-            places = jax.tree.map(lambda g: parameter_sharding(self.mesh, g.shape), gradients)
-            # Summed over the devices first: told to shard alone, the compiler shards what goes into
-            # the sum, and moves activations to do so.
-            return (jax.lax.with_sharding_constraint(self.replicated(gradients), places),)
+        Args:
+          fn: Maps whole parameters, a device's rows and the device's key to arrays of as many rows.
+          params: Parameters, sharded as `parameter_sharding` says.
+          rows: Arrays of which each device holds its rows.
+          rng: A key, of which each device gets one of its own; or None.
+        """
 
-        use.defvjp(lambda params: (use(params), None), shard)
-        return use(params)
+        def on_device(params, rows, rng):
+            return fn(_gathered(params, specs), rows, self._own(rng))
+
+        specs = self._specs(params)
+        return self._by_hand(on_device, (specs, _ROWS, _WHOLE), _ROWS)(params, rows, rng)
+
+    def sum_on_rows(self, fn: Callable, params: Any, rows: Any, rng: jax.Array) -> Any:
+        """Returns the sums over the devices of a tree shaped as the parameters, sharded as they.
+
+        Args:
+          fn: Maps whole parameters, a device's rows and the device's key to what is summed.
+          params: Parameters, sharded as `parameter_sharding` says.
+          rows: Arrays of which each device holds its rows.
+          rng: A key, of which each device gets one of its own.
+        """
+
+        def on_device(params, rows, rng):
+            return _summed(fn(_gathered(params, specs), rows, self._own(rng)), specs)
+
+        specs = self._specs(params)
+        return self._by_hand(on_device, (specs, _ROWS, _WHOLE), specs)(params, rows, rng)
+
+    def _specs(self, params):
+        return jax.tree.map(lambda leaf: parameter_sharding(self.mesh, leaf.shape).spec, params)
+
+    def _by_hand(self, fn, in_specs, out_specs):
+        # Unchecked: fused kernels do not say how what they return varies over the devices.
+        return jax.shard_map(
+            fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+    def _own(self, rng):
+        """Returns a device's key, by its place in the mesh; on one device the key itself."""
+        if rng is None or self.mesh.size == 1:
+            return rng
+        return jax.random.fold_in(rng, jax.lax.axis_index(BATCH_AXES))
+
+
+_ROWS, _WHOLE = PartitionSpec(BATCH_AXES), PartitionSpec()
+
+
+def _gathered(params, specs):
+    """Returns whole parameters of a device's parts; the gradient's way back is `_summed`."""
+
+    def gather(part, spec):
+        for dimension, axes in enumerate(spec):
+            if axes:
+                part = jax.lax.all_gather(part, axes, axis=dimension, tiled=True)
+        return part
+
+    return jax.tree.map(gather, params, specs)
+
+
+def _summed(trees, specs):
+    """Returns a device's parts of the sums over all devices."""
+
+    def reduce(whole, spec):
+        for dimension, axes in enumerate(spec):
+            if axes:
+                whole = jax.lax.psum_scatter(whole, axes, scatter_dimension=dimension, tiled=True)
+        others = [a for a in BATCH_AXES if not any(a in (axes or ()) for axes in spec)]
+        return jax.lax.psum(whole, others) if others else whole
+
+    return jax.tree.map(reduce, trees, specs)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -42,12 +43,14 @@ def jitted_steps(
     """
     replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     placed = sharding.state_shardings(mesh, state)
-    passes = WholeBatch()
+    layout = sharding.StepLayout(mesh)
+    passes = WholeBatch(layout)
     if config.micro_batches > 1:
-        passes = MicroBatches(config.micro_batches, sharding.micro_batch_sharding(mesh))
+        passes = MicroBatches(layout, config.micro_batches)
     settings = StepSettings(
         passes=passes,
-        layout=sharding.StepLayout(mesh),
+        layout=layout,
+        compute_dtype=jnp.dtype(config.encoder.compute_dtype),
         momentum=config.momentum,
         mask_same_image=config.fne.mask_same_image,
         pixel_statistics=(config.image_mean, config.image_std),

@@ -5,6 +5,9 @@ gradients are those of the whole batch. In micro-batches the rows are embedded f
 keeping anything for a backward pass; the loss gives the gradient of each embedding; each
 micro-batch is then embedded again, and its part of that gradient taken back to the parameters
 (gradient caching; Gao et al. 2021, arXiv 2101.06983).
+
+Either way each encoder's parameters are gathered once and their gradients are summed over the
+devices once.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from fne_jax.objectives.learned_scalars import LEARNED
+from fne_jax.parallel.sharding import StepLayout
 
-# Of parameters, the batch's inputs and a dropout key (None for no dropout) to the [batch, dim]
-# embeddings of images and of captions.
+# Of whole parameters, a device's rows of the inputs and a dropout key (None for no dropout) to the
+# [rows, dim] embeddings of images and of captions.
 Encode = Callable[[Any, Any, jax.Array | None], tuple[jax.Array, jax.Array]]
 # Of both embeddings, and of what the objective learns (empty for nothing), to the [] loss and
 # whatever else is wanted of it.
@@ -40,17 +44,24 @@ class EncoderPasses(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class WholeBatch:
-    """All rows at once."""
+    """All rows at once.
+
+    Attributes:
+      layout: How rows and parameters lie on the devices.
+    """
+
+    layout: StepLayout
 
     def embed(self, encode, params, inputs):
         """See `EncoderPasses`."""
-        return encode(params, inputs, None)
+        return self.layout.on_rows(encode, params, inputs, None)
 
     def loss_and_gradients(self, encode, params, inputs, rng, loss_fn):
         """See `EncoderPasses`."""
 
         def loss_of(params):
-            return loss_fn(*encode(params, inputs, rng), params.get(LEARNED, {}))
+            embeddings = self.layout.on_rows(encode, params, inputs, rng)
+            return loss_fn(*embeddings, params.get(LEARNED, {}))
 
         return jax.value_and_grad(loss_of, has_aux=True)(params)
 
@@ -60,52 +71,59 @@ class MicroBatches:
     """A loop over parts of the batch, each spread over all devices.
 
     Attributes:
-      count: number of parts; it must divide the batch.
-      rows: sharding of [part, row, ...], which divides each part's rows over the devices.
+      layout: How rows and parameters lie on the devices.
+      count: Number of parts; it must divide each device's rows.
     """
 
+    layout: StepLayout
     count: int
-    rows: jax.sharding.Sharding
 
     def embed(self, encode, params, inputs):
         """See `EncoderPasses`."""
-
-        def embed_part(_, part):
-            return None, encode(params, part, None)
-
-        return self._join(jax.lax.scan(embed_part, None, self._split(inputs))[1])
+        return self._embed(encode, params, inputs, None)
 
     def loss_and_gradients(self, encode, params, inputs, rng, loss_fn):
-        """See `EncoderPasses`; each part has dropout of its own, the same in both of its passes."""
-        parts = self._split(inputs), jax.random.split(rng, self.count)
+        """See `EncoderPasses`; each part has dropout of its own, the same in both of its passes.
 
-        def embed_part(_, part):
-            return None, encode(params, *part)
+        The gradients of all parts are summed in float32.
+        """
 
-        def add_gradients(total, part):
-            (part_inputs, part_rng), cotangents = part
-            _, pullback = jax.vjp(lambda params: encode(params, part_inputs, part_rng), params)
-            return jax.tree.map(jnp.add, total, *pullback(cotangents)), None
+        def gradients_of_rows(params, rows, rng):
+            def add(total, part):
+                (inputs, cotangents), rng = part
+                _, pullback = jax.vjp(lambda params: encode(params, inputs, rng), params)
+                return jax.tree.map(jnp.add, total, *pullback(cotangents)), None
 
-        embeddings = self._join(jax.lax.scan(embed_part, None, parts)[1])
+            start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+            return jax.lax.scan(add, start, (self._split(rows), self._keys(rng)))[0]
+
+        embeddings = self._embed(encode, params, inputs, rng)
         learned = params.get(LEARNED, {})
         differentiate = jax.value_and_grad(loss_fn, (0, 1, 2), has_aux=True)
         result, (*cotangents, of_learned) = differentiate(*embeddings, learned)
-        start = jax.tree.map(jnp.zeros_like, params)
-        gradients, _ = jax.lax.scan(add_gradients, start, (parts, self._split(tuple(cotangents))))
+        rows = inputs, tuple(cotangents)
+        gradients = self.layout.sum_on_rows(gradients_of_rows, params, rows, rng)
         # The encoders do not use these.
         return result, gradients | ({LEARNED: of_learned} if learned else {})
 
-    def _split(self, tree):
-        # Part k has rows k, k + count, ...: so that a device's own rows make up its share of each
-        # part, and none of them moves.
-        def split(array):
-            parts = array.reshape(-1, self.count, *array.shape[1:]).swapaxes(0, 1)
-            return (
-                parts if self.rows is None else jax.lax.with_sharding_constraint(parts, self.rows)
-            )
+    def _embed(self, encode, params, inputs, rng):
+        def embed_rows(params, rows, rng):
+            def embed_part(_, part):
+                return None, encode(params, *part)
 
-        return jax.tree.map(split, tree)
+            parts = self._split(rows), self._keys(rng)
+            return self._join(jax.lax.scan(embed_part, None, parts)[1])
+
+        return self.layout.on_rows(embed_rows, params, inputs, rng)
+
+    def _keys(self, rng):
+        return None if rng is None else jax.random.split(rng, self.count)
+
+    def _split(self, tree):
+        # Part k has rows k, k + count, ..., of each device as of the whole batch.
+        return jax.tree.map(
+            lambda rows: rows.reshape(-1, self.count, *rows.shape[1:]).swapaxes(0, 1), tree
+        )
 
     def _join(self, tree):
         return jax.tree.map(lambda parts: parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:]), tree)
