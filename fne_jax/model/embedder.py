@@ -50,23 +50,17 @@ class Embedder:
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._before_batch = before_batch
         rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        layout = sharding.StepLayout(mesh)
-        # Parameters are taken as they lie, sharded or replicated, and gathered where they are used.
         jit = functools.partial(jax.jit, in_shardings=(None, rows), out_shardings=replicated)
 
         @jit
         def encode_images(params, batch):
             pixels = normalize_pixels(batch["image"], *pixel_statistics)
-            return module.apply(
-                {"params": layout.replicated(params)}, pixels, method=module.encode_image
-            )
+            return module.apply({"params": params}, pixels, method=module.encode_image)
 
         @jit
         def encode_texts(params, batch):
             tokens = batch["input_ids"], batch["attention_mask"]
-            return module.apply(
-                {"params": layout.replicated(params)}, *tokens, method=module.encode_text
-            )
+            return module.apply({"params": params}, *tokens, method=module.encode_text)
 
         self._encode_images, self._encode_texts = encode_images, encode_texts
 
@@ -148,6 +142,8 @@ class Embedder:
     def _embed(self, encode, params, batches: Iterable[dict[str, np.ndarray]], size):
         """Returns the rows of all batches of a size; each is given as this process's rows."""
         parts, running = [], collections.deque()
+        # Gathered once for all batches, where they are a training state's and lie in parts.
+        params = jax.device_put(params, sharding.replicated(self._mesh))
         for batch in batches:
             self._before_batch()
             padded = {

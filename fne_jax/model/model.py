@@ -279,21 +279,19 @@ def restore_model(
     workdir: pathlib.Path,
     checkpoint: str | int = "best",
     *,
-    mesh: jax.sharding.Mesh | None = None,
     module: nn.Module | None = None,
 ) -> Model:
-    """Returns the model of a run with the weights of one checkpoint, on the devices that are here.
+    """Returns the model of a run with the weights of one checkpoint, a full copy on each device.
 
     Args:
       workdir: The folder of the run.
       checkpoint: `best`, `latest` or a step.
-      mesh: The devices whose shardings the arrays take; None for a full copy on each device.
       module: The two towers, in place of those that the run's config describes.
 
     Raises:
       UserError: if the folder is not a run's, or the checkpoint is not there or damaged.
     """
-    model = stored_model(workdir, mesh=mesh, module=module)
+    model = stored_model(workdir, module=module)
     with checkpoints.reader(workdir) as manager:
         step = checkpoints.find_step(manager, str(checkpoint))
         fields, _ = checkpoints.read(manager, step, abstract_fields(model))
@@ -310,7 +308,7 @@ def stored_model(
 
     Args:
       workdir: The folder of the run.
-      mesh: The devices; None for a full copy of all arrays on each device.
+      mesh: The devices; None for all that are here.
       module: The two towers, in place of those that the run's config describes.
 
     Raises:
@@ -364,7 +362,7 @@ def pretrained_model(config: ml_collections.ConfigDict) -> Model:
 
 
 def abstract_fields(model: Model) -> dict[str, Any]:
-    """Returns the shapes, dtypes and shardings of what a model takes from a checkpoint, by name."""
+    """Returns the abstract arrays that a model takes from a checkpoint, each device having all."""
     config = model.config
 
     def create(rng):
@@ -376,4 +374,8 @@ def abstract_fields(model: Model) -> dict[str, Any]:
             "stats": SimilarityStatistics.create(),
         }
 
-    return sharding.abstract_on(model.mesh, jax.eval_shape(create, jax.random.key(0)))
+    place = sharding.replicated(model.mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        jax.eval_shape(create, jax.random.key(0)),
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.struct
@@ -46,6 +47,27 @@ class Matches:
     queue_image: jax.Array | None = None
 
 
+def _as_it_is(array):
+    return array
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSplit:
+    """How devices share the rows of an array.
+
+    Attributes:
+      devices: How many they are.
+      rows: Returns an array of which each device holds its part of the rows, which must divide.
+    """
+
+    devices: int = 1
+    rows: Callable[[jax.Array], jax.Array] = _as_it_is
+
+
+# One device has all rows.
+NOT_SPLIT = RowSplit()
+
+
 @flax.struct.dataclass
 class Features:
     """The embeddings of a batch of matching pairs, L2-normalised; row i of each is pair i.
@@ -61,6 +83,7 @@ class Features:
       matches: Known matches, or None where none are known.
       learned: What an objective learns beside the encoders, as `learned_scalars.initial` begins
         it; None where all its numbers are fixed.
+      split: The devices that share the scoring of the queue, though each holds all of it.
     """
 
     image: jax.Array
@@ -71,6 +94,7 @@ class Features:
     same_image: jax.Array | None = None
     matches: Matches | None = None
     learned: Mapping[str, jax.Array] | None = None
+    split: RowSplit = flax.struct.field(pytree_node=False, default=NOT_SPLIT)
 
     @property
     def excluded(self) -> jax.Array | None:

@@ -193,7 +193,7 @@ def fne_loss_from_uniform(
     weigh = functools.partial(candidate_weight, stats=stats, settings=settings)
 
     def choose(uniform, direction):
-        blocks = KeyBlocks.create(direction, features.image_id, queue)
+        blocks = KeyBlocks.create(direction, features.image_id, queue, features.split)
         return _choose(uniform, blocks, weigh, settings)
 
     image_to_text, text_to_image = directions(features, queue)

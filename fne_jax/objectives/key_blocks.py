@@ -4,6 +4,9 @@ The scores of all keys are reduced to one number for each block of 16 keys; a bl
 by these, and only its own keys are scored again. So nothing larger than a chunk of the scores is
 ever held, the keys of the batch and of the queue are never joined, and no long row is summed
 element by element.
+
+Where several devices share the queue's keys, each scores its part of them for all anchors, and the
+table, which is small, is then handed to the anchors' devices: so no device reads all of the queue.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from fne_jax.objectives.features import Direction
+from fne_jax.objectives.features import NOT_SPLIT, Direction, RowSplit
 from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.similarity_statistics import cosine
 
@@ -73,6 +76,7 @@ class KeyBlocks:
       batch_matches: [batch, batch] bool, true where a key of the batch (row) is known to match an
         anchor (column); None where nothing is known.
       queue_matches: [size, batch] bool, the same of the queue's keys, or None.
+      split: The devices that share the queue's keys.
     """
 
     anchor: jax.Array
@@ -83,10 +87,15 @@ class KeyBlocks:
     queue_id: jax.Array | None
     batch_matches: jax.Array | None
     queue_matches: jax.Array | None
+    split: RowSplit = flax.struct.field(pytree_node=False, default=NOT_SPLIT)
 
     @classmethod
     def create(
-        cls, direction: Direction, image_id: jax.Array, queue: MemoryQueue | None
+        cls,
+        direction: Direction,
+        image_id: jax.Array,
+        queue: MemoryQueue | None,
+        split: RowSplit = NOT_SPLIT,
     ) -> KeyBlocks:
         """Returns the candidates of a direction: the batch's keys, then the queue's.
 
@@ -94,6 +103,7 @@ class KeyBlocks:
           direction: the anchors and their keys.
           image_id: [batch] integer image ids of the anchors.
           queue: where the direction's queue keys come from, for their image ids; or None.
+          split: the devices that share the queue's keys.
         """
         anchor, batch_keys = jax.lax.stop_gradient((direction.anchor, direction.batch_keys))
         similarity = cosine(batch_keys, anchor)
@@ -107,6 +117,7 @@ class KeyBlocks:
             queue_id=None if queue is None else jnp.asarray(queue.image_id),
             batch_matches=None if in_batch is None else jnp.asarray(in_batch).T,
             queue_matches=None if queue is None or in_queue is None else jnp.asarray(in_queue).T,
+            split=split,
         )
 
     def table(self, weigh: Weigh, key_chunk: int | None) -> BlockTable:
@@ -120,6 +131,8 @@ class KeyBlocks:
         if self.queue_keys is not None:
             parts += self._scan_queue(weigh, key_chunk)
         weight, best = (jnp.concatenate(part, axis=0).T for part in zip(*parts, strict=True))
+        if self.anchor.shape[0] % self.split.devices == 0:
+            weight, best = self.split.rows(weight), self.split.rows(best)
         return BlockTable(weight, best)
 
     def scores(self, block: jax.Array, weigh: Weigh) -> BlockScores:
@@ -183,7 +196,13 @@ class KeyBlocks:
 
         def table_of(slots):
             keys, key_id, matches = slots
-            return self._reduce(cosine(keys, self.anchor), key_id, matches, weigh)
+            # What is known of matches lies with the anchors, and would have to move.
+            if matches is not None or len(keys) % (self.split.devices * BLOCK):
+                return self._reduce(cosine(keys, self.anchor), key_id, matches, weigh)
+            rows = self.split.rows
+            similarity = rows(cosine(rows(keys), self.anchor))
+            weight, best = self._reduce(similarity, rows(key_id), None, weigh)
+            return rows(weight), rows(best)
 
         def step(_, start):
             take = functools.partial(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,18 +87,18 @@ def parameter_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     taken, and of those the one along the first dimensions: parts that lie in one piece are gathered
     without being put in another order.
     """
-    if np.prod(shape) < MIN_SHARDED_SIZE:
+    if math.prod(shape) < MIN_SHARDED_SIZE:
         return replicated(mesh)
     best, most = PartitionSpec(), 1
-    dimensions = (*range(len(shape)), None)
-    for placed in itertools.product(dimensions, repeat=len(BATCH_AXES)):
-        axes = [
-            tuple(a for a, d in zip(BATCH_AXES, placed, strict=True) if d == n and mesh.shape[a] > 1)
+    axes = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]
+    for placed in itertools.product((*range(len(shape)), None), repeat=len(axes)):
+        along = [
+            tuple(axis for axis, dimension in zip(axes, placed, strict=True) if dimension == n)
             for n in range(len(shape))
         ]
-        parts = [int(np.prod([mesh.shape[a] for a in along])) for along in axes]
-        if np.prod(parts) > most and not any(np.mod(shape, parts)):
-            best, most = PartitionSpec(*(along or None for along in axes)), np.prod(parts)
+        parts = [math.prod(mesh.shape[axis] for axis in split) for split in along]
+        if math.prod(parts) > most and not any(np.mod(shape, parts)):
+            best, most = PartitionSpec(*(split or None for split in along)), math.prod(parts)
     return NamedSharding(mesh, best)
 
 

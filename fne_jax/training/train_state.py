@@ -190,7 +190,8 @@ def find_source_run(config: ml_collections.ConfigDict, like: TrainState) -> Sour
         raise UserError(
             f"config.init_from={workdir}: the weights do not fit:\n  " + "\n  ".join(different)
         )
-    return SourceRun(workdir, step, {n: fields[n] for n in ("params", "momentum_params")})
+    weights = {name: fields[name] for name in ("params", "momentum_params")}
+    return SourceRun(workdir, step, sharding.abstract_on(other.mesh, weights))
 
 
 def _pretrained_towers(encoder, like):

@@ -12,7 +12,7 @@ import optax
 
 from fne_jax.encoders.pixels import normalize_pixels
 from fne_jax.encoders.transformer import cast_kernels
-from fne_jax.objectives.features import Features, Matches
+from fne_jax.objectives.features import Features, Matches, RowSplit
 from fne_jax.objectives.known_matches import KnownMatches, matches_of_step
 from fne_jax.objectives.learned_scalars import BIAS_CHANGE, LEARNED, LOG_TEMPERATURE_FACTOR
 from fne_jax.objectives.memory_queue import MemoryQueue
@@ -129,7 +129,10 @@ def train_step(
     @jax.named_scope(OBJECTIVE)
     def loss_fn(image, text, learned):
         momentum = momentum_image, momentum_text
-        features = Features(image, text, *momentum, image_id, same_image, matches, learned or None)
+        split = RowSplit(layout.mesh.size, layout.rows)
+        features = Features(
+            image, text, *momentum, image_id, same_image, matches, learned or None, split
+        )
         stats = statistics_rule.add(state.stats, features)
         loss, aux = objective(sampling_rng, features, state.queue, stats)
         return loss, (stats, aux)
