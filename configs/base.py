@@ -27,10 +27,11 @@ def get_config() -> ConfigDict:
     config.compile_cache = "~/.cache/fne_jax/xla"
 
     config.mesh = mesh = ConfigDict()
-    # Devices along the axis that splits batches; -1 for as many as `fsdp` leaves.
+    # Both axes split batches, parameters, their momentum and Adam's moments. Two matter only where
+    # the number of all devices divides no dimension of large arrays, and that along one axis does.
+    # Devices along the first; -1 for as many as `fsdp` leaves.
     mesh.data = -1
-    # Devices along the axis that splits batches further, and parameters, their momentum and Adam's
-    # moments; -1 for as many as `data` leaves.
+    # Devices along the second; -1 for as many as `data` leaves.
     mesh.fsdp = 1
 
     config.data = data = ConfigDict()

@@ -32,7 +32,4 @@ def get_config():
     # results of products kept too ("products", 15.5 GB) memory traffic does, 80 %. These are
     # figures of fne_jax.plan; nothing was measured.
     config.encoder.remat = "attention"
-
-    # Parameters, momentum and Adam's moments take 3.2 GB, so each chip has all of them: batches
-    # alone are split. `--config.mesh.fsdp=4` keeps a quarter of them on each.
     return config

@@ -84,22 +84,23 @@ def parameter_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     """Returns the sharding of a parameter of this shape, of its momentum and of Adam's moments.
 
     Either axis of the mesh splits one dimension, evenly. Of all ways the one with the most parts is
-    taken, and of those the one along the first dimensions: parts that lie in one piece are gathered
-    without being put in another order.
+    taken; of those one along a single dimension, for it is gathered at once; and of those the one
+    along the first, whose parts lie in one piece.
     """
     if math.prod(shape) < MIN_SHARDED_SIZE:
         return replicated(mesh)
-    best, most = PartitionSpec(), 1
     axes = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]
+    ways = [((1, 0), PartitionSpec())]
     for placed in itertools.product((*range(len(shape)), None), repeat=len(axes)):
         along = [
             tuple(axis for axis, dimension in zip(axes, placed, strict=True) if dimension == n)
             for n in range(len(shape))
         ]
         parts = [math.prod(mesh.shape[axis] for axis in split) for split in along]
-        if math.prod(parts) > most and not any(np.mod(shape, parts)):
-            best, most = PartitionSpec(*(split or None for split in along)), math.prod(parts)
-    return NamedSharding(mesh, best)
+        if not any(np.mod(shape, parts)):
+            rank = math.prod(parts), -sum(part > 1 for part in parts)
+            ways.append((rank, PartitionSpec(*(split or None for split in along))))
+    return NamedSharding(mesh, max(ways, key=lambda way: way[0])[1])
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:

@@ -155,8 +155,19 @@ class _Counter:
             scope = scopes[instruction.name]
             if instruction.opcode == "fusion":
                 self.add_operations(instruction.called("calls"), times, scope)
-            else:
+            elif not self.is_repeated(instruction):
                 self.add_operation(instruction, computation, times, scope)
+
+    def is_repeated(self, instruction):
+        """Returns whether it is one that overlaps with other work, written into several fusions."""
+        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+        if channel is None or instruction.opcode.removesuffix("-start") not in COLLECTIVES:
+            return False
+        # The channel alone does not tell: all collectives of a `shard_map` may share one.
+        this = channel.group(1), instruction.op_name, instruction.arrays
+        repeated = this in self.channels
+        self.channels.add(this)
+        return repeated
 
     def add_operation(self, instruction, computation, times, scope):
         kind = instruction.opcode.removesuffix("-start")
@@ -172,12 +183,6 @@ class _Counter:
         work.matrix_passes += times * done.matrix_passes
 
     def add_collective(self, kind, instruction, computation, times, scope):
-        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-        if channel:
-            # A collective that overlaps with other work is written into each of its fusions.
-            if channel.group(1) in self.channels:
-                return
-            self.channels.add(channel.group(1))
         taken = collections.Counter()
         scopes = self.scopes_of(computation, scope)
         for operand in instruction.operands:

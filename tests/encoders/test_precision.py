@@ -1,13 +1,17 @@
 """float32 is float32 on every accelerator: the precision that each product asks for."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.clip import ClipText, ClipVision
 from fne_jax.encoders.dual_encoder import CHECKPOINT, DualEncoder
 from fne_jax.encoders.siglip import SiglipText, SiglipVision
+from fne_jax.encoders.transformer import cast_kernels
 from fne_jax.encoders.vision_transformer import VisionTransformer
 from tests.support.programs import equations
 
@@ -67,3 +71,23 @@ def test_the_compiled_program_asks_for_it():
         lines = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
         assert len(lines) > 30
         assert all(("HIGHEST, HIGHEST" in line) == asks for line in lines)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("build", [vit_and_bert, clip, siglip])
+def test_kernels_cast_beforehand_change_no_bit(build, scan_layers):
+    sizes = {"width": 12, "layers": 2, "heads": 3, "mlp_width": 20}
+    model = build(**sizes, dtype=jnp.bfloat16, scan_layers=scan_layers)
+    rng = np.random.default_rng(4)
+    pixels = jnp.asarray(rng.normal(size=(3, 8, 8, 3)), jnp.float32)
+    ids = jnp.asarray(rng.integers(1, 30, (3, 5)), jnp.int32)
+    params = model.init(jax.random.key(0), pixels, ids, jnp.ones_like(ids))["params"]
+    cast = cast_kernels(params, jnp.bfloat16)
+    dtypes = collections.Counter(str(leaf.dtype) for leaf in jax.tree.leaves(cast))
+    assert dtypes["bfloat16"] == 2 * 6 * (1 if scan_layers else 2)
+    found, expected = (
+        jax.jit(model.apply)({"params": weights}, pixels, ids, jnp.ones_like(ids))
+        for weights in (cast, params)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)

@@ -4,10 +4,16 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 
-from fne_jax.objectives.features import directions
+from fne_jax.objectives.features import RowSplit, directions
+from fne_jax.objectives.fne_loss import fne_loss
+from fne_jax.objectives.fne_settings import FNESettings
 from fne_jax.objectives.key_blocks import BLOCK, KeyBlocks
+from fne_jax.objectives.similarity_statistics import SimilarityStatistics
+from fne_jax.parallel.sharding import StepLayout
 from tests.support.fne import keys_of, make_batch
+from tests.support.runs import mesh_of
 
 
 def weigh(similarity, positive, same_image):
@@ -53,3 +59,24 @@ def test_blocks_are_slices_of_the_full_matrix():
             np.testing.assert_allclose(weighed[:, :size], weight[:, part], rtol=1e-4, atol=1e-6)
             np.testing.assert_array_equal(other[:, :size], ~same[:, part])
             assert (weighed[:, size:] == 0).all() and not other[:, size:].any()
+
+
+@pytest.mark.parametrize(("queue_size", "key_chunk"), [(256, None), (256, 128), (200, None)])
+def test_devices_that_share_the_queue_choose_what_one_does(queue_size, key_chunk):
+    features, queue = make_batch(5, batch=16, dim=7, queue_size=queue_size, filled=190, images=9)
+    layout, settings = StepLayout(mesh_of(2, 4)), FNESettings(key_chunk=key_chunk)
+
+    @jax.jit
+    def choose(features):
+        stats = SimilarityStatistics.create()
+        return fne_loss(jax.random.key(3), features, queue, stats, settings)
+
+    split = features.replace(split=RowSplit(8, layout.rows))
+    text = choose.lower(split).compile().as_text()
+    # Each device scores its eighth of each chunk for all 16 anchors, where it divides into blocks.
+    shared = (key_chunk or queue_size) // 8
+    assert (f"f32[{shared},16]" in text) == (queue_size == 256)
+    (loss, aux), (expected_loss, expected) = choose(split), choose(features)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    np.testing.assert_array_equal(aux.negative_i2t, expected.negative_i2t)
+    np.testing.assert_array_equal(aux.negative_t2i, expected.negative_t2i)

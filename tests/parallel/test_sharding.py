@@ -1,6 +1,7 @@
 """Where arrays live on the mesh, what moves between devices, and batches in parts."""
 
 import collections
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 import fne_jax
 from fne_jax import config_rules, configuration
+from fne_jax.encoders.dual_encoder import pool_mean_to_longest
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, build_module
@@ -22,7 +24,7 @@ from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.timeline import Phase, Timeline
 from fne_jax.training.train_state import abstract_state, first_state
 from tests.support.runs import mesh_of, new_state
-from tests.support.tiny import tiny_config
+from tests.support.tiny import LinearTowers, tiny_config
 
 
 def test_meshes_are_filled_and_checked():
@@ -36,20 +38,26 @@ def test_meshes_are_filled_and_checked():
             sharding.create_mesh(data, fsdp)
 
 
+BOTH = ("data", "fsdp")
+
+
 @pytest.mark.parametrize(
     ("shape", "spec"),
     [
-        ((768, 3072), (None, "fsdp")),
-        ((12, 3072, 768), (None, "fsdp", None)),
-        ((30522, 768), (None, "fsdp")),  # 4 does not divide the vocabulary
+        ((768, 3072), (BOTH, None)),
+        ((12, 3072, 768), (None, BOTH, None)),
+        ((30522, 768), (None, BOTH)),  # 8 does not divide the vocabulary
+        ((30522, 36), ("data", "fsdp")),  # nor 36, but 2 and 4 divide one each
+        ((30521, 36), (None, "fsdp")),
         ((30521, 767), ()),
         ((12, 3072), ()),  # stacked biases are small
         ((), ()),
     ],
 )
-def test_parameters_are_split_along_their_largest_divisible_dimension(shape, spec):
-    assert sharding.parameter_sharding(mesh_of(2, 4), shape).spec == PartitionSpec(*spec)
-    assert sharding.parameter_sharding(mesh_of(8, 1), shape).spec == PartitionSpec()
+def test_parameters_are_split_into_as_many_parts_as_divide_them(shape, spec):
+    found = sharding.parameter_sharding(mesh_of(2, 4), shape).spec
+    assert found == PartitionSpec(*spec)
+    assert sharding.parameter_sharding(mesh_of(1), shape).spec == PartitionSpec()
 
 
 def test_pretrained_weights_are_placed_in_parts(golden, monkeypatch):
@@ -76,16 +84,15 @@ def test_pretrained_weights_are_placed_in_parts(golden, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, dict(state.params[tower]), expected[1])
 
 
-@pytest.fixture(scope="module")
-def split_step():
-    """A step over 2 x 4 devices: its program, its state before, donated, and after."""
+def lowered_split_step(module=None, **fields):
+    """Returns a step over 2 x 4 devices, not compiled yet, with a state and a batch."""
+    config = tiny_config(queue_size=384, fne__start_epoch=0.0, **fields)
+    mesh = mesh_of(2, 4)
+    plan = Timeline.of(config, 10)
+    schedule = learning_rate_schedule(config.optimizer, 10, 20)
+    module = module or build_dual_encoder(config.encoder, 30)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
-        config = tiny_config(queue_size=400, fne__start_epoch=0.0)
-        mesh = mesh_of(2, 4)
-        plan = Timeline.of(config, 10)
-        schedule = learning_rate_schedule(config.optimizer, 10, 20)
-        module = build_dual_encoder(config.encoder, 30)
         state = new_state(config, module, mesh, schedule)
         batch = {
             "image": np.zeros((16, 8, 8, 3), np.uint8),
@@ -96,29 +103,57 @@ def split_step():
         }
         batch = sharding.to_devices(batch, mesh)
         step = jitted_steps(config, plan, mesh, schedule, state)[Phase.FNE]
-        compiled = step.lower(state, batch).compile()
-        after, _, _ = compiled(state, batch)
-        return compiled.as_text(), state, after
+        return step.lower(state, batch), state, batch
 
 
-def test_the_state_is_donated_and_keeps_its_places(split_step):
-    _, before, after = split_step
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
-    places = [[leaf.sharding for leaf in jax.tree.leaves(state)] for state in (before, after)]
-    assert places[0] == places[1]
-
-
-def test_only_intended_collectives_are_compiled(split_step):
-    text, _, state = split_step
+def moved(text):
+    """Returns the bytes that a program moves between devices, by kind and scope, and the most."""
     total, largest = collections.Counter(), collections.Counter()
     for one in account(text, SCOPES).collectives:
         total[one.kind, one.scope] += one.bytes * one.count
         largest[one.kind, one.scope] = max(largest[one.kind, one.scope], one.bytes)
+    return total, largest
+
+
+@pytest.fixture(scope="module")
+def split_step():
+    """A step over 2 x 4 devices: its program, its state before, donated, and after."""
+    lowered, state, batch = lowered_split_step()
+    compiled = lowered.compile()
+    after, _, _ = compiled(state, batch)
+    return compiled, state, after
+
+
+def test_the_state_is_donated_and_keeps_its_places(split_step):
+    compiled, before, after = split_step
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    places = [[leaf.sharding for leaf in jax.tree.leaves(state)] for state in (before, after)]
+    assert places[0] == places[1]
+    # No second copy: each device writes the new state where the old one was.
+    on_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(after))
+    assert compiled.memory_analysis().alias_size_in_bytes == on_device
+
+
+def test_each_device_keeps_an_eighth_of_what_is_large(split_step):
+    *_, state = split_step
+    for field in sharding.SHARDED_FIELDS:
+        leaves = [leaf for leaf in jax.tree.leaves(getattr(state, field)) if leaf.size >= 64]
+        assert len(leaves) >= 16
+        for leaf in leaves:
+            parts = {shard.data.size for shard in leaf.addressable_shards}
+            # 5 and 17 positions, 30 and 2 rows of tables: 8 divides the width of 16.
+            assert parts == {leaf.size // 8}, leaf.shape
+
+
+def test_only_intended_collectives_are_compiled(split_step):
+    compiled, _, state = split_step
+    total, largest = moved(compiled.as_text())
     leaves = jax.tree.leaves(state.params)
     split = sum(leaf.nbytes for leaf in leaves if leaf.sharding.spec != PartitionSpec())
     assert set(total) == {
         ("all-gather", "online_encoders"),
-        ("all-gather", "momentum_update"),
+        ("all-gather", "momentum_encoders"),
+        ("reduce-scatter", "online_encoders"),
         ("all-reduce", "online_encoders"),
         ("all-reduce", "optimizer"),
         ("all-gather", "queue"),
@@ -128,15 +163,61 @@ def test_only_intended_collectives_are_compiled(split_step):
     }
     # Split parameters are gathered once for either encoder; gradients are summed once.
     assert total["all-gather", "online_encoders"] == split
-    assert total["all-gather", "momentum_update"] == split
-    assert total["all-reduce", "online_encoders"] <= sum(leaf.nbytes for leaf in leaves)
+    assert total["all-gather", "momentum_encoders"] == split
+    assert total["reduce-scatter", "online_encoders"] == split
+    small = sum(leaf.nbytes for leaf in leaves) - split
+    assert total["all-reduce", "online_encoders"] == small
     assert total["all-reduce", "optimizer"] <= 4 * len(leaves)  # norms of the gradients
     # The strategy moves embeddings of the batch and rows of its similarities, never the memory.
-    batch, dim = 16, 16
+    batch, dim, queue, block = 16, 16, 384, 16
     assert largest["all-gather", "queue"] == largest["all-gather", "objective"] == batch * dim * 4
-    assert largest["all-reduce", "objective"] <= 2 * batch * 4
-    # Partial maxima of the columns of the batch's own similarities.
-    assert total["all-to-all", "objective"] <= batch * batch * 4 / 8
+    assert largest["all-reduce", "objective"] <= 2 * batch * 4 + 4
+    # Partial maxima of the columns of the batch's own similarities; and the two tables of either
+    # direction, which each device makes of its eighth of the queue for the anchors of all.
+    tables = 2 * 2 * batch * (queue // block) * 4
+    assert total["all-to-all", "objective"] == (batch * batch * 4 + tables) / 8
+
+
+def test_micro_batches_move_what_a_whole_batch_does():
+    programs = (lowered_split_step(LinearTowers(), micro_batches=n)[0].compile() for n in (1, 2))
+    whole, parts = (moved(program.as_text())[0] for program in programs)
+    assert whole["reduce-scatter", "online_encoders"] > 0
+    for kind, scope in whole.keys() | parts.keys():
+        if scope.endswith("encoders"):
+            assert parts[kind, scope] == whole[kind, scope], (kind, scope)
+
+
+def test_kernels_are_gathered_and_summed_in_the_compute_dtype():
+    texts = {
+        dtype: lowered_split_step(encoder__compute_dtype=dtype)[0].as_text()
+        for dtype in ("float32", "bfloat16")
+    }
+    assert "bf16" not in texts["float32"]
+    # Asked of what is handed to the compiler: that for CPUs moves float32 in any case.
+    moves = [
+        re.search(r'"stablehlo\.(all_gather|reduce_scatter)"', line)
+        for line in texts["bfloat16"].splitlines()
+        if "bf16" in line
+    ]
+    # The kernels of both towers' layer: four of attention and two of the MLP.
+    counts = collections.Counter(found.group(1) for found in moves if found)
+    assert counts["all_gather"] == 2 * 12  # once for the online, once for the momentum encoders
+
+
+def test_rows_on_several_devices_count_to_the_longest_text_of_all():
+    rng = np.random.default_rng(2)
+    hidden = jnp.asarray(rng.normal(size=(16, 7, 3)), jnp.float32)
+    lengths = np.array([2, 3, 1, 2, 6] + [2] * 11)
+    mask = jnp.asarray(np.arange(7)[None] < lengths[:, None], jnp.int32)
+    layout = sharding.StepLayout(mesh_of(2, 4))
+
+    @jax.jit
+    def pooled(hidden, mask):
+        return layout.on_rows(
+            lambda params, rows, rng: pool_mean_to_longest(*rows), {}, (hidden, mask), None
+        )
+
+    np.testing.assert_allclose(pooled(hidden, mask), hidden[:, :6].mean(axis=1), rtol=1e-6)
 
 
 def embed_with_dropout(params, inputs, rng):
@@ -149,7 +230,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch():
     rng = np.random.default_rng(0)
     inputs = jnp.asarray(rng.normal(size=(12, 3)), jnp.float32)
     params = {n: jnp.asarray(rng.normal(size=(3, 5)), jnp.float32) for n in ("image", "text")}
-    key, rows = jax.random.key(1), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    key, layout = jax.random.key(1), sharding.StepLayout(mesh_of(1))
     parts = [inputs[k::3] for k in range(3)]
 
     def loss_fn(image, text, learned=None):  # every pair of rows takes part
@@ -164,7 +245,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch():
         return loss_fn(image, text)
 
     expected = jax.value_and_grad(plain, has_aux=True)(params)
-    passes = MicroBatches(3, rows)
+    passes = MicroBatches(layout, 3)
     found = passes.loss_and_gradients(embed_with_dropout, params, inputs, key, loss_fn)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), found, expected

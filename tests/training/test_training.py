@@ -380,7 +380,7 @@ def test_a_run_is_restored_on_another_mesh(whole_run, monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
     state = stored_state(whole_run, mesh=mesh_of(2, 4))
     kernel = state.params["image"]["encoder"]["layer_0"]["mlp_in"]["kernel"]
-    assert kernel.addressable_shards[0].data.size == kernel.size / 4
+    assert kernel.addressable_shards[0].data.size == kernel.size / 8
     jax.tree.map(np.testing.assert_array_equal, state.params, parameters_of(whole_run).params)
 
 
