@@ -11,16 +11,7 @@ import dataclasses
 import re
 
 from fne_jax.planning import hlo, kernels, operations, traffic
-
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-    "ragged-all-to-all",
-)
+from fne_jax.planning.traffic import COLLECTIVES
 
 
 @dataclasses.dataclass
@@ -122,7 +113,7 @@ class _Counter:
         self.module, self.other, self.float32 = module, other, float32
         self.scope_pattern = re.compile("|".join(rf"(?<!\w){re.escape(s)}(?!\w)" for s in scopes))
         self.work = collections.defaultdict(Work)
-        self.collectives, self.channels, self.kernels = [], set(), []
+        self.collectives, self.chains, self.kernels = [], set(), []
 
     def visit(self, name, times, outer):
         """Adds what a computation does when it runs so many times within a scope."""
@@ -155,19 +146,8 @@ class _Counter:
             scope = scopes[instruction.name]
             if instruction.opcode == "fusion":
                 self.add_operations(instruction.called("calls"), times, scope)
-            elif not self.is_repeated(instruction):
+            else:
                 self.add_operation(instruction, computation, times, scope)
-
-    def is_repeated(self, instruction):
-        """Returns whether it is one that overlaps with other work, written into several fusions."""
-        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-        if channel is None or instruction.opcode.removesuffix("-start") not in COLLECTIVES:
-            return False
-        # The channel alone does not tell: all collectives of a `shard_map` may share one.
-        this = channel.group(1), instruction.op_name, instruction.arrays
-        repeated = this in self.channels
-        self.channels.add(this)
-        return repeated
 
     def add_operation(self, instruction, computation, times, scope):
         kind = instruction.opcode.removesuffix("-start")
@@ -183,6 +163,13 @@ class _Counter:
         work.matrix_passes += times * done.matrix_passes
 
     def add_collective(self, kind, instruction, computation, times, scope):
+        # One that overlaps with other work is written into each of its fusions. Its channel tells
+        # nothing: all collectives of a `shard_map` share one.
+        chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+        if chain:
+            if chain.group(1) in self.chains:
+                return
+            self.chains.add(chain.group(1))
         taken = collections.Counter()
         scopes = self.scopes_of(computation, scope)
         for operand in instruction.operands:

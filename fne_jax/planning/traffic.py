@@ -21,6 +21,16 @@ _FREE = frozenset(
     """.split()  # noqa: SIM905 a list of strings is not easier to read
 )
 _FREE_TARGETS = ("AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast")
+# Communications; one that overlaps with other work is written into each of its fusions.
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 # Opcodes that write a part of their first operand in place, and which operand the part is.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
@@ -73,9 +83,11 @@ def main_memory(
 def _fusion_traffic(module, computation, instruction):
     fused = module.computations[instruction.called("calls")]
     total = collections.Counter()
+    # What such a fusion hands on, and the collective itself, are counted where that starts.
+    handed_on = _handed_on(fused)
     for number, name in enumerate(instruction.operands):
         array, *_ = computation.instructions[name].arrays or (Array("token", ()),)
-        if array.space == MAIN_MEMORY:
+        if array.space == MAIN_MEMORY and fused.parameters[number].name not in handed_on:
             parameter = fused.parameters[number].name
             read = _read_bytes(module, fused, parameter)
             reader = next((user.op_name for user in fused.users[parameter]), "")
@@ -86,10 +98,23 @@ def _fusion_traffic(module, computation, instruction):
         total[""] += _main_bytes(instruction.arrays)
         return total
     for result, array in zip(results, instruction.arrays, strict=True):
-        if array.space == MAIN_MEMORY:
+        if array.space == MAIN_MEMORY and result.name not in handed_on:
             written = _written_bytes(module, fused, result)
             total[result.op_name] += min(written, array.bytes)
     return total
+
+
+def _handed_on(fused):
+    """Returns the names of the collectives within a fusion, and of all that they alone touch."""
+    collectives = {i.name for i in fused.instructions.values() if i.opcode in COLLECTIVES}
+    if not collectives:
+        return collectives
+    untouched = {
+        parameter.name
+        for parameter in fused.parameters.values()
+        if all(u.name in collectives | {fused.root} for u in fused.users[parameter.name])
+    }
+    return collectives | untouched
 
 
 def _read_bytes(module, computation, name):

@@ -54,14 +54,14 @@ operand_precision={highest,highest}
 
 %gather_a (p: f32[4,16]) -> f32[8,16] {
   %p = f32[4,16]{1,0} parameter(0)
-  ROOT %gathered = f32[8,16]{1,0} all-gather(%p), channel_id=7, dimensions={0}, \
-metadata={op_name="jit(step)/encoders/objective/dot_general"}
+  ROOT %gathered = f32[8,16]{1,0} all-gather(%p), channel_id=1, dimensions={0}, \
+frontend_attributes={chain_id="0"}, metadata={op_name="jit(step)/encoders/objective/dot_general"}
 }
 
 %gather_b (p.1: f32[4,16]) -> f32[8,16] {
   %p.1 = f32[4,16]{1,0} parameter(0)
-  ROOT %gathered.1 = f32[8,16]{1,0} all-gather(%p.1), channel_id=7, dimensions={0}, \
-metadata={op_name="jit(step)/encoders/objective/dot_general"}
+  ROOT %gathered.1 = f32[8,16]{1,0} all-gather(%p.1), channel_id=1, dimensions={0}, \
+frontend_attributes={chain_id="0"}, metadata={op_name="jit(step)/encoders/objective/dot_general"}
 }
 
 ENTRY %main (a: f32[8,16], b: f32[3,16,16], c: f32[4,16], q: f32[5,4,6], k: f32[5,7,6]) -> \
@@ -83,6 +83,51 @@ dim_labels=0bf_0oi->0bf, metadata={op_name="jit(step)/encoders/bqd,bkd->bqk"}
   ROOT %end = f32[8,16]{1,0} get-tuple-element(%loop), index=1
 }
 """
+
+
+# A gather that overlaps with two sums: its parts are written into both, which hand on the buffer that
+# it fills; another of the same channel and shape does not overlap.
+OVERLAPPING_PROGRAM = """HloModule overlapping
+
+%start (p: f32[4,16]) -> (f32[4,16], f32[8,16]) {
+  %p = f32[4,16]{1,0} parameter(0)
+  %opened = f32[8,16]{1,0} custom-call(%p), custom_call_target="AsyncCollectiveStart"
+  ROOT %both = (f32[4,16]{1,0}, f32[8,16]{1,0}) tuple(%p, %opened)
+}
+
+%overlap (p0: f32[4,16], p1: f32[8,16], p2: f32[2,2]) -> (f32[2,2], f32[4,16], f32[8,16]) {
+  %p0 = f32[4,16]{1,0} parameter(0)
+  %p1 = f32[8,16]{1,0} parameter(1)
+  %p2 = f32[2,2]{1,0} parameter(2)
+  %part = f32[8,16]{1,0} all-gather(%p0), channel_id=1, dimensions={0}, \
+frontend_attributes={chain_id="0"}
+  %sum = f32[2,2]{1,0} add(%p2, %p2)
+  ROOT %all = (f32[2,2]{1,0}, f32[4,16]{1,0}, f32[8,16]{1,0}) tuple(%sum, %p0, %part)
+}
+
+ENTRY %main (a: f32[4,16], b: f32[2,2]) -> f32[2,2] {
+  %a = f32[4,16]{1,0} parameter(0)
+  %b = f32[2,2]{1,0} parameter(1)
+  %begun = (f32[4,16]{1,0}, f32[8,16]{1,0}) fusion(%a), kind=kCustom, calls=%start
+  %shard = f32[4,16]{1,0} get-tuple-element(%begun), index=0
+  %whole = f32[8,16]{1,0} get-tuple-element(%begun), index=1
+  %one = (f32[2,2]{1,0}, f32[4,16]{1,0}, f32[8,16]{1,0}) fusion(%shard, %whole, %b), \
+kind=kOutput, calls=%overlap
+  %c = f32[2,2]{1,0} get-tuple-element(%one), index=0
+  %two = (f32[2,2]{1,0}, f32[4,16]{1,0}, f32[8,16]{1,0}) fusion(%shard, %whole, %c), \
+kind=kOutput, calls=%overlap
+  %other = f32[8,16]{1,0} all-gather(%a), channel_id=1, dimensions={0}
+  ROOT %d = f32[2,2]{1,0} get-tuple-element(%two), index=0
+}
+"""
+
+
+def test_a_gather_that_overlaps_with_others_is_counted_once():
+    found = account(OVERLAPPING_PROGRAM, ("encoders",))
+    assert [(one.kind, one.bytes) for one in found.collectives] == [("all-gather", 8 * 16 * 4)] * 2
+    gathers = 2 * (4 * 16 + 8 * 16) * 4
+    # The start passes the shard on: it is neither read nor written there twice.
+    assert found.work["other"].bytes == gathers + 4 * 16 * 4 + 2 * (2 * 2 * 2 * 4)
 
 
 def test_a_tpu_program_is_counted_as_by_hand():
