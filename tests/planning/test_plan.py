@@ -85,8 +85,8 @@ dim_labels=0bf_0oi->0bf, metadata={op_name="jit(step)/encoders/bqd,bkd->bqk"}
 """
 
 
-# A gather that overlaps with two sums: its parts are written into both, which hand on the buffer that
-# it fills; another of the same channel and shape does not overlap.
+# A gather that overlaps with two sums: its parts are written into both, which hand on the buffer
+# that it fills; another of the same channel and shape does not overlap.
 OVERLAPPING_PROGRAM = """HloModule overlapping
 
 %start (p: f32[4,16]) -> (f32[4,16], f32[8,16]) {
