@@ -179,6 +179,8 @@ def on_each_device(
 
     @functools.wraps(attention)
     def run(query, key, value, mask):
+        if jax.sharding.get_abstract_mesh().manual_axes:
+            return attention(query, key, value, mask)  # of a device's own rows already
         # A batch that cannot be split is small, such as the one row that parameters start from.
         axes = mesh.axis_names if len(query) % mesh.size == 0 else None
         rows = jax.sharding.PartitionSpec(axes)

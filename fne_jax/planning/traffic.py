@@ -105,8 +105,12 @@ def _fusion_traffic(module, computation, instruction):
 
 
 def _handed_on(fused):
-    """Returns the names of the collectives within a fusion, and of all that they alone touch."""
-    collectives = {i.name for i in fused.instructions.values() if i.opcode in COLLECTIVES}
+    """Returns the names of collectives within a fusion, and of all that they alone touch."""
+    collectives = {
+        instruction.name
+        for instruction in fused.instructions.values()
+        if instruction.opcode in COLLECTIVES and "chain_id=" in instruction.attributes
+    }
     if not collectives:
         return collectives
     untouched = {

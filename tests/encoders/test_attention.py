@@ -17,6 +17,7 @@ from fne_jax.encoders.fused_attention import on_each_device, splash_attention, w
 from fne_jax.encoders.siglip import SiglipText, SiglipVision
 from fne_jax.encoders.vision_transformer import VisionTransformer
 from fne_jax.errors import UserError
+from fne_jax.parallel.sharding import StepLayout
 from tests.support.runs import mesh_of
 
 RUN_ON_CPU = ["xla", "head_loop"]
@@ -168,6 +169,25 @@ def test_each_device_computes_its_own_rows(batch):
     out = jax.jit(on_each_device(spied, mesh_of(2, 4)))(*arrays, mask)
     np.testing.assert_allclose(out, xla_attention(*arrays, mask), atol=1e-6)
     assert set(rows) == {1 if batch == 8 else 3}  # a batch that does not divide is not split
+
+
+def test_rows_that_are_split_already_are_not_split_again():
+    rows, mesh = [], mesh_of(2, 4)
+
+    def spied(query, key, value, mask):
+        rows.append(len(query))
+        return xla_attention(query, key, value, mask)
+
+    keys = jax.random.split(jax.random.key(3), 3)
+    arrays = [jax.random.normal(key, (16, TOKENS, HEADS, DIM)) for key in keys]
+    run = on_each_device(spied, mesh)
+
+    def on_rows(params, arrays, rng):
+        return run(*arrays, None)
+
+    out = jax.jit(lambda arrays: StepLayout(mesh).on_rows(on_rows, {}, arrays, None))(arrays)
+    np.testing.assert_allclose(out, xla_attention(*arrays, None), atol=1e-6)
+    assert set(rows) == {2}
 
 
 @pytest.mark.parametrize("options", [{}, {"scan_layers": True, "remat": "full"}], ids=str)
