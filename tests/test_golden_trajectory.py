@@ -87,7 +87,6 @@ def build_step(arrays, *, warmup):
     settings = StepSettings(
         passes=WholeBatch(layout),
         layout=layout,
-        compute_dtype=jnp.float32,
         momentum=float(arrays["momentum"]),
         mask_same_image=False,
         # The recorded pixels are normalised already.

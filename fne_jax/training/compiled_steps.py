@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from fne_jax.encoders.transformer import cast_kernels
 from fne_jax.objectives import registry
 from fne_jax.objectives.known_matches import KnownMatches
 from fne_jax.parallel import sharding
@@ -43,14 +44,14 @@ def jitted_steps(
     """
     replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     placed = sharding.state_shardings(mesh, state)
-    layout = sharding.StepLayout(mesh)
+    cast = functools.partial(cast_kernels, dtype=jnp.dtype(config.encoder.compute_dtype))
+    layout = sharding.StepLayout(mesh, cast)
     passes = WholeBatch(layout)
     if config.micro_batches > 1:
         passes = MicroBatches(layout, config.micro_batches)
     settings = StepSettings(
         passes=passes,
         layout=layout,
-        compute_dtype=jnp.dtype(config.encoder.compute_dtype),
         momentum=config.momentum,
         mask_same_image=config.fne.mask_same_image,
         pixel_statistics=(config.image_mean, config.image_std),

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 
 from fne_jax.encoders.pixels import normalize_pixels
-from fne_jax.encoders.transformer import cast_kernels
 from fne_jax.objectives.features import Features, Matches, RowSplit
 from fne_jax.objectives.known_matches import KnownMatches, matches_of_step
 from fne_jax.objectives.learned_scalars import BIAS_CHANGE, LEARNED, LOG_TEMPERATURE_FACTOR
@@ -42,8 +41,6 @@ class StepSettings:
     Attributes:
       passes: How a batch goes through the encoders.
       layout: Where the step's arrays live on the devices.
-      compute_dtype: What the encoders compute in. The kernels that they cast to it are cast before
-        they are gathered: the same bits, and half of them to move in bfloat16.
       momentum: The momentum m of the update m * momentum_params + (1 - m) * params.
       mask_same_image: Whether other captions of an image are no negatives within the batch.
       pixel_statistics: The mean and the standard deviation of each channel, in [0, 1].
@@ -52,7 +49,6 @@ class StepSettings:
 
     passes: EncoderPasses
     layout: StepLayout
-    compute_dtype: Any
     momentum: float
     mask_same_image: bool
     pixel_statistics: tuple[tuple[float, ...], tuple[float, ...]]
@@ -121,8 +117,7 @@ def train_step(
 
     inputs = {name: batch[name] for name in ("image", "input_ids", "attention_mask")}
     with jax.named_scope(MOMENTUM_ENCODERS):
-        kernels_cast = cast_kernels(momentum_params, settings.compute_dtype)
-        momentum_embeddings = passes.embed(encode, kernels_cast, inputs)
+        momentum_embeddings = passes.embed(encode, momentum_params, inputs)
     with jax.named_scope(QUEUE):
         momentum_image, momentum_text = layout.replicated(momentum_embeddings)
 
@@ -138,12 +133,10 @@ def train_step(
         return loss, (stats, aux)
 
     with jax.named_scope(ONLINE_ENCODERS):
-        kernels_cast = cast_kernels(state.params, settings.compute_dtype)
         (loss, (stats, aux)), grads = passes.loss_and_gradients(
-            encode, kernels_cast, inputs, dropout_rng, loss_fn
+            encode, state.params, inputs, dropout_rng, loss_fn
         )
     with jax.named_scope(OPTIMIZER):
-        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
         gradient_norm = optax.tree.norm(grads)
         applied = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         applied &= jnp.isfinite(momentum_image).all() & jnp.isfinite(momentum_text).all()

@@ -187,21 +187,22 @@ def test_micro_batches_move_what_a_whole_batch_does():
             assert parts[kind, scope] == whole[kind, scope], (kind, scope)
 
 
-def test_kernels_are_gathered_and_summed_in_the_compute_dtype():
+def test_kernels_are_gathered_in_the_compute_dtype_and_their_gradients_summed_in_float32():
     texts = {
         dtype: lowered_split_step(encoder__compute_dtype=dtype)[0].as_text()
         for dtype in ("float32", "bfloat16")
     }
     assert "bf16" not in texts["float32"]
     # Asked of what is handed to the compiler: that for CPUs moves float32 in any case.
-    moves = [
-        re.search(r'"stablehlo\.(all_gather|reduce_scatter)"', line)
-        for line in texts["bfloat16"].splitlines()
-        if "bf16" in line
-    ]
-    # The kernels of both towers' layer: four of attention and two of the MLP.
-    counts = collections.Counter(found.group(1) for found in moves if found)
-    assert counts["all_gather"] == 2 * 12  # once for the online, once for the momentum encoders
+    text = texts["bfloat16"]
+    gathers = [line for line in text.splitlines() if '"stablehlo.all_gather"' in line]
+    # The kernels of both towers' layer, four of attention and two of the MLP: once for the online,
+    # once for the momentum encoders.
+    assert sum("bf16" in line for line in gathers) == 2 * 12
+    pattern = r'"stablehlo\.(reduce_scatter|all_reduce)".*\n *\^bb0\(%\w+: tensor<(\w+)>'
+    counts = collections.Counter(re.findall(pattern, text))
+    assert counts["reduce_scatter", "f32"] >= 12
+    assert {dtype for _, dtype in counts} == {"f32"}
 
 
 def test_rows_on_several_devices_count_to_the_longest_text_of_all():
