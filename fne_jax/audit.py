@@ -11,6 +11,7 @@ import pathlib
 from fne_jax import command_line, configuration
 from fne_jax.errors import UserError
 from fne_jax.report import audit_pages, suspects
+from fne_jax.retrieval.detectors import DETECTORS, PREFERENCE
 
 
 def main(arguments: list[str]) -> None:
@@ -18,26 +19,32 @@ def main(arguments: list[str]) -> None:
     options, overrides = _parse(arguments)
     if options.out is not None and pathlib.Path(options.out).is_file():
         raise UserError(f"--out={options.out} is a file; expected a folder")
+    theirs = options.caption_embeddings and pathlib.Path(options.caption_embeddings)
     if options.workdir is not None:
         workdir = pathlib.Path(options.workdir)
-        judged = suspects.judged_by_run(workdir, options.checkpoint or "best", options.split)
+        judged = suspects.judged_by_run(
+            workdir, options.checkpoint or "best", options.split, theirs
+        )
         out = pathlib.Path(options.out or workdir / f"audit_{options.split}")
     else:
         config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
         folder, out = pathlib.Path(options.embeddings), pathlib.Path(options.out)
-        judged = suspects.judged_by_embeddings(folder, config, options.split)
+        judged = suspects.judged_by_embeddings(folder, config, options.split, theirs)
     found = suspects.find_suspects(
         judged,
         per_query=options.per_query,
         rank_by=options.rank_by,
-        least=options.min_posterior,
+        detector=options.detector,
+        least=options.min_probability,
     )
-    print(suspects.describe(judged, found))
-    listed = audit_pages.write_audit(out, judged, found, options.limit)
+    quality = suspects.detector_quality(judged)
+    print(suspects.describe(judged, found, quality))
+    listed = audit_pages.write_audit(out, judged, found, options.limit, quality)
     print(f"the first {listed:,} are in {out}: open {audit_pages.page_name(1)}")
 
 
 def _parse(arguments):
+    named = DETECTORS.items()
     parser = command_line.parser("Lists likely false negatives of a dataset.", "audit")
     parser.add_argument("--workdir", help="folder of the run whose model judges")
     parser.add_argument("--checkpoint", help="of the run: best (by default), latest or a step")
@@ -55,18 +62,32 @@ def _parse(arguments):
     )
     parser.add_argument("--limit", type=int, default=1000, help="most pairs written")
     parser.add_argument(
-        "--min-posterior",
+        "--detector",
+        choices=list(DETECTORS),
+        help=f"what judges the pairs; by default the first of {', '.join(PREFERENCE)} that can. "
+        + "; ".join(f"{name}: {one.description}; needs {one.needs}" for name, one in named),
+    )
+    parser.add_argument(
+        "--caption-embeddings",
+        metavar="FILE.npy",
+        help="for the detector external: [captions, dim] floats of any sentence encoder, in the "
+        "order that `convert order` writes",
+    )
+    parser.add_argument(
+        "--min-probability",
         type=float,
-        help="least posterior of a pair; config.fne.posterior_threshold by default",
+        help="least probability of a pair; config.fne.posterior_threshold by default",
     )
     parser.add_argument(
         "--rank-by",
         choices=list(suspects.RANKINGS),
-        default="posterior",
+        default="probability",
         help="; ".join(f"{name}: {meaning}" for name, meaning in suspects.RANKINGS.items()),
     )
     options, overrides = parser.parse_known_args(arguments)
-    command_line.expand_home(options, "workdir", "embeddings", "out", "config")
+    command_line.expand_home(
+        options, "workdir", "embeddings", "out", "config", "caption_embeddings"
+    )
     if (options.workdir is None) == (options.embeddings is None):
         raise UserError("give either the --workdir of a run or the folder of --embeddings")
     if options.embeddings is not None and (options.config is None or options.out is None):
@@ -82,8 +103,10 @@ def _parse(arguments):
             raise UserError(
                 f"--{name.replace('_', '-')} is {getattr(options, name)}; expected at least 1"
             )
-    if options.min_posterior is not None and not 0 <= options.min_posterior <= 1:
-        raise UserError(f"--min-posterior is {options.min_posterior}; expected 0 to 1")
+    if options.min_probability is not None and not 0 <= options.min_probability <= 1:
+        raise UserError(f"--min-probability is {options.min_probability}; expected 0 to 1")
+    if options.detector == "external" and options.caption_embeddings is None:
+        raise UserError("--detector=external takes --caption-embeddings, an .npy file")
     return options, overrides
 
 

@@ -155,26 +155,44 @@ def test_momentum_encoders_are_scored_beside_the_run(shapes_run, tmp_path):
     assert scores["online"] != scores["momentum"]
 
 
+def lines_of(folder):
+    return (folder / audit_pages.JSONL_NAME).read_text().splitlines()
+
+
 def test_audit_lists_likely_false_negatives(shapes_run, capsys, tmp_path, monkeypatch):
     workdir, _, _ = shapes_run
     arguments = (f"--workdir={workdir}", "--split=val", "--checkpoint=latest")
     # In so short a run, hardly any pair is each other's first choice.
-    assert "nothing is suspected before" in refused("audit", *arguments)
+    assert "nothing is suspected before" in refused("audit", *arguments, "--detector=gaussians")
     restore_model = suspects.restore_model
 
     def restore_with_statistics(*arguments):
         return dataclasses.replace(restore_model(*arguments), stats=statistics())
 
     monkeypatch.setattr(suspects, "restore_model", restore_with_statistics)
-    audit.main([*arguments, "--min-posterior=0", "--limit=70", f"--out={tmp_path}"])
+    listed = (*arguments, "--min-probability=0", "--limit=70", f"--out={tmp_path}")
+    audit.main([*listed, "--detector=gaussians"])
     assert_all_in(capsys.readouterr().out, "45 captions, 9 images", "precision at 100: ")
-    lines = (tmp_path / audit_pages.JSONL_NAME).read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in lines_of(tmp_path)]
     assert len(rows) == 70
-    posteriors = [row["posterior"] for row in rows]
-    assert posteriors == sorted(posteriors, reverse=True) and posteriors[0] > posteriors[-1]
+    assert {row["detector"] for row in rows} == {"gaussians"}
+    found = [row["probability"] for row in rows]
+    assert found == sorted(found, reverse=True) and found[0] > found[-1]
     assert all(row["image_id"] != row["labelled_image_id"] for row in rows)
     assert (tmp_path / "page_2.html").exists()
+
+    audit.main(listed)
+    printed = capsys.readouterr().out
+    assert_all_in(printed, "detector words: ", "captions, t2i, hardest 20 of a query, ")
+    quality = json.loads((tmp_path / audit_pages.QUALITY_NAME).read_text())
+    assert set(quality) == {"gaussians", "captions", "words", "identical"}
+    assert 0 <= quality["words"]["i2t_hardest_1"]["density"] <= 1
+    rows = [json.loads(line) for line in lines_of(tmp_path)]
+    keys = [(row["probability"], row["score"]) for row in rows]
+    assert keys == sorted(keys, reverse=True)
+    own = {row["nearest_own_caption"] for row in rows}
+    assert {row["detector"] for row in rows} == {"words"} and "" not in own
+    assert "nearest of the image's own" in (tmp_path / "index.html").read_text()
 
 
 def test_resuming_with_another_config_fails(shapes_run):

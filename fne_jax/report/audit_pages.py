@@ -9,16 +9,17 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 from fne_jax.report import example_cards, html
 from fne_jax.report import suspects as suspects_lib
 from fne_jax.report.suspects import RANKINGS, JudgedSplit, Suspects
+from fne_jax.retrieval.detectors import DETECTORS, Judgement
 from fne_jax.retrieval.unlabelled import UnlabelledPairs
 
 CSV_NAME, JSONL_NAME = "likely_false_negatives.csv", "likely_false_negatives.jsonl"
+# How good the detectors are; written where the truth is known.
+QUALITY_NAME = "detectors.json"
 # Pairs after which a page ends, with the last of them all pairs of its image.
 _ROWS_A_PAGE = 50
 # Pairs of an image that are shown before one asks for more.
@@ -29,7 +30,13 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", 
 Row = dict[str, Any]
 
 
-def write_audit(folder: pathlib.Path, judged: JudgedSplit, suspects: Suspects, limit: int) -> int:
+def write_audit(
+    folder: pathlib.Path,
+    judged: JudgedSplit,
+    suspects: Suspects,
+    limit: int,
+    quality: Mapping[str, Any],
+) -> int:
     """Writes the first pairs of an audit, and returns how many these are.
 
     Args:
@@ -37,6 +44,7 @@ def write_audit(folder: pathlib.Path, judged: JudgedSplit, suspects: Suspects, l
       judged: The split.
       suspects: All its suspects.
       limit: The most pairs that are written.
+      quality: What `detector_quality` returned; an older audit's goes where it is empty.
 
     Raises:
       UserError: if a file cannot be written.
@@ -45,25 +53,37 @@ def write_audit(folder: pathlib.Path, judged: JudgedSplit, suspects: Suspects, l
         "run": judged.name,
         "step": judged.step,
         "split": judged.split_name,
-        "suspected": len(suspects.posterior),
+        "suspected": len(suspects.pairs.caption),
         "least": suspects.least,
         "per_query": suspects.per_query,
         "rank_by": RANKINGS[suspects.rank_by],
+        "detector": suspects.detector,
+        "description": DETECTORS[suspects.detector].description,
+        "score": DETECTORS[suspects.detector].score,
         "prior": judged.config.fne.prior,
         "precision": suspects_lib.precision(judged, suspects),
     }
-    listed = rows(judged.dataset, suspects.pairs[:limit], suspects.posterior[:limit])
+    listed = rows(
+        judged.dataset, suspects.pairs[:limit], suspects.judgement[:limit], suspects.detector
+    )
     write(folder, judged.dataset, listed, about)
+    if quality:
+        html.write_text(folder / QUALITY_NAME, json.dumps(quality, indent=2) + "\n")
+    else:
+        (folder / QUALITY_NAME).unlink(missing_ok=True)
     return len(listed)
 
 
-def rows(dataset: PairDataset, pairs: UnlabelledPairs, posterior: np.ndarray) -> list[Row]:
+def rows(
+    dataset: PairDataset, pairs: UnlabelledPairs, judgement: Judgement, detector: str
+) -> list[Row]:
     """Returns a row for each pair, as CSV and JSON lines hold it.
 
     Args:
       dataset: The split.
       pairs: Pairs of its captions and images.
-      posterior: [pairs] probability that each is a match.
+      judgement: What the detector finds of them.
+      detector: Its name.
     """
     own = dataset.caption_image[pairs.caption]
     in_truth = None
@@ -74,7 +94,9 @@ def rows(dataset: PairDataset, pairs: UnlabelledPairs, posterior: np.ndarray) ->
         row = {
             "rank": index + 1,
             # Digits rather than decimals: with a prior of 1e-4 most are tiny.
-            "posterior": float(f"{posterior[index]:.6g}"),
+            "probability": float(f"{judgement.probability[index]:.6g}"),
+            "score": round(float(judgement.score[index]), 6),
+            "detector": detector,
             "similarity": round(float(pairs.similarity[index]), 6),
             "labelled_similarity": round(float(pairs.own_similarity[index]), 6),
             "caption_index": int(caption),
@@ -87,6 +109,9 @@ def rows(dataset: PairDataset, pairs: UnlabelledPairs, posterior: np.ndarray) ->
             "labelled_image_id": int(dataset.image_id[own[index]]),
             "labelled_source_image_id": dataset.source_image_id[own[index]],
         }
+        if judgement.evidence is not None:
+            nearest = int(judgement.evidence[index])
+            row["nearest_own_caption"] = dataset.captions[nearest] if nearest >= 0 else ""
         if in_truth is not None:
             row["in_truth"] = bool(in_truth[index])
         found.append(row)
@@ -161,6 +186,7 @@ def _group(dataset, rows):
             **row,
             "labelled": example_cards.show_image(dataset, row["labelled_image_index"]),
             "in_truth": row.get("in_truth"),
+            "nearest_own_caption": row.get("nearest_own_caption", ""),
         }
         for row in rows
     ]

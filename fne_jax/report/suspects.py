@@ -1,9 +1,10 @@
-"""Likely false negatives of a split: unlabelled pairs that a model and its statistics suspect."""
+"""Likely false negatives of a split: unlabelled pairs that a detector suspects."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +12,20 @@ import ml_collections
 import numpy as np
 
 from fne_jax.data.pairs import PairDataset
-from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import load_evaluation_split, restore_model
 from fne_jax.objectives.similarity_statistics import (
     SimilarityStatistics,
-    false_negative_posterior,
     update_similarity_statistics,
 )
-from fne_jax.retrieval.embedding_files import read_embeddings_of
+from fne_jax.retrieval import detection_quality, detectors
+from fne_jax.retrieval.embedding_files import read_caption_embeddings, read_embeddings_of
 from fne_jax.retrieval.unlabelled import UnlabelledPairs, unlabelled_pairs
 
 # By what pairs are ranked.
 RANKINGS = {
     "lead": "by how far the caption is more similar to that image than to its own",
-    "posterior": "by posterior",
+    "probability": "by the detector's probability, then by its score",
 }
 # Pairs that the precision is measured over, and random ones that it is compared with.
 _PRECISION_AT, _RANDOM_PAIRS = 100, 100_000
@@ -33,7 +33,7 @@ _PRECISION_AT, _RANDOM_PAIRS = 100, 100_000
 
 @dataclasses.dataclass(frozen=True)
 class JudgedSplit:
-    """A split with a model's embeddings of it and the statistics that the posterior takes.
+    """A split with a model's embeddings of it and all else that detectors take.
 
     Attributes:
       name: The name of the run, or of the folder of embeddings.
@@ -43,6 +43,9 @@ class JudgedSplit:
       dataset: The split.
       embedded: Its embeddings.
       stats: The similarity statistics, on the host.
+      caption_bank: [captions, dim] the momentum encoder's embeddings of the captions, or the
+        model's own where it has no momentum encoder; L2-normalised.
+      external: [captions, dim] another sentence encoder's, L2-normalised, or None.
     """
 
     name: str
@@ -52,40 +55,67 @@ class JudgedSplit:
     dataset: PairDataset
     embedded: EmbeddedSplit
     stats: SimilarityStatistics
+    caption_bank: np.ndarray | None = None
+    external: np.ndarray | None = None
+
+    @property
+    def evidence(self) -> detectors.Evidence:
+        """What detectors take of it."""
+        return detectors.Evidence(
+            captions=self.dataset.captions,
+            caption_image=self.dataset.caption_image,
+            images=len(self.dataset.image_id),
+            prior=self.config.fne.prior,
+            stats=self.stats,
+            min_count=self.config.fne.min_count,
+            caption_bank=self.caption_bank,
+            external=self.external,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Suspects:
-    """Unlabelled pairs of a high posterior.
+    """Unlabelled pairs of a high probability.
 
     Attributes:
       pairs: The pairs, the most suspect first.
-      posterior: [pairs] float32, the probability that each is a match.
-      least: The least posterior that was asked for.
+      judgement: What the detector finds of them.
+      detector: A key of `DETECTORS`.
+      least: The least probability that was asked for.
       per_query: How many pairs of each caption and of each image were looked at.
       rank_by: A key of `RANKINGS`.
     """
 
     pairs: UnlabelledPairs
-    posterior: np.ndarray
+    judgement: detectors.Judgement
+    detector: str
     least: float
     per_query: int
     rank_by: str
 
 
-def judged_by_run(workdir: pathlib.Path, checkpoint: str, split_name: str) -> JudgedSplit:
+def judged_by_run(
+    workdir: pathlib.Path,
+    checkpoint: str,
+    split_name: str,
+    caption_embeddings: pathlib.Path | None = None,
+) -> JudgedSplit:
     """Returns a split as a run's checkpoint sees it, with the statistics of the run's last epoch.
 
     Args:
       workdir: The folder of the run.
       checkpoint: `best`, `latest` or a step.
       split_name: `train`, `val` or `test`.
+      caption_embeddings: An `.npy` of the captions' embeddings by another sentence encoder.
 
     Raises:
-      UserError: if the folder is not a run's, or the checkpoint or the split cannot be read.
+      UserError: if the folder is not a run's, or the checkpoint, the split or the captions'
+        embeddings cannot be read.
     """
     model = restore_model(workdir, checkpoint)
     dataset = model.load_split(split_name)
+    external = _external(caption_embeddings, dataset)
+    tokens = model.tokenize(dataset.captions, model.config.evaluation.text_length)
     return JudgedSplit(
         name=workdir.resolve().name,
         step=model.step,
@@ -95,11 +125,16 @@ def judged_by_run(workdir: pathlib.Path, checkpoint: str, split_name: str) -> Ju
         # The matrix of all true matches, large for a training split, is not needed.
         embedded=model.embed_split(dataclasses.replace(dataset, truth=None)),
         stats=jax.device_get(model.stats),
+        caption_bank=model.embedder.captions(model.momentum_params, tokens),
+        external=external,
     )
 
 
 def judged_by_embeddings(
-    folder: pathlib.Path, config: ml_collections.ConfigDict, split_name: str
+    folder: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    split_name: str,
+    caption_embeddings: pathlib.Path | None = None,
 ) -> JudgedSplit:
     """Returns a split with anyone's embeddings of it, and the statistics that these give.
 
@@ -107,6 +142,7 @@ def judged_by_embeddings(
       folder: The folder of the embeddings.
       config: The resolved config of the data.
       split_name: `train`, `val` or `test`.
+      caption_embeddings: An `.npy` of the captions' embeddings by another sentence encoder.
 
     Raises:
       UserError: if the embeddings or the split cannot be read, or do not belong together.
@@ -122,7 +158,13 @@ def judged_by_embeddings(
         dataset=dataset,
         embedded=embedded,
         stats=split_statistics(embedded, batch=batch, seed=config.seed),
+        caption_bank=embedded.text_emb,
+        external=_external(caption_embeddings, dataset),
     )
+
+
+def _external(path, dataset):
+    return None if path is None else read_caption_embeddings(path, len(dataset.captions))
 
 
 def split_statistics(embedded: EmbeddedSplit, *, batch: int, seed: int) -> SimilarityStatistics:
@@ -150,32 +192,35 @@ def split_statistics(embedded: EmbeddedSplit, *, batch: int, seed: int) -> Simil
 
 def can_suspect(stats: SimilarityStatistics, fne: ml_collections.ConfigDict) -> bool:
     """Returns whether the statistics have seen enough pairs, as the loss asks it of them."""
-    enough = stats.positive.count > fne.min_count
-    return bool(enough and min(stats.positive.count, stats.negative.count) >= 2)
+    return detectors.enough_statistics(stats, fne.min_count)
 
 
 def find_suspects(
-    judged: JudgedSplit, *, per_query: int, rank_by: str, least: float | None = None
+    judged: JudgedSplit,
+    *,
+    per_query: int,
+    rank_by: str,
+    detector: str | None = None,
+    least: float | None = None,
 ) -> Suspects:
-    """Returns the pairs of a posterior of `least` or more.
+    """Returns the pairs that a detector gives a probability of `least` or more.
+
+    The pairs that it judges are the most similar ones of each caption and of each image, or those
+    of the largest lead if they are ranked by that.
 
     Args:
       judged: The split.
       per_query: How many pairs of each caption, and of each image, to look at.
       rank_by: A key of `RANKINGS`.
-      least: The least posterior; None for `config.fne.posterior_threshold`.
+      detector: A key of `DETECTORS`; None for the best that is there.
+      least: The least probability; None for `config.fne.posterior_threshold`.
 
     Raises:
-      UserError: if the statistics have seen too few pairs to suspect any.
+      UserError: if the detector needs what is not there, such as enough statistics.
     """
-    stats, fne = judged.stats, judged.config.fne
-    if not can_suspect(stats, fne):
-        raise UserError(
-            f"{judged.name}: the statistics are of {stats.positive.count:,.0f} matching pairs, and "
-            f"nothing is suspected before there are more than config.fne.min_count, "
-            f"{fne.min_count:,}; choose a later --checkpoint, or with --embeddings a split of more "
-            "pairs or a lower --config.fne.min_count"
-        )
+    evidence = judged.evidence
+    detector = detectors.best_available(evidence) if detector is None else detector
+    judge = detectors.fitted(detector, evidence)
     embedded = judged.embedded
     pairs = unlabelled_pairs(
         embedded.image_emb,
@@ -184,32 +229,72 @@ def find_suspects(
         per_query=per_query,
         relative=rank_by == "lead",
     )
-    # Monotone, whatever the run trained with: a more similar pair is not a worse suspect.
-    posterior = np.asarray(
-        false_negative_posterior(pairs.similarity, stats, fne.prior, monotone=True)
+    judgement = judge(detectors.PairsToJudge(pairs.caption, pairs.image, pairs.similarity))
+    least = judged.config.fne.posterior_threshold if least is None else least
+    order = np.arange(len(pairs.caption))
+    if rank_by == "probability":
+        # What the detector does not tell apart stays in the order of similarity.
+        order = np.lexsort((order, -judgement.score, -judgement.probability))
+    order = order[judgement.probability[order] >= least]
+    return Suspects(pairs[order], judgement[order], detector, least, per_query, rank_by)
+
+
+def detector_quality(judged: JudgedSplit) -> dict[str, Any]:
+    """Returns how good each detector that is there is, where the truth is known; else {}.
+
+    Measured among the hardest candidates of random queries, as `detection_quality.quality` tells.
+    """
+    if judged.dataset.truth is None:
+        return {}
+    evidence, embedded = judged.evidence, judged.embedded
+    candidates = detection_quality.split_candidates(
+        embedded.image_emb, embedded.text_emb, embedded.caption_image, seed=judged.config.seed
     )
-    least = fne.posterior_threshold if least is None else least
-    kept = posterior >= least
-    return Suspects(pairs[kept], posterior[kept], least, per_query, rank_by)
+    judges = {name: detectors.fitted(name, evidence) for name in detectors.available(evidence)}
+    return detection_quality.quality(judges, candidates, judged.dataset.truth.is_true)
 
 
-def describe(judged: JudgedSplit, suspects: Suspects) -> str:
-    """Returns what was found, as lines for a terminal; with its precision where truth is known."""
+def describe(judged: JudgedSplit, suspects: Suspects, quality: dict[str, Any]) -> str:
+    """Returns what was found, as lines for a terminal; with its precision where truth is known.
+
+    Args:
+      judged: The split.
+      suspects: All its suspects.
+      quality: What `detector_quality` returned.
+    """
     of_step = "" if judged.step is None else f"step {judged.step}, "
-    dataset, count = judged.dataset, len(suspects.posterior)
+    dataset, count = judged.dataset, len(suspects.judgement.probability)
     lines = [
         f"{of_step}{judged.split_name}: {len(dataset.captions):,} captions, "
         f"{len(dataset.image_id):,} images",
-        f"{count:,} unlabelled pairs of posterior {suspects.least:g} or more among the "
+        f"detector {suspects.detector}: {detectors.DETECTORS[suspects.detector].description}",
+        f"{count:,} unlabelled pairs of probability {suspects.least:g} or more among the "
         f"{suspects.per_query} best of each caption and image",
     ]
     measured = precision(judged, suspects)
-    return "\n".join([*lines, measured] if measured else lines)
+    return "\n".join([*lines, *([measured] if measured else []), *_quality_lines(quality)])
+
+
+def _quality_lines(quality):
+    """Returns a line for each detector, direction and number of hardest candidates."""
+    lines = []
+    for name, of_detector in quality.items():
+        for among, scores in of_detector.items():
+            direction, count = among.split("_hardest_")
+            of = f"{name}, {direction}, hardest {count} of a query, {scores['density']:.1%} matches"
+            if scores["roc_auc"] is None:
+                lines.append(f"{of}: nothing to tell apart")
+                continue
+            lines.append(
+                f"{of}: AUC {scores['roc_auc']:.3f}, AP {scores['average_precision']:.3f}, "
+                f"precision at recall 0.3 {scores['precision_at_recall_0.3']:.1%}"
+            )
+    return lines
 
 
 def precision(judged: JudgedSplit, suspects: Suspects) -> str:
     """Returns `precision_text` of the first hundred pairs; "" where the truth is not known."""
-    if judged.dataset.truth is None or not len(suspects.posterior):
+    if judged.dataset.truth is None or not len(suspects.judgement.probability):
         return ""
     return precision_text(judged.dataset, suspects.pairs[:_PRECISION_AT])
 

@@ -204,6 +204,26 @@ def read_embeddings_of(folder: pathlib.Path, dataset: PairDataset) -> EmbeddedSp
     return split
 
 
+def read_caption_embeddings(path: pathlib.Path, captions: int) -> np.ndarray:
+    """Returns embeddings of a split's captions by any sentence encoder, normalised.
+
+    Args:
+      path: An `.npy` of floats [captions, dim], in the split's order.
+      captions: The number of captions.
+
+    Raises:
+      UserError: if it cannot be read, has another number of rows, or has a row that is not finite
+        or all 0.
+    """
+    rows = _read_rows(path)
+    if len(rows) != captions:
+        raise UserError(
+            f"{path}: {len(rows)} rows; expected {captions}, one for each caption of the split, in "
+            "its order, which `convert order` writes"
+        )
+    return rows
+
+
 def _rows_of(path, ids, wanted):
     """Returns the row of each wanted id; all rows as they are where the file is not there."""
     if not path.exists() or np.array_equal(ids, wanted):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,42 @@ def unlabelled_pairs(
     order = np.argsort(-score, kind="stable")
     caption, image = np.divmod(pair[order], images)
     return UnlabelledPairs(caption, image, score[order] + baseline[caption], own[caption])
+
+
+def hardest_candidates(
+    query_emb: np.ndarray,
+    item_emb: np.ndarray,
+    query_image: np.ndarray,
+    item_image: np.ndarray,
+    count: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the most similar items of each query that are not of its own image.
+
+    Args:
+      query_emb: [queries, dim] L2-normalised embeddings.
+      item_emb: [items, dim] L2-normalised embeddings.
+      query_image: [queries] image of each query.
+      item_image: [items] image of each item.
+      count: How many items of each query.
+
+    Returns:
+      [queries, count] int32 rows of the items and [queries, count] float32 similarities, the most
+      similar first; of the length `items` where there are fewer, and of similarity -inf where
+      nothing but items of the own image is left.
+    """
+    count = min(count, len(item_emb))
+    items = jax.device_put(item_emb), jax.device_put(item_image)
+    similarity, rows = by_blocks(
+        len(query_emb), lambda part: _hardest(query_emb[part], query_image[part], *items, count)
+    )
+    return rows, similarity
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _hardest(query_emb, query_image, item_emb, item_image, count):
+    own = query_image[:, None] == item_image[None, :]
+    similarity = jnp.where(own, -jnp.inf, cosine(query_emb, item_emb))
+    return tuple(jax.lax.top_k(similarity, count))
 
 
 @jax.jit

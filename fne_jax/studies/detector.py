@@ -1,24 +1,51 @@
-"""How well the posterior tells a run's false negatives, where the truth is known."""
+"""How well detectors tell a run's false negatives, where the truth is known."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
-from sklearn import metrics
 
 from fne_jax.data.pairs import PairDataset
 from fne_jax.model.model import Model
 from fne_jax.objectives.similarity_statistics import cosine, false_negative_posterior
+from fne_jax.retrieval import detection_quality, detectors
+from fne_jax.retrieval.detection_quality import HARDEST, Candidates, detection_scores
+from fne_jax.retrieval.unlabelled import hardest_candidates
 
 # Training images, with a caption of each, whose candidates are judged.
 ANCHORS = 256
-_BINS = 10
 
 
-def judged_candidates(model: Model, train: PairDataset) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the posterior [n] float32 and the truth [n] bool of the candidates in a run's queue.
+@dataclasses.dataclass(frozen=True)
+class _Anchors:
+    """The first training images and the first caption of each, and the queue's slots.
+
+    Attributes:
+      image: [anchors] rows of the images.
+      caption: [anchors] rows of the captions.
+      image_emb: [anchors, dim] online embeddings.
+      text_emb: [anchors, dim] online embeddings.
+      pair: [slots] the pair in each filled slot.
+      slot_image: [slots] the row of its image.
+      queue_image: [slots, dim] its momentum embeddings of the image.
+      queue_text: [slots, dim] those of the caption.
+    """
+
+    image: np.ndarray
+    caption: np.ndarray
+    image_emb: np.ndarray
+    text_emb: np.ndarray
+    pair: np.ndarray
+    slot_image: np.ndarray
+    queue_image: np.ndarray
+    queue_text: np.ndarray
+
+
+def measure(model: Model, train: PairDataset) -> dict[str, Any]:
+    """Returns how good the detectors are on the candidates in a run's queue.
 
     The anchors are the first training images, and the first caption of each; their candidates are
     what the queue holds of other images: the very pairs that the loss weighs.
@@ -26,36 +53,77 @@ def judged_candidates(model: Model, train: PairDataset) -> tuple[np.ndarray, np.
     Args:
       model: The model of the run, with its queue and statistics.
       train: Its training split, whose true matches are all known.
+
+    Returns:
+      Of the loss's posterior over all candidates `roc_auc`, `average_precision`, `density`,
+      `mean_posterior` and `calibration`; and as `detectors` what `detection_quality.quality`
+      returns of each detector among the hardest.
     """
-    fne = model.config.fne
-    queue, stats = jax.device_get((model.queue, model.stats))
+    anchors = _anchors(model, train)
+    posterior, truth = judged_candidates(model, train, anchors)
+    scores = detection_scores(posterior, truth)
+    # The precision at a recall is of use among the hardest alone.
+    of_loss = {
+        name: scores[name] for name in ("roc_auc", "average_precision", "density", "calibration")
+    }
+    of_loss["mean_posterior"] = scores["mean_probability"]
+    return of_loss | {"detectors": _quality(model, train, anchors)}
+
+
+def _anchors(model, train):
+    queue = jax.device_get(model.queue)
     count = min(ANCHORS, len(train.image_id))
-    images = np.arange(count)
+    image = np.arange(count)
     _, first_caption = np.unique(train.caption_image, return_index=True)
-    captions = first_caption[:count]
+    caption = first_caption[:count]
     # Only the images that the ids name are read.
-    anchors = PairDataset(
-        captions=[train.captions[caption] for caption in captions],
-        caption_image=images.astype(np.int32),
-        image_id=train.image_id[:count],
-        images=train.images,
-        caption_id=train.caption_id[captions],
-        source_image_id=train.source_image_id[:count],
+    split = model.embed_split(
+        PairDataset(
+            captions=[train.captions[row] for row in caption],
+            caption_image=image.astype(np.int32),
+            image_id=train.image_id[:count],
+            images=train.images,
+            caption_id=train.caption_id[caption],
+            source_image_id=train.source_image_id[:count],
+        )
     )
-    split = model.embed_split(anchors)
     filled = queue.image_id >= 0
     pair = queue.pair_id[filled]
-    other = train.image_id[:count, None] != queue.image_id[filled][None, :]
+    return _Anchors(
+        image,
+        caption,
+        split.image_emb,
+        split.text_emb,
+        pair,
+        train.caption_image[pair],
+        queue.image[filled],
+        queue.text[filled],
+    )
+
+
+def judged_candidates(
+    model: Model, train: PairDataset, anchors: _Anchors | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the loss's posterior [n] float32 and the truth [n] bool of the queue's candidates.
+
+    Args:
+      model: The model of the run, with its queue and statistics.
+      train: Its training split, whose true matches are all known.
+      anchors: The anchors and the queue; None to embed them here.
+    """
+    anchors = _anchors(model, train) if anchors is None else anchors
+    fne, stats, pair = model.config.fne, jax.device_get(model.stats), anchors.pair
+    other = anchors.image[:, None] != anchors.slot_image[None, :]
     similarity = [
-        cosine(split.image_emb, queue.text[filled]),
-        cosine(split.text_emb, queue.image[filled]),
+        cosine(anchors.image_emb, anchors.queue_text),
+        cosine(anchors.text_emb, anchors.queue_image),
     ]
     truth = [
-        np.stack([train.truth.is_true(pair, np.full_like(pair, image)) for image in images]),
+        np.stack([train.truth.is_true(pair, np.full_like(pair, row)) for row in anchors.image]),
         np.stack(
             [
-                train.truth.is_true(np.full_like(pair, caption), train.caption_image[pair])
-                for caption in captions
+                train.truth.is_true(np.full_like(pair, row), anchors.slot_image)
+                for row in anchors.caption
             ]
         ),
     ]
@@ -68,28 +136,25 @@ def judged_candidates(model: Model, train: PairDataset) -> tuple[np.ndarray, np.
     )
 
 
-def detection_scores(posterior: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
-    """Returns how good a probability is at telling what is true.
-
-    Args:
-      posterior: [n] probabilities, in [0, 1].
-      truth: [n] bool, what is true.
-
-    Returns:
-      `roc_auc`, `average_precision` (None where all or nothing is true), `density` (the share that
-      is true), `mean_posterior`, and `calibration`: for tenths of the probability, as far as they
-      occur, a list of mean probability, share that is true, and number.
-    """
-    scores = {"density": float(truth.mean()), "mean_posterior": float(posterior.mean())}
-    mixed = 0 < truth.mean() < 1
-    scores["roc_auc"] = float(metrics.roc_auc_score(truth, posterior)) if mixed else None
-    scores["average_precision"] = (
-        float(metrics.average_precision_score(truth, posterior)) if mixed else None
+def _quality(model, train, anchors):
+    """Returns the quality of each detector that is there among the hardest of the queue."""
+    most = max(HARDEST)
+    images = anchors.image, anchors.slot_image
+    slot, similarity = hardest_candidates(anchors.image_emb, anchors.queue_text, *images, most)
+    own = np.broadcast_to(anchors.image[:, None], slot.shape)
+    found = {"i2t": Candidates(anchors.pair[slot], own, similarity)}
+    slot, similarity = hardest_candidates(anchors.text_emb, anchors.queue_image, *images, most)
+    own = np.broadcast_to(anchors.caption[:, None], slot.shape)
+    found["t2i"] = Candidates(own, anchors.slot_image[slot], similarity)
+    tokens = model.tokenize(train.captions, model.config.evaluation.text_length)
+    evidence = detectors.Evidence(
+        captions=train.captions,
+        caption_image=train.caption_image,
+        images=len(train.image_id),
+        prior=model.config.fne.prior,
+        stats=jax.device_get(model.stats),
+        min_count=model.config.fne.min_count,
+        caption_bank=model.embedder.captions(model.momentum_params, tokens),
     )
-    tenth = np.minimum((posterior * _BINS).astype(int), _BINS - 1)
-    scores["calibration"] = [
-        [float(posterior[tenth == b].mean()), float(truth[tenth == b].mean()), int(n)]
-        for b, n in enumerate(np.bincount(tenth, minlength=_BINS))
-        if n
-    ]
-    return scores
+    judges = {name: detectors.fitted(name, evidence) for name in detectors.available(evidence)}
+    return detection_quality.quality(judges, found, train.truth.is_true)

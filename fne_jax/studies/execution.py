@@ -17,8 +17,8 @@ from fne_jax.files import whole_folder, write_atomically
 from fne_jax.model.model import restore_model
 from fne_jax.retrieval import generality
 from fne_jax.retrieval.metrics import complete_metrics, retrieval_metrics
+from fne_jax.studies import detector
 from fne_jax.studies.cells import Cell, Run
-from fne_jax.studies.detector import detection_scores, judged_candidates
 from fne_jax.training.loop import train_and_evaluate
 from fne_jax.training.metric_log import read_metrics
 
@@ -91,7 +91,7 @@ def measured(run: Run) -> dict[str, Any]:
 
     The metrics are `retrieval_metrics`, and `complete_metrics` and `controlled_metrics` where the
     truth is known. Beside them: `sampled_false_negative_rate` and `hardest_false_negative_rate`,
-    means over the steps after the warm-up, and what `detection_scores` gives; each where it is
+    means over the steps after the warm-up, and what `detector.measure` gives; each where it is
     known.
     """
     model = restore_model(run.workdir, "latest")
@@ -110,7 +110,7 @@ def measured(run: Run) -> dict[str, Any]:
             result[name] = float(np.mean(logged))
     train = model.load_split("train")
     if train.truth is not None:
-        result |= detection_scores(*judged_candidates(model, train))
+        result |= detector.measure(model, train)
     return result
 
 

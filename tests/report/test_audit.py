@@ -16,6 +16,7 @@ from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import load_evaluation_split
 from fne_jax.report import audit_pages, html, suspects
 from fne_jax.retrieval import blocks, unlabelled
+from fne_jax.retrieval.detectors import Judgement
 from fne_jax.retrieval.embedding_files import write_embeddings
 from tests.support.embeddings import statistics, unit_rows
 from tests.support.pages import HOSTILE, Page, assert_safe_and_complete, hostile_split
@@ -57,9 +58,14 @@ def test_embeddings_that_are_not_finite():
 def about(suspected):
     return {
         "run": HOSTILE[0], "step": 3, "split": "train", "suspected": suspected, "least": 0.001,
-        "per_query": 5, "rank_by": "by posterior", "prior": 1e-4,
-        "precision": "",
+        "per_query": 5, "rank_by": "by probability", "prior": 1e-4,
+        "precision": "", "detector": "captions", "description": "by captions", "score": "cosine",
     }  # fmt: skip
+
+
+def judgement(probability):
+    evidence = np.arange(len(probability)) - 1  # the first has none
+    return Judgement(probability, np.sqrt(probability), evidence)
 
 
 def some_rows(split, count):
@@ -69,7 +75,7 @@ def some_rows(split, count):
     pairs = unlabelled.UnlabelledPairs(
         caption, image, np.linspace(0.9, 0.1, count), np.full(count, 0.25)
     )
-    return audit_pages.rows(split, pairs, np.linspace(1, 0, count))
+    return audit_pages.rows(split, pairs, judgement(np.linspace(1, 0, count)), "captions")
 
 
 def from_csv(folder):
@@ -129,7 +135,7 @@ def test_spreadsheets_run_no_caption(tmp_path):
     read = [row["caption"] for row in from_csv(tmp_path)]
     assert read[:5] == [f"'{caption}" for caption in captions[:5]]
     assert read[5:] == ["a␀dog", captions[6], "? é"]
-    assert from_csv(tmp_path)[7]["posterior"] == "0.0"  # numbers are left alone
+    assert from_csv(tmp_path)[7]["probability"] == "0.0"  # numbers are left alone
     lines = (tmp_path / audit_pages.JSONL_NAME).read_text().splitlines()
     assert [json.loads(line)["caption"] for line in lines] == captions
 
@@ -140,7 +146,7 @@ def test_captions_of_one_image_stand_together(tmp_path, monkeypatch):
     image = np.array([1, 0, 1, 1, 2, 0])
     caption = np.array([8, 9, 10, 11, 12, 13])
     pairs = unlabelled.UnlabelledPairs(caption, image, *np.ones((2, 6)))
-    found = audit_pages.rows(split, pairs, np.linspace(1, 0, 6))
+    found = audit_pages.rows(split, pairs, judgement(np.linspace(1, 0, 6)), "captions")
     audit_pages.write(tmp_path, split, found, about(6))
     page = Page((tmp_path / "index.html").read_text())
     # Each suspected image once, and each caption's own.
@@ -157,7 +163,8 @@ def test_small_posteriors_can_be_told_apart():
         assert html.posterior_text(posterior) == f"{text}\N{NO-BREAK SPACE}%"
     split = hostile_split()
     pairs = unlabelled.UnlabelledPairs(*np.zeros((2, 1), int), *np.ones((2, 1)))
-    assert audit_pages.rows(split, pairs, np.array([3.4567891e-7]))[0]["posterior"] == 3.45679e-7
+    row = audit_pages.rows(split, pairs, judgement(np.array([3.4567891e-7])), "gaussians")[0]
+    assert row["probability"] == 3.45679e-7
 
 
 def test_nothing_found_is_a_page_too(tmp_path):
@@ -171,16 +178,19 @@ def judged(split, stats, **fne):
     rows = unit_rows(rng, len(split.image_id), 4), unit_rows(rng, len(owner), 4)
     embedded = EmbeddedSplit(*rows, owner, split.image_id, split.caption_id)
     config = tiny_config(**fne)
-    return suspects.JudgedSplit("run", 3, "val", config, split, embedded, stats)
+    return suspects.JudgedSplit("run", 3, "val", config, split, embedded, stats, rows[1])
 
 
 def test_nothing_is_suspected_before_the_count_that_the_loss_asks_for():
-    split, settings = hostile_split(), {"per_query": 2, "rank_by": "posterior", "least": 0.0}
+    split, settings = hostile_split(), {"per_query": 2, "rank_by": "probability", "least": 0.0}
+    settings["detector"] = "gaussians"
     few = judged(split, statistics(count=30), fne__min_count=30)
-    with pytest.raises(UserError, match=r"run: the statistics are of 30 matching pairs.* 30; choo"):
+    with pytest.raises(
+        UserError, match=r"gaussians: the statistics are of 30 matching pairs.* 30; choo"
+    ):
         suspects.find_suspects(few, **settings)
     enough = judged(split, statistics(count=31), fne__min_count=30)
-    assert len(suspects.find_suspects(enough, **settings).posterior)
+    assert len(suspects.find_suspects(enough, **settings).pairs.caption)
     with pytest.raises(UserError, match="of 1 matching pairs"):
         suspects.find_suspects(judged(split, statistics(count=1), fne__min_count=0), **settings)
 
@@ -190,10 +200,11 @@ def test_the_precision_is_on_the_page(tmp_path, monkeypatch):
     truth = SceneTruth(np.zeros((7, 3, 6), int), np.zeros((14, 9), int))
     monkeypatch.setattr(SceneTruth, "is_true", lambda self, caption, image: caption % 2 == 0)
     of_split = judged(dataclasses.replace(split, truth=truth), statistics(), fne__prior=0.3)
-    found = suspects.find_suspects(of_split, per_query=3, rank_by="posterior", least=0.0)
-    audit_pages.write_audit(tmp_path, of_split, found, limit=20)
+    found = suspects.find_suspects(of_split, per_query=3, rank_by="probability", least=0.0)
+    quality = suspects.detector_quality(of_split)
+    audit_pages.write_audit(tmp_path, of_split, found, limit=20, quality=quality)
     text = (tmp_path / "index.html").read_text()
-    assert f"Precision at {len(found.posterior)}: " in text and "in truth a match" in text
+    assert f"Precision at {len(found.pairs.caption)}: " in text and "in truth a match" in text
 
 
 def test_precision_counts_what_is_in_truth_a_match(monkeypatch):
@@ -204,7 +215,8 @@ def test_precision_counts_what_is_in_truth_a_match(monkeypatch):
     caption = np.array([3, 0, 1, 2])
     pairs = unlabelled.UnlabelledPairs(caption, 1 - split.caption_image[caption], *np.ones((2, 4)))
     assert "precision at 4: 25.0%" in suspects.precision_text(split, pairs)
-    assert [row["in_truth"] for row in audit_pages.rows(split, pairs, np.ones(4))] == [
+    of = judgement(np.ones(4)), "captions"
+    assert [row["in_truth"] for row in audit_pages.rows(split, pairs, *of)] == [
         True, False, False, False,
     ]  # fmt: skip
 
@@ -214,13 +226,15 @@ def test_precision_counts_what_is_in_truth_a_match(monkeypatch):
     [
         (["--workdir=x", "--limit=0"], "--limit is 0; expected at least 1"),
         (["--workdir=x", "--per-query=-2"], "--per-query is -2; expected at least 1"),
-        (["--workdir=x", "--min-posterior=1.5"], "--min-posterior is 1.5; expected 0 to 1"),
+        (["--workdir=x", "--min-probability=1.5"], "--min-probability is 1.5; expected 0 to 1"),
         (["--split=train"], "give either the --workdir"),
         (["--workdir=x", "--embeddings=y"], "give either the --workdir"),
         (["--embeddings=y", "--out=z"], "takes the --config of the data"),
         (["--workdir=x", "--config=c.py"], "--config goes with --embeddings"),
         (["--embeddings=x", "--config=c.py", "--out=z", "--checkpoint=3"], "goes with --workdir"),
         (["--workdir=x", "--config.seed=3"], "unknown argument '--config.seed=3'"),
+        (["--workdir=x", "--detector=external"], "external takes --caption-embeddings"),
+        (["--workdir=x", "--detector=best"], "--detector: invalid choice: 'best'"),
         (["--workdir=nowhere"], "nowhere is not a folder"),
         (["--workdir=x", f"--out={__file__}"], "test_audit.py is a file; expected a folder"),
     ],
@@ -280,6 +294,7 @@ def test_anyones_embeddings_are_audited(tmp_path, capsys):
     np.save(folder / "caption_image.npy", owner)
     out = tmp_path / "out"
     arguments = [f"--embeddings={folder}", f"--config={config}", "--split=val", f"--out={out}"]
+    arguments += ["--detector=gaussians"]
     audit.main(arguments)
     assert capsys.readouterr().out.startswith("val: 18 captions, 9 images")
     first = json.loads((out / audit_pages.JSONL_NAME).read_text().splitlines()[0])
@@ -296,6 +311,30 @@ def test_anyones_embeddings_are_audited(tmp_path, capsys):
     audit.main([f"--embeddings={tmp_path / 'moved'}", *arguments[1:]])
     again = json.loads((out / audit_pages.JSONL_NAME).read_text().splitlines()[0])
     assert again == first
+
+    # By a sentence encoder that takes caption 12, of image 6, for what caption 3, of image 1, says.
+    encoder = unit_rows(rng, 18, 30)
+    encoder[12] = 7 * encoder[3]
+    np.save(tmp_path / "encoder.npy", encoder)
+    few = [
+        "--per-query=8",
+        "--min-probability=0",
+        f"--caption-embeddings={tmp_path / 'encoder.npy'}",
+    ]
+    audit.main([*arguments[:-1], *few])
+    assert "detector external: " in capsys.readouterr().out
+    lines = (out / audit_pages.JSONL_NAME).read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    pairs = {(row["caption_index"], row["image_index"]) for row in found[:2]}
+    assert pairs == {(12, 1), (3, 6)} and len(found) == 18 * 8
+    assert all(row["score"] == pytest.approx(1.0) for row in found[:2])
+    for wrong, message in (
+        (encoder[1:], r"encoder.npy: 17 rows; expected 18, one for each caption"),
+        (np.full((18, 2), np.nan), "encoder.npy: 18 rows are not finite"),
+    ):
+        np.save(tmp_path / "encoder.npy", wrong)
+        with pytest.raises(UserError, match=message):
+            audit.main([*arguments[:-1], *few])
 
     np.save(folder / "caption_image.npy", owner[::-1])
     with pytest.raises(UserError, match="each caption with the same image"):

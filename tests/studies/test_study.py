@@ -356,28 +356,6 @@ def test_estimates_are_those_of_a_t_test():
     assert summary.Estimate.of([2.0, 2.1, 1.9]).tells
 
 
-def test_detection_scores_equal_plain_counting():
-    rng = np.random.default_rng(0)
-    truth = rng.random(300) < 0.2
-    posterior = np.round(np.clip(rng.normal(0.3 + 0.2 * truth, 0.2), 0, 1), 2).astype(np.float32)
-    scores = detector.detection_scores(posterior, truth)
-    pairs = posterior[truth][:, None] - posterior[~truth][None, :]
-    auc = ((pairs > 0) + 0.5 * (pairs == 0)).mean()
-    # The precision at each threshold, weighted by the matches that it adds.
-    precision = 0.0
-    for value in np.unique(posterior):
-        precision += (truth & (posterior == value)).sum() * truth[posterior >= value].mean()
-    assert scores["roc_auc"] == pytest.approx(auc)
-    assert scores["average_precision"] == pytest.approx(precision / truth.sum())
-    assert sum(count for _, _, count in scores["calibration"]) == 300
-    mean, share, count = scores["calibration"][2]
-    inside = (posterior >= np.float32(0.2)) & (posterior < np.float32(0.3))
-    assert count == inside.sum()
-    assert mean == pytest.approx(posterior[inside].mean())
-    assert share == pytest.approx(truth[inside].mean())
-    assert detector.detection_scores(posterior, np.zeros(300, bool))["roc_auc"] is None
-
-
 def test_the_judged_candidates_are_those_of_the_memory(finished):
     workdir = finished[1] / "fne" / "seed0"
     model = restore_model(workdir, "latest")
@@ -396,6 +374,20 @@ def test_the_judged_candidates_are_those_of_the_memory(finished):
     result = json.loads((workdir / "study.json").read_text())
     assert result["density"] == pytest.approx(truth.mean())
     assert result["mean_posterior"] == pytest.approx(posterior.mean(), rel=1e-5)
+
+    # The hardest of each anchor by a plain sort, judged by what is equal.
+    image_emb = model.embedder.images(model.params, train)[:30]
+    similarity = image_emb @ queue.text.T
+    similarity[queue.image_id[None, :] == np.arange(30)[:, None]] = -np.inf
+    chosen = queue.pair_id[np.argsort(-similarity, axis=1)[:, :1]]
+    is_true = matrix[np.arange(30)[:, None], chosen]
+    of_detector = result["detectors"]["identical"]["i2t_hardest_1"]
+    assert of_detector["density"] == pytest.approx(is_true.mean())
+    texts = [
+        {train.captions[c] for c in np.flatnonzero(train.caption_image == i)} for i in range(30)
+    ]
+    same = [train.captions[chosen[i, 0]] in texts[i] for i in range(30)]
+    assert of_detector["mean_probability"] == pytest.approx(np.mean(same))
 
 
 def _note_cores(path):

@@ -1,0 +1,310 @@
+"""Detectors of false negatives: which unlabelled pairs of a caption and an image match in truth.
+
+A detector judges pairs and gives each a probability and a score: the probability never falls as the
+score rises, and the score tells apart what the probability does not. None is fitted to the truth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from fne_jax.errors import UserError
+from fne_jax.objectives.similarity_statistics import (
+    SimilarityStatistics,
+    false_negative_posterior,
+)
+from fne_jax.retrieval import own_captions
+from fne_jax.retrieval.monotone_posterior import MonotonePosterior
+from fne_jax.retrieval.own_captions import OwnCaptions
+
+# Random unlabelled pairs, and captions of an image with its others, that calibrate a posterior.
+_CALIBRATION_PAIRS = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What detectors take from a split and from a model of it.
+
+    Attributes:
+      captions: [captions] texts.
+      caption_image: [captions] image of each caption.
+      images: The number of images.
+      prior: The share of unlabelled pairs that match, in (0, 1).
+      stats: The similarity statistics of images and captions.
+      min_count: How many matching pairs the statistics must have seen, at the least one more.
+      caption_bank: [captions, dim] L2-normalised text embeddings by the momentum encoder, or by
+        the model that gave the similarities; None where there are none.
+      external: [captions, dim] L2-normalised embeddings of the captions by another sentence
+        encoder, or None.
+    """
+
+    captions: Sequence[str]
+    caption_image: np.ndarray
+    images: int
+    prior: float
+    stats: SimilarityStatistics
+    min_count: int
+    caption_bank: np.ndarray | None = None
+    external: np.ndarray | None = None
+
+    @property
+    def several_captions(self) -> bool:
+        """Whether some image has more than one caption."""
+        return len(np.unique(self.caption_image)) < len(self.caption_image)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsToJudge:
+    """Unlabelled pairs.
+
+    Attributes:
+      caption: [pairs] caption of each pair.
+      image: [pairs] image of each pair; not the caption's own.
+      similarity: [pairs] cosine of the two by the model.
+    """
+
+    caption: np.ndarray
+    image: np.ndarray
+    similarity: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What a detector finds of some pairs.
+
+    Attributes:
+      probability: [pairs] float32 that each is a match.
+      score: [pairs] float32 by which they are ranked; the detector says what it is.
+      evidence: [pairs] int64, the own caption of the image that the judgement rests on, or -1;
+        None for a detector that looks at no captions.
+    """
+
+    probability: np.ndarray
+    score: np.ndarray
+    evidence: np.ndarray | None = None
+
+    def __getitem__(self, index: slice | np.ndarray) -> Judgement:
+        """Returns what is found of the pairs of a slice, a mask or an order."""
+        evidence = None if self.evidence is None else self.evidence[index]
+        return Judgement(self.probability[index], self.score[index], evidence)
+
+
+@dataclasses.dataclass(frozen=True)
+class Detector:
+    """An entry of `DETECTORS`.
+
+    Attributes:
+      description: What it goes by.
+      score: What its score is.
+      needs: What it needs, in words.
+      missing: Takes the evidence, and returns why the detector cannot judge by it; "" if it can.
+      fit: Takes evidence that nothing is missing of, and returns what judges pairs.
+    """
+
+    description: str
+    score: str
+    needs: str
+    missing: Callable[[Evidence], str]
+    fit: Callable[[Evidence], Callable[[PairsToJudge], Judgement]]
+
+
+def fitted(name: str, evidence: Evidence) -> Callable[[PairsToJudge], Judgement]:
+    """Returns what judges pairs by a detector.
+
+    Args:
+      name: A key of `DETECTORS`.
+      evidence: What is known of the split.
+
+    Raises:
+      UserError: if the detector needs what is not there.
+    """
+    missing = DETECTORS[name].missing(evidence)
+    if missing:
+        raise UserError(f"detector {name}: {missing}")
+    return DETECTORS[name].fit(evidence)
+
+
+def available(evidence: Evidence) -> list[str]:
+    """Returns the names of the detectors that can judge, in the order of `DETECTORS`."""
+    return [name for name, detector in DETECTORS.items() if not detector.missing(evidence)]
+
+
+def best_available(evidence: Evidence) -> str:
+    """Returns the first of `PREFERENCE` that can judge, or its last."""
+    there = available(evidence)
+    return next((name for name in PREFERENCE if name in there), PREFERENCE[-1])
+
+
+def calibrate_by_captions(
+    score: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    own: OwnCaptions,
+    prior: float,
+    seed: int = 0,
+) -> MonotonePosterior:
+    """Returns the probability of a match by what a score says of its caption and its image.
+
+    Matches are stood for by captions and their own images, all unlabelled pairs by random ones.
+    That takes for granted that a caption which nobody wrote for an image but which is true of it is
+    as near to the image's captions as these are to each other; that nothing else is known of a
+    pair, so that among pairs that were chosen in another way the share of matches is not what it
+    says; and that the prior is right.
+
+    Args:
+      score: Takes [pairs] captions and [pairs] images, and returns [pairs] scores, the caption
+        itself left out where it is one of the image's own.
+      own: The captions of each image; some image has several, and there are several images.
+      prior: The share of unlabelled pairs that match.
+      seed: The seed of the pairs.
+    """
+    rng = np.random.default_rng(seed)
+    captions, images = len(own.caption_image), len(own.count)
+    caption = np.flatnonzero(own.count[own.caption_image] > 1)
+    caption = rng.permutation(caption)[:_CALIBRATION_PAIRS]
+    matches = score(caption, own.caption_image[caption])
+    caption = rng.integers(captions, size=_CALIBRATION_PAIRS)
+    image = rng.integers(images, size=_CALIBRATION_PAIRS)
+    unlabelled = (own.caption_image[caption] != image) & (own.count[image] > 0)
+    return MonotonePosterior.fit(matches, score(caption[unlabelled], image[unlabelled]), prior)
+
+
+def _gaussians(evidence: Evidence) -> Callable[[PairsToJudge], Judgement]:
+    def judge(pairs: PairsToJudge) -> Judgement:
+        # Monotone, whatever the run trained with: a more similar pair is not a worse suspect.
+        posterior = false_negative_posterior(
+            pairs.similarity, evidence.stats, evidence.prior, monotone=True
+        )
+        return Judgement(np.asarray(posterior), np.asarray(pairs.similarity, np.float32))
+
+    return judge
+
+
+def enough_statistics(stats: SimilarityStatistics, min_count: int) -> bool:
+    """Returns whether the statistics have seen enough pairs, as the loss asks it of them."""
+    count = stats.positive.count
+    return bool(count > min_count and min(count, stats.negative.count) >= 2)
+
+
+def _few_statistics(evidence: Evidence) -> str:
+    if enough_statistics(evidence.stats, evidence.min_count):
+        return ""
+    return (
+        f"the statistics are of {evidence.stats.positive.count:,.0f} matching pairs, and nothing "
+        f"is suspected before there are more than config.fne.min_count, {evidence.min_count:,}; "
+        "choose a later --checkpoint, or with --embeddings a split of more pairs or a lower "
+        "--config.fne.min_count"
+    )
+
+
+def _nearest(evidence: Evidence, text_emb: np.ndarray) -> Callable[[PairsToJudge], Judgement]:
+    own = OwnCaptions.of(evidence.caption_image, evidence.images)
+    posterior = calibrate_by_captions(
+        lambda *pairs: own_captions.nearest_own_caption(text_emb, own, *pairs)[0],
+        own,
+        evidence.prior,
+    )
+
+    def judge(pairs: PairsToJudge) -> Judgement:
+        cosine, nearest = own_captions.nearest_own_caption(
+            text_emb, own, pairs.caption, pairs.image
+        )
+        return Judgement(posterior(cosine), cosine, nearest)
+
+    return judge
+
+
+def _captions_and_words(evidence: Evidence) -> Callable[[PairsToJudge], Judgement]:
+    own = OwnCaptions.of(evidence.caption_image, evidence.images)
+    words = own_captions.CaptionWords.of(evidence.captions, own)
+
+    def score(caption: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cosine, nearest = own_captions.nearest_own_caption(
+            evidence.caption_bank, own, caption, image
+        )
+        share = own_captions.word_share(words, own, caption, image)
+        return (cosine + share) / 2, nearest
+
+    posterior = calibrate_by_captions(lambda *pairs: score(*pairs)[0], own, evidence.prior)
+
+    def judge(pairs: PairsToJudge) -> Judgement:
+        mean, nearest = score(pairs.caption, pairs.image)
+        return Judgement(posterior(mean), mean, nearest)
+
+    return judge
+
+
+def _identical(evidence: Evidence) -> Callable[[PairsToJudge], Judgement]:
+    own = OwnCaptions.of(evidence.caption_image, evidence.images)
+
+    def judge(pairs: PairsToJudge) -> Judgement:
+        same = own_captions.identical_caption(evidence.captions, own, pairs.caption, pairs.image)
+        found = (same >= 0).astype(np.float32)
+        return Judgement(found, found, same)
+
+    return judge
+
+
+def _one_caption(evidence: Evidence) -> str:
+    if evidence.several_captions:
+        return ""
+    return "no image has a second caption, by which it could be calibrated"
+
+
+def _no_bank(evidence: Evidence) -> str:
+    return (
+        "there are no text embeddings" if evidence.caption_bank is None else _one_caption(evidence)
+    )
+
+
+def _no_external(evidence: Evidence) -> str:
+    if evidence.external is None:
+        return "there are no embeddings of another sentence encoder; give --caption-embeddings"
+    return _one_caption(evidence)
+
+
+DETECTORS: Mapping[str, Detector] = {
+    "gaussians": Detector(
+        "the posterior of the paper, by the similarity of caption and image: calibrated by the "
+        "Gaussians of matching pairs and of hardest negatives",
+        "cosine of caption and image",
+        "similarity statistics of enough pairs",
+        _few_statistics,
+        _gaussians,
+    ),
+    "captions": Detector(
+        "how near the caption comes to the nearest of the image's own, by the momentum text "
+        "encoder: calibrated by captions of one image, one left out, and random pairs",
+        "cosine of the caption and the nearest of the image's own",
+        "text embeddings, and images of several captions",
+        _no_bank,
+        lambda evidence: _nearest(evidence, evidence.caption_bank),
+    ),
+    "words": Detector(
+        "as captions, and how many of the caption's words are in the image's own captions, by "
+        "inverse document frequency: calibrated in the same way",
+        "mean of the cosine of captions and of the share of words",
+        "text embeddings, and images of several captions",
+        _no_bank,
+        _captions_and_words,
+    ),
+    "identical": Detector(
+        "whether the image has a caption of the same text, but for case, punctuation and spaces: "
+        "1 or 0, the safe case, not calibrated",
+        "1 where the texts are equal, else 0",
+        "captions",
+        lambda evidence: "",
+        _identical,
+    ),
+    "external": Detector(
+        "as captions, by the embeddings of another sentence encoder",
+        "cosine of the caption and the nearest of the image's own",
+        "embeddings of all captions in the split's order, and images of several captions",
+        _no_external,
+        lambda evidence: _nearest(evidence, evidence.external),
+    ),
+}
+# What ranks if nothing is asked for: a sentence encoder that somebody chose, then the run's own,
+# which tell hard candidates apart where similarity, by which they were chosen, hardly does.
+PREFERENCE = ("external", "words", "captions", "gaussians")

@@ -1,0 +1,185 @@
+"""How near a caption comes to what is said of an image already: to the image's own captions."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+# Pairs whose embeddings are held at once.
+_BLOCK_PAIRS = 16_384
+_NO_LETTER = re.compile(r"[\W_]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnCaptions:
+    """The captions of each image.
+
+    Attributes:
+      caption_image: [captions] image of each caption.
+      order: [captions] captions in the order of their images.
+      first: [images] where those of an image begin in `order`.
+      count: [images] how many they are.
+    """
+
+    caption_image: np.ndarray
+    order: np.ndarray
+    first: np.ndarray
+    count: np.ndarray
+
+    @classmethod
+    def of(cls, caption_image: np.ndarray, images: int) -> OwnCaptions:
+        """Returns the captions of each image.
+
+        Args:
+          caption_image: [captions] image of each caption.
+          images: The number of images.
+        """
+        count = np.bincount(caption_image, minlength=images)
+        order = np.argsort(caption_image, kind="stable")
+        return cls(np.asarray(caption_image), order, np.cumsum(count) - count, count)
+
+    def column(self, image: np.ndarray, number: int) -> np.ndarray:
+        """Returns [n], an own caption of each of [n] images, which all have more than `number`."""
+        return self.order[self.first[image] + number]
+
+
+def nearest_own_caption(
+    text_emb: np.ndarray, own: OwnCaptions, caption: np.ndarray, image: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns for pairs how near the caption is to the nearest of the image's own captions.
+
+    The caption itself is no neighbour of its own: for a caption and its own image it is the
+    nearest of the others, by leaving one out.
+
+    Args:
+      text_emb: [captions, dim] L2-normalised embeddings.
+      own: The captions of each image.
+      caption: [pairs] caption of each pair.
+      image: [pairs] image of each pair.
+
+    Returns:
+      [pairs] float32 cosines and [pairs] int64 captions; both -1 where the image has no other
+      caption.
+    """
+    cosine = np.full(len(caption), -1, np.float32)
+    nearest = np.full(len(caption), -1)
+    for start in range(0, len(caption), _BLOCK_PAIRS):
+        part = np.arange(start, min(start + _BLOCK_PAIRS, len(caption)))
+        for number in range(int(own.count[image[part]].max())):
+            rows = part[own.count[image[part]] > number]
+            other = own.column(image[rows], number)
+            rows, other = rows[other != caption[rows]], other[other != caption[rows]]
+            found = np.einsum("pd,pd->p", text_emb[caption[rows]], text_emb[other])
+            nearer = (found > cosine[rows]) | (nearest[rows] < 0)
+            cosine[rows[nearer]] = found[nearer]
+            nearest[rows[nearer]] = other[nearer]
+    return cosine, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionWords:
+    """The words of captions, by number, and in how many captions of an image each is.
+
+    Attributes:
+      word: [captions, longest] int32 different words of each caption, then -1.
+      weight: [words] float32, the inverse document frequency of each: the logarithm of the number
+        of captions, and one, for each caption with the word.
+      key: [n] int64, rising, `image * words + word` of all words of the images' captions.
+      count: [n] the captions of the image that have the word.
+    """
+
+    word: np.ndarray
+    weight: np.ndarray
+    key: np.ndarray
+    count: np.ndarray
+
+    @classmethod
+    def of(cls, captions: Sequence[str], own: OwnCaptions) -> CaptionWords:
+        """Returns the words of captions.
+
+        Args:
+          captions: [captions] texts.
+          own: The captions of each image.
+        """
+        numbers: dict[str, int] = {}
+        of_caption = [
+            [numbers.setdefault(word, len(numbers)) for word in dict.fromkeys(words.split())]
+            for words in map(normalised, captions)
+        ]
+        length = np.array([len(words) for words in of_caption])
+        word = np.full((len(captions), max(1, length.max(initial=0))), -1, np.int32)
+        word[np.arange(word.shape[1]) < length[:, None]] = np.concatenate(
+            [np.array(words, np.int32) for words in of_caption]
+        )
+        caption, column = np.nonzero(word >= 0)
+        frequency = np.bincount(word[caption, column], minlength=len(numbers))
+        weight = np.log((1 + len(captions)) / frequency).astype(np.float32)
+        image = own.caption_image[caption].astype(np.int64)
+        key, count = np.unique(image * len(numbers) + word[caption, column], return_counts=True)
+        return cls(word, weight, key, count)
+
+
+def word_share(
+    words: CaptionWords, own: OwnCaptions, caption: np.ndarray, image: np.ndarray
+) -> np.ndarray:
+    """Returns for pairs how much of the caption is in words of the image's own captions.
+
+    For a caption and its own image only the others count, by leaving one out.
+
+    Args:
+      words: The words of the captions.
+      own: The captions of each image.
+      caption: [pairs] caption of each pair.
+      image: [pairs] image of each pair.
+
+    Returns:
+      [pairs] float32 in [0, 1], the share of the caption's weight that is in such words; 0 for a
+      caption without words.
+    """
+    share = np.zeros(len(caption), np.float32)
+    for start in range(0, len(caption), _BLOCK_PAIRS):
+        part = slice(start, start + _BLOCK_PAIRS)
+        word = words.word[caption[part]]
+        key = image[part, None].astype(np.int64) * len(words.weight) + word
+        place = np.minimum(np.searchsorted(words.key, key), len(words.key) - 1)
+        is_own = own.caption_image[caption[part]] == image[part]
+        there = (words.key[place] == key) & (words.count[place] > is_own[:, None])
+        weight = np.where(word >= 0, words.weight[word], 0)
+        share[part] = (weight * there).sum(axis=1) / np.maximum(weight.sum(axis=1), 1e-12)
+    return share
+
+
+def identical_caption(
+    captions: Sequence[str], own: OwnCaptions, caption: np.ndarray, image: np.ndarray
+) -> np.ndarray:
+    """Returns for pairs an own caption of the image that says the same as the caption.
+
+    Args:
+      captions: [captions] texts.
+      own: The captions of each image.
+      caption: [pairs] caption of each pair.
+      image: [pairs] image of each pair.
+
+    Returns:
+      [pairs] int64 captions, never the pair's own; -1 where there is none. Texts say the same where
+      they are equal but for case, punctuation and spaces; a text without a letter or a digit says
+      nothing.
+    """
+    numbers: dict[str, int] = {"": -1}
+    text = np.array([numbers.setdefault(normalised(one), len(numbers)) for one in captions])
+    same = np.full(len(caption), -1)
+    for number in range(int(own.count[image].max(initial=0))):
+        rows = np.flatnonzero(own.count[image] > number)
+        other = own.column(image[rows], number)
+        equal = (text[other] == text[caption[rows]]) & (text[other] >= 0)
+        equal &= (other != caption[rows]) & (same[rows] < 0)
+        same[rows[equal]] = other[equal]
+    return same
+
+
+def normalised(text: str) -> str:
+    """Returns a text in one case, with one space for all between letters and digits."""
+    return _NO_LETTER.sub(" ", text.casefold()).strip()

@@ -1,0 +1,159 @@
+"""Detectors judge pairs as slow plain versions of them do, and say what they lack."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+from sklearn.isotonic import IsotonicRegression
+
+from fne_jax.errors import UserError
+from fne_jax.objectives.similarity_statistics import false_negative_posterior
+from fne_jax.retrieval import detectors, own_captions
+from fne_jax.retrieval.detectors import DETECTORS, Evidence, PairsToJudge
+from fne_jax.retrieval.monotone_posterior import MonotonePosterior, isotonic_regression
+from fne_jax.retrieval.own_captions import CaptionWords, OwnCaptions
+from tests.support.embeddings import statistics, unit_rows
+
+# Image 3 has one caption; the captions of an image do not stand together.
+OWNER = np.array([2, 0, 1, 0, 2, 1, 3, 0, 2])
+CAPTIONS = [
+    "A red dog!", "a blue cat", "two  dogs", "a cat, blue", "the red dog runs", "dogs",
+    "A RED DOG", "...", "---",
+]  # fmt: skip
+
+
+def all_pairs():
+    caption, image = np.divmod(np.arange(9 * 4), 4)
+    return caption, image
+
+
+def evidence(**changes):
+    emb = unit_rows(np.random.default_rng(0), 9, 5)
+    settings = {"prior": 0.1, "stats": statistics(), "min_count": 200, "caption_bank": emb}
+    return Evidence(CAPTIONS, OWNER, 4, **(settings | changes))
+
+
+def own_of(caption, image):
+    return [other for other in np.flatnonzero(image == OWNER) if other != caption]
+
+
+def test_the_nearest_own_caption_against_a_plain_version(monkeypatch):
+    monkeypatch.setattr(own_captions, "_BLOCK_PAIRS", 5)
+    emb, (caption, image) = evidence().caption_bank, all_pairs()
+    cosine, nearest = own_captions.nearest_own_caption(
+        emb, OwnCaptions.of(OWNER, 4), caption, image
+    )
+    lonely = 0
+    for c, i, found, row in zip(caption, image, cosine, nearest, strict=True):
+        others = {other: emb[c] @ emb[other] for other in own_of(c, i)}
+        lonely += not others
+        expected = max(others, key=others.get) if others else -1
+        assert row == expected
+        assert found == pytest.approx(others.get(expected, -1.0), abs=1e-6)
+    assert lonely == 1  # caption 6 is all that image 3 has
+
+
+def test_the_share_of_words_against_a_plain_version(monkeypatch):
+    monkeypatch.setattr(own_captions, "_BLOCK_PAIRS", 5)
+    own, (caption, image) = OwnCaptions.of(OWNER, 4), all_pairs()
+    share = own_captions.word_share(CaptionWords.of(CAPTIONS, own), own, caption, image)
+    texts = [set(re.findall(r"[a-z]+", text.lower())) for text in CAPTIONS]
+    weight = {word: np.log(10 / sum(word in text for text in texts)) for word in set.union(*texts)}
+    for c, i, found in zip(caption, image, share, strict=True):
+        there = set().union(*(texts[other] for other in own_of(c, i)))
+        total = sum(weight[word] for word in texts[c])
+        expected = sum(weight[word] for word in texts[c] & there) / total if total else 0.0
+        assert found == pytest.approx(expected, abs=1e-6)
+    assert 0 < np.count_nonzero((share > 0) & (share < 1)) < len(share)
+
+
+def test_texts_that_say_the_same():
+    caption, image = all_pairs()
+    judged = detectors.fitted("identical", evidence())(
+        PairsToJudge(caption, image, np.zeros(len(caption)))
+    )
+    same = {(c, i) for c, i, p in zip(caption, image, judged.probability, strict=True) if p == 1}
+    # "A red dog!" and "A RED DOG"; texts without a word equal none.
+    assert same == {(0, 3), (6, 2)} and set(judged.probability) == {0, 1}
+    rows = judged.probability == 1
+    np.testing.assert_array_equal(judged.evidence[rows], [6, 0])
+    assert (judged.evidence[~rows] == -1).all()
+    assert own_captions.normalised(" Été,\tÀ-la_plage!  3") == "été à la plage 3"
+
+
+def test_gaussians_are_the_posterior_of_the_paper():
+    pairs = PairsToJudge(np.arange(3), np.array([1, 1, 0]), np.array([-0.9, 0.4, 0.8], np.float32))
+    judged = detectors.fitted("gaussians", evidence(prior=0.3))(pairs)
+    expected = false_negative_posterior(pairs.similarity, statistics(), 0.3, monotone=True)
+    np.testing.assert_array_equal(judged.probability, expected)
+    np.testing.assert_array_equal(judged.score, pairs.similarity)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_isotonic_regression_is_that_of_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    value, weight = np.round(rng.random(50) + np.arange(50) / 60, 1), rng.random(50) + 0.1
+    expected = IsotonicRegression().fit_transform(np.arange(50), value, sample_weight=weight)
+    np.testing.assert_allclose(isotonic_regression(value, weight), expected, atol=1e-12)
+
+
+def test_the_posterior_of_samples_is_bayes_rule():
+    rng = np.random.default_rng(0)
+    matches = rng.normal(2, 1, 40_000)
+    everything = np.where(
+        rng.random(80_000) < 0.1, rng.normal(2, 1, 80_000), rng.normal(size=80_000)
+    )
+    posterior = MonotonePosterior.fit(matches, everything, prior=0.1)
+    score = np.linspace(-0.5, 3.0, 15)
+    density = np.exp(-((score - [[0], [2]]) ** 2) / 2) * [[0.9], [0.1]]
+    np.testing.assert_allclose(posterior(score), density[1] / density.sum(axis=0), atol=0.06)
+    assert (np.diff(posterior(np.linspace(-9, 9, 1000))) >= 0).all()
+    # Above the largest score of few samples, nothing is certain.
+    few = MonotonePosterior.fit(np.array([0.9]), np.array([0.1, 0.2]), prior=0.1)
+    assert 0 < few(np.array([5.0]))[0] < 1
+    with pytest.raises(ValueError, match="all_pairs: expected finite"):
+        MonotonePosterior.fit(matches, np.array([np.nan]), prior=0.1)
+
+
+@pytest.mark.parametrize("name", ["captions", "external", "words"])
+def test_detectors_by_captions_find_planted_matches(name):
+    """Captions of a topic each; some images share one, which nobody labelled."""
+    rng = np.random.default_rng(1)
+    topic = np.arange(300) // 2  # the topic of each image: two images have the same
+    owner = np.repeat(np.arange(300), 3)
+    emb = unit_rows(rng, 150, 16)[topic[owner]] + 0.4 * unit_rows(rng, 900, 16)
+    emb /= np.linalg.norm(emb, axis=1, keepdims=True)
+    texts = [f"a t{topic[image]} w{rng.integers(9)}" for image in owner]
+    bank = {"external": emb} if name == "external" else {"caption_bank": emb}
+    of_split = Evidence(texts, owner, 300, 1 / 299, statistics(), 0, **bank)
+    caption = rng.integers(900, size=4000)
+    image = rng.integers(300, size=4000)
+    image[:2000] = owner[caption[:2000]] ^ 1  # the other of the topic
+    kept = owner[caption] != image
+    caption, image = caption[kept], image[kept]
+    truth = topic[owner[caption]] == topic[image]
+    judged = detectors.fitted(name, of_split)(PairsToJudge(caption, image, np.zeros(len(caption))))
+    assert judged.probability[truth].mean() > 0.5 and judged.probability[~truth].mean() < 0.02
+    assert ((judged.probability >= 0) & (judged.probability <= 1)).all()
+    rising = np.argsort(judged.score)
+    assert (np.diff(judged.probability[rising]) >= 0).all()
+    np.testing.assert_array_equal(owner[judged.evidence], image)
+
+
+def test_what_can_judge_and_what_is_preferred():
+    everything = evidence(external=unit_rows(np.random.default_rng(1), 9, 3))
+    assert detectors.available(everything) == list(DETECTORS)
+    assert detectors.best_available(everything) == "external"
+    assert detectors.best_available(evidence()) == "words"
+    single = dataclasses.replace(everything, captions=CAPTIONS[:4], caption_image=np.arange(4))
+    assert detectors.available(single) == ["gaussians", "identical"]
+    assert detectors.best_available(single) == "gaussians"
+    for name, of_split, message in (
+        ("external", evidence(), "give --caption-embeddings"),
+        ("captions", evidence(caption_bank=None), "no text embeddings"),
+        ("words", single, "no image has a second caption"),
+        ("gaussians", evidence(stats=statistics(count=200)), "more than config.fne.min_count, 200"),
+    ):
+        with pytest.raises(UserError, match=f"detector {name}: .*{message}"):
+            detectors.fitted(name, of_split)
