@@ -217,13 +217,13 @@ def _nearest(evidence: Evidence, text_emb: np.ndarray) -> Callable[[PairsToJudge
 
 def _captions_and_words(evidence: Evidence) -> Callable[[PairsToJudge], Judgement]:
     own = OwnCaptions.of(evidence.caption_image, evidence.images)
-    words = own_captions.CaptionWords.of(evidence.captions, own)
+    terms = own_captions.CaptionTerms.of(evidence.captions, own)
 
     def score(caption: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         cosine, nearest = own_captions.nearest_own_caption(
             evidence.caption_bank, own, caption, image
         )
-        share = own_captions.word_share(words, own, caption, image)
+        share = own_captions.term_share(terms, own, caption, image)
         return (cosine + share) / 2, nearest
 
     posterior = calibrate_by_captions(lambda *pairs: score(*pairs)[0], own, evidence.prior)
@@ -282,8 +282,8 @@ DETECTORS: Mapping[str, Detector] = {
         lambda evidence: _nearest(evidence, evidence.caption_bank),
     ),
     "words": Detector(
-        "as captions, and how many of the caption's words are in the image's own captions, by "
-        "inverse document frequency: calibrated in the same way",
+        "as captions, and how many of the caption's words and pairs of neighbouring words are in "
+        "the image's own captions, weighted by inverse document frequency: calibrated as captions",
         "mean of the cosine of captions and of the share of words",
         "text embeddings, and images of several captions",
         _no_bank,

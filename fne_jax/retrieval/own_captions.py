@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -80,74 +81,77 @@ def nearest_own_caption(
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptionWords:
-    """The words of captions, by number, and in how many captions of an image each is.
+class CaptionTerms:
+    """The terms of captions: their words, and pairs of neighbouring words, which tell order.
+
+    "A cat on a dog" and "a dog on a cat" have the same words, but not the same pairs of them.
 
     Attributes:
-      word: [captions, longest] int32 different words of each caption, then -1.
-      weight: [words] float32, the inverse document frequency of each: the logarithm of the number
-        of captions, and one, for each caption with the word.
-      key: [n] int64, rising, `image * words + word` of all words of the images' captions.
-      count: [n] the captions of the image that have the word.
+      term: [captions, most] int32 different terms of each caption, then -1.
+      weight: [terms] float32, the inverse document frequency of each: the logarithm of the number
+        of captions, and one, for each caption with the term.
+      key: [n] int64, rising, `image * terms + term` of all terms of the images' captions.
+      count: [n] the captions of the image that have the term.
     """
 
-    word: np.ndarray
+    term: np.ndarray
     weight: np.ndarray
     key: np.ndarray
     count: np.ndarray
 
     @classmethod
-    def of(cls, captions: Sequence[str], own: OwnCaptions) -> CaptionWords:
-        """Returns the words of captions.
+    def of(cls, captions: Sequence[str], own: OwnCaptions) -> CaptionTerms:
+        """Returns the terms of captions.
 
         Args:
           captions: [captions] texts.
           own: The captions of each image.
         """
-        numbers: dict[str, int] = {}
-        of_caption = [
-            [numbers.setdefault(word, len(numbers)) for word in dict.fromkeys(words.split())]
-            for words in map(normalised, captions)
-        ]
-        length = np.array([len(words) for words in of_caption])
-        word = np.full((len(captions), max(1, length.max(initial=0))), -1, np.int32)
-        word[np.arange(word.shape[1]) < length[:, None]] = np.concatenate(
-            [np.array(words, np.int32) for words in of_caption]
-        )
-        caption, column = np.nonzero(word >= 0)
-        frequency = np.bincount(word[caption, column], minlength=len(numbers))
+        numbers: dict[str | tuple[str, str], int] = {}
+        of_caption = []
+        for text in captions:
+            words = normalised(text).split()
+            terms = dict.fromkeys([*words, *itertools.pairwise(words)])
+            of_caption.append([numbers.setdefault(term, len(numbers)) for term in terms])
+        length = np.array([len(terms) for terms in of_caption])
+        term = np.full((len(captions), max(1, length.max(initial=0))), -1, np.int32)
+        term[np.arange(term.shape[1]) < length[:, None]] = list(itertools.chain(*of_caption))
+        caption, column = np.nonzero(term >= 0)
+        frequency = np.bincount(term[caption, column], minlength=len(numbers))
         weight = np.log((1 + len(captions)) / frequency).astype(np.float32)
         image = own.caption_image[caption].astype(np.int64)
-        key, count = np.unique(image * len(numbers) + word[caption, column], return_counts=True)
-        return cls(word, weight, key, count)
+        key, count = np.unique(image * len(numbers) + term[caption, column], return_counts=True)
+        return cls(term, weight, key, count)
 
 
-def word_share(
-    words: CaptionWords, own: OwnCaptions, caption: np.ndarray, image: np.ndarray
+def term_share(
+    terms: CaptionTerms, own: OwnCaptions, caption: np.ndarray, image: np.ndarray
 ) -> np.ndarray:
-    """Returns for pairs how much of the caption is in words of the image's own captions.
+    """Returns for pairs how much of the caption is in terms of the image's own captions.
 
     For a caption and its own image only the others count, by leaving one out.
 
     Args:
-      words: The words of the captions.
+      terms: The terms of the captions.
       own: The captions of each image.
       caption: [pairs] caption of each pair.
       image: [pairs] image of each pair.
 
     Returns:
-      [pairs] float32 in [0, 1], the share of the caption's weight that is in such words; 0 for a
+      [pairs] float32 in [0, 1], the share of the caption's weight that is in such terms; 0 for a
       caption without words.
     """
     share = np.zeros(len(caption), np.float32)
+    if not len(terms.key):
+        return share
     for start in range(0, len(caption), _BLOCK_PAIRS):
         part = slice(start, start + _BLOCK_PAIRS)
-        word = words.word[caption[part]]
-        key = image[part, None].astype(np.int64) * len(words.weight) + word
-        place = np.minimum(np.searchsorted(words.key, key), len(words.key) - 1)
+        term = terms.term[caption[part]]
+        key = image[part, None].astype(np.int64) * len(terms.weight) + term
+        place = np.minimum(np.searchsorted(terms.key, key), len(terms.key) - 1)
         is_own = own.caption_image[caption[part]] == image[part]
-        there = (words.key[place] == key) & (words.count[place] > is_own[:, None])
-        weight = np.where(word >= 0, words.weight[word], 0)
+        there = (terms.key[place] == key) & (terms.count[place] > is_own[:, None])
+        weight = np.where(term >= 0, terms.weight[term], 0)
         share[part] = (weight * there).sum(axis=1) / np.maximum(weight.sum(axis=1), 1e-12)
     return share
 

@@ -1,6 +1,7 @@
 """Detectors judge pairs as slow plain versions of them do, and say what they lack."""
 
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -12,7 +13,7 @@ from fne_jax.objectives.similarity_statistics import false_negative_posterior
 from fne_jax.retrieval import detectors, own_captions
 from fne_jax.retrieval.detectors import DETECTORS, Evidence, PairsToJudge
 from fne_jax.retrieval.monotone_posterior import MonotonePosterior, isotonic_regression
-from fne_jax.retrieval.own_captions import CaptionWords, OwnCaptions
+from fne_jax.retrieval.own_captions import CaptionTerms, OwnCaptions
 from tests.support.embeddings import statistics, unit_rows
 
 # Image 3 has one caption; the captions of an image do not stand together.
@@ -54,11 +55,12 @@ def test_the_nearest_own_caption_against_a_plain_version(monkeypatch):
     assert lonely == 1  # caption 6 is all that image 3 has
 
 
-def test_the_share_of_words_against_a_plain_version(monkeypatch):
+def test_the_share_of_terms_against_a_plain_version(monkeypatch):
     monkeypatch.setattr(own_captions, "_BLOCK_PAIRS", 5)
     own, (caption, image) = OwnCaptions.of(OWNER, 4), all_pairs()
-    share = own_captions.word_share(CaptionWords.of(CAPTIONS, own), own, caption, image)
-    texts = [set(re.findall(r"[a-z]+", text.lower())) for text in CAPTIONS]
+    share = own_captions.term_share(CaptionTerms.of(CAPTIONS, own), own, caption, image)
+    words = [re.findall(r"[a-z]+", text.lower()) for text in CAPTIONS]
+    texts = [set(text) | set(itertools.pairwise(text)) for text in words]
     weight = {word: np.log(10 / sum(word in text for text in texts)) for word in set.union(*texts)}
     for c, i, found in zip(caption, image, share, strict=True):
         there = set().union(*(texts[other] for other in own_of(c, i)))
