@@ -15,8 +15,8 @@ from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import load_evaluation_split
 from fne_jax.report import audit_pages, html, suspects
-from fne_jax.retrieval import blocks, unlabelled
-from fne_jax.retrieval.detectors import Judgement
+from fne_jax.retrieval import blocks, detectors, unlabelled
+from fne_jax.retrieval.detectors import Judgement, PairsToJudge
 from fne_jax.retrieval.embedding_files import write_embeddings
 from tests.support.embeddings import statistics, unit_rows
 from tests.support.pages import HOSTILE, Page, assert_safe_and_complete, hostile_split
@@ -193,6 +193,24 @@ def test_nothing_is_suspected_before_the_count_that_the_loss_asks_for():
     assert len(suspects.find_suspects(enough, **settings).pairs.caption)
     with pytest.raises(UserError, match="of 1 matching pairs"):
         suspects.find_suspects(judged(split, statistics(count=1), fne__min_count=0), **settings)
+
+
+def test_what_ranks():
+    split = judged(hostile_split(), statistics(), fne__prior=0.3)
+    settings = {"per_query": 3, "least": 0.0}
+    found = suspects.find_suspects(split, rank_by="probability", **settings)
+    assert found.detector == "words"  # its captions are of one image each twice
+    keys = list(zip(found.judgement.probability, found.judgement.score, strict=True))
+    assert keys == sorted(keys, reverse=True) and len(set(keys)) > 5
+    # Each judgement is still that of its pair.
+    judge = detectors.fitted("words", split.evidence)
+    again = judge(PairsToJudge(found.pairs.caption, found.pairs.image, found.pairs.similarity))
+    np.testing.assert_array_equal(again.score, found.judgement.score)
+    np.testing.assert_array_equal(again.evidence, found.judgement.evidence)
+
+    by_lead = suspects.find_suspects(split, rank_by="lead", detector="gaussians", **settings)
+    lead = by_lead.pairs.similarity - by_lead.pairs.own_similarity
+    assert (np.diff(lead) <= 1e-6).all() and (np.diff(by_lead.judgement.score) > 0).any()
 
 
 def test_the_precision_is_on_the_page(tmp_path, monkeypatch):
