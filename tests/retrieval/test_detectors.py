@@ -1,6 +1,7 @@
 """Detectors judge pairs as slow plain versions of them do, and say what they lack."""
 
 import dataclasses
+import doctest
 import itertools
 import re
 
@@ -10,7 +11,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from fne_jax.errors import UserError
 from fne_jax.objectives.similarity_statistics import false_negative_posterior
-from fne_jax.retrieval import detectors, own_captions
+from fne_jax.retrieval import detectors, monotone_posterior, own_captions
 from fne_jax.retrieval.detectors import DETECTORS, Evidence, PairsToJudge
 from fne_jax.retrieval.monotone_posterior import MonotonePosterior, isotonic_regression
 from fne_jax.retrieval.own_captions import CaptionTerms, OwnCaptions
@@ -159,3 +160,8 @@ def test_what_can_judge_and_what_is_preferred():
     ):
         with pytest.raises(UserError, match=f"detector {name}: .*{message}"):
             detectors.fitted(name, of_split)
+
+
+def test_the_example_of_the_posterior_runs():
+    result = doctest.testmod(monotone_posterior)
+    assert result.attempted and not result.failed
