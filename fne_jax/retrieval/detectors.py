@@ -51,9 +51,9 @@ class Evidence:
     external: np.ndarray | None = None
 
     @property
-    def several_captions(self) -> bool:
-        """Whether some image has more than one caption."""
-        return len(np.unique(self.caption_image)) < len(self.caption_image)
+    def calibratable(self) -> bool:
+        """Whether some image has several captions, and another any."""
+        return 1 < len(np.unique(self.caption_image)) < len(self.caption_image)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,22 +246,24 @@ def _identical(evidence: Evidence) -> Callable[[PairsToJudge], Judgement]:
     return judge
 
 
-def _one_caption(evidence: Evidence) -> str:
-    if evidence.several_captions:
+def _not_calibratable(evidence: Evidence) -> str:
+    if evidence.calibratable:
         return ""
-    return "no image has a second caption, by which it could be calibrated"
+    return "no image has a second caption, or there is one image: nothing could calibrate it"
 
 
 def _no_bank(evidence: Evidence) -> str:
     return (
-        "there are no text embeddings" if evidence.caption_bank is None else _one_caption(evidence)
+        "there are no text embeddings"
+        if evidence.caption_bank is None
+        else _not_calibratable(evidence)
     )
 
 
 def _no_external(evidence: Evidence) -> str:
     if evidence.external is None:
         return "there are no embeddings of another sentence encoder; give --caption-embeddings"
-    return _one_caption(evidence)
+    return _not_calibratable(evidence)
 
 
 DETECTORS: Mapping[str, Detector] = {

@@ -152,6 +152,8 @@ def test_what_can_judge_and_what_is_preferred():
     single = dataclasses.replace(everything, captions=CAPTIONS[:4], caption_image=np.arange(4))
     assert detectors.available(single) == ["gaussians", "identical"]
     assert detectors.best_available(single) == "gaussians"
+    one_image = dataclasses.replace(everything, caption_image=np.zeros(9, int), images=1)
+    assert detectors.best_available(one_image) == "gaussians"
     for name, of_split, message in (
         ("external", evidence(), "give --caption-embeddings"),
         ("captions", evidence(caption_bank=None), "no text embeddings"),
