@@ -34,6 +34,30 @@ def median_seconds(functions: Mapping[str, Callable[[], Any]], repeats: int) -> 
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def window_seconds(
+    run: Callable[[], Any], wait: Callable[[], Any], steps: int, windows: int
+) -> list[float]:
+    """Returns the wall time a call in each window of calls that are not waited for one by one.
+
+    Args:
+      run: Called three times before the first window.
+      wait: Returns once all calls are done.
+      steps: Calls in a window.
+      windows: The number of windows.
+    """
+    for _ in range(3):
+        run()
+    wait()
+    seconds = []
+    for _ in range(windows):
+        start = time.perf_counter()
+        for _ in range(steps):
+            run()
+        wait()
+        seconds.append((time.perf_counter() - start) / steps)
+    return seconds
+
+
 def machine() -> dict[str, Any]:
     """Returns what a figure needs beside it: the kind and number of devices, and jax's version."""
     device = jax.devices()[0]

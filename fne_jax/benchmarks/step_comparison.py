@@ -1,0 +1,179 @@
+"""The train step beside PyTorch's and beside its plan: what the parts measured, as one dict."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from fne_jax.benchmarks.encoders import forward_flops
+from fne_jax.benchmarks.step import with_random_towers
+
+JAX = "jax"
+# In the order of a round; each runs in a process of its own, which has the device to itself.
+PARTS = (JAX, "pytorch_float32", "pytorch_bfloat16")
+# Forward passes' worth of useful work: the online encoders' forward and, twice as much, backward,
+# and the momentum encoders' forward; as in fne_jax/planning.
+PASSES = 4
+# Cards whose peaks are below those of the chip's name in NVIDIA's tables.
+_SLOWER_CARDS = ("pcie", "nvl")
+_log = logging.getLogger(__name__)
+
+
+def compare(
+    config: ml_collections.ConfigDict,
+    rounds: int,
+    *,
+    run_part: Callable[[str, str | None], dict[str, Any]],
+    run_plan: Callable[[str], dict[str, Any]],
+    peaks: Mapping[str, float],
+    peak_flops: float | None = None,
+    topology: str | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Runs all parts in turns, then the plan.
+
+    A part that fails is an entry `error`, and is not tried again.
+
+    Args:
+      config: As loaded.
+      rounds: Times that each part runs.
+      run_part: Takes one of `PARTS` and the platform that it must run on, None while that is not
+        known, and returns what it measured, or `error`.
+      run_plan: Takes a topology, and returns the plan of the config for it, or `error`.
+      peaks: By the name of a chip, its peak in FLOPs a second.
+      peak_flops: The device's peak; None for that of its chip.
+      topology: The topology of the plan; None for one of the device's chip.
+      save: Takes the result after every part, so that a run cut short leaves what it has.
+
+    Returns:
+      For each part the median seconds of a step, pairs a second, `mfu` (the useful FLOPs by the
+      device's peak) and what it said of itself; how many times PyTorch's pairs a second ours are;
+      the plan, and what was measured over what it says. What cannot be known is None.
+
+    Raises:
+      UserError: if the config does not suit a made-up batch.
+    """
+    result = _about(config)
+    parts = result["parts"]
+    for turn in range(rounds):
+        for name in PARTS:
+            if "error" in parts.get(name, {}):
+                continue
+            _log.info("round %d of %d: %s", turn + 1, rounds, name)
+            found = run_part(name, parts.get(JAX, {}).get("platform"))
+            parts[name] = _joined(parts.get(name), found)
+            device = next((part["device"] for part in parts.values() if "device" in part), "")
+            result["chip"] = chip = chip_of(device, peaks)
+            result["peak_flops"] = peak_flops or peaks.get(chip)
+            _rate(result)
+            save(result)
+    topology = topology or (f"{result['chip']}:1" if result["chip"] else None)
+    if topology is None:
+        result["plan"] = {"error": f"no chip is known of this device; name one: {sorted(peaks)}"}
+    else:
+        _log.info("plan for %s", topology)
+        result["plan"] = run_plan(topology)
+        result["beside_plan"] = _beside_plan(parts[JAX], result["plan"])
+    save(result)
+    return result
+
+
+def chip_of(device: str, chips: Mapping[str, Any]) -> str | None:
+    """Returns the key of `chips` that is part of a device's name; None for cards of lower peaks."""
+    name = device.lower()
+    if any(card in name for card in _SLOWER_CARDS):
+        return None
+    return next((chip for chip in chips if chip in name), None)
+
+
+def json_of(
+    command: Sequence[str], environment: Mapping[str, str], seconds: float
+) -> dict[str, Any]:
+    """Returns the JSON object that a command prints last, or `error` with its last words.
+
+    Args:
+      command: The command.
+      environment: Variables that it has beside this process's.
+      seconds: How long it may take.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {seconds:g} s"}
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    words = [line for line in done.stderr.splitlines() if line.strip()][-3:]
+    return {"error": "\n".join(words)[-1000:], "exit_code": done.returncode}
+
+
+def _about(config):
+    sized, _ = with_random_towers(config)
+    encoder, tokens, batch = sized.encoder, sized.data.text_length, sized.global_batch_size
+    useful = PASSES * forward_flops(encoder, tokens)
+    return {
+        "benchmark": "step",
+        "batch": batch,
+        "micro_batches": sized.micro_batches,
+        "queue": sized.queue_size,
+        "image_tokens": 1 + (encoder.image.image_size // encoder.image.patch_size) ** 2,
+        "text_tokens": tokens,
+        "useful_flops_per_pair": useful,
+        "useful_flops_per_step": batch * useful,
+        "chip": None,
+        "peak_flops": None,
+        "parts": {},
+        "pairs_per_s_over": {},
+        "plan": None,
+        "beside_plan": None,
+    }
+
+
+def _joined(before, found):
+    """Returns a part's figures with those of a further round."""
+    if before is None or "error" in found:
+        return {**(before or {}), **found}
+    return {**before, "window_step_s": before["window_step_s"] + found["window_step_s"]}
+
+
+def _rate(result):
+    """Adds what follows from the times so far."""
+    parts, peak = result["parts"], result["peak_flops"]
+    for part in parts.values():
+        if "window_step_s" in part:
+            seconds = part["step_s"] = statistics.median(part["window_step_s"])
+            part["pairs_per_s"] = result["batch"] / seconds
+            part["useful_flops_per_s"] = result["useful_flops_per_step"] / seconds
+            part["mfu"] = part["useful_flops_per_s"] / peak if peak else None
+    ours = parts.get(JAX, {}).get("pairs_per_s")
+    result["pairs_per_s_over"] = {
+        name: ours / part["pairs_per_s"]
+        for name, part in parts.items()
+        if name != JAX and ours and "pairs_per_s" in part
+    }
+
+
+def _beside_plan(ours, plan):
+    """Returns what was measured over what the plan says."""
+    pairs = {
+        "step": (ours.get("step_s"), plan.get("roofline_step_seconds")),
+        "memory": (ours.get("peak_bytes"), plan.get("hbm_bytes_per_chip")),
+        "compiled_memory": (ours.get("compiled_bytes"), plan.get("hbm_bytes_per_chip")),
+        "mfu": (ours.get("mfu"), plan.get("roofline_mfu")),
+    }
+    return {
+        f"{name}_measured_over_planned": measured / planned if measured and planned else None
+        for name, (measured, planned) in pairs.items()
+    }
