@@ -1,14 +1,19 @@
-"""Measures speed: python -m fne_jax.benchmark strategy, encoders, input or retrieval."""
+"""Measures speed: python -m fne_jax.benchmark strategy, encoders, step, input or retrieval."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import pathlib
+import sys
 
-from fne_jax import command_line
-from fne_jax.benchmarks import cases, retrieval
+from fne_jax import command_line, configuration
+from fne_jax.benchmarks import cases, retrieval, step, step_comparison
 from fne_jax.benchmarks import input as input_benchmark
 from fne_jax.errors import UserError
+from fne_jax.files import write_atomically
+from fne_jax.planning.topology import CHIPS
 
 
 def main(arguments: list[str]) -> None:
@@ -27,9 +32,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="benchmark", required=True)
     _add_strategy(commands)
     _add_encoders(commands)
+    _add_step(commands)
     _add_input(commands)
     _add_retrieval(commands)
-    options = parser.parse_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
+    if "overrides" in options:
+        options.overrides = overrides
+    elif overrides:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     for name, value in vars(options).items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             option = name.replace("_", "-")
@@ -80,6 +90,95 @@ def _add_encoders(commands):
             o.size, o.batch, o.repeats, dtype=o.dtype, against_pytorch=o.against_pytorch
         )
     )
+
+
+def _add_step(commands):
+    parser = commands.add_parser(
+        "step",
+        help="a config's whole train step on one device, beside PyTorch's and its plan; config "
+        "fields as --config.x=y",
+    )
+    parser.add_argument("--config", required=True, help="config file, e.g. configs/flickr30k.py")
+    parser.add_argument("--batch", type=int, help="pairs in a batch (the config's by default)")
+    parser.add_argument("--steps", type=int, default=10, help="steps in a window")
+    parser.add_argument("--windows", type=int, default=5, help="timed windows in a round")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each part, in turns")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file, written after every part")
+    parser.add_argument("--peak-tflops", type=float, help="of the device (its chip's by default)")
+    parser.add_argument("--topology", help="of the plan (one of the device's chip by default)")
+    parser.add_argument("--seconds", type=int, default=900, help="most that a part may take")
+    parser.add_argument(
+        "--part", choices=step_comparison.PARTS, help="measure this part alone, in this process"
+    )
+    parser.add_argument(
+        "--platform", choices=("cpu", "gpu", "tpu"), help="what PyTorch's part must run on"
+    )
+    parser.add_argument(
+        "--pytorch-python",
+        default=sys.executable,
+        help="interpreter of PyTorch's parts, where its CUDA libraries are others than JAX's",
+    )
+    parser.set_defaults(measure=lambda o: [_step(o)], overrides=())
+
+
+def _step(options):
+    overrides = list(options.overrides)
+    if options.batch is not None:
+        overrides.append(f"--config.global_batch_size={options.batch}")
+    config = configuration.load_config(options.config, overrides)
+    if options.part:
+        return _part(options, config)
+    arguments = [f"--config={options.config}", *overrides]
+    if options.out:
+        _write(options.out, {})
+
+    def run_part(name, platform):
+        windows = [f"--steps={options.steps}", f"--windows={options.windows}", f"--part={name}"]
+        on = [f"--platform={platform}"] if platform else []
+        python = sys.executable if name == step_comparison.JAX else options.pytorch_python
+        command = [python, "-m", "fne_jax.benchmark", "step", *windows, *on, *arguments]
+        # JAX would leave a quarter of a GPU's memory alone.
+        environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+        return step_comparison.json_of(command, environment, options.seconds)
+
+    def run_plan(topology):
+        command = [sys.executable, "-m", "fne_jax.plan", f"--topology={topology}", "--json"]
+        environment = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        return step_comparison.json_of([*command, *arguments], environment, options.seconds)
+
+    save = functools.partial(_write, options.out) if options.out else lambda result: None
+    result = step_comparison.compare(
+        config,
+        options.rounds,
+        run_part=run_part,
+        run_plan=run_plan,
+        peaks={name: chip.flops for name, chip in CHIPS.items()},
+        peak_flops=options.peak_tflops and options.peak_tflops * 1e12,
+        topology=options.topology,
+        save=save,
+    )
+    return result
+
+
+def _part(options, config):
+    if options.part == step_comparison.JAX:
+        return step.jax_step(config, options.steps, options.windows)
+    try:
+        # PyTorch is not among what the package installs.
+        from fne_jax.benchmarks.step_pytorch import pytorch_step
+    except ImportError as error:
+        raise UserError(f"{error}: install the extra with `pip install -e .[convert]`") from error
+    precision = options.part.removeprefix("pytorch_")
+    return pytorch_step(
+        config, precision, options.steps, options.windows, platform=options.platform
+    )
+
+
+def _write(path, result):
+    try:
+        write_atomically(path, json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--out={path} cannot be written: {error}") from error
 
 
 def _add_input(commands):

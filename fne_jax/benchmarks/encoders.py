@@ -72,15 +72,15 @@ def encoders(
         "forward": batch * forward_flops(encoder, text_tokens),
         "train": batch * training_flops(encoder, text_tokens),
     }
-    image_tokens = _image_tokens(encoder)
+    tokens = image_tokens(encoder)
     chosen = functools.partial(resolve, encoder.attention, dtype=jnp.dtype(encoder.compute_dtype))
     return {
         "benchmark": "encoders",
         "batch": batch,
-        "image_tokens": image_tokens,
+        "image_tokens": tokens,
         "text_tokens": text_tokens,
         "dtype": encoder.compute_dtype,
-        "image_attention": chosen(queries=image_tokens),
+        "image_attention": chosen(queries=tokens),
         "text_attention": chosen(queries=text_tokens),
         "forward_pairs_per_s": batch / seconds["forward"],
         "train_pairs_per_s": batch / seconds["train"],
@@ -104,7 +104,7 @@ def attention(
       cannot run here, `error` says why in place of its figures. FLOPs are those of two products
       forward and twice as many backward, also where more are computed to save memory.
     """
-    tokens, heads = _image_tokens(encoder), encoder.image.heads
+    tokens, heads = image_tokens(encoder), encoder.image.heads
     dtype = jnp.dtype(encoder.compute_dtype)
     shape = (batch, tokens, heads, encoder.image.width // heads)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -159,7 +159,7 @@ def forward_flops(encoder: ml_collections.ConfigDict, text_tokens: int) -> int:
       text_tokens: The tokens of a caption.
     """
     layers = 0
-    for tower, tokens in ((encoder.image, _image_tokens(encoder)), (encoder.text, text_tokens)):
+    for tower, tokens in ((encoder.image, image_tokens(encoder)), (encoder.text, text_tokens)):
         projections = 8 * tokens * tower.width**2
         mlps = 4 * tokens * tower.width * tower.mlp_width
         layers += tower.layers * (projections + _attention_flops(tokens, tower.width) + mlps)
@@ -210,9 +210,9 @@ def _attention_flops(tokens, width):
 
 def _patch_flops(encoder):
     image = encoder.image
-    return 6 * (_image_tokens(encoder) - 1) * image.patch_size**2 * image.width
+    return 6 * (image_tokens(encoder) - 1) * image.patch_size**2 * image.width
 
 
-def _image_tokens(encoder):
+def image_tokens(encoder):
     """Returns the number of patches and the class token."""
     return 1 + (encoder.image.image_size // encoder.image.patch_size) ** 2

@@ -8,12 +8,14 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fne_jax.benchmarks.encoders import PEAK_SIDE, square_product
+from fne_jax.benchmarks.encoders import PEAK_SIDE, image_tokens, square_product
 from fne_jax.benchmarks.timing import machine, median_seconds, window_seconds
 from fne_jax.configuration import with_model_defaults
+from fne_jax.encoders.attention import resolve
 from fne_jax.encoders.towers import TOWERS
 from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, build_module
@@ -103,7 +105,7 @@ def jax_step(config: ml_collections.ConfigDict, steps: int, windows: int) -> dic
     config, ids = with_random_towers(config)
     use_compile_cache(config.compile_cache)
     mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    model = build_model(config, {}, None, mesh, module=build_module(config, {}, ids))
+    model = build_model(config, {}, None, mesh, module=build_module(config, {}, ids, mesh))
     timeline = Timeline.of(config, _STEPS_PER_EPOCH)
     schedule = learning_rate_schedule(config.optimizer, _STEPS_PER_EPOCH, timeline.total_steps)
     like = abstract_state(model, schedule)
@@ -128,7 +130,7 @@ def jax_step(config: ml_collections.ConfigDict, steps: int, windows: int) -> dic
     return {
         "platform": jax.default_backend(),
         "dtype": config.encoder.compute_dtype,
-        "attention": config.encoder.attention,
+        "attention": _attention(config, mesh),
         "remat": config.encoder.remat,
         "scan_layers": config.encoder.scan_layers,
         "window_step_s": seconds,
@@ -142,4 +144,16 @@ def jax_step(config: ml_collections.ConfigDict, steps: int, windows: int) -> dic
         "kernels": dict(collections.Counter(_KERNEL.findall(compiled.as_text()))),
         "square_product_flops_per_s": 2 * PEAK_SIDE**3 / peak_seconds,
         **machine(),
+    }
+
+
+def _attention(config, mesh):
+    """Returns how each tower computes attention."""
+    encoder = config.encoder
+    tokens = {"image": image_tokens(encoder), "text": config.data.text_length}
+    return {
+        tower: resolve(
+            encoder.attention, queries=count, dtype=jnp.dtype(encoder.compute_dtype), mesh=mesh
+        )
+        for tower, count in tokens.items()
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from fne_jax.benchmarks.encoders import forward_flops
+from fne_jax.benchmarks.encoders import forward_flops, image_tokens
 from fne_jax.benchmarks.step import with_random_towers
 
 JAX = "jax"
@@ -113,6 +113,8 @@ def json_of(
         )
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {seconds:g} s"}
+    except OSError as error:
+        return {"error": str(error)}
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     words = [line for line in done.stderr.splitlines() if line.strip()][-3:]
@@ -128,7 +130,7 @@ def _about(config):
         "batch": batch,
         "micro_batches": sized.micro_batches,
         "queue": sized.queue_size,
-        "image_tokens": 1 + (encoder.image.image_size // encoder.image.patch_size) ** 2,
+        "image_tokens": image_tokens(encoder),
         "text_tokens": tokens,
         "useful_flops_per_pair": useful,
         "useful_flops_per_step": batch * useful,

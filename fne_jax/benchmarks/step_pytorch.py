@@ -57,7 +57,7 @@ def pytorch_step(
         )
     device = torch.device("cuda" if available and platform != "cpu" else "cpu")
     config, ids = with_random_towers(config)
-    run = _Step(config, ids, precision, device)
+    run = Step(config, ids, precision, device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds = window_seconds(run, wait, steps, windows)
     on_gpu = device.type == "cuda"
@@ -77,7 +77,7 @@ def pytorch_step(
     }
 
 
-class _Step:
+class Step:
     """State, batch and queue; a call makes one step."""
 
     def __init__(self, config, ids, precision, device):
@@ -86,11 +86,11 @@ class _Step:
         dim = config.encoder.projection_dim
         for name in TOWERS if dim else ():
             modules[f"{name}_head"] = torch.nn.Linear(config.encoder[name].width, dim, bias=False)
-        self._online = torch.nn.ModuleDict(modules).to(device).train()
-        self._momentum = copy.deepcopy(self._online).requires_grad_(False).eval()
+        self.online = torch.nn.ModuleDict(modules).to(device).train()
+        self.momentum = copy.deepcopy(self.online).requires_grad_(False).eval()
         optimizer = config.optimizer
         self._optimizer = torch.optim.AdamW(
-            self._online.parameters(),
+            self.online.parameters(),
             lr=optimizer.learning_rate,
             betas=(optimizer.b1, optimizer.b2),
             eps=optimizer.eps,
@@ -106,7 +106,7 @@ class _Step:
             torch.tensor(values, device=device)[:, None, None]
             for values in (config.image_mean, config.image_std)
         )
-        self._queues = [
+        self.queues = [
             torch.nn.functional.normalize(
                 torch.randn(config.queue_size, dim or config.encoder[name].width, device=device)
             )
@@ -115,32 +115,29 @@ class _Step:
         self._next_slot = 0
         self.loss = torch.zeros(())
 
-    def __call__(self):
+    def __call__(self) -> None:
+        """Makes one step."""
         config = self._config
         pixels = (self._pixels.float() / 255 - self._mean) / self._std
         with torch.no_grad():
-            moved = list(self._momentum.parameters())
+            moved = list(self.momentum.parameters())
             torch._foreach_mul_(moved, config.momentum)
-            torch._foreach_add_(
-                moved, list(self._online.parameters()), alpha=1 - config.momentum
-            )
-            momentum = self._embed(self._momentum, pixels)
-        image, text = self._embed(self._online, pixels)
-        keys = [
-            torch.cat((new, queue)) for new, queue in zip(momentum, self._queues, strict=True)
-        ]
+            torch._foreach_add_(moved, list(self.online.parameters()), alpha=1 - config.momentum)
+            momentum = self._embed(self.momentum, pixels)
+        image, text = self._embed(self.online, pixels)
+        keys = [torch.cat((new, queue)) for new, queue in zip(momentum, self.queues, strict=True)]
         margin = config.fne.margin
-        self.loss = _hinge(image, keys[1], margin) + _hinge(text, keys[0], margin)
+        self.loss = hinge(image, keys[1], margin) + hinge(text, keys[0], margin)
         self._optimizer.zero_grad(set_to_none=True)
         self.loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._online.parameters(), config.optimizer.clip_norm)
+        torch.nn.utils.clip_grad_norm_(self.online.parameters(), config.optimizer.clip_norm)
         self._optimizer.step()
         slots = (self._next_slot + torch.arange(len(image), device=self._device)) % len(
-            self._queues[0]
+            self.queues[0]
         )
-        for queue, new in zip(self._queues, momentum, strict=True):
+        for queue, new in zip(self.queues, momentum, strict=True):
             queue[slots] = new
-        self._next_slot = (self._next_slot + len(image)) % len(self._queues[0])
+        self._next_slot = (self._next_slot + len(image)) % len(self.queues[0])
 
     def _embed(self, modules, pixels):
         half = self._precision == "bfloat16"
@@ -154,7 +151,7 @@ class _Step:
         return [torch.nn.functional.normalize(pooled[name].float()) for name in TOWERS]
 
 
-def _hinge(anchors, keys, margin):
+def hinge(anchors, keys, margin):
     """Returns the loss of the hardest key, of which the batch's own come first."""
     scores = anchors @ keys.T
     own = torch.arange(len(anchors), device=anchors.device)
