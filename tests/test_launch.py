@@ -434,3 +434,20 @@ def test_dockerfile():
     setup = (TOP / "setup.py").read_text()
     for extra in re.findall(r"'\.\[(\w+)\]'", text):
         assert f'"{extra}": ["jax[' in setup
+
+
+def test_gpu_bench_measures_what_its_arguments_say(tmp_path):
+    done = bash("gpu_bench.sh", "--dry-run", "out", "--rounds=1", cwd=tmp_path)
+    _, _, tests, *measured = commands_of(done)
+    assert tests[-2:] == ["-m", "gpu"]
+    names = [
+        argument.removeprefix(f"--out={tmp_path}/out/")
+        for command in measured
+        for argument in command
+        if argument.startswith("--out=")
+    ]
+    assert names == ["as_configured.json", "kept.json", "kept_256.json", "unfused.json"]
+    for command in measured:
+        assert command[-1] == "--rounds=1"
+        overrides = [a for a in command if a.startswith("--config.")]
+        configuration.load_config(str(TOP / "configs" / "flickr30k.py"), overrides)
