@@ -56,7 +56,9 @@ def with_padding(
     queries, tokens = query.shape[1], key.shape[1]
     padded_query, key, value = (_pad(x, multiple) for x in (query, key, value))
     mask = None if mask is None else _pad(mask, multiple)
-    return kernel(padded_query, key, value, mask, causal=causal, tokens=tokens)[:, :queries]
+    # The plan reads the lengths from this name, since a compiled kernel shows those with padding.
+    with jax.named_scope(f"attention_{queries}x{tokens}"):
+        return kernel(padded_query, key, value, mask, causal=causal, tokens=tokens)[:, :queries]
 
 
 def _pad(array, multiple):

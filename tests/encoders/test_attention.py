@@ -18,6 +18,7 @@ from fne_jax.encoders.siglip import SiglipText, SiglipVision
 from fne_jax.encoders.vision_transformer import VisionTransformer
 from fne_jax.errors import UserError
 from fne_jax.parallel.sharding import StepLayout
+from fne_jax.planning import hlo
 from tests.support.runs import mesh_of
 
 RUN_ON_CPU = ["xla", "head_loop"]
@@ -123,6 +124,18 @@ def test_padding_to_a_kernels_length_changes_nothing(kind):
 def test_one_query_is_padded():
     run = functools.partial(with_padding, plain_kernel, 8)
     assert_agrees(run, inputs(queries=1), atol=1e-5)
+
+
+def test_a_kernel_carries_the_lengths_without_padding():
+    def mixed(query, key, value):
+        return with_padding(plain_kernel, 8, query, key, value, None, causal=False).sum()
+
+    program = jax.jit(jax.grad(mixed)).lower(*inputs(queries=5)).compile()
+    found = hlo.parse(program.as_text())
+    names = {i.op_name for c in found.computations.values() for i in c.instructions.values()}
+    scopes = [name for name in names if f"attention_5x{TOKENS}" in name]
+    assert any("transpose" in name for name in scopes)
+    assert any("transpose" not in name for name in scopes)
 
 
 @pytest.fixture
