@@ -17,6 +17,7 @@ os.environ["TF_NUM_INTEROP_THREADS"] = os.environ["TF_NUM_INTRAOP_THREADS"] = "1
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import pathlib
+import signal
 
 import jax
 import pytest
@@ -28,6 +29,9 @@ from tests.support import TOP
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 compiled_once.install()
+
+# A shell lets what it starts in the background ignore Ctrl-C, and runs under test would as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
