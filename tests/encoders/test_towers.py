@@ -131,6 +131,7 @@ def trained(golden, tokenizer_folder, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_is_restored_without_its_sources(trained):
     evaluate.main([f"--workdir={trained}", "--split=val"])
     assert "rsum" in json.loads((trained / "eval_val.json").read_text())["metrics"]

@@ -178,6 +178,7 @@ def test_only_intended_collectives_are_compiled(split_step):
     assert total["all-to-all", "objective"] == (batch * batch * 4 + tables) / 8
 
 
+@pytest.mark.slow
 def test_micro_batches_move_what_a_whole_batch_does():
     programs = (lowered_split_step(LinearTowers(), micro_batches=n)[0].compile() for n in (1, 2))
     whole, parts = (moved(program.as_text())[0] for program in programs)

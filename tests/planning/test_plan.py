@@ -349,6 +349,7 @@ def program_state():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_object(capsys):
     sizes = {"layers": 1, "width": 16, "heads": 2, "mlp_width": 16}
     overrides = [

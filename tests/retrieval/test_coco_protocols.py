@@ -48,6 +48,7 @@ def measured(coco):
     return protocols.measure(coco, "all")
 
 
+@pytest.mark.slow
 def test_eccv_and_cxc_are_the_packages(coco, package, measured):
     coco = coco.part(np.arange(5000), np.arange(25000))
     i2t, _ = ranked_lists.top_lists(coco.image_emb, coco.text_emb, 50)

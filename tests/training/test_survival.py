@@ -114,6 +114,7 @@ def test_a_line_of_an_abandoned_validation_is_dropped(tmp_path):
     assert read_metrics(tmp_path) == [{"step": 3, "loss": 1.0}]
 
 
+@pytest.mark.slow
 def test_sigterm_then_kills_change_nothing(tmp_path):
     untouched, stopped = tmp_path / "untouched", tmp_path / "stopped"
     variables = soak_kill.cached(tmp_path / "xla")

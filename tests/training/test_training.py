@@ -1,6 +1,7 @@
 """Steps, resumes and devices on a tiny run: what must agree does, to the bit where it can."""
 
 import collections
+import functools
 import gzip
 import json
 import logging
@@ -78,7 +79,10 @@ def one_device():
     return run_steps(tiny_config(), mesh_of(1))
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2), (2, 4)])
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [slow(8, 1), slow(4, 2), (2, 4)])
 def test_every_mesh_does_what_one_device_does(one_device, monkeypatch, data, fsdp):
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
     state, scalars, negatives, _ = run_steps(tiny_config(), mesh_of(data, fsdp))
@@ -348,7 +352,7 @@ def test_counts_of_the_statistics_are_no_means(whole_run):
     assert last["negative_count"] == stats.negative.count
 
 
-@pytest.mark.parametrize("stop_after", [5, 9])
+@pytest.mark.parametrize("stop_after", [5, slow(9)])
 def test_interrupted_run_ends_as_one_never_stopped(
     whole_run, tmp_path, monkeypatch, caplog, stop_after
 ):
@@ -426,6 +430,7 @@ train_and_evaluate(tiny_config(num_epochs=0.2), pathlib.Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_trains_where_tensorflow_tfds_and_clu_are_not_installed(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TENSORFLOW, str(tmp_path)],
@@ -442,6 +447,7 @@ def test_config_survives_json(tmp_path):
     assert configuration.flatten(stored).keys() == configuration.flatten(config).keys()
 
 
+@pytest.mark.slow
 def test_a_profile_marks_its_five_steps(tmp_path):
     config = tiny_config(logging__profile_step=3)
     loop.train_and_evaluate(config, tmp_path, module=LinearTowers())
