@@ -21,12 +21,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fne_jax.errors import (
-    EXIT_ENVIRONMENT_FAILURE,
     EXIT_USER_ERROR,
     EnvironmentFailure,
     UserError,
 )
-from fne_jax.parallel import processes
+from fne_jax.parallel import common_end, processes
 
 DIRECTORY = "checkpoints"
 BEST_METRIC = "rsum"
@@ -174,8 +173,8 @@ def read(
     if worst == _DAMAGED:
         raise DamagedCheckpoint(f"{where} is damaged; the log of another process tells why")
     if worst:
-        kind = EnvironmentFailure if worst == EXIT_ENVIRONMENT_FAILURE else UserError
-        raise kind(f"{where} was not read; the log of another process tells why")
+        message = f"{where} was not read; the log of another process tells why"
+        raise common_end.FailedElsewhereError(message, worst)
     if position["layout"] < LAYOUT:
         _log.warning("%s has an older layout: its arrays are not verified", where)
         return fields, position
