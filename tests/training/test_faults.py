@@ -13,10 +13,11 @@ import sys
 
 import pytest
 
-from fne_jax.errors import EnvironmentFailure, UserError
+from fne_jax.errors import UserError
 from fne_jax.model import checkpoints
 from fne_jax.model.model import restore_model
 from fne_jax.parallel import processes
+from fne_jax.parallel.common_end import FailedElsewhereError
 from tests.support import TOP, faults
 from tests.support.runs import content_of
 from tests.support.tiny import LinearTowers
@@ -130,7 +131,11 @@ def test_a_folder_that_seems_to_be_missing_once_is_found(starts):
 
 @pytest.mark.parametrize(
     ("worst", "kind", "code"),
-    [(1, checkpoints.DamagedCheckpoint, 2), (2, UserError, 2), (74, EnvironmentFailure, 74)],
+    [
+        (1, checkpoints.DamagedCheckpoint, 2),
+        (2, FailedElsewhereError, 2),
+        (74, FailedElsewhereError, 74),
+    ],
 )
 def test_what_another_process_cannot_read_ends_this_one_alike(
     starts, monkeypatch, worst, kind, code
