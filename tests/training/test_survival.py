@@ -466,8 +466,9 @@ def test_memory_is_flat_over_two_thousand_steps(tmp_path):
     growths = [scipy.stats.theilslopes(epoch).slope / 10 for epoch in middle]
     print("bytes a step:", [round(growth) for growth in growths])
     assert np.median(growths) < 1024
-    # Epochs, with their validations and checkpoints: no trend over the second half of the run. The
-    # parameters kept are 60 KiB, a validation's embeddings 0.3 MiB, an executable some MiB.
+    # Epochs, with their validations and checkpoints: no trend beyond what the allocator's pools,
+    # which come and go by 5 to 20 MiB, leave possible. The parameters kept are 60 KiB, a
+    # validation's embeddings 0.3 MiB, an executable some MiB.
     levels = np.median(middle, axis=1) / 2**20
     print("MiB by epoch:", levels.round(1).tolist())
-    assert scipy.stats.theilslopes(levels[6:]).slope < 0.01 * levels[6]
+    assert scipy.stats.theilslopes(levels[2:], alpha=0.99).low_slope < 0.001 * levels[2]
