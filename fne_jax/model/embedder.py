@@ -142,8 +142,6 @@ class Embedder:
     def _embed(self, encode, params, batches: Iterable[dict[str, np.ndarray]], size):
         """Returns the rows of all batches of a size; each is given as this process's rows."""
         parts, running = [], collections.deque()
-        # Gathered once for all batches, where they are a training state's and lie in parts.
-        params = jax.device_put(params, sharding.replicated(self._mesh))
         for batch in batches:
             self._before_batch()
             padded = {

@@ -68,8 +68,13 @@ class Model:
     stats: SimilarityStatistics | None = None
 
     def with_params(self, params: Any) -> Model:
-        """Returns the model with other parameters, which embeds without compiling again."""
-        return dataclasses.replace(self, params=params)
+        """Returns the model with other parameters, which embeds without compiling again.
+
+        Each device gets a full copy of them, gathered once where they lie in parts.
+        """
+        return dataclasses.replace(
+            self, params=jax.device_put(params, sharding.replicated(self.mesh))
+        )
 
     def momentum(self) -> Model:
         """Returns the momentum encoders as a model of their own."""
@@ -358,7 +363,7 @@ def pretrained_model(config: ml_collections.ConfigDict) -> Model:
     tokenizer = caption_lib.load_tokenizer(config.data.tokenizer)
     model = build_model(config, architectures, tokenizer, mesh)
     params = towers.pretrained_params(config.encoder, {})
-    return model.with_params(jax.device_put(params, sharding.replicated(mesh)))
+    return model.with_params(params)
 
 
 def abstract_fields(model: Model) -> dict[str, Any]:
