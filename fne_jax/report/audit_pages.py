@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fne_jax.data.pairs import PairDataset
+from fne_jax.data.spreadsheet import safe_cell
 from fne_jax.errors import UserError
 from fne_jax.report import example_cards, html
 from fne_jax.report import suspects as suspects_lib
@@ -24,8 +25,6 @@ QUALITY_NAME = "detectors.json"
 _ROWS_A_PAGE = 50
 # Pairs of an image that are shown before one asks for more.
 _ROWS_SHOWN = 4
-# Beginnings of texts that spreadsheets take for formulas.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 Row = dict[str, Any]
 
@@ -203,13 +202,5 @@ def _csv_text(found):
     writer = csv.writer(stream)
     if found:
         writer.writerow(found[0])
-        writer.writerows([_csv_cell(value) for value in row.values()] for row in found)
+        writer.writerows([safe_cell(value) for value in row.values()] for row in found)
     return stream.getvalue()
-
-
-def _csv_cell(value):
-    """Returns a value as a spreadsheet may open it; the JSON lines hold it as it is."""
-    if not isinstance(value, str):
-        return value
-    value = value.replace("\0", "\N{SYMBOL FOR NULL}")
-    return f"'{value}" if value.startswith(_FORMULA) else value

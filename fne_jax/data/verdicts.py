@@ -1,0 +1,327 @@
+"""What people say of pairs of a caption and an image, as CSV and as JSON lines.
+
+A verdict is one reviewer's answer on one pair. Both formats have the fields of `Verdict`; in a CSV
+an empty cell stands for what there is not, and its texts are safe in a spreadsheet.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import io
+import json
+import math
+import pathlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from fne_jax.data.pairs import PairDataset
+from fne_jax.data.spreadsheet import cell_text, safe_cell
+from fne_jax.errors import UserError
+from fne_jax.files import write_atomically
+
+MATCH, NO_MATCH, UNSURE = WORDS = ("match", "no_match", "unsure")
+_SUFFIXES = (".csv", ".jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A reviewer's answer on a pair.
+
+    Attributes:
+      split: `train`, `val` or `test`.
+      image_id: `PairDataset.image_id` of the image.
+      caption_id: `PairDataset.caption_id` of the caption.
+      source_image_id: How the source itself knows the image; for people, never looked up.
+      caption: The text of the caption, by which a file of another dataset is told.
+      verdict: One of `WORDS`.
+      reviewer: Who says so.
+      time: When, in ISO 8601 with its offset from UTC; "" if that is not known.
+      model: The run and the step of the model that proposed the pair, or "".
+      score: The probability of a match by the detector that proposed it, or None.
+      sample: The name of the random sample that drew the pair, or "".
+      weight: The inverse of the probability with which that sample drew it; None if none did.
+    """
+
+    split: str
+    image_id: int
+    caption_id: int
+    source_image_id: str
+    caption: str
+    verdict: str
+    reviewer: str = ""
+    time: str = ""
+    model: str = ""
+    score: float | None = None
+    sample: str = ""
+    weight: float | None = None
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Verdict))
+_REQUIRED = ("split", "image_id", "caption_id", "caption", "verdict")
+
+
+def write_verdicts(path: pathlib.Path, verdicts: Iterable[Verdict]) -> None:
+    """Writes verdicts, whole or not at all.
+
+    Args:
+      path: The file, `.csv` or `.jsonl`; what was there is replaced.
+      verdicts: The verdicts, which are written in their order.
+
+    Raises:
+      UserError: if the file is of another kind, or cannot be written.
+    """
+    rows = [dataclasses.asdict(verdict) for verdict in verdicts]
+    if _suffix(path) == ".jsonl":
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+    else:
+        stream = io.StringIO()
+        writer = csv.writer(stream)
+        writer.writerow(FIELDS)
+        writer.writerows([safe_cell(value) for value in row.values()] for row in rows)
+        # Without a byte order mark Excel reads UTF-8 as the system's own encoding.
+        content = "\N{BYTE ORDER MARK}" + stream.getvalue()
+    try:
+        write_atomically(path, content.encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
+
+
+def read_verdicts(
+    path: pathlib.Path, dataset: PairDataset | None = None, split: str | None = None
+) -> list[Verdict]:
+    """Returns the verdicts of a file, of each reviewer the last one on each pair.
+
+    The last is that of the latest time, and of equal times that which stands last in the file.
+
+    Args:
+      path: A `.csv` or `.jsonl`, as `write_verdicts` writes it. Columns beyond a verdict's are
+        passed over, and all but the split, the ids, the caption and the verdict may be missing.
+      dataset: The split that the verdicts are of, against which ids and captions are checked; None
+        to check nothing.
+      split: The name of the split whose verdicts are wanted, the others being left out; None for
+        all of them.
+
+    Raises:
+      UserError: naming the file and the line, if it cannot be read, or is not of the dataset.
+    """
+    rows = None if dataset is None else _Rows(dataset)
+    last: dict[tuple[str, int, int, str], tuple[float, Verdict]] = {}
+    for line, cells in _read(path):
+        try:
+            verdict, moment = _verdict(cells)
+            if split is not None and verdict.split != split:
+                continue
+            if rows is not None:
+                rows.check(verdict)
+        except ValueError as error:
+            raise UserError(f"{path}, line {line}: {error}") from error
+        key = (verdict.split, verdict.image_id, verdict.caption_id, verdict.reviewer)
+        if key not in last or moment >= last[key][0]:
+            last.pop(key, None)  # so that the order is that of what counts
+            last[key] = moment, verdict
+    return [verdict for _, verdict in last.values()]
+
+
+def agreed(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Returns one verdict on each pair that more reviewers call a match than not, or the reverse.
+
+    Those who are unsure do not vote, and pairs with as many votes for as against are left out.
+
+    Args:
+      verdicts: What `read_verdicts` returned.
+
+    Returns:
+      Of each such pair the first verdict of the majority.
+    """
+    of_pair: dict[tuple[str, int, int], list[Verdict]] = {}
+    for verdict in verdicts:
+        if verdict.verdict != UNSURE:
+            pair = (verdict.split, verdict.image_id, verdict.caption_id)
+            of_pair.setdefault(pair, []).append(verdict)
+    found = []
+    for votes in of_pair.values():
+        count = Counter(vote.verdict for vote in votes)
+        if count[MATCH] != count[NO_MATCH]:
+            word = MATCH if count[MATCH] > count[NO_MATCH] else NO_MATCH
+            found.append(next(vote for vote in votes if vote.verdict == word))
+    return found
+
+
+def rows_of(verdicts: Sequence[Verdict], dataset: PairDataset) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the [n] int64 rows of the verdicts' captions and those of their images.
+
+    Args:
+      verdicts: [n] verdicts on pairs of the dataset.
+      dataset: The split.
+
+    Raises:
+      UserError: if a verdict is of another dataset.
+    """
+    rows = _Rows(dataset)
+    try:
+        for verdict in verdicts:
+            rows.check(verdict)
+    except ValueError as error:
+        raise UserError(f"verdict: {error}") from error
+    caption = [rows.caption[verdict.caption_id] for verdict in verdicts]
+    image = [rows.image[verdict.image_id] for verdict in verdicts]
+    return np.array(caption, np.int64), np.array(image, np.int64)
+
+
+class _Rows:
+    """The rows of a dataset's captions and images by their ids."""
+
+    def __init__(self, dataset):
+        self.captions = dataset.captions
+        self.caption = {int(one): row for row, one in enumerate(dataset.caption_id)}
+        self.image = {int(one): row for row, one in enumerate(dataset.image_id)}
+
+    def check(self, verdict: Verdict) -> None:
+        """Raises ValueError if a verdict is not on a pair of the dataset."""
+        for name, rows in (("caption_id", self.caption), ("image_id", self.image)):
+            value = getattr(verdict, name)
+            if value not in rows:
+                raise ValueError(
+                    f"{name} {value} is none of the {len(rows):,} of the split; the file is of "
+                    "another dataset or split"
+                )
+        text = self.captions[self.caption[verdict.caption_id]]
+        # A CSV has no NUL.
+        if verdict.caption not in (text, cell_text(safe_cell(text))):
+            raise ValueError(
+                f"caption {verdict.caption_id} is {verdict.caption!r}, that of the split is "
+                f"{text!r}; the file is of another dataset or split"
+            )
+
+
+def _suffix(path):
+    if path.suffix not in _SUFFIXES:
+        raise UserError(f"{path}: expected a file of verdicts, {' or '.join(_SUFFIXES)}")
+    return path.suffix
+
+
+def _read(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the number of each line that has a verdict, from 1, and its values by name."""
+    read = _read_jsonl if _suffix(path) == ".jsonl" else _read_csv
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8; save it as CSV UTF-8") from error
+    return read(path, text)
+
+
+def _read_jsonl(path, text):
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: expected an object, got {line[:40]!r}")
+        yield number, row
+
+
+def _read_csv(path, text):
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    try:
+        for cells in reader:
+            if header is None:
+                header = cells
+                missing = [name for name in _REQUIRED if header.count(name) != 1]
+                if missing:
+                    raise UserError(
+                        f"{path}, line 1: expected one column each of {', '.join(missing)}, "
+                        f"separated by commas; got {','.join(header)[:80]!r}"
+                    )
+            elif any(cells):
+                if len(cells) != len(header):
+                    raise UserError(
+                        f"{path}, line {reader.line_num}: {len(cells)} cells; expected "
+                        f"{len(header)}, as in the first line"
+                    )
+                yield reader.line_num, dict(zip(header, map(cell_text, cells), strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+    if header is None:
+        raise UserError(f"{path}: is empty; expected at least a line of {','.join(FIELDS)}")
+
+
+def _verdict(cells) -> tuple[Verdict, float]:
+    """Returns the verdict of a line and when it was given, in seconds; ValueError if damaged."""
+    missing = [name for name in _REQUIRED if name not in cells]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: not there")
+    values = {
+        name: _PARSERS.get(name, _text)(name, cells[name]) for name in FIELDS if name in cells
+    }
+    if values["verdict"] not in WORDS:
+        raise ValueError(f"verdict is {values['verdict']!r}; expected one of {', '.join(WORDS)}")
+    verdict = Verdict(**{"source_image_id": "", **values})
+    return verdict, _moment(verdict.time)
+
+
+def _moment(time):
+    if not time:
+        return -math.inf
+    try:
+        moment = datetime.datetime.fromisoformat(time)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise ValueError(
+            f"time is {time!r}; expected ISO 8601 with its offset, such as 2026-05-04T12:30:00Z"
+        )
+    return moment.timestamp()
+
+
+def _text(name, value):
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r}; expected a text")
+    return value
+
+
+def _integer(name, value):
+    try:
+        if type(value) not in (int, str):
+            raise ValueError
+        return int(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is {value!r}; expected an integer") from error
+
+
+def _number(least: float, most: float) -> Callable[[str, Any], float | None]:
+    """Returns what reads a number from `least` to `most`, or nothing."""
+
+    def read(name: str, value: Any) -> float | None:
+        if value in ("", None):
+            return None
+        try:
+            if type(value) not in (int, float, str):
+                raise ValueError
+            number = float(value)
+        except ValueError as error:
+            raise ValueError(f"{name} is {value!r}; expected a number or nothing") from error
+        if not least <= number <= most:
+            raise ValueError(f"{name} is {value!r}; expected {least:g} to {most:g}")
+        return number
+
+    return read
+
+
+_PARSERS = {
+    "image_id": _integer,
+    "caption_id": _integer,
+    "score": _number(0, 1),
+    "weight": _number(1, 1e18),
+}

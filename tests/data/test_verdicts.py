@@ -1,0 +1,175 @@
+"""Verdicts come back as they were written, and a damaged file is told by its line."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from fne_jax.data import verdicts as verdicts_lib
+from fne_jax.data.pairs import PairDataset
+from fne_jax.data.spreadsheet import cell_text, safe_cell
+from fne_jax.data.verdicts import (
+    FIELDS,
+    Verdict,
+    agreed,
+    read_verdicts,
+    rows_of,
+    write_verdicts,
+)
+from fne_jax.errors import UserError
+
+CAPTIONS = ["=1+1", 'a "dog",\r\nrunning', "-5 Grad, Schnee \N{SNOWFLAKE}", "'=x", "nul \0 here"]
+DATASET = PairDataset(
+    captions=CAPTIONS,
+    caption_image=np.array([0, 0, 1, 2, 2], np.int32),
+    image_id=np.array([30, 10, 20], np.int32),
+    images=np.zeros((3, 1, 1, 3), np.uint8),
+    caption_id=np.array([7, 5, 9_000_000_000, 4, 6]),
+    source_image_id=["a", "+b", "c"],
+)
+
+
+def verdict(caption, image, word="match", **changes):
+    settings = {
+        "split": "train",
+        "image_id": int(DATASET.image_id[image]),
+        "caption_id": int(DATASET.caption_id[caption]),
+        "source_image_id": DATASET.source_image_id[image],
+        "caption": CAPTIONS[caption],
+        "verdict": word,
+        "reviewer": "ann",
+        "time": "2026-11-22T00:30:00Z",
+    }
+    return Verdict(**(settings | changes))
+
+
+SOME = [
+    verdict(0, 1, model="run 780", score=0.25, sample="first", weight=1234.5),
+    verdict(1, 2, "no_match", reviewer="@bob", time="2026-11-22T01:30:00+01:00"),
+    verdict(2, 0, "unsure", time=""),
+    verdict(3, 0, "no_match", split="val"),
+]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_verdicts_come_back_as_they_were(tmp_path, kind):
+    path = tmp_path / f"verdicts.{kind}"
+    write_verdicts(path, SOME)
+    assert read_verdicts(path, DATASET) == SOME
+    assert read_verdicts(path, DATASET, split="val") == SOME[3:]
+    # A spreadsheet cannot hold NUL; the file is still that of the dataset.
+    write_verdicts(path, [verdict(4, 1)])
+    assert len(read_verdicts(path, DATASET)) == 1
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+def test_no_cell_of_the_csv_is_a_formula(tmp_path):
+    path = tmp_path / "verdicts.csv"
+    write_verdicts(path, SOME)
+    assert path.read_bytes().startswith("\N{BYTE ORDER MARK}".encode())
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        rows = list(csv.reader(stream))
+    assert tuple(rows[0]) == FIELDS
+    assert not [cell for row in rows for cell in row if cell.startswith(("=", "+", "-", "@"))]
+    for text in ("=1", "'=1", "''-2", "'tis", "", "'", "a=1", "\uff0dx"):
+        assert cell_text(safe_cell(text)) == text
+
+
+def test_the_last_verdict_of_a_reviewer_counts(tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    first = verdict(0, 1, "match", time="2026-11-22T00:30:00Z")
+    later = verdict(0, 1, "no_match", time="2026-11-22T03:00:00+02:00")  # 01:00 UTC
+    earlier = verdict(0, 1, "match", time="2026-11-22T02:00:00+02:00")  # 00:00 UTC
+    other = verdict(0, 1, "match", reviewer="bob")
+    write_verdicts(path, [first, later, other, earlier])
+    assert read_verdicts(path) == [later, other]
+    # Of equal times that which stands last.
+    changed = dataclasses.replace(later, verdict="unsure")
+    write_verdicts(path, [later, changed])
+    assert read_verdicts(path) == [changed]
+
+
+def test_the_majority_of_those_who_are_sure():
+    names = "abcde"
+    votes = [verdict(0, 1, word, reviewer=name) for word, name in zip(
+        ("unsure", "no_match", "match", "match", "unsure"), names, strict=True)]  # fmt: skip
+    split_vote = [verdict(1, 1, word, reviewer=word) for word in ("match", "no_match")]
+    unsure = [verdict(2, 2, "unsure")]
+    refuted = [verdict(3, 1, "no_match")]
+    assert agreed(votes + split_vote + unsure + refuted) == [votes[2], *refuted]
+
+
+def test_rows_of_verdicts():
+    caption, image = rows_of(SOME, DATASET)
+    assert caption.tolist() == [0, 1, 2, 3] and image.tolist() == [1, 2, 0, 0]
+    with pytest.raises(UserError, match="image_id 99 is none of the 3"):
+        rows_of([verdict(0, 1, image_id=99)], DATASET)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"caption": "another"}, "caption 5 is 'another', that of the split is 'a \"dog\""),
+        ({"image_id": 31}, "image_id 31 is none of the 3 of the split"),
+        ({"caption_id": 1}, "caption_id 1 is none of the 5 of the split"),
+        ({"verdict": "yes"}, "verdict is 'yes'; expected one of match, no_match, unsure"),
+        ({"image_id": "1O"}, "image_id is '1O'; expected an integer"),
+        ({"time": "22.11.2026"}, "time is '22.11.2026'; expected ISO 8601"),
+        ({"time": "2026-11-22T00:30:00"}, "expected ISO 8601 with its offset"),
+        ({"score": 1.5}, "score is '?1.5'?; expected 0 to 1"),
+        ({"weight": 0.0}, "weight is '?0.0'?; expected 1 to"),
+        ({"weight": "nan"}, "weight is 'nan'; expected 1 to"),
+    ],
+)
+def test_a_damaged_row_is_told_by_its_line(tmp_path, kind, changes, message):
+    path = tmp_path / f"verdicts.{kind}"
+    write_verdicts(path, [verdict(0, 1), dataclasses.replace(verdict(1, 2), **changes)])
+    # The caption of the second row of a CSV has two lines, unless it was changed.
+    line = 4 if kind == "csv" and "caption" not in changes else 2 + (kind == "csv")
+    with pytest.raises(UserError, match=message) as caught:
+        read_verdicts(path, DATASET)
+    assert str(caught.value).startswith(f"{path}, line {line}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "expected a file of verdicts, .csv or .jsonl"),
+        ("a.csv", b"", "is empty"),
+        ("a.csv", b"split;image_id\n", "line 1: expected one column each of split, image_id"),
+        ("a.csv", b"split,image_id,caption_id,caption,verdict\ntrain,1\n", "line 2: 2 cells"),
+        ("a.csv", b'split,image_id,caption_id,caption,verdict\n"train,1', "line 2: not CSV"),
+        ("a.csv", b"split,\nb\xff", "line 2: not UTF-8"),
+        ("a.jsonl", b"\n{", "line 2: not JSON"),
+        ("a.jsonl", b"[1]", "line 1: expected an object"),
+        ("a.jsonl", b"{}", "line 1: split, image_id, caption_id, caption, verdict: not there"),
+        ("a.jsonl", None, "cannot be read"),
+    ],
+)
+def test_a_damaged_file_is_told(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_verdicts(path)
+    assert str(path) in str(caught.value)
+
+
+def test_columns_beyond_a_verdicts_are_passed_over(tmp_path):
+    row = {"note": "?", "verdict": "match", "caption": "x", "caption_id": 1, "image_id": 2}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row | {"split": "val"}))
+    text = "note,verdict,caption,caption_id,image_id,split\n?,match,x,1,2,val\n,,,,,\n"
+    (tmp_path / "a.csv").write_text(text)
+    expected = [Verdict("val", 2, 1, "", "x", "match")]
+    assert read_verdicts(tmp_path / "a.jsonl") == read_verdicts(tmp_path / "a.csv") == expected
+
+
+def test_what_cannot_be_written_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"expected a file of verdicts, .csv or .jsonl"):
+        write_verdicts(tmp_path / "a.xlsx", SOME)
+    with pytest.raises(UserError, match="cannot be written"):
+        write_verdicts(tmp_path / "none" / "a.csv", SOME)
+    assert verdicts_lib.WORDS == ("match", "no_match", "unsure")
