@@ -47,6 +47,11 @@ def get_config() -> ConfigDict:
     data.resize_to = 0
     # Most images and captions that may be left out because they cannot be used.
     data.max_skipped = 0
+    # File of pairs of the training split that match though nobody labelled them: a detector's list
+    # (.npz of `audit --matches`) or people's verdicts (.csv or .jsonl of `review --export`). After
+    # the warm-up they are neither negatives nor in the statistics of negatives, and further
+    # positives of multi_positive and sigmoid. "" for none.
+    data.matches = ""
     # Training augmentation: none (as in evaluation), crop_flip (random resized crop and mirroring),
     # or randaugment (both, and RandAugment(2, 7), as in the paper).
     data.augmentation = "crop_flip"
@@ -174,6 +179,8 @@ def get_config() -> ConfigDict:
     # Leave out other captions of the same image from the warm-up loss and the statistics. The
     # authors leave out the diagonal only.
     fne.mask_same_image = True
+    # The same of the weights of suspected candidates; 0 for tau, as the paper.
+    fne.elimination_tau = 0.0
     # How suspected candidates are weighed: soft (by their posterior, the paper's), hard (never
     # sampled), or none (as ordinary ones).
     fne.elimination = "soft"

@@ -31,7 +31,9 @@ RENAMED_FIELDS = {
 # read with it.
 ADDED_FIELDS = {
     "data.shapes.facts": VARIED,
+    "fne.elimination_tau": 0.0,
     "objective.learn_temperature": False,
+    "data.matches": "",
     "objective.oracle": registry.NO_ORACLE,
     "optimizer.objective_factor": 1.0,
 }
@@ -172,6 +174,7 @@ FIELDS = {
     "data.cache_dir": Text(optional=False),
     "data.resize_to": _whole(0, 2**16),
     "data.max_skipped": _whole(0),
+    "data.matches": Text(),
     "data.augmentation": Choice(("none", *AUGMENTATIONS)),
     "data.tokenizer": Text(optional=False),
     # Fewer would not spell most words.
@@ -213,6 +216,7 @@ FIELDS = {
     "fne.start_epoch": _EPOCHS,
     "fne.margin": Number(0, 10),
     "fne.tau": Number(0, 10**6),
+    "fne.elimination_tau": Number(0, 10**6),
     "fne.prior": Number(1e-12, 0.9999),
     "fne.posterior_threshold": Number(0, 1),
     "fne.min_count": _whole(0, 2**31 - 1),
@@ -292,7 +296,7 @@ def _check_together(config):
             f"config.global_batch_size is {config.global_batch_size}, which "
             f"config.micro_batches={config.micro_batches} does not divide"
         )
-    registry.check_oracle(config.objective)
+    registry.check_oracle(config)
     registry.check_learned(config.objective)
     poolings = (config.encoder.text.pooling, config.encoder.text.training_pooling)
     if config.micro_batches > 1 and LONGEST_POOLING in poolings:

@@ -46,7 +46,9 @@ def _parse(arguments):
     parser.add_argument(
         "--objectives",
         default="fne,hardest",
-        help=f"some of {', '.join((*registry.MAIN, *registry.FNE_VARIANTS))}, with commas between",
+        help=f"some of {', '.join((*registry.MAIN, *registry.FNE_VARIANTS))}, with commas between; "
+        "with a colon and `truth`, or what finds them at the end of the warm-up, as in "
+        "multi_positive:similarity, an objective that knows of matches beyond the labels",
     )
     parser.add_argument(
         "--vary",

@@ -19,7 +19,7 @@ from fne_jax.encoders.attention import resolve
 from fne_jax.encoders.towers import TOWERS
 from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, build_module
-from fne_jax.objectives.registry import NO_ORACLE
+from fne_jax.objectives.registry import NO_ORACLE, uses_matches
 from fne_jax.parallel import sharding
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.training.compiled_steps import jitted_steps
@@ -48,10 +48,10 @@ def with_random_towers(
         step takes more than a batch.
     """
     config = config.copy_and_resolve_references()
-    if config.objective.oracle != NO_ORACLE:
+    if uses_matches(config):
         raise UserError(
-            f"config.objective.oracle is {config.objective.oracle!r}: a made-up batch has no "
-            f"truth; make it {NO_ORACLE}"
+            f"config.objective.oracle is {config.objective.oracle!r} and config.data.matches "
+            f"{config.data.matches!r}: a made-up batch has no matches; make them {NO_ORACLE} and ''"
         )
     ids = _BERT_IDS if config.encoder.text.pretrained else config.data.vocab_size
     for tower in TOWERS:

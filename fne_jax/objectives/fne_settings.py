@@ -104,7 +104,9 @@ class FNESettings:
         return cls(
             margin=fne.margin,
             tau=fne.tau if fne.cut_down else 0.0,
-            elimination_tau=_NEVER_SAMPLED_TAU if fne.elimination == "hard" else fne.tau,
+            elimination_tau=(
+                _NEVER_SAMPLED_TAU if fne.elimination == "hard" else fne.elimination_tau or fne.tau
+            ),
             prior=fne.prior,
             posterior_threshold=1.0 if fne.elimination == "none" else fne.posterior_threshold,
             min_count=fne.min_count,

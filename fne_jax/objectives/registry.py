@@ -226,28 +226,36 @@ def _clip(config):
 
 
 def _multi_positive(config):
-    with_oracle = config.objective.oracle == POSITIVES
     return functools.partial(
         multi_positive_objective,
         temperature=config.objective.temperature,
-        positives_of=known_positives if with_oracle else labelled_positives,
+        positives_of=known_positives if _matches_are_positives(config) else labelled_positives,
     )
 
 
 def _sigmoid(config):
-    with_oracle = config.objective.oracle == POSITIVES
     return functools.partial(
         sigmoid_objective,
         temperature=config.objective.temperature,
         bias=config.objective.bias,
-        positives_of=known_positives if with_oracle else own_positives,
+        positives_of=known_positives if _matches_are_positives(config) else own_positives,
     )
+
+
+def uses_matches(config: ml_collections.ConfigDict) -> bool:
+    """Returns whether a run's steps take a table of known matches."""
+    return config.objective.oracle != NO_ORACLE or bool(config.data.matches)
+
+
+def _matches_are_positives(config):
+    return config.objective.oracle == POSITIVES or bool(config.data.matches)
 
 
 _FNE_FIELDS = (
     "objective.queue",
     "fne.margin",
     "fne.tau",
+    "fne.elimination_tau",
     "fne.prior",
     "fne.posterior_threshold",
     "fne.min_count",
@@ -256,6 +264,7 @@ _FNE_FIELDS = (
     "fne.monotone",
     "fne.key_chunk",
 )
+_MATCHES_FIELDS = ("objective.oracle", "data.matches")
 _MINED_FIELDS = ("objective.queue", "fne.margin", "fne.prior")
 
 OBJECTIVES: dict[str, Entry] = {
@@ -297,7 +306,7 @@ OBJECTIVES: dict[str, Entry] = {
             name="sigmoid",
             description="all of the batch, each judged by itself",
             source="SigLIP",
-            main=Role(_sigmoid, ("objective.temperature", "objective.bias", "objective.oracle")),
+            main=Role(_sigmoid, ("objective.temperature", "objective.bias", *_MATCHES_FIELDS)),
             takes_positives=True,
         ),
         Entry(
@@ -311,7 +320,7 @@ OBJECTIVES: dict[str, Entry] = {
             name="multi_positive",
             description="as `clip`, each of several positives beside the negatives alone",
             source="SupCon",
-            main=Role(_multi_positive, ("objective.temperature", "objective.oracle")),
+            main=Role(_multi_positive, ("objective.temperature", *_MATCHES_FIELDS)),
             takes_positives=True,
         ),
     )
@@ -339,7 +348,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_name("objective.oracle", config.objective.oracle, ORACLES)
     _check_name("warmup.objective", config.warmup.objective, WARMUP)
     check_elimination(config.fne)
-    check_oracle(config.objective)
+    check_oracle(config)
     check_learned(config.objective)
 
 
@@ -353,8 +362,14 @@ def check_learned(objective: ml_collections.ConfigDict) -> None:
         )
 
 
-def check_oracle(objective: ml_collections.ConfigDict) -> None:
-    """Raises UserError if `config.objective` gives positives to a loss that takes one an anchor."""
+def check_oracle(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError if the oracle gives positives to a loss of one, or there is a list too."""
+    objective = config.objective
+    if objective.oracle != NO_ORACLE and config.data.matches:
+        raise UserError(
+            f"config.data.matches is {config.data.matches!r}, and config.objective.oracle="
+            f"{objective.oracle} takes the matches of the truth; leave one of them out"
+        )
     if objective.oracle == POSITIVES and not OBJECTIVES[objective.name].takes_positives:
         able = [entry.name for entry in OBJECTIVES.values() if entry.takes_positives]
         raise UserError(
@@ -386,7 +401,7 @@ def warmup_objective(config: ml_collections.ConfigDict) -> Objective:
 
 def fields_after_warmup(config: ml_collections.ConfigDict) -> set[str]:
     """Returns the dotted names of the fields on which the warm-up of a config does not depend."""
-    after = {f"objective.{field}" for field in config.objective}
+    after = {f"objective.{field}" for field in config.objective} | {"data.matches"}
     after |= {field for role in MAIN.values() for field in role.fields}
     # Says what a checkpoint holds, of the warm-up too.
     after.discard("objective.learn_temperature")

@@ -13,7 +13,7 @@ import ml_collections
 from fne_jax import config_rules, configuration
 from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, build_module
-from fne_jax.objectives.registry import NO_ORACLE
+from fne_jax.objectives.registry import NO_ORACLE, uses_matches
 from fne_jax.parallel import sharding
 from fne_jax.planning.published import read_architectures
 from fne_jax.planning.topology import GPU, Topology
@@ -78,11 +78,12 @@ def compile_step(
     Raises:
       UserError: if the config does not suit the machine.
     """
-    if config.objective.oracle != NO_ORACLE:
+    if uses_matches(config):
         raise UserError(
-            f"config.objective.oracle is {config.objective.oracle!r}: a plan knows of no matches; "
-            f"make it {NO_ORACLE}, and add a bit for each image and caption of the training split "
-            "to a device's memory"
+            f"config.objective.oracle is {config.objective.oracle!r} and config.data.matches "
+            f"{config.data.matches!r}: a plan knows of no matches; make them {NO_ORACLE} and '', "
+            "and add to a device's memory a bit for each image and caption of the training split "
+            "(oracle) or 4 bytes for each match (matches)"
         )
     config_rules.check_batches(config, len(topology.devices))
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, topology.devices)

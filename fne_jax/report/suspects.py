@@ -70,6 +70,8 @@ class JudgedSplit:
             min_count=self.config.fne.min_count,
             caption_bank=self.caption_bank,
             external=self.external,
+            image_emb=self.embedded.image_emb,
+            text_emb=self.embedded.text_emb,
         )
 
 

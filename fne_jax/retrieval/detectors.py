@@ -39,6 +39,9 @@ class Evidence:
         the model that gave the similarities; None where there are none.
       external: [captions, dim] L2-normalised embeddings of the captions by another sentence
         encoder, or None.
+      image_emb: [images, dim] L2-normalised embeddings by the model that gave the similarities, or
+        None.
+      text_emb: [captions, dim] the same of the captions, or None.
     """
 
     captions: Sequence[str]
@@ -49,6 +52,8 @@ class Evidence:
     min_count: int
     caption_bank: np.ndarray | None = None
     external: np.ndarray | None = None
+    image_emb: np.ndarray | None = None
+    text_emb: np.ndarray | None = None
 
     @property
     def calibratable(self) -> bool:
@@ -187,6 +192,35 @@ def enough_statistics(stats: SimilarityStatistics, min_count: int) -> bool:
     return bool(count > min_count and min(count, stats.negative.count) >= 2)
 
 
+def _by_labelled_pairs(evidence: Evidence) -> Callable[[PairsToJudge], Judgement]:
+    rng = np.random.default_rng(0)
+    captions = rng.permutation(len(evidence.captions))[:_CALIBRATION_PAIRS]
+    of_others = rng.integers(len(evidence.captions), size=_CALIBRATION_PAIRS)
+    images = rng.integers(evidence.images, size=_CALIBRATION_PAIRS)
+    unlabelled = evidence.caption_image[of_others] != images
+
+    def cosines(caption: np.ndarray, image: np.ndarray) -> np.ndarray:
+        return np.einsum("pd,pd->p", evidence.text_emb[caption], evidence.image_emb[image])
+
+    posterior = MonotonePosterior.fit(
+        cosines(captions, evidence.caption_image[captions]),
+        cosines(of_others[unlabelled], images[unlabelled]),
+        evidence.prior,
+    )
+
+    def judge(pairs: PairsToJudge) -> Judgement:
+        similarity = np.asarray(pairs.similarity, np.float32)
+        return Judgement(posterior(similarity), similarity)
+
+    return judge
+
+
+def _no_embeddings(evidence: Evidence) -> str:
+    if evidence.image_emb is None or evidence.text_emb is None:
+        return "there are no embeddings of images and captions"
+    return "" if evidence.images > 1 else "there is one image: nothing could calibrate it"
+
+
 def _few_statistics(evidence: Evidence) -> str:
     if enough_statistics(evidence.stats, evidence.min_count):
         return ""
@@ -274,6 +308,14 @@ DETECTORS: Mapping[str, Detector] = {
         "similarity statistics of enough pairs",
         _few_statistics,
         _gaussians,
+    ),
+    "similarity": Detector(
+        "the similarity of caption and image: calibrated by labelled pairs, which the model may "
+        "know by heart, and random ones",
+        "cosine of caption and image",
+        "embeddings of images and captions",
+        _no_embeddings,
+        _by_labelled_pairs,
     ),
     "captions": Detector(
         "how near the caption comes to the nearest of the image's own, by the momentum text "

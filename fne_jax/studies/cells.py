@@ -13,7 +13,12 @@ import ml_collections
 from fne_jax import configuration
 from fne_jax.errors import UserError
 from fne_jax.objectives import registry
+from fne_jax.studies import match_lists
 
+# The matches that the training split's truth tells, in place of a list.
+TRUTH = "truth"
+# Stands between an objective and where its known matches come from, as in `clip:truth`.
+_FROM = ":"
 # What each objective, or variant of FNE, changes in the config.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     name: (f"objective.name={name}",) for name in registry.MAIN
@@ -28,7 +33,8 @@ class Cell:
     """One line of the table.
 
     Attributes:
-      objective: A key of `OBJECTIVES`.
+      objective: A key of `OBJECTIVES`, alone or with a colon and where its known matches come from:
+        `truth`, or one of `match_lists.SOURCES`.
       variant: What else is changed, as `--vary` had it; "" for nothing.
     """
 
@@ -61,6 +67,8 @@ class Run:
       workdir: Its folder.
       warmup: The folder of the warm-up that it shares with other runs; None for a run without one.
       warmup_config: The config that the warm-up is trained with.
+      matches: The one of `match_lists.SOURCES` that `config.data.matches` is to be made by from the
+        warm-up; "" for none.
     """
 
     cell: Cell
@@ -69,6 +77,7 @@ class Run:
     workdir: pathlib.Path
     warmup: pathlib.Path | None
     warmup_config: ml_collections.ConfigDict
+    matches: str = ""
 
 
 def study_runs(
@@ -87,7 +96,7 @@ def study_runs(
     Args:
       config_path: The config file.
       overrides: Changes that hold for all runs, as `--config.x=y`.
-      objectives: Keys of `OBJECTIVES`.
+      objectives: As `Cell.objective`.
       variants: Each `field=value`, or several of these with commas between.
       seeds: The number of runs of each cell.
       workdir: The folder of the study.
@@ -97,10 +106,7 @@ def study_runs(
         sets a field that is to be changed.
     """
     for name in objectives:
-        if name not in OBJECTIVES:
-            raise UserError(
-                f"--objectives: there is no {name!r}; expected some of {', '.join(OBJECTIVES)}"
-            )
+        _check_name(name)
     cells = [Cell(name, variant) for variant in ("", *variants) for name in objectives]
     if len({cell.name for cell in cells}) < len(cells):
         raise UserError("--objectives, --vary: one of them is given twice")
@@ -111,27 +117,52 @@ def study_runs(
             changes = _assignments(cell.variant)
             common = [*overrides, *(f"--config.{change}" for change in changes)]
             common.append(f"--config.seed={seed}")
-            chosen = [f"--config.{change}" for change in OBJECTIVES[cell.objective]]
-            config = _completed(configuration.load_config(config_path, [*common, *chosen]))
+            chosen = [f"--config.{change}" for change in _changes(cell.objective)]
+            config = configuration.load_config(config_path, [*common, *chosen])
             after = registry.fields_after_warmup(config)
             before = [o for o in common if _field(o) not in after]
             warmup_config = _completed(configuration.load_config(config_path, before))
-            runs.append(
-                Run(
-                    cell,
-                    seed,
-                    config,
-                    workdir / _folder(cell.name) / f"seed{seed}",
-                    _warmup_folder(workdir, warmup_config),
-                    warmup_config,
-                )
-            )
+            warmup = _warmup_folder(workdir, warmup_config)
+            _, _, source = cell.objective.partition(_FROM)
+            matches = "" if source == TRUTH else source
+            if matches:
+                if warmup is None:
+                    raise UserError(
+                        f"--objectives: {cell.objective} takes matches that a warm-up finds; "
+                        "make config.fne.start_epoch more than 0"
+                    )
+                config.data.matches = str(match_lists.path(warmup, matches))
+            folder = workdir / _folder(cell.name) / f"seed{seed}"
+            runs.append(Run(cell, seed, _completed(config), folder, warmup, warmup_config, matches))
     return runs
+
+
+def _check_name(name):
+    objective, colon, source = name.partition(_FROM)
+    if objective not in OBJECTIVES:
+        raise UserError(
+            f"--objectives: there is no {objective!r}; expected some of {', '.join(OBJECTIVES)}"
+        )
+    if colon and source != TRUTH and not match_lists.is_source(source):
+        raise UserError(
+            f"--objectives={name}: there is no {source!r}; expected one of "
+            f"{', '.join((TRUTH, *match_lists.SOURCES))}"
+        )
+
+
+def _changes(objective):
+    """Returns what an objective, and the truth if it is to use that, changes in the config."""
+    name, _, source = objective.partition(_FROM)
+    if source != TRUTH:
+        return OBJECTIVES[name]
+    entry = registry.OBJECTIVES.get(name)
+    use = registry.POSITIVES if entry and entry.takes_positives else registry.DROP
+    return *OBJECTIVES[name], f"objective.oracle={use}"
 
 
 def _check_nothing_is_dropped(overrides, objectives, variants):
     """Raises UserError if a change would not reach a run that is named after it."""
-    sets = {name: {_field(change) for change in OBJECTIVES[name]} for name in objectives}
+    sets = {name: {_field(change) for change in _changes(name)} for name in objectives}
     for variant in variants:
         for change in _assignments(variant):
             setters = [name for name in objectives if _field(change) in sets[name]]

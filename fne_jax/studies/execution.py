@@ -17,7 +17,7 @@ from fne_jax.files import whole_folder, write_atomically
 from fne_jax.model.model import restore_model
 from fne_jax.retrieval import generality
 from fne_jax.retrieval.metrics import complete_metrics, retrieval_metrics
-from fne_jax.studies import detector
+from fne_jax.studies import detector, match_lists
 from fne_jax.studies.cells import Cell, Run
 from fne_jax.training.loop import train_and_evaluate
 from fne_jax.training.metric_log import read_metrics
@@ -53,6 +53,8 @@ def train_and_measure(run: Run) -> None:
     Raises:
       UserError: if the run cannot be trained, or its folder cannot be made.
     """
+    if run.matches:
+        match_lists.ensure(run.warmup, run.matches)
     if run.warmup is not None and not run.workdir.exists():
         _copy_warmup(run)
     with _logging_to(run.workdir / LOG_NAME):

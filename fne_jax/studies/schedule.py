@@ -18,7 +18,7 @@ from fne_jax.logs import set_up_logging
 from fne_jax.studies import execution
 from fne_jax.studies.cells import Run
 from fne_jax.training.interruption import stop_signals
-from fne_jax.training.oracle import check_known
+from fne_jax.training.matches import check_known
 
 # The seconds that a piece of work took, and what went wrong, or None.
 Outcome = tuple[float, str | None]

@@ -30,7 +30,7 @@ def jitted_steps(
 ) -> dict[Phase, Callable]:
     """Returns the train step of each phase, compiled on its first use; it donates the state.
 
-    With an oracle, the steps take the table of known matches as a third argument.
+    With an oracle or a file of matches, the steps take the table of these as a third argument.
 
     Args:
       config: The resolved config.
@@ -65,7 +65,7 @@ def jitted_steps(
         Phase.WARMUP_FILLING: functools.partial(_warmup_step, objective=warmup, write_queue=True),
         Phase.FNE: functools.partial(train_step, objective=main, write_queue=True),
     }
-    known = () if config.objective.oracle == registry.NO_ORACLE else (replicated,)
+    known = (replicated,) if registry.uses_matches(config) else ()
     return {
         phase: jax.jit(
             functools.partial(step, **common),
@@ -78,7 +78,7 @@ def jitted_steps(
 
 
 def _warmup_step(state, batch, known=None, **settings):
-    """`train_step` of the warm-up, which runs of other oracles share: it does not look at them."""
+    """`train_step` of the warm-up, which runs of other matches share: it does not look at them."""
     del known
     return train_step(state, batch, **settings)
 
@@ -99,7 +99,7 @@ def compile_phases(
       state: The state before the next step.
       batch: This process's rows of any batch; None if no step is to come.
       mesh: The devices.
-      known: What `oracle.known_matches` returned: what else the steps take.
+      known: What else the steps take: the tables of `matches.known_matches`.
     """
     if batch is None:
         return {}

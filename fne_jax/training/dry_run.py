@@ -15,8 +15,8 @@ from fne_jax.parallel import sharding
 from fne_jax.training import workdir as run_folder
 from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.loop import batch_order, batches_of
+from fne_jax.training.matches import known_matches
 from fne_jax.training.optimizer import learning_rate_schedule
-from fne_jax.training.oracle import known_matches
 from fne_jax.training.timeline import Phase, Timeline
 from fne_jax.training.train_state import abstract_state, find_source_run
 
@@ -39,8 +39,9 @@ def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
     config_rules.check_batches(config, mesh.size)
     train = load_split(config.data, config.encoder.image.image_size, "train")
+    known = known_matches(config, train, mesh)
     if begun:
-        run_folder.check_data(workdir, {"train": train.identity})
+        run_folder.check_data(workdir, {"train": train.identity} | known.data)
     order = batch_order(config, train)
     timeline = Timeline.of(config, order.steps_per_epoch)
     tokenizer = run_tokenizer(config, own, train.captions)
@@ -53,8 +54,8 @@ def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
     tokens = model.tokenize(train.captions, config.data.text_length)
     batch = next(batches_of(config, train, tokens, order, range(1), mesh))
     step = jitted_steps(config, timeline, mesh, schedule, state)[Phase.FNE]
-    known = known_matches(config, train, mesh)
-    compiled = step.lower(state, sharding.to_devices(batch, mesh), *known).compile()
+    rows = sharding.to_devices(batch, mesh)
+    compiled = step.lower(state, rows, *known.tables).compile()
     first = int(batch["pair_id"][0])
     lines = [
         *_parameter_lines(state.params),

@@ -28,9 +28,9 @@ from fne_jax.training.checkpointing import Checkpoints
 from fne_jax.training.compiled_steps import compile_phases, jitted_steps
 from fne_jax.training.data_clock import DataClock
 from fne_jax.training.interruption import StopRequest
+from fne_jax.training.matches import known_matches
 from fne_jax.training.metric_log import MetricLog
 from fne_jax.training.optimizer import learning_rate_schedule
-from fne_jax.training.oracle import known_matches
 from fne_jax.training.step_results import StepResults
 from fne_jax.training.supervisor import Supervisor
 from fne_jax.training.timeline import Timeline
@@ -78,10 +78,11 @@ def _train(config, workdir, warmup_only, module):
     with processes.first_process_first("data"):
         train = load_split(config.data, config.encoder.image.image_size, "train")
         val = load_evaluation_split(config, "val")
-    data = {"train": train.identity, "val": val.identity}
+    with processes.failing_together("config.data.matches"):
+        known = known_matches(config, train, mesh)
+    data = {"train": train.identity, "val": val.identity} | known.data
     if begun:
         run_folder.check_data(workdir, data)
-    known = known_matches(config, train, mesh)
     order = batch_order(config, train)
     timeline = Timeline.of(config, order.steps_per_epoch)
     last_step = timeline.warmup_end if warmup_only else timeline.total_steps
@@ -148,7 +149,7 @@ def _train(config, workdir, warmup_only, module):
         steps = range(first_step, last_step)
         first_batch, batches = peeked(batches_of(config, train, tokens, order, steps, mesh))
         phases = {timeline.phase(step) for step in steps}
-        compiled = compile_phases(jitted, phases, state, first_batch, mesh, known)
+        compiled = compile_phases(jitted, phases, state, first_batch, mesh, known.tables)
         clock = DataClock(batches)
         with stop, training_progress(config, steps) as progress:
             for step, batch in enumerate(clock, start=first_step):
@@ -160,7 +161,7 @@ def _train(config, workdir, warmup_only, module):
                     # Nothing but the batch is copied to the devices, which would stall every step.
                     rows = sharding.to_devices(batch, mesh)
                     with jax.transfer_guard_host_to_device("disallow"):
-                        state, scalars, negatives = compiled[phase](state, rows, *known)
+                        state, scalars, negatives = compiled[phase](state, rows, *known.tables)
                 supervisor.after_step(state, scalars, negatives, step + 1, clock, progress)
             supervisor.finish()
         _log.info("the run is complete: %d steps", last_step)

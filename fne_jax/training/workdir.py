@@ -43,7 +43,8 @@ class RunFiles:
       config: The resolved config.
       architectures: What `encoders.towers.read_architectures` returned.
       tokenizer: The tokenizer of the captions.
-      data: The identity of each split by name; empty where it is not known.
+      data: The identity of each split by name, and as `matches` that of `config.data.matches`;
+        empty where it is not known.
     """
 
     config: ml_collections.ConfigDict
@@ -116,8 +117,9 @@ def check_data(workdir: pathlib.Path, data: Mapping[str, DatasetIdentity]) -> No
         for split, now in data.items():
             before = stored.get(split, now)
             if before != now:
+                named = "list of matches" if split == "matches" else f"{split!r} split"
                 raise UserError(
-                    f"{workdir} holds a run on other data: its {split!r} split had "
+                    f"{workdir} holds a run on other data: its {named} had "
                     f"{_in_words(before)}; that of config.data has {_in_words(now)}. Give the "
                     "run's own data to resume it, or another --workdir to start anew "
                     f"(--config.init_from={workdir} starts from its weights)."
@@ -219,7 +221,8 @@ def _write(workdir, files, begun):
     for tower in files.architectures:
         remove_leftovers(workdir / towers.DIRECTORY / f"{tower}.json")
     if begun:
-        if not (workdir / DATA_FILE).exists():  # a run of an earlier version
+        # Runs of an earlier version have none; warm-ups do not know the matches of what follows.
+        if not (workdir / DATA_FILE).exists() or "matches" in files.data:
             write_atomically(workdir / DATA_FILE, data)
         return
     towers.store_architectures(files.architectures, workdir)

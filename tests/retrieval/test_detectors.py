@@ -144,19 +144,51 @@ def test_detectors_by_captions_find_planted_matches(name):
     np.testing.assert_array_equal(owner[judged.evidence], image)
 
 
+def test_similarity_is_calibrated_by_labelled_pairs():
+    # Captions of 20 topics; images of one topic look alike, and a prior of 1 / 20 is right.
+    rng = np.random.default_rng(0)
+    topic = rng.integers(20, size=3000)
+    owner = np.arange(3000)
+    centre = unit_rows(rng, 20, 8)
+
+    def near_the_topic():
+        emb = centre[topic] + 0.25 * rng.normal(size=(3000, 8)).astype(np.float32)
+        return emb / np.linalg.norm(emb, axis=1, keepdims=True)
+
+    images, texts = near_the_topic(), near_the_topic()
+    of_split = Evidence(
+        ["a"] * 3000, owner, 3000, 0.05, statistics(), 0, image_emb=images, text_emb=texts
+    )
+    caption, image = rng.integers(3000, size=(2, 200_000))
+    caption, image = caption[caption != image], image[caption != image]
+    similarity = (texts[caption] * images[image]).sum(axis=1)
+    judge = detectors.fitted("similarity", of_split)
+    judged = judge(PairsToJudge(caption, image, similarity))
+    truth = topic[caption] == topic[image]
+    np.testing.assert_array_equal(judged.score, similarity)
+    for low, high in ((0.0, 0.05), (0.3, 0.6), (0.6, 0.9)):
+        some = (judged.probability >= low) & (judged.probability < high)
+        assert some.sum() > 300
+        assert truth[some].mean() == pytest.approx(judged.probability[some].mean(), abs=0.08)
+
+
 def test_what_can_judge_and_what_is_preferred():
     everything = evidence(external=unit_rows(np.random.default_rng(1), 9, 3))
+    rng = np.random.default_rng(2)
+    embedded = {"image_emb": unit_rows(rng, 4, 6), "text_emb": unit_rows(rng, 9, 6)}
+    everything = dataclasses.replace(everything, **embedded)
     assert detectors.available(everything) == list(DETECTORS)
     assert detectors.best_available(everything) == "external"
     assert detectors.best_available(evidence()) == "words"
     single = dataclasses.replace(everything, captions=CAPTIONS[:4], caption_image=np.arange(4))
-    assert detectors.available(single) == ["gaussians", "identical"]
+    assert detectors.available(single) == ["gaussians", "similarity", "identical"]
     assert detectors.best_available(single) == "gaussians"
     one_image = dataclasses.replace(everything, caption_image=np.zeros(9, int), images=1)
     assert detectors.best_available(one_image) == "gaussians"
     for name, of_split, message in (
         ("external", evidence(), "give --caption-embeddings"),
         ("captions", evidence(caption_bank=None), "no text embeddings"),
+        ("similarity", evidence(), "no embeddings of images and captions"),
         ("words", single, "no image has a second caption"),
         ("gaussians", evidence(stats=statistics(count=200)), "more than config.fne.min_count, 200"),
     ):

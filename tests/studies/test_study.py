@@ -2,6 +2,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import threading
@@ -19,7 +20,7 @@ from fne_jax.model import model as model_lib
 from fne_jax.model.model import restore_model
 from fne_jax.objectives import registry
 from fne_jax.retrieval import generality
-from fne_jax.studies import cells, detector, execution, schedule, summary
+from fne_jax.studies import cells, detector, execution, match_lists, schedule, summary
 from fne_jax.studies.cells import Cell
 from fne_jax.training.loop import train_and_evaluate
 from tests.support.runs import stored_state
@@ -97,19 +98,49 @@ def test_a_run_from_a_shared_warm_up_equals_one_trained_alone(config_path, finis
 
 
 @pytest.mark.slow
-def test_runs_with_and_without_an_oracle_share_a_warm_up(config_path, tmp_path):
+def test_runs_that_know_of_matches_share_a_warm_up(config_path, monkeypatch, tmp_path):
+    monkeypatch.setattr(match_lists, "LEAST_PROBABILITY", 0.0)
+    monkeypatch.setattr(match_lists, "PER_CAPTION", 3)
     workdir = tmp_path / "study"
-    arguments = ["--objectives=fne", "--vary=objective.oracle=drop", "--seeds=1"]
+    arguments = ["--objectives=fne,fne:truth,fne:similarity", "--seeds=1"]
     study.main([f"--config={config_path}", f"--workdir={workdir}", *arguments])
-    assert len(list((workdir / "warmups").iterdir())) == 1
-    plain, oracle = (
+    (warmup,) = (workdir / "warmups").iterdir()
+    plain, truth, similarity = (
         json.loads((workdir / name / "seed0" / "study.json").read_text())
-        for name in ("fne", "fne_objective.oracle=drop")
+        for name in ("fne", "fne_truth", "fne_similarity")
     )
     for kind in ("sampled", "hardest"):
         assert plain[f"{kind}_false_negative_rate"] > 0
-        assert oracle[f"{kind}_false_negative_rate"] == 0
-    assert "| fne objective.oracle=drop less fne |" in (workdir / "study.md").read_text()
+        assert truth[f"{kind}_false_negative_rate"] == 0
+    with np.load(match_lists.path(warmup, "similarity")) as found:
+        assert 150 * 3 <= len(found["caption_id"]) + 150 <= 150 * 7
+        assert 0 < json.loads(str(found["about"]))["precision"] < 1
+    rates = [result["sampled_false_negative_rate"] for result in (plain, similarity)]
+    assert rates[0] != rates[1]
+    assert "| fne:truth less fne |" in (workdir / "study.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name, overrides, message",
+    [
+        (
+            "clip:oracle",
+            (),
+            "clip:oracle: there is no 'oracle'; expected one of truth",
+        ),
+        ("clap:truth", (), "--objectives: there is no 'clap'; expected some of fne"),
+        ("clip:words", ("--config.fne.start_epoch=0",), "clip:words takes matches that a warm-up"),
+    ],
+)
+def test_matches_that_no_run_can_have_are_refused(config_path, name, overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        runs_of(config_path, (name,), overrides=overrides)
+
+
+def test_the_truth_is_for_positives_where_an_anchor_may_have_several(config_path):
+    runs = runs_of(config_path, ("clip:truth", "multi_positive:truth", "fne_no_queue:truth"))
+    assert [run.config.objective.oracle for run in runs] == ["drop", "positives", "drop"]
+    assert [run.config.objective.queue for run in runs] == [True, True, False]
 
 
 def test_a_truth_that_nobody_knows_is_told_before_anything_is_trained(config_path, tmp_path):

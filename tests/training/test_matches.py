@@ -1,4 +1,4 @@
-"""Runs that use the truth of the training split: what they draw, on which devices, and resumed."""
+"""Runs that know of matches beyond the labels: what they draw, on which devices, and resumed."""
 
 import dataclasses
 
@@ -6,9 +6,12 @@ import jax
 import numpy as np
 import pytest
 
+from fne_jax.data import match_files
 from fne_jax.data.batches import training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.loading import load_split
+from fne_jax.data.match_files import KnownPairs
+from fne_jax.data.verdicts import Verdict, write_verdicts
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints
 from fne_jax.parallel import sharding
@@ -18,8 +21,8 @@ from fne_jax.planning.summary import SCOPES
 from fne_jax.planning.topology import Topology
 from fne_jax.training import dry_run, loop
 from fne_jax.training.compiled_steps import jitted_steps
+from fne_jax.training.matches import known_matches, read_matches
 from fne_jax.training.optimizer import learning_rate_schedule
-from fne_jax.training.oracle import known_matches
 from fne_jax.training.step_results import true_false_negative_rates
 from fne_jax.training.timeline import Phase, Timeline
 from fne_jax.training.train_step import OBJECTIVE
@@ -68,7 +71,7 @@ def run_steps(config, mesh, steps=12):
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
     state = new_state(config, LinearTowers(), mesh, schedule)
     jitted = jitted_steps(config, plan, mesh, schedule, state)
-    known = known_matches(config, train, mesh)
+    known = known_matches(config, train, mesh).tables
     batches = training_batches(
         train,
         (tokens % 30, np.ones_like(tokens)),
@@ -112,6 +115,83 @@ def test_the_warm_up_does_not_look_at_the_truth(plain, dropping):
     assert plain[0][7][1]["loss"] != dropping[0][7][1]["loss"]
 
 
+def listed(path, train, chosen):
+    """Writes a list of those of the unlabelled matches that a mask chooses; returns all of them."""
+    image, caption = np.nonzero(train.truth.matrix())
+    other = train.caption_image[caption] != image
+    pairs = KnownPairs(caption[other], image[other])
+    kept = chosen(np.arange(other.sum()))
+    some = KnownPairs(pairs.caption[kept], pairs.image[kept])
+    match_files.write_match_list(path, train, some, np.ones(kept.sum()), {})
+    return pairs
+
+
+def test_a_list_of_all_matches_does_what_the_truth_does(dropping, tmp_path):
+    config = config_of(data__matches=str(tmp_path / "all.npz"))
+    listed(tmp_path / "all.npz", split_with_truth(config), lambda number: number >= 0)
+    for ours, theirs in zip(run_steps(config, mesh_of(1))[0], dropping[0], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours[:3], theirs[:3])
+
+
+def test_listed_matches_are_positives_where_an_anchor_may_have_several(tmp_path):
+    paths = {"data__matches": str(tmp_path / "all.npz")}
+    fields = {"objective__name": "sigmoid"}
+    listed(tmp_path / "all.npz", split_with_truth(config_of()), lambda number: number >= 0)
+    ours = run_steps(config_of(**fields, **paths), mesh_of(1), 9)[0]
+    theirs = run_steps(config_of(**fields, objective__oracle="positives"), mesh_of(1), 9)[0]
+    without = run_steps(config_of(**fields), mesh_of(1), 9)[0]
+    assert ours[8][1]["loss"] == theirs[8][1]["loss"] != without[8][1]["loss"]
+
+
+def test_verdicts_are_a_list_of_those_that_most_call_a_match(tmp_path):
+    train = split_with_truth(config_of())
+    answers = [(0, 9, "a", "match"), (0, 9, "b", "match"), (0, 9, "c", "no_match")]
+    answers += [(3, 5, "a", "unsure"), (4, 7, "a", "no_match"), (61, 2, "a", "match")]
+    given = [
+        Verdict(
+            split="train",
+            image_id=int(train.image_id[image]),
+            caption_id=int(train.caption_id[caption]),
+            source_image_id=train.source_image_id[image],
+            caption=train.captions[caption],
+            verdict=word,
+            reviewer=reviewer,
+        )
+        for caption, image, reviewer, word in answers
+    ]
+    for name in ("verdicts.csv", "verdicts.jsonl"):
+        write_verdicts(tmp_path / name, given)
+        pairs = read_matches(str(tmp_path / name), train)
+        assert list(zip(pairs.caption, pairs.image, strict=True)) == [(0, 9), (61, 2)]
+
+
+def test_a_run_goes_on_with_its_own_list_alone(monkeypatch, tmp_path):
+    path, workdir = tmp_path / "list.npz", tmp_path / "run"
+    config = config_of(data__matches=str(path))
+    train = split_with_truth(config)
+    monkeypatch.setattr(loop, "load_split", lambda *arguments: train)
+    listed(path, train, lambda number: number % 2 == 0)
+    loop.train_and_evaluate(config, workdir, module=LinearTowers(), warmup_only=True)
+    listed(path, train, lambda number: number % 3 == 0)
+    with pytest.raises(UserError, match=r"run on other data: its list of matches had .*checksum"):
+        loop.train_and_evaluate(config, workdir, module=LinearTowers())
+    listed(path, train, lambda number: number % 2 == 0)
+    loop.train_and_evaluate(config, workdir, module=LinearTowers())
+
+
+def test_a_list_and_the_truth_are_rivals(tmp_path):
+    with pytest.raises(UserError, match=r"config.data.matches is .*a.npz.*oracle=drop takes"):
+        config_of(objective__oracle="drop", data__matches=str(tmp_path / "a.npz"))
+
+
+def test_a_list_that_is_not_there_is_told_before_anything_is_written(tmp_path):
+    config = tiny_config(data__matches=str(tmp_path / "a.npz"))
+    for start in (loop.train_and_evaluate, dry_run.describe):
+        with pytest.raises(UserError, match=r"a.npz: there is no such file"):
+            start(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_nothing_recompiles(dropping):
     assert dropping[1] == {Phase.WARMUP: 0, Phase.WARMUP_FILLING: 1, Phase.FNE: 1}
 
@@ -142,7 +222,8 @@ def test_devices_look_up_their_own_anchors_only():
         "pair_id": np.arange(16, dtype=np.int32),
     }
     step = jitted_steps(config, Timeline.of(config, 7), mesh, schedule, state)[Phase.FNE]
-    rows, known = sharding.to_devices(batch, mesh), known_matches(config, train, mesh)
+    rows = sharding.to_devices(batch, mesh)
+    known = known_matches(config, train, mesh).tables
     text = step.lower(state, rows, *known).compile().as_text()
     found = account(text, SCOPES).collectives
     largest = max(one.bytes for one in found if one.scope == OBJECTIVE)
@@ -173,5 +254,5 @@ def test_a_truth_that_nobody_knows_is_told_before_anything_is_written(tmp_path):
 
 def test_a_plan_knows_of_no_matches():
     topology = Topology("cpu", jax.devices()[:1], chip=None)
-    with pytest.raises(UserError, match=r"config.objective.oracle is 'drop': a plan knows"):
+    with pytest.raises(UserError, match=r"config.objective.oracle is 'drop' .*: a plan knows"):
         compile_step(tiny_config(objective__oracle="drop"), topology, 10)

@@ -1,0 +1,138 @@
+"""Files of pairs that match though nobody labelled them: `config.data.matches`.
+
+A list that a detector made is an `.npz`; verdicts are a table, `.csv` or `.jsonl`. Either names
+images and captions by their ids, so that it holds however the dataset is prepared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fne_jax.data.pairs import PairDataset
+from fne_jax.errors import UserError
+from fne_jax.files import write_atomically
+
+SUFFIX = ".npz"
+# What describes the list, a JSON text, and the checksum of the captions that it is about.
+_ABOUT, _CAPTIONS = "about", "captions_checksum"
+_ARRAYS = {"caption_id": np.int64, "image_id": np.int64, "probability": np.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownPairs:
+    """Pairs of a split that match, beside the labelled ones.
+
+    Attributes:
+      caption: [pairs] int64 index of each pair's caption.
+      image: [pairs] int64 index of each pair's image.
+    """
+
+    caption: np.ndarray
+    image: np.ndarray
+
+    @property
+    def checksum(self) -> str:
+        """16 hexadecimal digits over the pairs, in whatever order they came."""
+        pairs = np.unique(np.stack([self.caption, self.image], axis=1).astype(np.int64), axis=0)
+        return hashlib.sha256(pairs.tobytes()).hexdigest()[:16]
+
+
+def write_match_list(
+    path: pathlib.Path,
+    dataset: PairDataset,
+    pairs: KnownPairs,
+    probability: np.ndarray,
+    about: Mapping[str, Any],
+) -> None:
+    """Writes a list of pairs that a detector takes for matches.
+
+    Args:
+      path: The file, which ends in `.npz`.
+      dataset: The split that the pairs are of.
+      pairs: The pairs.
+      probability: [pairs] of each being a match.
+      about: What made the list, for people: detector, run and the like.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
+    content = io.BytesIO()
+    np.savez(
+        content,
+        caption_id=dataset.caption_id[pairs.caption].astype(np.int64),
+        image_id=dataset.image_id[pairs.image].astype(np.int64),
+        probability=np.asarray(probability, np.float16),
+        captions_checksum=_captions_checksum(dataset),
+        about=json.dumps(dict(about)),
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.getvalue())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
+
+
+def read_match_list(path: pathlib.Path, dataset: PairDataset) -> KnownPairs:
+    """Returns the pairs of a list that `write_match_list` wrote.
+
+    Args:
+      path: The file.
+      dataset: The split that the pairs are to be of.
+
+    Raises:
+      UserError: if the file is not such a list, or is about other captions or images.
+    """
+    try:
+        # np.load would leave a damaged file open.
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in (*_ARRAYS, _CAPTIONS)}
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: there is no such file; `audit --matches` writes lists of matches"
+        ) from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path}: expected a list of matches, as `audit --matches` writes it: {error}"
+        ) from error
+    length = len(arrays["caption_id"]) if arrays["caption_id"].ndim else -1
+    for name, dtype in _ARRAYS.items():
+        if arrays[name].dtype != dtype or arrays[name].shape != (length,):
+            raise UserError(
+                f"{path}: expected {name} as {np.dtype(dtype)} of shape [{max(length, 0)}], got "
+                f"{arrays[name].dtype} of shape {list(arrays[name].shape)}; write the list anew"
+            )
+    if str(arrays[_CAPTIONS]) != _captions_checksum(dataset):
+        raise UserError(
+            f"{path} is about other captions than those of the split; make it from a run on the "
+            "same data"
+        )
+    return KnownPairs(
+        _rows(path, "caption_id", arrays["caption_id"], dataset.caption_id),
+        _rows(path, "image_id", arrays["image_id"], dataset.image_id),
+    )
+
+
+def _captions_checksum(dataset):
+    digest = hashlib.sha256(json.dumps(dataset.captions).encode())
+    digest.update(np.ascontiguousarray(dataset.caption_id, np.int64))
+    return digest.hexdigest()[:16]
+
+
+def _rows(path, name, ids, known):
+    """Returns the rows of ids; raises UserError, naming one, if the split does not have them."""
+    order = np.argsort(known, kind="stable")
+    place = np.searchsorted(known, ids, sorter=order)
+    rows = order[np.minimum(place, len(known) - 1)]
+    unknown = np.asarray(known)[rows] != ids
+    if unknown.any():
+        raise UserError(f"{path}: the split has no {name} {ids[np.argmax(unknown)]}")
+    return rows

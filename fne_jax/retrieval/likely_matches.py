@@ -1,0 +1,100 @@
+"""All pairs of a split that a detector takes for matches, for training: `config.data.matches`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fne_jax.objectives.similarity_statistics import cosine
+from fne_jax.retrieval.blocks import by_blocks
+from fne_jax.retrieval.detectors import Judgement, PairsToJudge
+from fne_jax.retrieval.own_captions import OwnCaptions
+
+# Captions whose candidates are judged at once.
+_CAPTIONS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class LikelyMatches:
+    """Unlabelled pairs that are likely matches, in the order of their captions.
+
+    Attributes:
+      caption: [pairs] int64 index.
+      image: [pairs] int64 index.
+      probability: [pairs] float32 by the detector.
+    """
+
+    caption: np.ndarray
+    image: np.ndarray
+    probability: np.ndarray
+
+
+def likely_matches(
+    judge: Callable[[PairsToJudge], Judgement],
+    image_emb: np.ndarray,
+    text_emb: np.ndarray,
+    caption_bank: np.ndarray,
+    caption_image: np.ndarray,
+    *,
+    per_caption: int,
+    least: float,
+) -> LikelyMatches:
+    """Returns the pairs of a probability of `least` or more among each caption's candidates.
+
+    The candidates are the images most similar to the caption, and those with an own caption most
+    similar to it. All other pairs are left out, whatever the detector would say of them.
+
+    Args:
+      judge: What `detectors.fitted` returned.
+      image_emb: [images, dim] L2-normalised embeddings.
+      text_emb: [captions, dim] L2-normalised embeddings.
+      caption_bank: [captions, dim] L2-normalised embeddings by which captions are compared.
+      caption_image: [captions] index of each caption's own image.
+      per_caption: How many images of either kind are judged of each caption.
+      least: The least probability.
+    """
+    images = len(image_emb)
+    own = OwnCaptions.of(caption_image, images)
+    # [most, images] the captions of each image, its last one again where others have more.
+    number = np.minimum(np.arange(own.count.max())[:, None], np.maximum(own.count - 1, 0))
+    of_images = own.order[np.minimum(own.first + number, len(own.order) - 1)]
+    everything = jax.device_put((image_emb, caption_bank[of_images], own.count > 0))
+    count = min(per_caption, images)
+
+    def nearest(part: slice):
+        scores = jax.device_get(_scores(text_emb[part], caption_bank[part], *everything))
+        # On CPUs several times faster than XLA's top_k, which sorts.
+        best = [np.argpartition(-score, count - 1, axis=1)[:, :count] for score in scores]
+        image = np.concatenate(best, axis=1).astype(np.int32)
+        return image, np.take_along_axis(scores[0], image, axis=1)
+
+    image, similarity = by_blocks(len(text_emb), nearest)
+    found = []
+    for start in range(0, len(image), _CAPTIONS):
+        part = slice(start, start + _CAPTIONS)
+        caption = start + np.arange(len(image[part]))
+        pair = caption[:, None] * images + image[part]
+        pair, first = np.unique(pair, return_index=True)
+        caption, other = np.divmod(pair, images)
+        unlabelled = caption_image[caption] != other
+        pairs = PairsToJudge(
+            caption[unlabelled], other[unlabelled], similarity[part].ravel()[first][unlabelled]
+        )
+        probability = judge(pairs).probability
+        kept = probability >= least
+        found.append((pairs.caption[kept], pairs.image[kept], probability[kept]))
+    return LikelyMatches(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+
+@jax.jit
+def _scores(text_emb, bank_rows, image_emb, banks, has_captions):
+    """Returns [rows, images] how near captions are to images, and to the nearest of their own."""
+    lowest = jnp.full((len(bank_rows), len(image_emb)), -jnp.inf)
+    by_captions, _ = jax.lax.scan(
+        lambda so_far, bank: (jnp.maximum(so_far, cosine(bank_rows, bank)), None), lowest, banks
+    )
+    return cosine(text_emb, image_emb), jnp.where(has_captions, by_captions, -jnp.inf)

@@ -1,0 +1,96 @@
+"""The known matches that a run uses: those of the truth, or those of a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+
+from fne_jax.data import match_files, verdicts
+from fne_jax.data.match_files import KnownPairs
+from fne_jax.data.pairs import DatasetIdentity, PairDataset
+from fne_jax.errors import UserError
+from fne_jax.objectives import registry
+from fne_jax.objectives.known_matches import CompleteMatches, KnownMatches, ListedMatches
+from fne_jax.parallel import sharding
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunMatches:
+    """What a run uses of known matches beside its data.
+
+    Attributes:
+      tables: What its train steps take beside state and batch: a table, a full copy of it on each
+        device, or nothing.
+      data: The identity of the file that the table is from, by the name `matches`; empty without.
+    """
+
+    tables: tuple[KnownMatches, ...]
+    data: dict[str, DatasetIdentity]
+
+
+def check_known(config: ml_collections.ConfigDict, train: PairDataset) -> None:
+    """Raises UserError if the config asks for the truth of a split that does not know it.
+
+    Args:
+      config: The resolved config.
+      train: The training split.
+    """
+    if config.objective.oracle != registry.NO_ORACLE and train.truth is None:
+        raise UserError(
+            f"config.objective.oracle is {config.objective.oracle!r}, but nobody knows which "
+            f"captions of config.data.source={config.data.source} match which images beyond the "
+            f"labels; take oracle={registry.NO_ORACLE}, or a rendered source such as shapes"
+        )
+
+
+def known_matches(
+    config: ml_collections.ConfigDict, train: PairDataset, mesh: jax.sharding.Mesh
+) -> RunMatches:
+    """Returns the known matches that a run uses.
+
+    Args:
+      config: The resolved config.
+      train: The training split.
+      mesh: The devices.
+
+    Raises:
+      UserError: If the split does not know its matches, or their file cannot be read or is about
+        other data.
+    """
+    check_known(config, train)
+    data = {}
+    if config.objective.oracle != registry.NO_ORACLE:
+        table = CompleteMatches.create(train.truth.packed(), train.caption_image)
+    elif config.data.matches:
+        pairs = read_matches(config.data.matches, train)
+        table = ListedMatches.create(pairs.image, pairs.caption, train.caption_image)
+        images = len(np.unique(pairs.image))
+        _log.info(
+            "%s: %d captions match images beyond their own", config.data.matches, len(pairs.caption)
+        )
+        data = {"matches": DatasetIdentity(len(pairs.caption), images, pairs.checksum)}
+    else:
+        return RunMatches((), {})
+    place = sharding.replicated(mesh)
+    return RunMatches((jax.tree.map(lambda array: sharding.place(array, place), table),), data)
+
+
+def read_matches(file: str, train: PairDataset) -> KnownPairs:
+    """Returns the pairs of the training split that `config.data.matches` tells.
+
+    Raises:
+      UserError: If the file cannot be read, or is about other data.
+    """
+    path = pathlib.Path(file).expanduser()
+    if path.suffix == match_files.SUFFIX:
+        return match_files.read_match_list(path, train)
+    found = verdicts.agreed(verdicts.read_verdicts(path, train, "train"))
+    matches = [one for one in found if one.verdict == verdicts.MATCH]
+    return KnownPairs(*verdicts.rows_of(matches, train))

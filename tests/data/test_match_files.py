@@ -1,0 +1,94 @@
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+from fne_jax.data import match_files
+from fne_jax.data.match_files import KnownPairs
+from fne_jax.data.pairs import PairDataset
+from fne_jax.errors import UserError
+
+DATASET = PairDataset(
+    captions=["a", "b", "c", "d", "e"],
+    caption_image=np.array([0, 0, 1, 2, 2], np.int32),
+    image_id=np.array([70, 10, 40], np.int32),
+    images=np.zeros((3, 2, 2, 3), np.uint8),
+    caption_id=np.array([5, 900, 3, 12, 7]),
+    source_image_id=["x", "y", "z"],
+)
+PAIRS = KnownPairs(np.array([2, 0, 4]), np.array([0, 1, 1]))
+
+
+@pytest.fixture
+def stored(tmp_path):
+    path = tmp_path / "lists" / "matches.npz"
+    match_files.write_match_list(path, DATASET, PAIRS, np.array([0.9, 0.8, 1.0]), {"by": "hand"})
+    return path
+
+
+def test_a_list_comes_back_for_a_split_in_another_order(stored):
+    back = match_files.read_match_list(stored, DATASET)
+    np.testing.assert_array_equal(back.caption, PAIRS.caption)
+    np.testing.assert_array_equal(back.image, PAIRS.image)
+    turned = dataclasses.replace(
+        DATASET, image_id=DATASET.image_id[::-1], caption_image=2 - DATASET.caption_image
+    )
+    np.testing.assert_array_equal(match_files.read_match_list(stored, turned).image, [2, 1, 1])
+
+
+def test_an_empty_list_is_one(tmp_path):
+    none = KnownPairs(np.zeros(0, int), np.zeros(0, int))
+    match_files.write_match_list(tmp_path / "a.npz", DATASET, none, np.zeros(0), {})
+    assert match_files.read_match_list(tmp_path / "a.npz", DATASET).caption.shape == (0,)
+
+
+def test_the_checksum_tells_the_pairs_but_not_their_order():
+    order = np.array([1, 2, 0])
+    turned = KnownPairs(PAIRS.caption[order], PAIRS.image[order])
+    assert turned.checksum == PAIRS.checksum
+    assert KnownPairs(PAIRS.caption, PAIRS.image[order]).checksum != PAIRS.checksum
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"captions": ["a", "b", "c", "d", "f"]}, "about other captions"),
+        ({"caption_id": np.array([5, 900, 3, 12, 8])}, "about other captions"),
+        ({"image_id": np.array([71, 10, 40], np.int32)}, "has no image_id 70"),
+    ],
+)
+def test_a_list_of_another_split_is_refused(stored, changes, message):
+    with pytest.raises(UserError, match=f"matches.npz.*{message}"):
+        match_files.read_match_list(stored, dataclasses.replace(DATASET, **changes))
+
+
+def test_what_is_no_list_is_refused(stored, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere.npz: there is no such file; `audit --matches`"):
+        match_files.read_match_list(tmp_path / "nowhere.npz", DATASET)
+    whole = stored.read_bytes()
+    for content in (b"", b"PK\3\4", whole[: len(whole) // 2], b"caption_id,image_id\n1,2\n"):
+        stored.write_bytes(content)
+        with pytest.raises(UserError, match=r"matches.npz: expected a list of matches"):
+            match_files.read_match_list(stored, DATASET)
+    np.savez(stored, caption_id=np.arange(3))
+    with pytest.raises(UserError, match=r"matches.npz: expected a list of matches.*image_id"):
+        match_files.read_match_list(stored, DATASET)
+
+
+@pytest.mark.parametrize(
+    "name, array",
+    [("probability", np.zeros(3)), ("image_id", np.zeros(2, np.int64))],
+)
+def test_arrays_that_do_not_fit_are_named(stored, name, array):
+    with np.load(stored) as arrays:
+        content = dict(arrays)
+    np.savez(stored, **content | {name: array})
+    with pytest.raises(UserError, match=rf"matches.npz: expected {name} as .* of shape \[3\], got"):
+        match_files.read_match_list(stored, DATASET)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    pathlib.Path(tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"a.npz: cannot be written"):
+        match_files.write_match_list(tmp_path / "file" / "a.npz", DATASET, PAIRS, np.ones(3), {})
