@@ -1,6 +1,7 @@
 """Lists a dataset's likely false negatives: pairs that match but that nobody labelled.
 
 python -m fne_jax.audit --workdir=runs/shapes --split=train
+python -m fne_jax.audit --workdir=runs/shapes --split=train --matches=runs/matches.npz
 python -m fne_jax.audit --embeddings=DIR --config=configs/flickr30k.py --split=test --out=DIR
 """
 
@@ -9,9 +10,14 @@ from __future__ import annotations
 import pathlib
 
 from fne_jax import command_line, configuration
+from fne_jax.data import match_files
 from fne_jax.errors import UserError
 from fne_jax.report import audit_pages, suspects
 from fne_jax.retrieval.detectors import DETECTORS, PREFERENCE
+from fne_jax.retrieval.likely_matches import LEAST_PROBABILITY
+
+# Pairs of each caption and of each image that are looked at: for people, and for training.
+_PER_QUERY, _MATCHES_PER_QUERY = 5, 100
 
 
 def main(arguments: list[str]) -> None:
@@ -28,11 +34,22 @@ def main(arguments: list[str]) -> None:
         out = pathlib.Path(options.out or workdir / f"audit_{options.split}")
     else:
         config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
-        folder, out = pathlib.Path(options.embeddings), pathlib.Path(options.out)
+        folder, out = pathlib.Path(options.embeddings), pathlib.Path(options.out or "")
         judged = suspects.judged_by_embeddings(folder, config, options.split, theirs)
+    if options.matches is not None:
+        print(
+            suspects.write_matches(
+                judged,
+                options.detector,
+                pathlib.Path(options.matches),
+                options.per_query or _MATCHES_PER_QUERY,
+                options.min_probability,
+            )
+        )
+        return
     found = suspects.find_suspects(
         judged,
-        per_query=options.per_query,
+        per_query=options.per_query or _PER_QUERY,
         rank_by=options.rank_by,
         detector=options.detector,
         least=options.min_probability,
@@ -58,7 +75,10 @@ def _parse(arguments):
     parser.add_argument("--split", default="train", help="train, val or test")
     parser.add_argument("--out", help="folder to write into; audit_<split> in the run's by default")
     parser.add_argument(
-        "--per-query", type=int, default=5, help="pairs considered of each caption and image"
+        "--per-query",
+        type=int,
+        help=f"pairs considered of each caption and image; {_PER_QUERY} by default, and with "
+        f"--matches {_MATCHES_PER_QUERY}",
     )
     parser.add_argument("--limit", type=int, default=1000, help="most pairs written")
     parser.add_argument(
@@ -76,7 +96,14 @@ def _parse(arguments):
     parser.add_argument(
         "--min-probability",
         type=float,
-        help="least probability of a pair; config.fne.posterior_threshold by default",
+        help="least probability of a pair; config.fne.posterior_threshold by default, and with "
+        f"--matches {LEAST_PROBABILITY}",
+    )
+    parser.add_argument(
+        "--matches",
+        metavar="FILE.npz",
+        help="write all pairs of at least --min-probability as a list for config.data.matches, "
+        "instead of pages",
     )
     parser.add_argument(
         "--rank-by",
@@ -86,12 +113,17 @@ def _parse(arguments):
     )
     options, overrides = parser.parse_known_args(arguments)
     command_line.expand_home(
-        options, "workdir", "embeddings", "out", "config", "caption_embeddings"
+        options, "workdir", "embeddings", "out", "config", "caption_embeddings", "matches"
     )
     if (options.workdir is None) == (options.embeddings is None):
         raise UserError("give either the --workdir of a run or the folder of --embeddings")
-    if options.embeddings is not None and (options.config is None or options.out is None):
-        raise UserError("--embeddings takes the --config of the data, and --out, a folder")
+    written = options.out if options.matches is None else options.matches
+    if options.embeddings is not None and (options.config is None or written is None):
+        raise UserError(
+            "--embeddings takes the --config of the data, and --out, a folder, or --matches, a file"
+        )
+    if options.matches is not None and not options.matches.endswith(match_files.SUFFIX):
+        raise UserError(f"--matches={options.matches}: expected a name that ends in .npz")
     for name, given in (("checkpoint", options.embeddings), ("config", options.workdir)):
         if given is not None and getattr(options, name) is not None:
             owner = "workdir" if name == "checkpoint" else "embeddings"
@@ -99,7 +131,7 @@ def _parse(arguments):
     if options.workdir is not None and overrides:
         raise UserError(f"unknown argument {overrides[0]!r}; see --help")
     for name in ("per_query", "limit"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(
                 f"--{name.replace('_', '-')} is {getattr(options, name)}; expected at least 1"
             )

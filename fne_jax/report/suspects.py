@@ -20,6 +20,7 @@ from fne_jax.objectives.similarity_statistics import (
 )
 from fne_jax.retrieval import detection_quality, detectors
 from fne_jax.retrieval.embedding_files import read_caption_embeddings, read_embeddings_of
+from fne_jax.retrieval.likely_matches import LEAST_PROBABILITY, write_likely_matches
 from fne_jax.retrieval.unlabelled import UnlabelledPairs, unlabelled_pairs
 
 # By what pairs are ranked.
@@ -239,6 +240,43 @@ def find_suspects(
         order = np.lexsort((order, -judgement.score, -judgement.probability))
     order = order[judgement.probability[order] >= least]
     return Suspects(pairs[order], judgement[order], detector, least, per_query, rank_by)
+
+
+def write_matches(
+    judged: JudgedSplit,
+    detector: str | None,
+    path: pathlib.Path,
+    per_query: int,
+    least: float | None = None,
+) -> str:
+    """Writes the likely matches of a split for `config.data.matches`, and returns what they are.
+
+    Args:
+      judged: The split.
+      detector: A key of `DETECTORS`; None for the best that is there.
+      path: The file, which ends in `.npz`.
+      per_query: How many images of each caption to look at, by similarity and by captions each.
+      least: The least probability; None for `LEAST_PROBABILITY`.
+
+    Raises:
+      UserError: if the detector needs what is not there, or the file cannot be written.
+    """
+    evidence = judged.evidence
+    about = write_likely_matches(
+        path,
+        judged.dataset,
+        evidence,
+        detectors.best_available(evidence) if detector is None else detector,
+        per_caption=per_query,
+        least=LEAST_PROBABILITY if least is None else least,
+        about={"model": judged.name, "step": judged.step, "split": judged.split_name},
+    )
+    precision = about.get("precision")
+    shown = "" if precision is None else f", of which {precision:.1%} are in truth matches"
+    return (
+        f"detector {about['detector']}: {about['matches']:,} pairs of probability "
+        f"{about['least_probability']:g} or more{shown}; written to {path}, for config.data.matches"
+    )
 
 
 def detector_quality(judged: JudgedSplit) -> dict[str, Any]:

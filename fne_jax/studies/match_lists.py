@@ -8,17 +8,13 @@ import pathlib
 import jax
 
 from fne_jax.data import match_files
-from fne_jax.data.match_files import KnownPairs
 from fne_jax.data.pairs import PairDataset
 from fne_jax.model.model import Model, restore_model
 from fne_jax.retrieval import detectors
-from fne_jax.retrieval.likely_matches import likely_matches
+from fne_jax.retrieval.likely_matches import LEAST_PROBABILITY, write_likely_matches
 
 # What finds the matches: detectors that ask nobody.
 SOURCES = ("similarity", "gaussians", "captions", "words", "identical")
-# Of a pair being a match: in trials with the truth in hand, a detector that is right in 4 of 5
-# of its finds was worth most of what the truth is worth, one that is right in half of them nothing.
-LEAST_PROBABILITY = 0.8
 # Images of either kind that are judged of each caption.
 PER_CAPTION = 150
 
@@ -47,25 +43,14 @@ def ensure(warmup: pathlib.Path, source: str) -> None:
         return
     model = restore_model(warmup, "latest")
     train = model.load_split("train")
-    evidence = _evidence(model, train)
-    found = likely_matches(
-        detectors.fitted(source, evidence),
-        evidence.image_emb,
-        evidence.text_emb,
-        evidence.caption_bank,
-        evidence.caption_image,
-        per_caption=PER_CAPTION,
-        least=LEAST_PROBABILITY,
-    )
-    about = {"detector": source, "step": model.step, "least_probability": LEAST_PROBABILITY}
-    if train.truth is not None and len(found.caption):
-        about["precision"] = float(train.truth.is_true(found.caption, found.image).mean())
-    match_files.write_match_list(
+    write_likely_matches(
         path(warmup, source),
         train,
-        KnownPairs(found.caption, found.image),
-        found.probability,
-        about,
+        _evidence(model, train),
+        source,
+        per_caption=PER_CAPTION,
+        least=LEAST_PROBABILITY,
+        about={"step": model.step},
     )
 
 

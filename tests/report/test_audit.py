@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fne_jax import audit, configuration
+from fne_jax.data import match_files
 from fne_jax.data.sources.shapes_scenes import SceneTruth
 from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
@@ -253,6 +254,7 @@ def test_precision_counts_what_is_in_truth_a_match(monkeypatch):
         (["--workdir=x", "--config.seed=3"], "unknown argument '--config.seed=3'"),
         (["--workdir=x", "--detector=external"], "external takes --caption-embeddings"),
         (["--workdir=x", "--detector=best"], "--detector: invalid choice: 'best'"),
+        (["--workdir=x", "--matches=a.csv"], "--matches=a.csv: expected a name that ends in .npz"),
         (["--workdir=nowhere"], "nowhere is not a folder"),
         (["--workdir=x", f"--out={__file__}"], "test_audit.py is a file; expected a folder"),
     ],
@@ -319,6 +321,17 @@ def test_anyones_embeddings_are_audited(tmp_path, capsys):
     assert (first["caption_index"], first["image_index"]) == (4, 7)
     assert first["similarity"] == pytest.approx(1.0)
     assert "theirs" in (out / "index.html").read_text()
+
+    # As a list to train with.
+    matches = tmp_path / "lists" / "matches.npz"
+    listing = [*arguments[:3], f"--matches={matches}", "--detector=similarity"]
+    audit.main([*listing, "--min-probability=0", "--per-query=2"])
+    assert f"written to {matches}, for config.data.matches" in capsys.readouterr().out
+    of_split = load_evaluation_split(configuration.load_config(str(config), []), "val")
+    pairs = match_files.read_match_list(matches, of_split)
+    listed = set(zip(pairs.caption.tolist(), pairs.image.tolist(), strict=True))
+    assert 18 <= len(listed) <= 4 * 18 and (4, 7) in listed
+    assert all(owner[caption] != image for caption, image in listed)
 
     # The same in another order, which the ids tell.
     loaded = load_evaluation_split(configuration.load_config(str(config), []), "val")
