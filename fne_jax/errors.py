@@ -27,6 +27,19 @@ def is_environment_failure(error: BaseException | None) -> bool:
     return numbered and not isinstance(error, _MISTAKEN_PATH)
 
 
+def first_line(error: BaseException) -> str:
+    r"""Returns what an error says, in one line: what a message can quote.
+
+    Libraries raise messages of a page, of blank lines, and none at all.
+
+    >>> first_line(ValueError("\nno such file\nin /runs"))
+    'no such file'
+    >>> first_line(EOFError())
+    'EOFError'
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class UserError(Exception):
     """What the user can mend: the message names what was wrong, what was expected, what to do."""
 

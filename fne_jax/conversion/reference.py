@@ -17,7 +17,7 @@ from fne_jax import configuration
 from fne_jax.data import captions as caption_lib
 from fne_jax.encoders import towers
 from fne_jax.encoders.pretrained_weights import params_from_tensors
-from fne_jax.errors import UserError
+from fne_jax.errors import UserError, first_line
 from fne_jax.model.checkpoints import BEST_METRIC
 from fne_jax.model.model import build_model
 from fne_jax.objectives.memory_queue import EMPTY_ID, MemoryQueue
@@ -117,12 +117,12 @@ def _load(path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error}") from error
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: refused, it holds more than tensors and settings: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{path}: refused, it holds more than tensors and settings: {first_line(error)}"
         ) from error
     except Exception as error:  # a damaged pickle fails in whatever its operations have become
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a PyTorch checkpoint, or damaged: {reason}") from error
+        raise UserError(
+            f"{path}: not a PyTorch checkpoint, or damaged: {first_line(error)}"
+        ) from error
     expected = ("model", "opt", "epoch", "best_rsum")
     if not isinstance(saved, dict) or any(name not in saved for name in expected):
         raise UserError(

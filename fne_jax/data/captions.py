@@ -9,7 +9,7 @@ import numpy as np
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from fne_jax.errors import UserError
+from fne_jax.errors import UserError, first_line
 
 _TO_SPACE = re.compile(r"[-/]")
 _TO_NOTHING = re.compile(r"""[,.'!?"()*#:;~]""")
@@ -78,7 +78,7 @@ def load_tokenizer(name_or_path: str) -> transformers.PreTrainedTokenizerBase:
     try:
         return transformers.AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"config.data.tokenizer is {name_or_path!r}, which cannot be loaded ({reason}). Give a "
             "name on the Hugging Face hub, the path of a folder that holds tokenizer.json, or "

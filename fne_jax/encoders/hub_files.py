@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import safetensors
 
-from fne_jax.errors import UserError
+from fne_jax.errors import UserError, first_line
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -56,11 +56,10 @@ def find_folder(
     try:
         folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
     except Exception as error:  # Of many unrelated classes: names, network, rights, the cache.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{name!r} is neither a local folder nor a model that the Hugging Face hub gave "
-            f"({reason}). Give a folder that holds {CONFIG} and {WEIGHTS}; where there is no "
-            f"network, fetch it elsewhere with `hf download NAME --local-dir FOLDER`."
+            f"({first_line(error)}). Give a folder that holds {CONFIG} and {WEIGHTS}; where there "
+            f"is no network, fetch it elsewhere with `hf download NAME --local-dir FOLDER`."
         ) from error
     return pathlib.Path(folder)
 

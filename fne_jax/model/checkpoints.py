@@ -24,6 +24,7 @@ from fne_jax.errors import (
     EXIT_USER_ERROR,
     EnvironmentFailure,
     UserError,
+    first_line,
 )
 from fne_jax.parallel import common_end, processes
 
@@ -89,7 +90,9 @@ def reader(workdir: pathlib.Path) -> ocp.CheckpointManager:
     try:
         return ocp.CheckpointManager(folder, options=options, item_names=ITEMS)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: the checkpoints cannot be listed: {_reason(error)}") from error
+        raise UserError(
+            f"{folder}: the checkpoints cannot be listed: {first_line(error)}"
+        ) from error
 
 
 def unlisted(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
@@ -271,10 +274,10 @@ def _read_item(manager, step, where, **item):
         raise
     except Exception as error:  # Orbax raises bare Exceptions for arrays that it cannot read
         if is_damage(error):
-            raise DamagedCheckpoint(f"{where} is damaged: {_reason(error)}") from error
+            raise DamagedCheckpoint(f"{where} is damaged: {first_line(error)}") from error
         kind = UserError if isinstance(error, PermissionError) else EnvironmentFailure
         raise kind(
-            f"{where} could not be read: {_reason(error)}; nothing was changed. Give the same "
+            f"{where} could not be read: {first_line(error)}; nothing was changed. Give the same "
             "command again, or move that folder away to do without it."
         ) from error
 
@@ -290,7 +293,7 @@ def _restored(manager, step, where, args):
         if not is_damage(error):
             raise
         _open_all(manager.directory / str(step))
-        _log.warning("%s seems to be damaged: %s; it is read again", where, _reason(error))
+        _log.warning("%s seems to be damaged: %s; it is read again", where, first_line(error))
         return manager.restore(step, args=args)
 
 
@@ -321,7 +324,3 @@ def _causes(error):
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _reason(error):
-    return (str(error).splitlines() or [type(error).__name__])[0] or type(error).__name__

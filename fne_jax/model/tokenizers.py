@@ -13,7 +13,7 @@ import transformers
 
 from fne_jax import files
 from fne_jax.data import captions as caption_lib
-from fne_jax.errors import EnvironmentFailure, UserError
+from fne_jax.errors import EnvironmentFailure, UserError, first_line
 
 DIRECTORY = "tokenizer"
 _ABOUT, _VOCABULARY = "tokenizer_config.json", "tokenizer.json"
@@ -75,7 +75,7 @@ def store_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, workdir: pa
             tokenizer.save_pretrained(scratch)
         except Exception as error:  # the Rust library raises bare Exceptions
             raise EnvironmentFailure(
-                f"{workdir / DIRECTORY}: the tokenizer cannot be written: {_first_line(error)}"
+                f"{workdir / DIRECTORY}: the tokenizer cannot be written: {first_line(error)}"
             ) from error
         record = {
             "transformers": transformers.__version__,
@@ -107,7 +107,7 @@ def stored_tokenizer(workdir: pathlib.Path) -> transformers.PreTrainedTokenizerB
         )
     except Exception as error:  # the Rust library raises bare Exceptions
         raise UserError(
-            f"{folder}: the run's tokenizer cannot be loaded: {_first_line(error)}"
+            f"{folder}: the run's tokenizer cannot be loaded: {first_line(error)}"
         ) from error
     if not same:
         raise UserError(
@@ -131,13 +131,13 @@ def _checked_record(folder):
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {_first_line(error)}; {restore}") from error
+        raise UserError(f"{path}: cannot be read: {first_line(error)}; {restore}") from error
     try:
         record = json.loads(text)
         digests = dict(record["sha256"])
         dict(record["ids"]), record["size"], record["transformers"]  # are there
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: is damaged ({_first_line(error)}); {restore}") from error
+        raise UserError(f"{path}: is damaged ({first_line(error)}); {restore}") from error
     for name, digest in digests.items():
         try:
             found = _digest(folder / name)
@@ -167,10 +167,6 @@ def _probed(tokenizer, texts):
 
 def _digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def clean_captions(config: ml_collections.ConfigDict, captions: Sequence[str]) -> list[str]:

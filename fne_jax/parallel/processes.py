@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fne_jax.errors import EnvironmentFailure, UserError
+from fne_jax.errors import EnvironmentFailure, UserError, first_line
 from fne_jax.parallel import common_end
 
 HEARTBEAT_TIMEOUT_SECONDS = 100  # jax.distributed's own default
@@ -83,10 +83,9 @@ def initialize(options: argparse.Namespace) -> None:
     except RuntimeError as error:
         if place is None and "must be called before" in str(error):
             return  # called by a program that has used JAX already, alone
-        reason = str(error).splitlines()[0]
         raise EnvironmentFailure(
-            f"cannot join the other processes: {reason}; check --coordinator, --processes and "
-            "--process-index, and that process 0 runs"
+            f"cannot join the other processes: {first_line(error)}; check --coordinator, "
+            "--processes and --process-index, and that process 0 runs"
         ) from error
     finally:
         signal.signal(signal.SIGTERM, handler)

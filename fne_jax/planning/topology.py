@@ -10,7 +10,7 @@ import re
 import jax
 from jax.experimental import topologies
 
-from fne_jax.errors import UserError
+from fne_jax.errors import UserError, first_line
 from fne_jax.planning import gpus
 from fne_jax.planning.operations import TPU_FLOAT32, Float32
 
@@ -131,7 +131,7 @@ def _tpu_devices(name, shape):
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds)
     except Exception as error:  # JAX raises whatever the plugin or its loading did
         raise UserError(
-            f"--topology={name}: {_first_line(error)}; TPU programs are compiled by libtpu: "
+            f"--topology={name}: {first_line(error)}; TPU programs are compiled by libtpu: "
             f"pip install 'fne-jax[plan]', and {_EXAMPLES}"
         ) from error
     return list(described.devices)
@@ -147,11 +147,7 @@ def _gpu_devices(name, kind, count):
         )
     except Exception as error:  # JAX raises whatever the plugin or its loading did
         raise UserError(
-            f"--topology={name}: {_first_line(error)}; GPU programs are compiled by JAX's CUDA "
+            f"--topology={name}: {first_line(error)}; GPU programs are compiled by JAX's CUDA "
             "plugin, which needs no GPU: pip install 'fne-jax[plan-gpu]'"
         ) from error
     return list(described.devices)
-
-
-def _first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]

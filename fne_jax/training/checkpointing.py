@@ -16,7 +16,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from fne_jax.errors import EnvironmentFailure, UserError
+from fne_jax.errors import EnvironmentFailure, UserError, first_line
 from fne_jax.model import checkpoints
 from fne_jax.model.checkpoints import (
     BEST_METRIC,
@@ -196,7 +196,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             with contextlib.suppress(OSError):
                 steps = checkpoints.stored_steps(self._workdir)
                 last = f"the last good one is of step {steps[-1]}" if steps else "there is none yet"

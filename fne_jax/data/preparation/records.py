@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from fne_jax.errors import UserError
+from fne_jax.errors import UserError, first_line
 
 # Records that are read at a time where all of them are.
 _CHUNK = 256
@@ -72,9 +72,8 @@ class RecordSource:
 
     def damage(self, index: int, fault: Exception) -> UserError:
         """Returns the error that a record is damaged."""
-        reason = (str(fault).splitlines() or [""])[0]
         file = self._source_file(index)
         return UserError(
             f"record {index} of {self._where}{file and f', made of {file},'} is damaged "
-            f"({reason}); delete that folder and prepare the dataset again"
+            f"({first_line(fault)}); delete that folder and prepare the dataset again"
         )
