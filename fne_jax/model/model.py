@@ -10,7 +10,9 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import itertools
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +32,8 @@ from fne_jax.data.pairs import PairDataset, with_captions_per_image
 from fne_jax.data.preparation.single_images import AnyImage, evaluation_pixels
 from fne_jax.encoders import towers
 from fne_jax.errors import UserError
+from fne_jax.index import engines, gallery
+from fne_jax.index.search_index import Encoders, SearchIndex, build_index
 from fne_jax.model import checkpoints, tokenizers
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.embedder import Embedder
@@ -37,6 +41,10 @@ from fne_jax.objectives import learned_scalars
 from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.parallel import sharding
+
+# Queries that measure the recall of an engine across images and texts.
+_RECALL_QUERIES = 200
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +186,76 @@ class Model:
                 raise UserError(f"texts[{row}]: expected a str, got {type(text).__name__}")
         tokens = self.tokenize(texts, self.config.evaluation.text_length)
         return self.embedder.texts(self.params, tokens)
+
+    def index(
+        self,
+        images: gallery.AnyPath | Sequence[gallery.AnyPath] | None = None,
+        *,
+        texts: gallery.AnyPath | Sequence[str] | None = None,
+        folder: str | os.PathLike | None = None,
+        engine: str = engines.EXACT,
+    ) -> SearchIndex:
+        """Returns an index of images or texts, which is searched by texts, images or embeddings.
+
+        Args:
+          images: What `index.gallery.images_of` takes: a folder, a table (.csv, .tsv, .jsonl), a
+            split ("train", "val", "test"), or a list of files.
+          texts: Instead of images, what `index.gallery.texts_of` takes: the captions of a table or
+            a split, a file with a sentence a line, or a list of sentences.
+          folder: Where embeddings are kept, so that a later call embeds only what is new or
+            changed; None for a temporary folder.
+          engine: `exact`, `faiss:FACTORY` or `qdrant:WHERE`; docs/search.md has more.
+
+        Raises:
+          UserError: If not one of both is given, nothing of it can be used, the folder cannot be
+            written to, or there is no such engine.
+        """
+        if (images is None) == (texts is None):
+            raise UserError("index: give either images or texts")
+        engines.check_spec(engine)
+        if images is not None:
+            items = gallery.images_of(images, self.load_split)
+        else:
+            items = gallery.texts_of(texts, self.load_split)
+        return build_index(
+            items,
+            Encoders(
+                self._identity(),
+                self.config.encoder.image.image_size,
+                self.config.data.get("resize_to", 0),
+                self.embedder.batch_size,
+                self.embed_images,
+                self.embed_texts,
+            ),
+            None if folder is None else pathlib.Path(folder).expanduser(),
+            engine=engine,
+            other_queries=functools.partial(self._recall_queries, items),
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """Returns what tells the model's embeddings from another's, as JSON has it."""
+        config, data = self.config, self.config.data
+        parts = [config.encoder.to_json_best_effort(), config.image_mean, config.image_std]
+        parts += [data.get("resize_to", 0), data.max_words, config.evaluation.text_length]
+        return {
+            "step": self.step,
+            "params": checkpoints.fingerprints({"params": self.params})["params"],
+            "config": hashlib.sha256(repr(parts).encode()).hexdigest()[:16],
+        }
+
+    def _recall_queries(self, items: gallery.Gallery) -> np.ndarray | None:
+        """Returns embeddings of the other kind, texts for images; None where none are known."""
+        try:
+            if items.kind == "images":
+                texts = items.some_captions(_RECALL_QUERIES)
+                texts = texts or self.load_split("val").captions[:_RECALL_QUERIES]
+                return self.embed_texts(texts)
+            images = gallery.images_of("val", self.load_split)
+            count = min(_RECALL_QUERIES, len(images.names))
+            return self.embed_images(images.content(n) for n in range(count))
+        except UserError as error:
+            _log.warning("recall across images and texts is not measured: %s", error)
+            return None
 
 
 def load_evaluation_split(config: ml_collections.ConfigDict, name: str) -> PairDataset:

@@ -70,6 +70,10 @@ class RecordSource:
             self._checksum = digest.hexdigest()[:16]
         return self._checksum
 
+    def source_file(self, index: int) -> str:
+        """Returns the file that a record was made of, "" if it is not known."""
+        return self._source_file(index)
+
     def damage(self, index: int, fault: Exception) -> UserError:
         """Returns the error that a record is damaged."""
         file = self._source_file(index)

@@ -17,7 +17,7 @@ from etils import epath
 
 from fne_jax.data.sources import listing
 from fne_jax.data.sources.image_rows import ImageRow, images_of_rows
-from fne_jax.data.sources.listing import SPLIT_OF, Listing
+from fne_jax.data.sources.listing import SPLIT_OF, ListedImage, Listing
 from fne_jax.errors import UserError
 
 COLUMNS = ("image", "caption", "split", "image_id")
@@ -44,13 +44,24 @@ def read_listing(data_dir: str, kind: str) -> Listing:
     if not data_dir or not path.is_file():
         folder = listing.existing_folder(data_dir, f"one table *.{kind}")
         path = listing.one_file(folder, f"*.{kind}", "a table of image and caption")
-    text = listing.read_text(path)
-    read = _csv_rows if kind == "csv" else _jsonl_rows
-    rows = list(_with_splits(path, [_image_row(*row) for row in read(path, text)]))
-    splits = images_of_rows(rows, path.parent)
+    splits = images_of_rows(_with_splits(path, _image_rows(path, kind)), path.parent)
     advice = f"; add a column 'split' with {', '.join(SPLIT_OF)}"
     listing.check_listing(str(path), splits, advice)
     return Listing(path.stem, listing.digest_of([path]), splits)
+
+
+def read_images(path: epath.Path, kind: str) -> list[ListedImage]:
+    """Returns the images of a table, of whatever split, in the order of their first rows.
+
+    Args:
+      path: The table.
+      kind: "csv" or "jsonl".
+
+    Raises:
+      UserError: If something is missing or of the wrong kind; it names the file and the line.
+    """
+    rows = [dataclasses.replace(row, split="") for row in _image_rows(path, kind)]
+    return images_of_rows(rows, path.parent).get("", [])
 
 
 def split_of_name(name: str) -> str:
@@ -63,6 +74,11 @@ def split_of_name(name: str) -> str:
     if hashed < VAL_SHARE:
         return "val"
     return "test" if hashed < VAL_SHARE + TEST_SHARE else "train"
+
+
+def _image_rows(path: epath.Path, kind: str) -> list[ImageRow]:
+    read = _csv_rows if kind == "csv" else _jsonl_rows
+    return [_image_row(*row) for row in read(path, listing.read_text(path))]
 
 
 def _csv_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:

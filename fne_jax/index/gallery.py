@@ -1,0 +1,233 @@
+"""What can be searched: the images of a folder, a table or a split, and their captions or texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+from etils import epath
+from PIL import Image
+
+from fne_jax.data.pairs import SPLITS, PairDataset
+from fne_jax.data.preparation.image_check import FORMATS
+from fne_jax.data.preparation.single_images import AnyImage
+from fne_jax.data.sources import listing, pair_tables
+from fne_jax.errors import UserError
+
+_TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl"}
+AnyPath = str | os.PathLike
+
+
+@dataclasses.dataclass(frozen=True)
+class Gallery:
+    """Items to be searched, each known by a name.
+
+    Attributes:
+      kind: "images" or "texts".
+      where: What holds them, for messages.
+      names: The name of each item, each once; of texts, the texts themselves.
+      stamps: What differs if an item of the same name is another: size and time of change of a
+        file, a checksum of a split. Equal after a round through JSON.
+      content: Returns an item by its index: an image of any kind, or the text.
+      captions: Returns the captions of an item by its index; () where none are known.
+      path: Returns the file of an item by its index; "" where there is none.
+    """
+
+    kind: str
+    where: str
+    names: Sequence[str]
+    stamps: Sequence[list]
+    content: Callable[[int], AnyImage]
+    captions: Callable[[int], Sequence[str]] = lambda index: ()
+    path: Callable[[int], str] = lambda index: ""
+
+    def some_captions(self, most: int) -> list[str]:
+        """Returns captions of so many items at most, evenly spread, one of each that has any."""
+        step = max(1, len(self.names) // most)
+        found = (self.captions(item) for item in range(0, len(self.names), step))
+        return [captions[0] for captions in found if captions][:most]
+
+
+def images_of(
+    source: AnyPath | Sequence[AnyPath], load_split: Callable[[str], PairDataset]
+) -> Gallery:
+    """Returns the images of a folder, a table, a split, or a list of files.
+
+    Args:
+      source: A folder, searched with all folders below it; a table as `config.data.source` csv or
+        jsonl reads it; "train", "val" or "test" for a split of the run's dataset (`./test` is a
+        folder of that name); or a list of files.
+      load_split: Returns a split of the run's dataset by name.
+
+    Raises:
+      UserError: If it is none of these, cannot be read, or holds no image.
+    """
+    if not isinstance(source, AnyPath):
+        return _of_files(source)
+    if source in SPLITS:
+        return _images_of_split(source, load_split(source))
+    path = _existing(source, "a folder of images, a table (.csv, .tsv, .jsonl) or a split")
+    if path.is_dir():
+        return _of_folder(path)
+    return _images_of_table(path)
+
+
+def texts_of(source: AnyPath | Sequence[str], load_split: Callable[[str], PairDataset]) -> Gallery:
+    """Returns the captions of a table or a split, the lines of a file, or the given sentences.
+
+    A text that comes several times is there once.
+
+    Args:
+      source: A table or a split as for `images_of`; a file of UTF-8 with a sentence a line; or a
+        list of sentences.
+      load_split: Returns a split of the run's dataset by name.
+
+    Raises:
+      UserError: If it is none of these, cannot be read, or holds no text.
+    """
+    if not isinstance(source, AnyPath):
+        where, texts = "the texts given", list(source)
+    elif source in SPLITS:
+        where, texts = f"the captions of {source}", load_split(source).captions
+    else:
+        path = _existing(source, "a table (.csv, .tsv, .jsonl), a file of sentences or a split")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; expected a table, a file of sentences or a split")
+        where = str(path)
+        if path.suffix.lower() in _TABLES:
+            texts = [text for image in _table(path) for text in listing.usable_captions(image)[0]]
+        else:
+            texts = listing.read_text(epath.Path(path)).splitlines()
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"texts[{row}]: expected a str, got {type(text).__name__}")
+    texts = list(dict.fromkeys(text for text in texts if text.strip()))
+    if not texts:
+        raise UserError(f"{where}: there is no text")
+    return Gallery("texts", where, texts, [[]] * len(texts), texts.__getitem__)
+
+
+def label_of(source: AnyPath) -> str:
+    """Returns a short name for a source, which tells it from others, to name files by."""
+    if source in SPLITS:
+        return source
+    path = pathlib.Path(source).resolve()
+    plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in path.stem)[:40]
+    return f"{plain}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
+
+
+def _existing(source, expected):
+    path = pathlib.Path(source).expanduser()
+    try:
+        there = path.exists()
+    except OSError as error:  # a folder on the way that may not be read
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not there:
+        raise UserError(
+            f"{os.fspath(source)!r} is not there; expected {expected} ({', '.join(SPLITS)})"
+        )
+    return path
+
+
+def _image_suffixes():
+    Image.init()
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+
+
+def _of_folder(folder):
+    suffixes = _image_suffixes()
+    names, stamps = [], []
+
+    def refuse(error):
+        raise error
+
+    try:
+        for parent, folders, files in os.walk(folder, onerror=refuse):
+            # Hidden files are programs' own, as the `._photo.jpg` that macOS leaves on cards.
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in files:
+                if name.startswith(".") or os.path.splitext(name)[1].lower() not in suffixes:
+                    continue
+                path = os.path.join(parent, name)
+                stamp = _stamp(path)
+                if stamp is not None:
+                    names.append(os.path.relpath(path, folder))
+                    stamps.append(stamp)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed: {error}") from error
+    if not names:
+        raise UserError(
+            f"{folder}: there is no image in it or in the folders below; files are taken for "
+            f"images by their endings ({', '.join(sorted(suffixes))})"
+        )
+    order = sorted(range(len(names)), key=names.__getitem__)
+    names, stamps = [names[n] for n in order], [stamps[n] for n in order]
+    return _files(str(folder), names, stamps, folder)
+
+
+def _of_files(paths):
+    names = list(dict.fromkeys(os.path.abspath(os.path.expanduser(path)) for path in paths))
+    if not names:
+        raise UserError("there are no images in the list")
+    return _files("the files given", names, [_stamp(name) for name in names], "")
+
+
+def _files(where, names, stamps, folder, captions=None):
+    """Returns the gallery of files by their paths, which may be relative to a folder."""
+
+    def path(index):
+        return os.path.join(folder, names[index])
+
+    more = {} if captions is None else {"captions": captions.__getitem__}
+    return Gallery("images", where, names, stamps, path, path=path, **more)
+
+
+def _stamp(path):
+    """Returns the size and the time of change of a file; None for one that is not there."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # a link to nowhere; a NUL in a list's name
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _table(path):
+    return pair_tables.read_images(epath.Path(path), _TABLES[path.suffix.lower()])
+
+
+def _images_of_table(path):
+    if path.suffix.lower() not in _TABLES:
+        raise UserError(
+            f"{path} is a file; expected a folder of images, a table ({', '.join(_TABLES)}) or a "
+            f"split ({', '.join(SPLITS)}). To search by an image, give it as --image"
+        )
+    images, folder = _table(path), str(path.parent)
+    if not images:
+        raise UserError(f"{path}: there is no image")
+    files = [os.fspath(image.path) for image in images]
+    names = [os.path.normpath(os.path.relpath(file, folder)) for file in files]
+    # A path that leads out of the folder is as well given whole.
+    names = [
+        os.path.abspath(file) if name.startswith("..") else name
+        for name, file in zip(names, files, strict=True)
+    ]
+    captions = [listing.usable_captions(image)[0] for image in images]
+    return _files(str(path), names, [_stamp(f) for f in files], folder, captions)
+
+
+def _images_of_split(name, dataset):
+    source = dataset.source_image_id
+    names = source if len(set(source)) == len(source) else [str(n) for n in dataset.image_id]
+    captions = [[] for _ in names]
+    for row, caption in zip(dataset.caption_image, dataset.captions, strict=True):
+        captions[row].append(caption)
+    if dataset.in_memory:
+        content, path = dataset.images.__getitem__, lambda index: ""
+    else:
+        content, path = lambda index: dataset.images[index]["image"], dataset.images.source_file
+    stamps = [[dataset.identity.checksum]] * len(names)
+    where = f"the split {name}"
+    return Gallery("images", where, names, stamps, content, captions.__getitem__, path)

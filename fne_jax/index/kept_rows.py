@@ -1,0 +1,248 @@
+"""Rows of embeddings kept in a folder, by names, so that each is computed once.
+
+The folder holds parts, `part-000001` and so on, each written whole or not at all:
+
+  rows.npy      [rows, dim] float16, to be memory-mapped
+  names.jsonl   a line for each row, {"name": ..., "stamp": [...]}: of a file its size and its time
+                of change in nanoseconds
+  about.json    the layout's number, `model`, what the rows were computed by, and `complete`
+
+Parts are added while rows are computed. The last one is `complete`: it has all rows in the order of
+the gallery, those of earlier parts were copied into it, and these are removed. Whenever a process
+ends, the parts that are there can be gone on with: of a name that comes twice the later row counts,
+and what is before a complete part does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fne_jax.errors import UserError
+from fne_jax.files import remove_leftovers, whole_folder, write_atomically
+
+ROWS, NAMES, ABOUT = "rows.npy", "names.jsonl", "about.json"
+# Counts up with each change of what a part holds.
+LAYOUT = 1
+_PART = re.compile(r"part-(\d{6,})")
+_COPIED_ROWS = 16_384
+# What file systems answer that know no locks, such as some mounts of buckets.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some rows as they are kept.
+
+    Attributes:
+      folder: Where they lie.
+      rows: [rows, dim] float16, memory-mapped.
+      names: The name of each row.
+      stamps: The stamp of each row.
+      model: What the rows were computed by.
+      complete: Whether these are all rows of the folder.
+    """
+
+    folder: pathlib.Path
+    rows: np.ndarray
+    names: list[str]
+    stamps: list[list]
+    model: Mapping[str, Any]
+    complete: bool
+
+
+class KeptRows:
+    """The parts of a folder, to be read and added to by one process at a time.
+
+    Args:
+      folder: The folder, which is there; no other process changes it meanwhile, see `held`.
+      model: What rows are computed by, as JSON has it. Rows of another are dropped.
+
+    Attributes:
+      parts: The parts that are there, in their order.
+    """
+
+    def __init__(self, folder: pathlib.Path, model: Mapping[str, Any]):
+        self._folder, self._model = folder, json.loads(json.dumps(model))
+        self._number = 0
+        self.parts = self._read()
+
+    def places(self) -> dict[str, tuple[list, int, int]]:
+        """Returns the stamp of each name, and the part and the row where it is kept."""
+        return {
+            name: (stamp, number, row)
+            for number, part in enumerate(self.parts)
+            for row, (name, stamp) in enumerate(zip(part.names, part.stamps, strict=True))
+        }
+
+    def add(self, names: Sequence[str], stamps: Sequence[list], rows: np.ndarray) -> None:
+        """Adds rows that were computed now, [rows, dim] floats of about length 1, as a part."""
+        self._write(names, stamps, [np.asarray(rows, np.float16)], rows.shape, complete=False)
+
+    def complete(self, names: Sequence[str], stamps: Sequence[list]) -> Part:
+        """Keeps the rows of some names alone, in their order, and returns them as one part.
+
+        Args:
+          names: Names that all are among `places`.
+          stamps: Their stamps.
+        """
+        names, stamps, before = list(names), list(stamps), list(self.parts)
+        only = before[0] if len(before) == 1 and before[0].complete else None
+        if only is not None and (only.names, only.stamps) == (names, stamps):
+            return only
+        places = self.places()
+        sources = np.array([places[name][1:] for name in names])
+        shape = (len(names), before[0].rows.shape[1])
+        self._write(names, stamps, self._copied(sources), shape, complete=True)
+        for part in before:
+            _remove(part.folder)
+        self.parts = self.parts[-1:]
+        return self.parts[0]
+
+    def _copied(self, sources):
+        """Yields the rows at [rows, 2] pairs of part and row, some at a time."""
+        for start in range(0, len(sources), _COPIED_ROWS):
+            of_part, row = sources[start : start + _COPIED_ROWS].T
+            copied = np.empty((len(row), self.parts[0].rows.shape[1]), np.float16)
+            for number in np.unique(of_part):
+                mine = of_part == number
+                copied[mine] = self.parts[number].rows[row[mine]]
+            yield copied
+
+    def _write(self, names, stamps, blocks, shape, *, complete):
+        self._number += 1  # whatever becomes of it, no other part takes the number
+        folder = self._folder / f"part-{self._number:06d}"
+        lines = (
+            json.dumps({"name": name, "stamp": stamp}) + "\n"
+            for name, stamp in zip(names, stamps, strict=True)
+        )
+        about = {"layout": LAYOUT, "complete": complete, "model": self._model}
+        try:
+            with whole_folder(folder) as scratch:
+                # Not through a map of the file: a full disk would end the process without a word.
+                with (scratch / ROWS).open("wb") as stream:
+                    header = {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                    for block in blocks:
+                        stream.write(np.ascontiguousarray(block, "<f2"))
+                with (scratch / NAMES).open("w", encoding="utf-8") as stream:
+                    stream.writelines(lines)
+                write_atomically(scratch / ABOUT, json.dumps(about, indent=2) + "\n")
+        except OSError as error:  # of a disk that is full, Python does not say the file
+            error.filename = error.filename or str(folder)
+            raise
+        rows = np.load(folder / ROWS, mmap_mode="r")
+        self.parts.append(Part(folder, rows, list(names), list(stamps), self._model, complete))
+
+    def _read(self):
+        """Returns the parts that count, and removes the others, saying why."""
+        remove_leftovers(self._folder / "part-*")
+        folders = sorted(
+            (path for path in self._folder.iterdir() if _PART.fullmatch(path.name)), key=_number
+        )
+        parts, foreign = [], None
+        for folder in folders:
+            self._number = _number(folder)
+            try:
+                part = _read_part(folder)
+            except _Damaged as error:
+                _log.warning("%s is damaged: %s; its rows are computed anew", folder, error)
+                _remove(folder)
+                continue
+            if part.model != self._model:
+                foreign = part.model
+                _remove(folder)
+                continue
+            if part.complete:
+                for old in parts:
+                    _remove(old.folder)
+                parts = []
+            parts.append(part)
+        if foreign is not None:
+            _log.info(
+                "%s: was made by %s, this is %s: all is embedded anew",
+                self._folder, _in_words(foreign), _in_words(self._model),
+            )  # fmt: skip
+        if parts and len({part.rows.shape[1] for part in parts}) > 1:
+            raise UserError(f"{self._folder}: parts of several dimensions; delete the folder")
+        return parts
+
+
+def _number(folder):
+    return int(_PART.fullmatch(folder.name).group(1))
+
+
+def _remove(folder):
+    """Removes a part; if the process ends halfway, what is left of it is not taken for one."""
+    leftover = folder.with_name(f"{folder.name}.removed.incomplete")
+    os.replace(folder, leftover)
+    shutil.rmtree(leftover, ignore_errors=True)
+
+
+class _Damaged(Exception):
+    """A part is not what was written; the message is the reason."""
+
+
+def _read_part(folder):
+    try:
+        about = json.loads((folder / ABOUT).read_bytes())
+        if not isinstance(about, dict) or about.get("layout") != LAYOUT:
+            raise _Damaged(f"{ABOUT} has not the layout {LAYOUT}")
+        rows = np.load(folder / ROWS, mmap_mode="r", allow_pickle=False)
+        names, stamps = [], []
+        with (folder / NAMES).open(encoding="utf-8") as stream:
+            for line in stream:
+                entry = json.loads(line)
+                names.append(entry["name"])
+                stamps.append(entry["stamp"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
+        raise _Damaged(str(error).splitlines()[0]) from error
+    if rows.dtype != np.float16 or rows.ndim != 2 or len(rows) != len(names):
+        raise _Damaged(f"{len(names)} names for {ROWS}, {rows.dtype} {list(rows.shape)}")
+    return Part(folder, rows, names, stamps, about.get("model"), bool(about.get("complete")))
+
+
+def _in_words(model):
+    step = model.get("step") if isinstance(model, dict) else None
+    return f"the checkpoint of step {step}" if step is not None else "another model"
+
+
+@contextlib.contextmanager
+def held(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from changing a folder, which is created, while the block runs.
+
+    It waits for one that does. The lock is the operating system's, so none is ever left behind.
+
+    Raises:
+      OSError: If the folder cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.info("%s: another process is embedding there; waiting for it", folder)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _log.warning("%s: no locks here (%s): search from one process", folder, error)
+        yield
+    finally:
+        os.close(descriptor)

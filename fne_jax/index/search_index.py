@@ -1,0 +1,415 @@
+"""An index: items of a gallery embedded by a model, to be searched by text, image or embedding."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import logging
+import pathlib
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fne_jax.data.preparation.single_images import AnyImage, evaluation_pixels
+from fne_jax.errors import UserError
+from fne_jax.files import write_atomically
+from fne_jax.index import engines, exact
+from fne_jax.index.gallery import Gallery
+from fne_jax.index.kept_rows import KeptRows, Part, held
+from fne_jax.progress import Progress
+
+# What is embedded is kept after so many rows or seconds; a process that is killed loses less.
+_KEPT_ROWS = 16_384
+_KEPT_SECONDS = 30.0
+# Queries of each kind that an engine's recall is measured with, and the length of the lists.
+_RECALL_QUERIES = 200
+RECALL_AT = 10
+_SHOWN = 20
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+    """What an index needs of a model.
+
+    Attributes:
+      identity: What tells the model from others, as JSON has it; with `step`.
+      image_size: The pixels of a side of what `embed_images` takes.
+      resize_to: `config.data.resize_to`.
+      batch_size: How many items are embedded at once.
+      embed_images: Returns [images, dim] float32 unit rows of [images, side, side, 3] uint8 pixels.
+      embed_texts: Returns [texts, dim] float32 unit rows of sentences.
+    """
+
+    identity: Mapping[str, Any]
+    image_size: int
+    resize_to: int
+    batch_size: int
+    embed_images: Callable[[np.ndarray], np.ndarray]
+    embed_texts: Callable[[Sequence[str]], np.ndarray]
+
+    def read(self, image: AnyImage, name: str) -> np.ndarray:
+        """Returns the pixels of an image of any kind; UserError if it cannot be used."""
+        return evaluation_pixels(image, self.image_size, resize_to=self.resize_to, name=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """An item that was found.
+
+    Attributes:
+      rank: Its place, from 1.
+      score: The cosine of the query and the item, as it is kept in float16.
+      name: What it is known by; of a text, the text itself.
+      path: The file of an image; "" where there is none.
+      captions: The captions of an image, where they are known.
+    """
+
+    rank: int
+    score: float
+    name: str
+    path: str
+    captions: tuple[str, ...]
+
+
+class SearchIndex:
+    """Items of a gallery, embedded by a model; `build_index` makes one.
+
+    Args:
+      gallery: The items.
+      part: The embeddings of those that could be used, in the gallery's order.
+      encoders: The model.
+      engine: What finds the nearest.
+
+    Attributes:
+      names: The name of each row.
+      rows: [items, dim] float16, memory-mapped.
+      recall: Of an engine that is not exact, the share of the exact first ten that it finds, as
+        `{"text_to_image": 0.93, "image_to_image": 0.99}`; {} for the exact one.
+    """
+
+    def __init__(self, gallery: Gallery, part: Part, encoders: Encoders, engine: engines.Engine):
+        self.names, self.rows = part.names, part.rows
+        self.recall: dict[str, float] = {}
+        self._gallery, self._encoders, self._engine = gallery, encoders, engine
+        used = set(part.names)
+        self._items = [n for n, name in enumerate(gallery.names) if name in used]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def search(
+        self, text: str | None = None, *, image: AnyImage | None = None, top: int = 10
+    ) -> list[Hit]:
+        """Returns the items that are nearest to a sentence or to an image, the best first.
+
+        Args:
+          text: The sentence.
+          image: The image instead: a path, the content of a file, an image of PIL or pixels.
+          top: How many.
+
+        Raises:
+          UserError: If not one of them is given, or the image cannot be read.
+        """
+        if (text is None) == (image is None):
+            raise UserError("search by either a text or an image")
+        if image is not None:
+            query = self._encoders.embed_images(self._encoders.read(image, "the image")[None])
+        elif not text.strip():
+            raise UserError("the text to search by is empty")
+        else:
+            query = self._encoders.embed_texts([text])
+        rows, scores = self.nearest(query, top)
+        return [
+            self._hit(rank, row, score)
+            for rank, (row, score) in enumerate(zip(rows[0], scores[0], strict=True), 1)
+            if row >= 0
+        ]
+
+    def nearest(self, embeddings: np.ndarray, top: int = 10) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the rows that are nearest to embeddings of the same model.
+
+        Args:
+          embeddings: [queries, dim] floats of length 1.
+          top: How many of each; fewer where there are fewer items.
+
+        Returns:
+          [queries, top] int64 indices into `names` and `rows`, -1 where an engine found fewer, and
+          their [queries, top] float32 cosines, computed from the rows whatever the engine is.
+
+        Raises:
+          UserError: If `top` is below 1, or the embeddings have another shape or are not finite.
+        """
+        queries = np.asarray(embeddings)
+        if queries.ndim != 2 or queries.shape[1] != self.rows.shape[1]:
+            raise UserError(
+                f"embeddings: expected [queries, {self.rows.shape[1]}], got {list(queries.shape)}"
+            )
+        if top < 1:
+            raise UserError(f"top is {top}; expected at least 1")
+        if not np.isfinite(queries).all():
+            raise UserError("the embedding of the query is not finite; did its training diverge?")
+        queries = queries.astype(np.float32)
+        return _ordered(self.rows, queries, self._engine.nearest(queries, min(top, len(self))))
+
+    def _hit(self, rank, row, score):
+        item = self._items[row]
+        captions = tuple(self._gallery.captions(item))
+        return Hit(rank, float(score), self.names[row], self._gallery.path(item), captions)
+
+
+def _ordered(rows, queries, found):
+    """Returns what an engine found in the order of exact products, and these; -1 comes last."""
+    scores = np.full(found.shape, -np.inf, np.float32)
+    ordered = np.full(found.shape, -1, np.int64)
+    for number, chosen in enumerate(found):
+        chosen = chosen[chosen >= 0]
+        products = exact.exact_products(rows, chosen, queries[number].astype(np.float64))
+        order = np.lexsort((chosen, -products))
+        ordered[number, : len(chosen)] = chosen[order]
+        scores[number, : len(chosen)] = products[order]
+    return ordered, scores
+
+
+def build_index(
+    gallery: Gallery,
+    encoders: Encoders,
+    folder: pathlib.Path | None = None,
+    *,
+    engine: str = engines.EXACT,
+    other_queries: Callable[[], np.ndarray | None] = lambda: None,
+) -> SearchIndex:
+    """Returns the index of a gallery; only what is not kept yet is embedded.
+
+    Images that cannot be read are left out and named in the log. What was embedded before an error
+    or Ctrl-C is kept.
+
+    Args:
+      gallery: The items.
+      encoders: The model.
+      folder: Where embeddings are kept; None for a temporary folder, which goes with the index.
+      engine: `exact`, `faiss:FACTORY` or `qdrant:WHERE`.
+      other_queries: Returns [queries, dim] embeddings of the other kind than the gallery's, texts
+        for images, that the recall of an engine is measured with; None where there are none.
+
+    Raises:
+      UserError: If no item can be used, the folder cannot be written to, or there is no such
+        engine.
+    """
+    engines.check_spec(engine)
+    temporary = folder is None
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="fne_jax_index_")) if temporary else folder
+    with _told(folder), held(folder):
+        part = _update(folder, gallery, encoders)
+        made = engines.create_engine(engine, part)
+        index = SearchIndex(gallery, part, encoders, made)
+        if temporary:
+            weakref.finalize(index, shutil.rmtree, folder, ignore_errors=True)
+        if engine != engines.EXACT:
+            index.recall = _kept_recall(made, part, gallery.kind, other_queries)
+    return index
+
+
+@contextlib.contextmanager
+def _told(folder):
+    """Raises UserError for errors of the block on files in a folder."""
+    try:
+        yield
+    except OSError as error:
+        if not str(error.filename).startswith(str(folder)):
+            raise
+        raise UserError(f"{folder}: the index cannot be kept: {error}") from error
+
+
+def _update(folder, gallery, encoders):
+    """Embeds what a folder lacks, and returns the part of all that can be used."""
+    kept = KeptRows(folder, encoders.identity)
+    places = kept.places()
+    missing = [
+        n
+        for n, (name, stamp) in enumerate(zip(gallery.names, gallery.stamps, strict=True))
+        if name not in places or places[name][0] != stamp
+    ]
+    skipped = _embed(kept, gallery, missing, encoders)
+    used = [n for n in range(len(gallery.names)) if n not in skipped]
+    if not used:
+        raise UserError(
+            f"{gallery.where}: none of {len(gallery.names)} {gallery.kind} can be used: "
+            f"{next(iter(skipped.values()))}"
+        )
+    gone = len(places.keys() - set(gallery.names))
+    part = kept.complete([gallery.names[n] for n in used], [gallery.stamps[n] for n in used])
+    _log.info(
+        "%d %s of %s: %d embedded now, %d kept%s",
+        len(used), gallery.kind, gallery.where, len(missing) - len(skipped),
+        len(used) - len(missing) + len(skipped), f", {gone} gone" if gone else "",
+    )  # fmt: skip
+    if skipped:
+        lines = [f"\n  {reason}" for reason in itertools.islice(skipped.values(), _SHOWN)]
+        if len(skipped) > _SHOWN:
+            lines.append(f"\n  and {len(skipped) - _SHOWN} more")
+        _log.warning("%d images cannot be used:%s", len(skipped), "".join(lines))
+    return part
+
+
+def _embed(kept, gallery, missing, encoders):
+    """Embeds and keeps items; returns the reasons why some could not be used, by their index."""
+    skipped: dict[int, str] = {}
+    if not missing:
+        return skipped
+    waiting = _Waiting(kept, gallery)
+    embedded = _images if gallery.kind == "images" else _texts
+    with (
+        Progress(f"embedding {gallery.kind}", len(missing)) as progress,
+        contextlib.closing(embedded(gallery, missing, encoders, skipped)) as batches,
+    ):
+        try:
+            for items, rows in batches:
+                if not np.isfinite(rows).all():
+                    bad = items[int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])]
+                    raise UserError(
+                        f"the model's embedding of {gallery.names[bad]!r} is not finite; its "
+                        "training diverged"
+                    )
+                waiting.add(items, rows)
+                progress.update(waiting.total + len(skipped))
+        finally:  # after an error or Ctrl-C, too
+            waiting.keep()
+    return skipped
+
+
+class _Waiting:
+    """Rows that are embedded and not kept yet.
+
+    Attributes:
+      total: The number of rows that were added so far.
+    """
+
+    def __init__(self, kept: KeptRows, gallery: Gallery):
+        self._kept, self._gallery = kept, gallery
+        self._batches: list[tuple[list[int], np.ndarray]] = []
+        self._since = time.monotonic()
+        self.total = self._stored = 0
+
+    def add(self, items, rows):
+        if items:
+            self._batches.append((items, rows.astype(np.float16)))
+            self.total += len(items)
+        if (
+            self.total - self._stored >= _KEPT_ROWS
+            or time.monotonic() - self._since >= _KEPT_SECONDS
+        ):
+            self.keep()
+
+    def keep(self):
+        if self._batches:
+            items = [item for batch, _ in self._batches for item in batch]
+            names, stamps = self._gallery.names, self._gallery.stamps
+            rows = np.concatenate([rows for _, rows in self._batches])
+            self._kept.add([names[n] for n in items], [stamps[n] for n in items], rows)
+        self._batches, self._stored, self._since = [], self.total, time.monotonic()
+
+
+def _texts(gallery, missing, encoders, skipped):
+    """Yields some items at a time and their [items, dim] rows."""
+    del skipped
+    for items in _batches(missing, encoders.batch_size):
+        yield items, encoders.embed_texts([gallery.content(n) for n in items])
+
+
+def _images(gallery, missing, encoders, skipped):
+    """Yields some items at a time and their rows; those of a next batch are read meanwhile."""
+    read = functools.partial(_read, gallery, encoders)
+    parts = _batches(missing, encoders.batch_size)
+    readers = concurrent.futures.ThreadPoolExecutor()
+    ahead: collections.deque = collections.deque()
+    try:
+        while True:
+            for items in itertools.islice(parts, 2 - len(ahead)):
+                ahead.append([(item, readers.submit(read, item)) for item in items])
+            if not ahead:
+                return
+            usable, pixels = [], []
+            for item, reading in ahead.popleft():
+                try:
+                    pixels.append(reading.result())
+                    usable.append(item)
+                except UserError as error:
+                    skipped[item] = str(error)
+            rows = encoders.embed_images(np.stack(pixels)) if usable else np.zeros((0, 0))
+            yield usable, rows
+    finally:
+        readers.shutdown(cancel_futures=True)
+
+
+def _read(gallery, encoders, item):
+    return encoders.read(gallery.content(item), gallery.names[item])
+
+
+def _batches(items: Sequence[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
+
+
+def _kept_recall(engine, part, kind, other_queries):
+    """Returns the recall of an engine on a part, measured once for both."""
+    path = engines.recall_path(engine.spec, part)
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads(path.read_text()))
+    one, other = ("image", "text") if kind == "images" else ("text", "image")
+    recall = {f"{one}_to_{one}": _recall_of_own(engine, part.rows)}
+    queries = other_queries()
+    if queries is not None and len(queries):
+        recall = {f"{other}_to_{one}": recall_at(engine, part.rows, queries)} | recall
+    write_atomically(path, json.dumps(recall) + "\n")
+    return recall
+
+
+def recall_at(engine: engines.Engine, rows: np.ndarray, queries: np.ndarray) -> float:
+    """Returns the share of the exact first `RECALL_AT` rows that an engine finds among its own.
+
+    A row that is as near as the last of the exact ones counts as one of them.
+
+    Args:
+      engine: The engine.
+      rows: [rows, dim] float16.
+      queries: [queries, dim] float32.
+    """
+    count = min(RECALL_AT, len(rows))
+    wanted = exact.nearest(rows, queries, count)[0]
+    return _share(rows, queries, wanted, engine.nearest(queries, count))
+
+
+def _recall_of_own(engine, rows):
+    """Returns the recall for rows as queries, each leaving itself out."""
+    chosen = np.unique(np.linspace(0, len(rows) - 1, _RECALL_QUERIES).astype(int))
+    queries, count = rows[chosen].astype(np.float32), min(RECALL_AT + 1, len(rows))
+    lists = (exact.nearest(rows, queries, count)[0], engine.nearest(queries, count))
+    without = []
+    for found in lists:
+        itself = found == chosen[:, None]
+        # Equal rows may push it out of its own list: then the last goes.
+        itself[~itself.any(axis=1), -1] = True
+        without.append(found[~itself].reshape(len(chosen), count - 1))
+    return _share(rows, queries, *without)
+
+
+def _share(rows, queries, wanted, found):
+    """Returns the share of [queries, count] rows found that are as near as the last one wanted."""
+    if not wanted.size:
+        return 1.0
+    hits = 0
+    for query, exact_list, own_list in zip(queries, wanted, found, strict=True):
+        last = exact.exact_products(rows, exact_list[-1:], query)
+        hits += int((exact.exact_products(rows, own_list[own_list >= 0], query) >= last).sum())
+    return hits / wanted.size

@@ -1,0 +1,175 @@
+"""Engines of faiss and Qdrant against the exact one: what they find, keep, and cannot do."""
+
+import json
+import logging
+import sys
+
+import numpy as np
+import pytest
+
+from fne_jax.errors import UserError
+from fne_jax.index import engines, exact
+from fne_jax.index.kept_rows import KeptRows
+from fne_jax.index.search_index import _recall_of_own, recall_at
+from tests.support.index import Model, build, unit, write_image
+
+DIM = 8
+
+
+@pytest.fixture
+def part(tmp_path):
+    return part_of(tmp_path / "index", range(90))
+
+
+def part_of(folder, numbers):
+    folder.mkdir(exist_ok=True)
+    rows = unit(np.random.default_rng(0).standard_normal((200, DIM)))[list(numbers)]
+    names, stamps = [str(number) for number in numbers], [[0]] * len(rows)
+    kept = KeptRows(folder, {"step": 1})
+    kept.add(names, stamps, rows)
+    return kept.complete(names, stamps)
+
+
+@pytest.fixture
+def queries():
+    return unit(np.random.default_rng(1).standard_normal((7, DIM)))
+
+
+@pytest.mark.parametrize("spec", ["faiss:Flat", "faiss:IVF4,Flat@nprobe=4", "qdrant::memory:"])
+def test_an_engine_that_compares_all_finds_what_the_exact_one_does(part, queries, spec):
+    engine = engines.create_engine(spec, part)
+    np.testing.assert_array_equal(
+        engine.nearest(queries, 5), exact.nearest(part.rows, queries, 5)[0]
+    )
+    assert recall_at(engine, part.rows, queries) == 1
+    assert _recall_of_own(engine, part.rows) == 1
+
+
+def test_recall_is_the_share_of_the_exact_first_ten(part, queries):
+    class Half(engines.Exact):
+        """Finds each second row alone, and so a half on average."""
+
+        def nearest(self, queries, count):
+            return super().nearest(queries, len(part.rows))[:, ::2][:, :count]
+
+    engine, whole = Half(part), exact.nearest(part.rows, queries, 10)[0]
+    found = engine.nearest(queries, 10)
+    shares = [len(set(a) & set(b)) / 10 for a, b in zip(whole, found, strict=True)]
+    assert recall_at(engine, part.rows, queries) == pytest.approx(np.mean(shares)) == 0.5
+    # Of the first eleven the query itself is left out: ten remain, of which five are found.
+    assert _recall_of_own(engine, part.rows) == pytest.approx(0.5)
+
+
+def test_rows_as_near_as_the_last_count_for_recall(tmp_path):
+    folder = tmp_path / "equal"
+    folder.mkdir()
+    rows, names = np.tile(unit(np.ones((1, DIM))), (30, 1)), [str(number) for number in range(30)]
+    kept = KeptRows(folder, {})
+    kept.add(names, [[]] * 30, rows)
+    part = kept.complete(names, [[]] * 30)
+
+    class Last(engines.Exact):
+        def nearest(self, queries, count):
+            return np.tile(np.arange(30 - count, 30), (len(queries), 1))
+
+    assert recall_at(Last(part), part.rows, rows[:2]) == 1
+    assert _recall_of_own(Last(part), part.rows) == 1
+
+
+def test_a_faiss_index_is_made_once_for_the_same_rows(part, queries, monkeypatch, caplog):
+    first = engines.create_engine("faiss:HNSW8", part).nearest(queries, 5)
+    (path,) = part.folder.glob("faiss-*.index")
+    made = []
+    monkeypatch.setattr(engines.Faiss, "_built", lambda *arguments: made.append(1), raising=True)
+    again = engines.create_engine("faiss:HNSW8", part).nearest(queries, 5)
+    np.testing.assert_array_equal(again, first)
+    assert not made
+    monkeypatch.undo()
+    path.write_bytes(path.read_bytes()[:100])
+    with caplog.at_level(logging.WARNING, logger="fne_jax"):
+        again = engines.create_engine("faiss:HNSW8", part).nearest(queries, 5)
+    np.testing.assert_array_equal(again, first)
+    assert "is damaged; it is made anew" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("faiss:Nonsense", "faiss:Nonsense: faiss cannot make it: could not parse"),
+        ("faiss:IVF1000,Flat", r"1000,Flat: faiss cannot make it: Number of training points \(90"),
+        ("faiss:IVF4,Flat@nonsense=3", "could not set parameter nonsense"),
+    ],
+)
+def test_what_faiss_refuses_is_one_line(part, spec, message):
+    with pytest.raises(UserError, match=message) as error:
+        engines.create_engine(spec, part)
+    assert "\n" not in str(error.value) and error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("spec", ["", "fais:Flat", "faiss", "faiss:", "qdrant:", "exact:2"])
+def test_what_is_no_engine_is_refused_before_anything_is_embedded(spec, tmp_path):
+    write_image(tmp_path / "photos" / "a.png", 1)
+    model = Model()
+    with pytest.raises(UserError, match="expected exact, faiss:FACTORY"):
+        build(tmp_path / "photos", tmp_path / "index", model, engine=spec)
+    assert not model.embedded and not (tmp_path / "index").exists()
+
+
+def test_an_extra_that_is_missing_is_named(part, monkeypatch):
+    for module, extra in (("faiss", "faiss"), ("qdrant_client", "qdrant")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UserError, match=rf"pip install -e '?\.\[{extra}\]"):
+            engines.create_engine(f"{extra}:x", part)
+
+
+def test_a_collection_follows_the_rows(tmp_path, queries, monkeypatch):
+    spec, sent = f"qdrant:{tmp_path / 'qdrant'}", []
+    for numbers in (range(20), range(5, 30), range(5, 30)):
+        part = part_of(tmp_path / "index", numbers)
+        engine = engines.create_engine(spec, part)
+        np.testing.assert_array_equal(
+            engine.nearest(queries, 25)[:, : len(numbers)],
+            exact.nearest(part.rows, queries, 25)[0],
+        )
+        sent.append(engine.sent)
+        engine.close()
+    assert sent == [20, 10, 0]
+
+
+def test_a_server_that_is_not_there_is_one_line(part):
+    with pytest.raises(UserError, match="Qdrant cannot be used") as error:
+        engines.create_engine("qdrant:http://127.0.0.1:9", part)
+    assert "\n" not in str(error.value) and error.value.exit_code == 74
+
+
+def test_recall_across_images_and_texts_is_told_apart_and_kept(tmp_path):
+    for number in range(12):
+        write_image(tmp_path / "photos" / f"{number:02d}.png", number)
+    model, asked = Model(), []
+
+    def other_queries():
+        asked.append(1)
+        return model.texts(["a dog", "a cat"])
+
+    def indexed(**more):
+        return build(tmp_path / "photos", tmp_path / "index", engine="faiss:Flat", **more)
+
+    for _ in range(2):
+        index = indexed(other_queries=other_queries)
+        assert index.recall == {"text_to_image": 1, "image_to_image": 1} and asked == [1]
+    (path,) = (tmp_path / "index").glob("part-*/recall-*.json")
+    assert json.loads(path.read_text()) == index.recall
+    path.unlink()
+    assert indexed(other_queries=lambda: None).recall == {"image_to_image": 1}
+    assert build(tmp_path / "photos", tmp_path / "index").recall == {}
+
+
+def test_scores_are_cosines_whatever_finds_them(tmp_path):
+    for number in range(40):
+        write_image(tmp_path / "photos" / f"{number:02d}.png", number)
+    exactly = build(tmp_path / "photos", None).search("a dog", top=3)
+    quantised = build(tmp_path / "photos", None, engine="faiss:SQ4").search("a dog", top=40)
+    assert [hit.score for hit in quantised] == sorted((h.score for h in quantised), reverse=True)
+    assert quantised[:3] == [
+        type(hit)(hit.rank, hit.score, hit.name, hit.path, hit.captions) for hit in exactly
+    ]

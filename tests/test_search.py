@@ -1,0 +1,180 @@
+"""The command `search` on a small run: what it prints, keeps, refuses, and how it is stopped."""
+
+import functools
+import json
+import logging
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fne_jax import search
+from fne_jax.errors import Interrupted, UserError
+from fne_jax.model.model import Model, restore_model
+from fne_jax.training import loop
+from tests.support.tiny import LinearTowers, tiny_config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    config = tiny_config(num_epochs=0.3, checkpoint__every_steps=1)
+    loop.train_and_evaluate(config, workdir, module=LinearTowers())
+    return workdir
+
+
+@pytest.fixture(autouse=True)
+def linear_towers(monkeypatch):
+    restore = functools.partial(restore_model, module=LinearTowers())
+    monkeypatch.setattr(search, "restore_model", restore)
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+    return restore_model(workdir, module=LinearTowers())
+
+
+@pytest.fixture
+def run(workdir, tmp_path):
+    """A copy of the run that has no index."""
+    return shutil.copytree(workdir, tmp_path / "run")
+
+
+@pytest.fixture
+def photos(tmp_path, model):
+    """Twelve images of the validation split as files that keep each pixel."""
+    (tmp_path / "photos").mkdir()
+    for number, pixels in enumerate(model.load_split("val").images[:12]):
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number:02d}.png")
+    return tmp_path / "photos"
+
+
+def lines_of(capsys, run, *arguments):
+    search.main([f"--workdir={run}", *map(str, arguments)])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_split_is_searched_as_its_evaluation_embeds_it(run, model, capsys):
+    dataset = model.load_split("val")
+    split = model.embed_split(dataset)
+    caption = dataset.captions[3]
+    (found,) = lines_of(capsys, run, "--images=val", "--json", "--top=5", caption)
+    similarity = split.image_emb @ split.text_emb[3]
+    order = np.argsort(-similarity)[:5]
+    assert found["text"] == caption
+    assert [hit["name"] for hit in found["hits"]] == [dataset.source_image_id[n] for n in order]
+    assert [hit["rank"] for hit in found["hits"]] == [1, 2, 3, 4, 5]
+    scores = [hit["score"] for hit in found["hits"]]
+    np.testing.assert_allclose(scores, similarity[order], atol=1e-3)
+    own = [dataset.captions[n] for n in np.flatnonzero(dataset.caption_image == order[0])]
+    assert found["hits"][0]["captions"] == own
+
+
+def test_texts_are_searched_by_image(run, photos, model, capsys):
+    (found,) = lines_of(capsys, run, "--texts=val", "--json", f"--image={photos / '02.png'}")
+    texts = list(dict.fromkeys(model.load_split("val").captions))
+    similarity = model.embed_texts(texts) @ model.embed_images(photos / "02.png")[0]
+    # Texts of the same words have the same embedding.
+    scores = [similarity[texts.index(hit["name"])] for hit in found["hits"]]
+    np.testing.assert_allclose(scores, -np.sort(-similarity)[:10], atol=1e-3)
+    np.testing.assert_allclose(scores, [hit["score"] for hit in found["hits"]], atol=1e-3)
+    assert (run / "index_val_texts").is_dir()
+
+
+def test_people_read_ranks_scores_and_files(run, photos, capsys):
+    image = photos / "03.png"
+    search.main([f"--workdir={run}", f"--images={photos}", "--top=3", f"--image={image}", "a dog"])
+    text = capsys.readouterr().out
+    by_text, by_image = text.split("\n\n")
+    assert by_text.splitlines()[1] == "a dog" and len(by_text.splitlines()) == 5
+    rows = by_image.splitlines()
+    assert rows[0] == str(image) and re.fullmatch(rf"   1   1\.000  {image}", rows[1])
+    assert [int(row.split()[0]) for row in rows[1:]] == [1, 2, 3]
+
+
+def test_a_second_call_embeds_nothing_and_another_checkpoint_all(run, photos, caplog, capsys):
+    for arguments, said in (
+        ([], "12 embedded now, 0 kept"),
+        ([], "0 embedded now, 12 kept"),
+        (["--checkpoint=1"], "12 embedded now, 0 kept"),
+        (["--weights=momentum"], "12 embedded now, 0 kept"),
+        (["--checkpoint=1"], "0 embedded now, 12 kept"),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="fne_jax"):
+            search.main([f"--workdir={run}", f"--images={photos}", *arguments])
+        assert said in caplog.text
+        anew = re.search(
+            "made by the checkpoint of step .*, this is .* of step 1: all", caplog.text
+        )
+        assert bool(anew) == (arguments == ["--checkpoint=1"] and said.startswith("12"))
+    assert capsys.readouterr().out == ""
+    assert len(list(run.glob("index_photos_*"))) == 2
+
+
+def test_recall_of_an_engine_is_told_both_ways(run, capsys):
+    search.main([f"--workdir={run}", "--images=val", "--index=faiss:Flat", "--top=1", "a dog"])
+    captured = capsys.readouterr()
+    line = "faiss:Flat: recall at 10 against exact: text-to-image 1.000, image-to-image 1.000\n"
+    assert line in captured.err and len(captured.out.splitlines()) > 2
+    search.main([f"--workdir={run}", "--texts=val", "--index=qdrant::memory:"])
+    assert "image-to-text 1.000, text-to-text 1.000" in capsys.readouterr().err
+
+
+def test_damaged_images_are_named_and_the_others_found(run, photos, caplog, capsys):
+    (photos / "04.png").write_bytes(b"\x89PNG")
+    (found,) = lines_of(capsys, run, f"--images={photos}", "--json", "--top=99", "a dog")
+    assert len(found["hits"]) == 11
+    assert "1 images cannot be used" in caplog.text and "04.png" in caplog.text
+
+
+def test_names_that_are_no_text_are_printed(run, photos, capsys):
+    (photos / "00.png").rename(photos / os.fsdecode(b"\xff.png"))
+    search.main([f"--workdir={run}", f"--images={photos}", "--top=99", "a dog"])
+    assert "\\udcff.png" in capsys.readouterr().out
+    (found,) = lines_of(capsys, run, f"--images={photos}", "--json", "--top=99", "a dog")
+    assert "\udcff.png" in [hit["name"] for hit in found["hits"]]
+
+
+def test_wrong_arguments_are_told_before_anything_is_loaded(photos, tmp_path):
+    photo = photos / "00.png"
+    for arguments, message in (
+        ([], "give either the --images or the --texts"),
+        (["--images=val", "--texts=val"], "give either the --images or the --texts"),
+        (["--images=val", "--top=0"], "--top is 0"),
+        (["--images=val", " "], "text to search by is empty"),
+        (["--images=val", "--index=faiss"], "expected exact, faiss:FACTORY"),
+        (["--images=val", f"--image={tmp_path / 'no.jpg'}"], "no.jpg is not a file"),
+        (["--images=val", "--imag=x"], "unrecognized arguments: --imag=x"),
+        ([f"--images={tmp_path / 'no'}"], "nowhere is not a folder"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            search.main(["--workdir=nowhere", *arguments])
+    assert photo.exists()
+
+
+def test_wrong_galleries_are_told_with_the_run(run, photos, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        ([f"--images={tmp_path / 'no'}"], "is not there; expected a folder of images"),
+        ([f"--images={tmp_path / 'empty'}"], "there is no image in it"),
+        ([f"--images={photos / '00.png'}"], "give it as --image"),
+        ([f"--texts={photos}"], "is a folder"),
+        (["--images=val", "--checkpoint=77"], "no checkpoint '77'"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            search.main([f"--workdir={run}", *arguments])
+    assert not list(run.glob("index_*"))
+
+
+def test_ctrl_c_is_told_with_what_is_kept(run, photos, monkeypatch, caplog):
+    def interrupted(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Model, "index", interrupted)
+    with pytest.raises(Interrupted, match="the same command goes on") as stop:
+        search.main([f"--workdir={run}", f"--images={photos}"])
+    assert stop.value.exit_code == 130
