@@ -4,7 +4,9 @@ import functools
 import json
 import logging
 import os
+import pathlib
 import re
+import shlex
 import shutil
 
 import numpy as np
@@ -15,6 +17,7 @@ from fne_jax import search
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.model.model import Model, restore_model
 from fne_jax.training import loop
+from tests.support import TOP
 from tests.support.tiny import LinearTowers, tiny_config
 
 
@@ -168,6 +171,28 @@ def test_wrong_galleries_are_told_with_the_run(run, photos, tmp_path):
         with pytest.raises(UserError, match=re.escape(message)):
             search.main([f"--workdir={run}", *arguments])
     assert not list(run.glob("index_*"))
+
+
+def test_the_examples_of_the_docs_run(run, photos, tmp_path, monkeypatch, capsys):
+    page = (TOP / "docs" / "search.md").read_text()
+    commands = re.findall(r"^python -m fne_jax\.search (.*)$", page, re.MULTILINE)
+    assert len(commands) == 9
+    monkeypatch.setattr(pathlib.Path, "is_file", lambda path: path.name == "beach.jpg")
+    for command in commands:
+        assert search._parse(shlex.split(command)).workdir == "runs/flickr30k"
+    monkeypatch.undo()
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    run.rename(tmp_path / "runs" / "flickr30k")
+    shutil.copy(photos / "03.png", tmp_path / "beach.jpg")
+    restore = functools.partial(restore_model, module=LinearTowers())
+    monkeypatch.setattr("fne_jax.model.model.restore_model", restore)
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1), names)
+    assert names["hits"][0].name == "03.png" and names["rows"].shape == (2, 3)
+    assert len(capsys.readouterr().out.splitlines()) == 7
+    assert (tmp_path / "runs" / "flickr30k" / "index_photos").is_dir()
 
 
 def test_ctrl_c_is_told_with_what_is_kept(run, photos, monkeypatch, caplog):
