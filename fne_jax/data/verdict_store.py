@@ -1,0 +1,237 @@
+"""The verdicts on a run's pairs as they are given, in SQLite: each is on the disk when it is told.
+
+Rows are only ever added, but for those that their reviewer takes back: of several verdicts of a
+reviewer on a pair the last counts, and taking it back lets the one before count again. Several
+processes may read and write one store at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import math
+import pathlib
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator
+
+from fne_jax.data.verdicts import FIELDS, Verdict
+from fne_jax.errors import UserError
+
+# Stands in the head of the file ("FNEv" in ASCII), and the version of its tables.
+_APPLICATION, _VERSION = 0x464E4576, 1
+# Seconds to wait for another process that writes.
+_PATIENCE = 10.0
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS verdicts (
+  number INTEGER PRIMARY KEY AUTOINCREMENT,
+  split TEXT NOT NULL,
+  image_id INTEGER NOT NULL,
+  caption_id INTEGER NOT NULL,
+  source_image_id TEXT NOT NULL,
+  caption TEXT NOT NULL,
+  verdict TEXT NOT NULL CHECK (verdict IN ('match', 'no_match', 'unsure')),
+  reviewer TEXT NOT NULL,
+  time TEXT NOT NULL,
+  model TEXT NOT NULL,
+  score REAL,
+  sample TEXT NOT NULL,
+  weight REAL,
+  imported INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS pairs ON verdicts (split, caption_id, image_id, reviewer);
+"""
+_COLUMNS = ", ".join(FIELDS)
+_INSERT = f"INSERT INTO verdicts ({_COLUMNS}, imported) VALUES ({', '.join('?' * len(FIELDS))}, ?)"
+_LAST = (
+    f"SELECT {_COLUMNS} FROM verdicts WHERE number IN "
+    "(SELECT max(number) FROM verdicts GROUP BY split, caption_id, image_id, reviewer) "
+)
+
+
+def store_path(workdir: pathlib.Path) -> pathlib.Path:
+    """Returns where a run's verdicts are."""
+    return workdir / "reviews" / "verdicts.sqlite"
+
+
+class VerdictStore:
+    """The verdicts of a file, which is made with its folder if it is not there.
+
+    One object may be used by several threads.
+
+    Args:
+      path: The SQLite file.
+      create: Whether to make a file that is not there.
+
+    Raises:
+      UserError: if the file is damaged, is none of verdicts, or cannot be opened or made.
+    """
+
+    def __init__(self, path: pathlib.Path, *, create: bool = True):
+        self.path = path
+        self._lock = threading.Lock()
+        if not create and not path.is_file():
+            raise UserError(f"{path} is not there; `review` makes it")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path.parent}: cannot be created: {error}") from error
+        with self._told():
+            self._connection = sqlite3.connect(
+                path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False
+            )
+        try:
+            with self._told():
+                self._prepare()
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the file; every verdict is in it already."""
+        with self._lock:
+            self._connection.close()
+
+    def __enter__(self) -> VerdictStore:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def add(self, verdict: Verdict) -> None:
+        """Adds a verdict, which is on the disk when this returns.
+
+        Raises:
+          UserError: if it cannot be written.
+        """
+        with self._told():
+            self._connection.execute(_INSERT, _row(verdict, imported=False))
+
+    def take_back(self, reviewer: str, split: str) -> Verdict | None:
+        """Removes a reviewer's newest verdict on a split that was not imported, and returns it.
+
+        Returns:
+          What was removed; None if there was nothing.
+
+        Raises:
+          UserError: if it cannot be written.
+        """
+        with self._told():
+            # One statement, so that of two processes each takes back another.
+            row = self._connection.execute(
+                "DELETE FROM verdicts WHERE number = (SELECT max(number) FROM verdicts WHERE "
+                f"reviewer = ? AND split = ? AND NOT imported) RETURNING {_COLUMNS}",
+                (reviewer, split),
+            ).fetchall()
+        return Verdict(*row[0]) if row else None
+
+    def last(self, split: str | None = None) -> list[Verdict]:
+        """Returns each reviewer's last verdict on each pair, the oldest first.
+
+        Args:
+          split: Of which split; None for all.
+
+        Raises:
+          UserError: if the file cannot be read.
+        """
+        where, values = ("", ()) if split is None else ("AND split = ? ", (split,))
+        with self._told():
+            rows = self._connection.execute(f"{_LAST}{where}ORDER BY number", values).fetchall()
+        return [Verdict(*row) for row in rows]
+
+    def import_verdicts(self, verdicts: Iterable[Verdict]) -> int:
+        """Adds verdicts that the store does not have, all or none; returns how many these were.
+
+        A verdict older than what its reviewer has said of the pair since is left out.
+
+        Args:
+          verdicts: At most one of each reviewer on each pair.
+
+        Raises:
+          UserError: if they cannot be written.
+        """
+        with self._told():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                there = {_key(one): one for one in map(_verdict, self._connection.execute(_LAST))}
+                new = [
+                    one
+                    for one in verdicts
+                    if _key(one) not in there or _supersedes(one, there[_key(one)])
+                ]
+                rows = [_row(verdict, imported=True) for verdict in new]
+                self._connection.executemany(_INSERT, rows)
+                self._connection.execute("COMMIT")
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+        return len(new)
+
+    def _prepare(self):
+        connection = self._connection
+        # The tables first: another process may make them at this moment, with the rest.
+        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        ours = connection.execute("PRAGMA application_id").fetchone()[0]
+        if tables and ours != _APPLICATION:
+            raise UserError(f"{self.path} is an SQLite file, but not of verdicts; name another")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if tables and version != _VERSION:
+            raise UserError(
+                f"{self.path}: its tables are of version {version}, this code's of {_VERSION}; "
+                "use the version of the code that wrote it, and export its verdicts"
+            )
+        damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if damage != "ok":
+            raise sqlite3.DatabaseError(damage)
+        # Where the file system has no shared memory, SQLite keeps its usual journal, just as safe.
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        if not tables:
+            connection.executescript(
+                f"BEGIN IMMEDIATE; {_TABLES} PRAGMA application_id = {_APPLICATION}; "
+                f"PRAGMA user_version = {_VERSION}; COMMIT"
+            )
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Lets one thread at a time use the connection; turns SQLite's errors into UserErrors."""
+        try:
+            with self._lock:
+                yield
+        except sqlite3.OperationalError as error:
+            raise UserError(f"{self.path}: {error}; is it on a disk of this machine that has room, "
+                            "and may you write there?") from error  # fmt: skip
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"{self.path} is damaged: {error}. Move it away; SQLite's own `.recover` may get "
+                "verdicts out of it, and an exported file of them can be imported again"
+            ) from error
+
+
+def _row(verdict, imported):
+    # Captions may hold half of a surrogate pair, which no encoding can.
+    texts = (
+        value.encode(errors="replace").decode() if isinstance(value, str) else value
+        for value in dataclasses.astuple(verdict)
+    )
+    return (*texts, imported)
+
+
+def _verdict(row):
+    return Verdict(*row)
+
+
+def _key(verdict):
+    return verdict.split, verdict.caption_id, verdict.image_id, verdict.reviewer
+
+
+def _supersedes(verdict, there):
+    return verdict.verdict != there.verdict and _moment(verdict) > _moment(there)
+
+
+def _moment(verdict):
+    if not verdict.time:
+        return -math.inf
+    return datetime.datetime.fromisoformat(verdict.time).timestamp()
