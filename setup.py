@@ -13,7 +13,10 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["fne_jax", "fne_jax.*"]),
-    package_data={"fne_jax.report": ["templates/*.html"]},
+    package_data={
+        "fne_jax.report": ["templates/*"],
+        "fne_jax.review_app": ["templates/*.html", "static/*"],
+    },
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
@@ -56,6 +59,8 @@ setuptools.setup(
         # Engines of `search --index`.
         "faiss": ["faiss-cpu>=1.15.1"],
         "qdrant": ["qdrant-client>=1.20.0"],
+        # The local page of `review`.
+        "review": ["starlette>=1.10.0", "uvicorn>=0.54.0"],
         # Scores detectors and tests differences, for `study`.
         "study": ["scikit-learn>=1.9.1", "scipy>=1.17.1"],
         # TensorBoard's page for what `config.logging.profile_step` writes.
@@ -79,6 +84,10 @@ setuptools.setup(
             "eccv_caption>=0.1.0",
             "faiss-cpu>=1.15.1",
             "qdrant-client>=1.20.0",
+            "starlette>=1.10.0",
+            "uvicorn>=0.54.0",
+            "httpx2>=2.16.2",  # Starlette's client for tests
+            "playwright>=1.65.2",  # with the system's Chromium
         ],
     },
 )

@@ -11,13 +11,13 @@ import pathlib
 
 from fne_jax import command_line, configuration
 from fne_jax.data import match_files
+from fne_jax.data.verdict_store import VerdictStore, store_path
 from fne_jax.errors import UserError
-from fne_jax.report import audit_pages, suspects
-from fne_jax.retrieval.detectors import DETECTORS, PREFERENCE
+from fne_jax.report import audit_pages, suspect_options, suspects
 from fne_jax.retrieval.likely_matches import LEAST_PROBABILITY
 
-# Pairs of each caption and of each image that are looked at: for people, and for training.
-_PER_QUERY, _MATCHES_PER_QUERY = 5, 100
+# Pairs of each caption and of each image that are looked at for training.
+_MATCHES_PER_QUERY = 100
 
 
 def main(arguments: list[str]) -> None:
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     options, overrides = _parse(arguments)
     if options.out is not None and pathlib.Path(options.out).is_file():
         raise UserError(f"--out={options.out} is a file; expected a folder")
-    theirs = options.caption_embeddings and pathlib.Path(options.caption_embeddings)
+    theirs = suspect_options.caption_embeddings(options)
     if options.workdir is not None:
         workdir = pathlib.Path(options.workdir)
         judged = suspects.judged_by_run(
@@ -47,13 +47,11 @@ def main(arguments: list[str]) -> None:
             )
         )
         return
-    found = suspects.find_suspects(
-        judged,
-        per_query=options.per_query or _PER_QUERY,
-        rank_by=options.rank_by,
-        detector=options.detector,
-        least=options.min_probability,
-    )
+    found = suspect_options.find(options, judged)
+    if options.workdir is not None and store_path(workdir).exists():
+        with VerdictStore(store_path(workdir)) as store:
+            verdicts = store.last(options.split)
+        found = suspects.heed_verdicts(found, verdicts, judged.dataset)
     quality = suspects.detector_quality(judged)
     print(suspects.describe(judged, found, quality))
     listed = audit_pages.write_audit(out, judged, found, options.limit, quality)
@@ -61,7 +59,6 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse(arguments):
-    named = DETECTORS.items()
     parser = command_line.parser("Lists likely false negatives of a dataset.", "audit")
     parser.add_argument("--workdir", help="folder of the run whose model judges")
     parser.add_argument("--checkpoint", help="of the run: best (by default), latest or a step")
@@ -75,42 +72,13 @@ def _parse(arguments):
     parser.add_argument("--split", default="train", help="train, val or test")
     parser.add_argument("--out", help="folder to write into; audit_<split> in the run's by default")
     parser.add_argument(
-        "--per-query",
-        type=int,
-        help=f"pairs considered of each caption and image; {_PER_QUERY} by default, and with "
-        f"--matches {_MATCHES_PER_QUERY}",
-    )
-    parser.add_argument("--limit", type=int, default=1000, help="most pairs written")
-    parser.add_argument(
-        "--detector",
-        choices=list(DETECTORS),
-        help=f"what judges the pairs; by default the first of {', '.join(PREFERENCE)} that can. "
-        + "; ".join(f"{name}: {one.description}; needs {one.needs}" for name, one in named),
-    )
-    parser.add_argument(
-        "--caption-embeddings",
-        metavar="FILE.npy",
-        help="for the detector external: [captions, dim] floats of any sentence encoder, in the "
-        "order that `convert order` writes",
-    )
-    parser.add_argument(
-        "--min-probability",
-        type=float,
-        help="least probability of a pair; config.fne.posterior_threshold by default, and with "
-        f"--matches {LEAST_PROBABILITY}",
-    )
-    parser.add_argument(
         "--matches",
         metavar="FILE.npz",
         help="write all pairs of at least --min-probability as a list for config.data.matches, "
-        "instead of pages",
+        f"instead of pages; by default of probability {LEAST_PROBABILITY} or more, among "
+        f"{_MATCHES_PER_QUERY} per query",
     )
-    parser.add_argument(
-        "--rank-by",
-        choices=list(suspects.RANKINGS),
-        default="probability",
-        help="; ".join(f"{name}: {meaning}" for name, meaning in suspects.RANKINGS.items()),
-    )
+    suspect_options.add_arguments(parser)
     options, overrides = parser.parse_known_args(arguments)
     command_line.expand_home(
         options, "workdir", "embeddings", "out", "config", "caption_embeddings", "matches"
@@ -130,15 +98,7 @@ def _parse(arguments):
             raise UserError(f"--{name} goes with --{owner}")
     if options.workdir is not None and overrides:
         raise UserError(f"unknown argument {overrides[0]!r}; see --help")
-    for name in ("per_query", "limit"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}; expected at least 1"
-            )
-    if options.min_probability is not None and not 0 <= options.min_probability <= 1:
-        raise UserError(f"--min-probability is {options.min_probability}; expected 0 to 1")
-    if options.detector == "external" and options.caption_embeddings is None:
-        raise UserError("--detector=external takes --caption-embeddings, an .npy file")
+    suspect_options.check(options)
     return options, overrides
 
 

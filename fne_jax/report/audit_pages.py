@@ -61,10 +61,14 @@ def write_audit(
         "score": DETECTORS[suspects.detector].score,
         "prior": judged.config.fne.prior,
         "precision": suspects_lib.precision(judged, suspects),
+        "refuted": suspects.refuted,
+        "of_run": judged.step is not None,
     }
     listed = rows(
         judged.dataset, suspects.pairs[:limit], suspects.judgement[:limit], suspects.detector
     )
+    for row in listed:
+        row["confirmed"] = (row["caption_index"], row["image_index"]) in suspects.confirmed
     write(folder, judged.dataset, listed, about)
     if quality:
         html.write_text(folder / QUALITY_NAME, json.dumps(quality, indent=2) + "\n")
@@ -185,6 +189,7 @@ def _group(dataset, rows):
             **row,
             "labelled": example_cards.show_image(dataset, row["labelled_image_index"]),
             "in_truth": row.get("in_truth"),
+            "confirmed": row.get("confirmed", False),
             "nearest_own_caption": row.get("nearest_own_caption", ""),
         }
         for row in rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import io
 import math
 import pathlib
 import re
@@ -13,16 +12,14 @@ from typing import Any
 
 import jinja2
 import markupsafe
-from PIL import Image
 
-from fne_jax.data.images import preprocessing
+from fne_jax.data.images.small_images import small_jpeg
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
 
 # Pixels of an image's longer side in a page, which shows it small until it is clicked on.
 _LONGER_SIDE = 400
-_JPEG_QUALITY = 75
 _SPACE = "\N{NO-BREAK SPACE}"
 # Of this machine (/home/..., ~/..., C:\\...) or of a bucket (gs://...).
 _ABSOLUTE = re.compile(r"/|~|[A-Za-z]:[/\\]|\\\\|[a-z0-9]+://")
@@ -53,6 +50,11 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     return _environment().get_template(template).render(values)
 
 
+def palette() -> str:
+    """Returns the style sheet of the pages' colours."""
+    return _environment().get_template("palette.css").render()
+
+
 def svg_markup(svg: str) -> markupsafe.Markup:
     """Marks an SVG that matplotlib wrote, which holds no text of the dataset, as safe."""
     return markupsafe.Markup(svg)
@@ -65,14 +67,8 @@ def image_uri(dataset: PairDataset, index: int) -> str:
       dataset: The split.
       index: The index of the image.
     """
-    image = dataset.images[index] if dataset.in_memory else dataset.images[index]["image"]
-    if isinstance(image, bytes):
-        image = preprocessing.decode_jpeg(image, _LONGER_SIDE, _LONGER_SIDE)
-    small = Image.fromarray(image)
-    small.thumbnail((_LONGER_SIDE, _LONGER_SIDE))
-    stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=_JPEG_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    jpeg = small_jpeg(dataset, index, _LONGER_SIDE)
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

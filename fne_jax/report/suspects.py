@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ import ml_collections
 import numpy as np
 
 from fne_jax.data.pairs import PairDataset
+from fne_jax.data.verdicts import MATCH, NO_MATCH, Verdict, agreed, rows_of
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.model.model import load_evaluation_split, restore_model
+from fne_jax.model.model import Model, load_evaluation_split, restore_model
 from fne_jax.objectives.similarity_statistics import (
     SimilarityStatistics,
     update_similarity_statistics,
@@ -87,6 +89,8 @@ class Suspects:
       least: The least probability that was asked for.
       per_query: How many pairs of each caption and of each image were looked at.
       rank_by: A key of `RANKINGS`.
+      refuted: How many pairs were left out since people say that they do not match.
+      confirmed: The rows of caption and image of the pairs that people say match.
     """
 
     pairs: UnlabelledPairs
@@ -95,6 +99,8 @@ class Suspects:
     least: float
     per_query: int
     rank_by: str
+    refuted: int = 0
+    confirmed: frozenset[tuple[int, int]] = frozenset()
 
 
 def judged_by_run(
@@ -116,11 +122,31 @@ def judged_by_run(
         embeddings cannot be read.
     """
     model = restore_model(workdir, checkpoint)
+    return judged_by_model(model, workdir.resolve().name, split_name, caption_embeddings)
+
+
+def judged_by_model(
+    model: Model,
+    name: str,
+    split_name: str,
+    caption_embeddings: pathlib.Path | None = None,
+) -> JudgedSplit:
+    """Returns a split as a run's model sees it, with the statistics of the run's last epoch.
+
+    Args:
+      model: The run's, with its momentum encoders and its statistics.
+      name: The run's name.
+      split_name: `train`, `val` or `test`.
+      caption_embeddings: An `.npy` of the captions' embeddings by another sentence encoder.
+
+    Raises:
+      UserError: if the split or the captions' embeddings cannot be read.
+    """
     dataset = model.load_split(split_name)
     external = _external(caption_embeddings, dataset)
     tokens = model.tokenize(dataset.captions, model.config.evaluation.text_length)
     return JudgedSplit(
-        name=workdir.resolve().name,
+        name=name,
         step=model.step,
         split_name=split_name,
         config=model.config,
@@ -279,6 +305,36 @@ def write_matches(
     )
 
 
+def heed_verdicts(
+    suspects: Suspects, verdicts: Sequence[Verdict], dataset: PairDataset
+) -> Suspects:
+    """Returns the suspects without those that people refuted, and with what they confirmed.
+
+    Args:
+      suspects: Suspects of a split.
+      verdicts: Each reviewer's last verdict on each pair of the split; the majority's counts.
+      dataset: The split.
+
+    Raises:
+      UserError: if a verdict is of another dataset.
+    """
+    votes = agreed(verdicts)
+    captions, images = rows_of(votes, dataset)
+    said = {
+        (int(caption), int(image)): vote.verdict
+        for vote, caption, image in zip(votes, captions, images, strict=True)
+    }
+    pairs = zip(suspects.pairs.caption.tolist(), suspects.pairs.image.tolist(), strict=True)
+    kept = np.array([said.get(pair) != NO_MATCH for pair in pairs], bool)
+    return dataclasses.replace(
+        suspects,
+        pairs=suspects.pairs[kept],
+        judgement=suspects.judgement[kept],
+        refuted=int((~kept).sum()),
+        confirmed=frozenset(pair for pair, verdict in said.items() if verdict == MATCH),
+    )
+
+
 def detector_quality(judged: JudgedSplit) -> dict[str, Any]:
     """Returns how good each detector that is there is, where the truth is known; else {}.
 
@@ -311,6 +367,8 @@ def describe(judged: JudgedSplit, suspects: Suspects, quality: dict[str, Any]) -
         f"{count:,} unlabelled pairs of probability {suspects.least:g} or more among the "
         f"{suspects.per_query} best of each caption and image",
     ]
+    if suspects.refuted:
+        lines.append(f"{suspects.refuted:,} more that reviewers refuted are left out")
     measured = precision(judged, suspects)
     return "\n".join([*lines, *([measured] if measured else []), *_quality_lines(quality)])
 

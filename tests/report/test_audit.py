@@ -12,6 +12,7 @@ import pytest
 from fne_jax import audit, configuration
 from fne_jax.data import match_files
 from fne_jax.data.sources.shapes_scenes import SceneTruth
+from fne_jax.data.verdicts import Verdict
 from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import load_evaluation_split
@@ -60,7 +61,8 @@ def about(suspected):
     return {
         "run": HOSTILE[0], "step": 3, "split": "train", "suspected": suspected, "least": 0.001,
         "per_query": 5, "rank_by": "by probability", "prior": 1e-4,
-        "precision": "", "detector": "captions", "description": "by captions", "score": "cosine",
+        "precision": "", "refuted": 0, "of_run": True,
+        "detector": "captions", "description": "by captions", "score": "cosine",
     }  # fmt: skip
 
 
@@ -212,6 +214,41 @@ def test_what_ranks():
     by_lead = suspects.find_suspects(split, rank_by="lead", detector="gaussians", **settings)
     lead = by_lead.pairs.similarity - by_lead.pairs.own_similarity
     assert (np.diff(lead) <= 1e-6).all() and (np.diff(by_lead.judgement.score) > 0).any()
+
+
+def test_what_reviewers_say(tmp_path):
+    split = hostile_split()
+    of_split = judged(split, statistics(), fne__prior=0.3)
+    found = suspects.find_suspects(of_split, per_query=3, rank_by="probability", least=0.0)
+    pairs = list(zip(found.pairs.caption.tolist(), found.pairs.image.tolist(), strict=True))
+
+    def verdict(number, said, reviewer="anna"):
+        caption, image = pairs[number]
+        return Verdict("val", int(split.image_id[image]), int(split.caption_id[caption]), "",
+                       split.captions[caption], said, reviewer)  # fmt: skip
+
+    verdicts = [
+        verdict(0, "no_match"), verdict(2, "match"), verdict(3, "unsure"), verdict(4, "match"),
+        verdict(4, "no_match", "bert"), verdict(6, "no_match"), verdict(6, "unsure", "bert"),
+    ]  # fmt: skip
+    heeded = suspects.heed_verdicts(found, verdicts, split)
+    kept = [number for number in range(len(pairs)) if number not in (0, 6)]
+    assert heeded.refuted == 2
+    assert list(zip(heeded.pairs.caption, heeded.pairs.image, strict=True)) == [
+        pairs[number] for number in kept
+    ]
+    np.testing.assert_array_equal(heeded.judgement.score, found.judgement.score[kept])
+    audit_pages.write_audit(tmp_path, of_split, heeded, limit=20, quality={})
+    lines = (tmp_path / audit_pages.JSONL_NAME).read_text().splitlines()
+    confirmed = [json.loads(line)["confirmed"] for line in lines]
+    assert confirmed == [number == 2 for number in kept[:20]]
+    text = (tmp_path / "index.html").read_text()
+    assert "2 that reviewers refuted are left out" in text
+    assert text.count("reviewers say it matches") == 1
+    assert "2 more that reviewers refuted" in suspects.describe(of_split, heeded, {})
+    foreign = dataclasses.replace(verdict(2, "match"), caption="another")
+    with pytest.raises(UserError, match="another dataset"):
+        suspects.heed_verdicts(found, [foreign], split)
 
 
 def test_the_precision_is_on_the_page(tmp_path, monkeypatch):

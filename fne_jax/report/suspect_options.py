@@ -1,0 +1,80 @@
+"""The options of commands that look for suspects."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+from fne_jax.errors import UserError
+from fne_jax.report import suspects
+from fne_jax.report.suspects import JudgedSplit, Suspects
+from fne_jax.retrieval.detectors import DETECTORS, PREFERENCE
+
+_PER_QUERY = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which pairs are suspected, and by what."""
+    named = DETECTORS.items()
+    parser.add_argument(
+        "--per-query",
+        type=int,
+        help=f"pairs considered of each caption and image; {_PER_QUERY} by default",
+    )
+    parser.add_argument("--limit", type=int, default=1000, help="most pairs listed")
+    parser.add_argument(
+        "--detector",
+        choices=list(DETECTORS),
+        help=f"what judges the pairs; by default the first of {', '.join(PREFERENCE)} that can. "
+        + "; ".join(f"{name}: {one.description}; needs {one.needs}" for name, one in named),
+    )
+    parser.add_argument(
+        "--caption-embeddings",
+        metavar="FILE.npy",
+        help="for the detector external: [captions, dim] floats of any sentence encoder, in the "
+        "order that `convert order` writes",
+    )
+    parser.add_argument(
+        "--min-probability",
+        type=float,
+        help="least probability of a pair; config.fne.posterior_threshold by default",
+    )
+    parser.add_argument(
+        "--rank-by",
+        choices=list(suspects.RANKINGS),
+        default="probability",
+        help="; ".join(f"{name}: {meaning}" for name, meaning in suspects.RANKINGS.items()),
+    )
+
+
+def check(options: argparse.Namespace) -> None:
+    """Checks the values of these options.
+
+    Raises:
+      UserError: naming one that is out of its range.
+    """
+    for name in ("per_query", "limit"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {getattr(options, name)}; expected at least 1"
+            )
+    if options.min_probability is not None and not 0 <= options.min_probability <= 1:
+        raise UserError(f"--min-probability is {options.min_probability}; expected 0 to 1")
+    if options.detector == "external" and options.caption_embeddings is None:
+        raise UserError("--detector=external takes --caption-embeddings, an .npy file")
+
+
+def caption_embeddings(options: argparse.Namespace) -> pathlib.Path | None:
+    """Returns the file of another encoder's embeddings, if one was given."""
+    return options.caption_embeddings and pathlib.Path(options.caption_embeddings)
+
+
+def find(options: argparse.Namespace, judged: JudgedSplit) -> Suspects:
+    """Returns the suspects that the options ask for."""
+    return suspects.find_suspects(
+        judged,
+        per_query=options.per_query or _PER_QUERY,
+        rank_by=options.rank_by,
+        detector=options.detector,
+        least=options.min_probability,
+    )
