@@ -5,14 +5,21 @@ import importlib
 import json
 import logging
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 
 import numpy as np
 import pytest
 
-from fne_jax import audit, evaluate, prepare, train
+from fne_jax import audit, evaluate, prepare, review, train
+from fne_jax.configuration import read_config
+from fne_jax.data.verdicts import read_verdicts
 from fne_jax.errors import UserError
+from fne_jax.model.model import load_evaluation_split
 from fne_jax.report import audit_pages, suspects
 from fne_jax.retrieval.evaluation import read_values
 from tests.support import TOP
@@ -193,6 +200,76 @@ def test_audit_lists_likely_false_negatives(shapes_run, capsys, tmp_path, monkey
     own = {row["nearest_own_caption"] for row in rows}
     assert {row["detector"] for row in rows} == {"words"} and "" not in own
     assert "nearest of the image's own" in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.slow
+def test_review_keeps_verdicts_that_the_audit_heeds(shapes_run, tmp_path, capsys):
+    workdir, _, _ = shapes_run
+    workdir = shutil.copytree(workdir, tmp_path / "run")
+    options = [f"--workdir={workdir}", "--split=val", "--detector=words", "--min-probability=0"]
+    command = [sys.executable, "-m", "fne_jax.review", *options, "--reviewer=anna", "--port=0"]
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1), "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        command, cwd=TOP, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as server:  # fmt: skip
+        try:
+            assert "0 verdicts in" in server.stdout.readline()
+            url = server.stdout.readline().split()[1]
+            with urllib.request.urlopen(f"{url}search?q=a+red+circle") as answer:
+                assert answer.read().count(b"<li>") == 9
+            with urllib.request.urlopen(f"{url}review") as answer:
+                pair = re.search(r'data-caption="(\d+)" data-image="(\d+)"', answer.read().decode())
+            caption, image = map(int, pair.groups())
+            body = {"caption": caption, "image": image, "verdict": "no_match"}
+            headers = {"content-type": "application/json", "origin": url.rstrip("/")}
+            request = urllib.request.Request(f"{url}verdict", json.dumps(body).encode(), headers)
+            urllib.request.urlopen(request).close()
+            server.send_signal(signal.SIGINT)
+            assert server.wait(20) == 130
+        finally:
+            server.kill()
+        assert_all_in(server.stderr.read(), "1 verdicts on val are in", "1 of them new")
+
+    audit.main([*options, "--limit=3"])
+    assert "1 more that reviewers refuted are left out" in capsys.readouterr().out
+    lines = (workdir / "audit_val" / audit_pages.JSONL_NAME).read_text().splitlines()
+    listed = [(row["caption_index"], row["image_index"]) for row in map(json.loads, lines)]
+    assert len(listed) == 3 and (caption, image) not in listed
+
+    exported = tmp_path / "verdicts.csv"
+    review.main([f"--workdir={workdir}", f"--export={exported}"])
+    (verdict,) = read_verdicts(exported, load_evaluation_split(read_config(workdir), "val"))
+    assert (verdict.reviewer, verdict.verdict) == ("anna", "no_match")
+    assert verdict.model.startswith("run step ")
+    other = ["--store", str(tmp_path / "other.sqlite"), f"--import={exported}"]
+    for added in ("1 verdicts added", "0 verdicts added"):
+        review.main([f"--workdir={workdir}", *other])
+        assert added in capsys.readouterr().out
+    text = exported.read_text().replace(verdict.caption, "another caption")
+    exported.write_text(text)
+    assert "is of another dataset or split" in refused("review", f"--workdir={workdir}", *other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir=nowhere"], "nowhere is not a folder"),
+        (["--workdir=.", "--export=a.csv", "--import=b.csv"], "not both"),
+        (["--workdir=.", "--export=a.csv"], "verdicts.sqlite is not there"),
+        (["--workdir=.", "--export=a.txt"], "verdicts.sqlite is not there"),
+        (["--workdir=.", "--import=a.csv"], "a.csv: cannot be read"),
+        (["--workdir=.", "--port=70000"], "--port is 70000"),
+        (["--workdir=.", "--reviewer= "], "--reviewer is empty"),
+        (["--workdir=.", "--limit=0"], "--limit is 0"),
+        (["--workdir=.", "--splits=val"], "unrecognized arguments"),
+        ([], "required: --workdir"),
+    ],
+)
+def test_mistakes_of_a_review(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused("review", *arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_resuming_with_another_config_fails(shapes_run):

@@ -1,0 +1,231 @@
+// What a review does in the browser: verdicts by key and by button, moving about, taking back.
+// A page of the review is asked of the server as it is; only its <main> is put in place, so that
+// the live region stays and a screen reader is told of what changed.
+
+const status = document.getElementById("status");
+const NAMES = { match: "match", no_match: "no match", unsure: "unsure" };
+const MARKS = { match: "✓", no_match: "✗", unsure: "?" };
+const WORDS = { y: "match", n: "no_match", u: "unsure" };
+const KEYS_OFF = "keys-off";
+
+// Verdicts and moves happen one after the other, in the order in which they were asked for.
+let line = Promise.resolve();
+let loading = false;
+let fading;
+
+const main = () => document.getElementById("main");
+const pairs = () => [...document.querySelectorAll("article.pair")];
+const current = () => document.querySelector("article.pair.current");
+const keyOf = (pair) => `${pair.dataset.caption}-${pair.dataset.image}`;
+const inLine = (task) => (line = line.then(task).catch((error) => tell(String(error), true)));
+
+function tell(text, failed = false) {
+  status.textContent = text;
+  status.classList.toggle("failed", failed);
+  // What was said is not to cover the page for long; what failed stays until something succeeds.
+  clearTimeout(fading);
+  if (!failed) fading = setTimeout(() => (status.textContent = ""), 4000);
+}
+
+function select(pair, focus = false) {
+  for (const other of pairs()) {
+    other.classList.toggle("current", other === pair);
+    const button = document.querySelector(`[data-goto="${keyOf(other)}"]`);
+    if (other === pair) button?.setAttribute("aria-current", "true");
+    else button?.removeAttribute("aria-current");
+    if (other === pair) button?.scrollIntoView({ block: "nearest", inline: "nearest" });
+  }
+  const place = document.getElementById("place");
+  if (place && pairs().length > 1) {
+    place.textContent = ` · pair ${pairs().indexOf(pair) + 1} of ${pairs().length}`;
+  }
+  if (focus) pair.querySelector("h2").focus({ preventScroll: true });
+}
+
+function start(last = false, focus = false) {
+  const all = pairs();
+  const keys = document.getElementById("keys");
+  if (keys) keys.checked = !localStorage.getItem(KEYS_OFF);
+  if (!all.length) return;
+  const wanted = all.find((pair) => keyOf(pair) === main().dataset.wanted);
+  const open = all.find((pair) => !pair.dataset.verdict);
+  select(wanted ?? (last ? all.at(-1) : open) ?? all[0], focus);
+  prefetch();
+}
+
+// The next group's images are in the browser's store before they are asked for.
+async function prefetch() {
+  const next = document.getElementById("following");
+  if (!next) return;
+  try {
+    const answer = await fetch(next.href);
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    for (const image of page.querySelectorAll("article img")) new Image().src = image.getAttribute("src");
+  } catch {
+    // Nothing is lost: what is asked for next tells that the server is gone.
+  }
+}
+
+async function visit(url, { push = true, last = false } = {}) {
+  loading = true;
+  try {
+    const answer = await fetch(url);
+    if (!answer.ok) throw new Error(await answer.text());
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    document.getElementById("main").replaceWith(document.adoptNode(page.getElementById("main")));
+    document.title = page.title;
+    if (push) history.pushState(null, "", url);
+    window.scrollTo(0, 0);
+    start(last, true);
+  } catch (error) {
+    throw new Error(gone(error));
+  } finally {
+    loading = false;
+  }
+}
+
+const gone = (error) =>
+  error instanceof TypeError ? "The server does not answer. Start it again, then go on here." : error.message;
+
+async function send(path, body) {
+  let answer;
+  try {
+    answer = await fetch(path, {
+      method: "POST",
+      headers: { "content-type": "application/json" },
+      body: JSON.stringify(body),
+    });
+  } catch (error) {
+    throw new Error(`NOT saved. ${gone(error)}`);
+  }
+  if (!answer.ok) throw new Error(`NOT saved. ${await answer.text()}`);
+  return answer.json();
+}
+
+function show(pair, verdict) {
+  pair.dataset.verdict = verdict;
+  for (const button of pair.querySelectorAll(".verdicts button")) {
+    button.setAttribute("aria-pressed", String(button.dataset.verdict === verdict));
+  }
+  const mark = document.querySelector(`[data-goto="${keyOf(pair)}"] .mark`);
+  if (!mark) return;
+  mark.dataset.verdict = verdict;
+  mark.replaceChildren();
+  if (!verdict) return;
+  const seen = document.createElement("span");
+  seen.setAttribute("aria-hidden", "true");
+  seen.textContent = MARKS[verdict];
+  const said = document.createElement("span");
+  said.className = "unseen";
+  said.textContent = NAMES[verdict];
+  mark.append(seen, said);
+}
+
+function progress({ counts, judged, total }) {
+  document.getElementById("progress").value = judged;
+  document.getElementById("judged").textContent = judged.toLocaleString("en");
+  for (const [name, count] of Object.entries(counts)) {
+    const place = document.querySelector(`[data-count="${name}"]`);
+    if (place) place.textContent = count.toLocaleString("en");
+  }
+  return `${judged} of ${total} judged`;
+}
+
+async function judge(pair, verdict) {
+  const body = { caption: Number(pair.dataset.caption), image: Number(pair.dataset.image), verdict };
+  const answer = await send("/verdict", body);
+  show(pair, verdict);
+  tell(`Saved: ${NAMES[verdict]}. ${progress(answer)}.`);
+  if (pair === current()) await move(1);
+}
+
+async function undo() {
+  const { dataset } = main();
+  const answer = await send("/undo", { by: dataset.by, show: dataset.show });
+  const said = progress(answer);
+  const { undone } = answer;
+  if (!undone) {
+    tell("There is nothing to take back.");
+    return;
+  }
+  const pair = document.getElementById(`pair-${undone.caption}-${undone.image}`);
+  if (pair) {
+    show(pair, undone.now);
+    select(pair, true);
+  } else if (undone.link) {
+    await visit(undone.link);
+  }
+  tell(`Taken back: ${NAMES[undone.verdict]}, “${undone.text}”. ${said}.`);
+}
+
+async function move(step, groups = false) {
+  const all = pairs();
+  const next = groups ? undefined : all[all.indexOf(current()) + step];
+  if (next) {
+    select(next, true);
+    return;
+  }
+  const link = document.getElementById(step > 0 ? "following" : "previous");
+  if (link) await visit(link.href, { last: step < 0 && !groups });
+  else if (step > 0 && main().dataset.show === "unjudged" && all.every((pair) => pair.dataset.verdict)) {
+    await visit(location.pathname + location.search);
+  } else tell(step > 0 ? "This is the last one." : "This is the first one.");
+}
+
+function enlarge(button) {
+  const dialog = document.getElementById("enlarged");
+  const large = dialog.querySelector("img");
+  large.src = button.dataset.large;
+  large.alt = button.querySelector("img").alt;
+  dialog.showModal();
+}
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  const link = event.target.closest("#main .tools a, #main .groups a, #main .nothing a");
+  if (link && !event.ctrlKey && !event.metaKey && !event.shiftKey) {
+    event.preventDefault();
+    inLine(() => visit(link.href));
+  } else if (button?.classList.contains("zoom")) {
+    enlarge(button);
+  } else if (button?.dataset.goto) {
+    select(document.getElementById(`pair-${button.dataset.goto}`));
+  } else if (button?.closest(".verdicts")) {
+    inLine(() => judge(button.closest("article"), button.dataset.verdict));
+  } else if (button?.id === "undo") {
+    inLine(undo);
+  }
+});
+
+document.addEventListener("change", (event) => {
+  if (event.target.id !== "keys") return;
+  if (event.target.checked) localStorage.removeItem(KEYS_OFF);
+  else localStorage.setItem(KEYS_OFF, "yes");
+});
+
+document.addEventListener("keydown", (event) => {
+  const typing = event.target.closest("input:not([type=checkbox]), textarea, select, [contenteditable]");
+  const other = event.ctrlKey || event.metaKey || event.altKey || event.isComposing;
+  const open = document.getElementById("enlarged").open;
+  if (typing || other || open || localStorage.getItem(KEYS_OFF) || !document.getElementById("progress")) return;
+  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+  const pair = current();
+  if (WORDS[key] && pair && !event.shiftKey) {
+    // A key that is held down, or that comes while the next group is on its way, judges nothing.
+    if (!event.repeat && !loading) inLine(() => judge(pair, WORDS[key]));
+  } else if (key === "z" && !event.shiftKey) {
+    if (!event.repeat) inLine(undo);
+  } else if ((key === "ArrowRight" || key === "ArrowLeft") && pair) {
+    event.preventDefault();
+    const step = key === "ArrowRight" ? 1 : -1;
+    if (!loading) inLine(() => move(step, event.shiftKey));
+  }
+});
+
+window.addEventListener("popstate", () => {
+  if (location.pathname === "/review" && document.getElementById("progress")) {
+    inLine(() => visit(location.href, { push: false }));
+  }
+});
+
+start();

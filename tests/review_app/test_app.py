@@ -1,0 +1,280 @@
+"""The pages by themselves: what they show, what they save, and what they refuse."""
+
+import dataclasses
+import io
+import sqlite3
+import urllib.parse
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from fne_jax.data.verdict_store import VerdictStore
+from fne_jax.review_app.app import SIZES, create_app
+from tests.support.pages import HOSTILE, Page, hostile_split
+from tests.support.reviews import some_review
+
+ORIGIN = {"origin": "http://localhost"}
+
+
+def client_of(review):
+    return TestClient(create_app(review), base_url="http://localhost")
+
+
+@pytest.fixture
+def review(tmp_path):
+    made = some_review(tmp_path / "v.sqlite", hostile_split())
+    yield made
+    made.store.close()
+
+
+@pytest.fixture
+def client(review):
+    return client_of(review)
+
+
+def assert_harmless(page):
+    """Asserts that a page runs and shows nothing but the server's own."""
+    for tag, uses in page.tags.items():
+        for attributes in uses:
+            assert not [name for name in attributes if name.startswith("on")], tag
+            for name in ("src", "href", "action"):
+                assert str(attributes.get(name, "/")).startswith(("/", "#")), attributes
+                assert not str(attributes.get(name, "")).startswith("//")
+    assert [use.get("src") for use in page.tags["script"]] == ["/static/review.js"]
+    assert all("alt" in image for image in page.tags["img"])
+    assert not page.tags["style"] and len(page.ids) == len(set(page.ids))
+
+
+@pytest.mark.parametrize("path", ["/review", "/review?by=image", "/search", "/search?image=3"])
+def test_captions_and_names_are_text(client, path):
+    answer = client.get(path)
+    page = Page(answer.text)
+    assert_harmless(page)
+    shown = " ".join(page.text)
+    assert sum(text in shown for text in HOSTILE) == 3
+    for use in page.tags["link"] + page.tags["script"]:
+        for name in ("href", "src"):
+            assert client.get(use.get(name, "/review")).status_code == 200
+
+
+def test_what_is_asked_is_text_too(client):
+    for query in (*HOSTILE, "half a character: \ud800", "x" * 5000):
+        answer = client.get(f"/search?q={urllib.parse.quote(query, errors='surrogatepass')}")
+        page = Page(answer.text)
+        assert_harmless(page)
+        (box,) = (use for use in page.tags["input"] if use.get("name") == "q")
+        assert box["value"] == query.encode(errors="surrogatepass").decode(errors="replace")[:1000]
+
+
+def test_a_group_shows_each_pair_and_its_own_match(client, review):
+    split = review.dataset
+    page = Page(client.get("/review?group=1").text)
+    first, second = page.tags["article"]
+    assert [use["data-caption"] for use in (first, second)] == ["1", "1"]
+    assert [use["data-image"] for use in (first, second)] == ["1", "2"]
+    images = [use["src"] for use in page.tags["img"] if "medium" in use.get("src", "")]
+    own = f"/images/medium/{split.caption_image[1]}.jpg"
+    assert images == ["/images/medium/1.jpg", own, "/images/medium/2.jpg", own]
+    shown = " ".join(page.text)
+    assert "+0.230" in shown and "90.0" in shown and "0.270" in shown
+    by_image = Page(client.get("/review?by=image&group=2").text)
+    assert {use["data-image"] for use in by_image.tags["article"]} == {"2"}
+    assert len(by_image.tags["article"]) > 1
+
+
+def test_every_verdict_is_on_the_disk_when_it_is_answered(client, review):
+    split = review.dataset
+    judged = [(0, 1, "match"), (0, 2, "no_match"), (1, 1, "unsure"), (0, 1, "no_match")]
+    for number, (caption, image, verdict) in enumerate(judged):
+        body = {"caption": caption, "image": image, "verdict": verdict}
+        answer = client.post("/verdict", json=body, headers=ORIGIN).json()
+        assert answer["judged"] == min(number + 1, 3) and answer["total"] == 14
+        # Another connection, and thus another process, sees it.
+        with VerdictStore(review.store.path) as other:
+            last = other.last("train")[-1]
+        assert (last.caption_id, last.image_id) == (
+            split.caption_id[caption], split.image_id[image],
+        )  # fmt: skip
+        assert (last.verdict, last.reviewer, last.model) == (verdict, "anna", "run step 3")
+        assert last.caption == split.captions[caption] and last.score == 0.9
+        assert last.source_image_id == split.source_image_id[image]
+        assert last.time.endswith("+00:00")
+    assert answer["counts"] == {
+        "unjudged": 11, "all": 14, "match": 0, "no_match": 2, "unsure": 1, "disputed": 0,
+    }  # fmt: skip
+    pressed = [
+        use for use in Page(client.get("/review?show=all").text).tags["button"]
+        if use.get("aria-pressed") == "true"
+    ]  # fmt: skip
+    assert [use["data-verdict"] for use in pressed] == ["no_match", "no_match"]
+
+
+def test_taking_back(client, review):
+    for image, verdict in ((1, "match"), (2, "unsure"), (1, "no_match")):
+        body = {"caption": 0, "image": image, "verdict": verdict}
+        client.post("/verdict", json=body, headers=ORIGIN)
+
+    def undo():
+        return client.post("/undo", json={"by": "image", "show": "unjudged"}, headers=ORIGIN).json()
+
+    first = undo()
+    undone = first["undone"]
+    assert (undone["verdict"], undone["now"], undone["image"]) == ("no_match", "match", 1)
+    assert first["judged"] == 2
+    # It is judged still, and so only to be found among all.
+    assert undone["link"] == "/review?by=image&show=all&group=1&pair=0-1"
+    assert Page(client.get(undone["link"]).text).tags["main"][0]["data-wanted"] == "0-1"
+    assert undo()["undone"]["link"] == "/review?by=image&show=unjudged&group=2&pair=0-2"
+    assert undo()["judged"] == 0 and undo()["undone"] is None
+    assert review.store.last() == []
+
+
+def test_two_reviewers_of_one_store(client, review, tmp_path):
+    berts = some_review(tmp_path / "v.sqlite", review.dataset, reviewer="bert")
+    bert = client_of(berts)
+    for one, verdict in ((client, "match"), (bert, "no_match")):
+        body = {"caption": 0, "image": 1, "verdict": verdict}
+        assert one.post("/verdict", json=body, headers=ORIGIN).json()["judged"] == 1
+    # Nobody is told what others said, but where that is the question.
+    for address, told in (("/review?show=all", False), ("/review?show=disputed", True)):
+        text = " ".join(Page(client.get(address).text).text)
+        assert ("bert" in text) == told
+    assert client.post(
+        "/undo", json={"by": "caption", "show": "all"}, headers=ORIGIN
+    ).json()["undone"]["verdict"] == "match"  # fmt: skip
+    assert [one.reviewer for one in review.store.last()] == ["bert"]
+    berts.store.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"caption": 0, "image": 1, "verdict": "maybe"}, 422),
+        ({"caption": 0, "image": 1}, 422),
+        ({"caption": "0", "image": 1, "verdict": "match"}, 422),
+        ({"caption": True, "image": 1, "verdict": "match"}, 422),
+        ({"caption": 0, "image": 0, "verdict": "match"}, 404),  # labelled
+        ({"caption": 10**30, "image": -1, "verdict": "match"}, 404),
+        ([1], 422),
+    ],
+)
+def test_verdicts_on_nothing(client, review, body, status):
+    assert client.post("/verdict", json=body, headers=ORIGIN).status_code == status
+    assert review.store.last() == []
+
+
+def test_what_is_no_json(client, review):
+    kind = {"content-type": "application/json"}
+    for content in (b"", b"{", b"\xff", b"[" * 9000):
+        answer = client.post("/verdict", content=content, headers=ORIGIN | kind)
+        assert answer.status_code == 422
+    form = {"caption": "0", "image": "1", "verdict": "match"}
+    kind = {"content-type": "application/x-www-form-urlencoded"}
+    assert client.post("/verdict", content=b"a=1", headers=ORIGIN | kind).status_code == 415
+    assert client.post("/verdict", json=form).status_code == 403  # without an origin
+    assert review.store.last() == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/images/large/99.jpg",
+        "/images/huge/0.jpg",
+        "/images/large/-1.jpg",
+        "/images/large/..%2f..%2fsetup.py",
+        "/images/../../setup.py",
+        "/images/large/0.jpg%00.png",
+        "/static/../app.py",
+        "/static/..%2fapp.py",
+        "/static/%2e%2e/app.py",
+        "/static//etc/passwd",
+        "/static/",
+        "/etc/passwd",
+        "/review?by=other",
+        "/review?show=none",
+        "/review?group=-1",
+        "/review?group=1e9",
+        "/review?group=" + "9" * 99,
+        "/search?image=7",
+        "/search?image=%C2%B2",
+        "/search?image=1&count=x",
+        "/verdict",
+    ],
+)
+def test_there_is_no_such_page(client, path):
+    answer = client.get(path, follow_redirects=False)
+    assert answer.status_code in (404, 405)
+    assert "import" not in answer.text and "root:" not in answer.text
+
+
+def test_images_are_small_jpegs_of_the_split(tmp_path):
+    pixels = np.zeros((7, 3, 2000, 3), np.uint8)
+    pixels[4, :, :, 0] = 255
+    split = dataclasses.replace(hostile_split(), images=pixels)
+    review = some_review(tmp_path / "v.sqlite", split)
+    for size, side in SIZES.items():
+        answer = client_of(review).get(f"/images/{size}/4.jpg")
+        image = Image.open(io.BytesIO(answer.content))
+        assert answer.headers["content-type"] == "image/jpeg" and image.size[0] == side
+        assert np.asarray(image).mean(axis=(0, 1)).round() == pytest.approx([254, 0, 0], abs=1)
+    review.store.close()
+
+
+def test_search_finds_what_a_plain_search_finds(client, review):
+    search = review.search
+    similarity = search._image_emb @ search._embed_texts(["a dog"])[0]
+    expected = np.argsort(-similarity)
+    found = search.images_for_text("a dog", 5)
+    np.testing.assert_array_equal(found.rows, expected[:5])
+    np.testing.assert_allclose(found.similarity, similarity[expected[:5]], atol=1e-6)
+    page = Page(client.get("/search?q=a+dog").text)
+    links = [use["href"] for use in page.tags["a"] if "image=" in use["href"]]
+    assert links == [f"/search?image={row}" for row in expected]
+
+    similarity = search._image_emb @ search._image_emb[2]
+    expected = [row for row in np.argsort(-similarity) if row != 2]
+    np.testing.assert_array_equal(search.images_for_image(2, 3).rows, expected[:3])
+    np.testing.assert_array_equal(search.images_for_image(2, 99).rows, expected)
+    similarity = np.asarray(search._captions) @ search._image_emb[2]
+    found = search.captions_for_image(2, 4)
+    np.testing.assert_array_equal(found.rows, np.argsort(-similarity)[:4])
+    text = " ".join(Page(client.get("/search?image=2").text).text)
+    assert text.count("its own \n") + text.count("its own\n") == 2
+
+
+def test_a_search_shows_more_when_asked(client):
+    page = Page(client.get("/search?q=a&count=2").text)
+    (more,) = (use["href"] for use in page.tags["a"] if "count=" in use["href"])
+    assert len(page.tags["img"]) == 2 + 1  # and the one that enlarges
+    everything = Page(client.get(more).text)
+    assert len(everything.tags["img"]) == 7 + 1
+    assert not [use for use in everything.tags["a"] if "count=" in use["href"]]
+
+
+def test_a_verdict_that_cannot_be_saved_is_not_said_to_be(client, review):
+    with sqlite3.connect(review.store.path) as connection:
+        connection.execute("DROP TABLE verdicts")
+    connection.close()
+    body = {"caption": 0, "image": 1, "verdict": "match"}
+    answer = client.post("/verdict", json=body, headers=ORIGIN)
+    assert answer.status_code == 500 and "v.sqlite: no such table" in answer.text
+
+
+def test_nothing_to_review_is_a_page_too(tmp_path):
+    review = some_review(tmp_path / "v.sqlite", hostile_split(), count=0)
+    review = dataclasses.replace(review, search=None)
+    client = client_of(review)
+    assert "There is nothing to review" in client.get("/").text
+    assert client.get("/search").status_code == 404
+    review.store.close()
+
+
+def test_the_last_page_says_that_all_is_done(tmp_path):
+    review = some_review(tmp_path / "v.sqlite", hostile_split(), count=1)
+    client = client_of(review)
+    body = {"caption": 0, "image": 1, "verdict": "match"}
+    client.post("/verdict", json=body, headers=ORIGIN)
+    assert "Every pair is judged" in client.get("/review").text
+    review.store.close()
