@@ -49,6 +49,8 @@ def _bound(host, port):
         # A server that was ended a moment ago does not hold its port any longer.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        # Before it listens, another process may take the port as well.
+        bound.listen()
     except BaseException:
         bound.close()
         raise

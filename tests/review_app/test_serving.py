@@ -62,8 +62,6 @@ def test_two_servers_of_one_store_and_their_ends(tmp_path):
 
 def test_the_usual_port_or_any_other():
     with serving.bind("127.0.0.1", None) as first, serving.bind("127.0.0.1", None) as second:
-        for one in (first, second):
-            one.listen()
         ports = [one.getsockname()[1] for one in (first, second)]
         assert ports[0] != ports[1] and serving.USUAL_PORT not in ports[1:]
         assert serving.address("127.0.0.1", second) == f"http://127.0.0.1:{ports[1]}/"
