@@ -69,6 +69,12 @@ setuptools.setup(
         "plan": ["jax[tpu]>=0.10.2"],
         # Compiles for GPUs that are not there: CUDA's compilers and libraries, 5 GB.
         "plan-gpu": ["jax[cuda13]>=0.10.2"],
+        # Builds the site from docs/: `mkdocs build --strict`.
+        "docs": [
+            "mkdocs>=1.6.1",
+            "mkdocs-material>=9.8.1",
+            "mkdocstrings[python]>=1.0.8",
+        ],
         "test": [
             "torch>=2.13.0",
             "pytest>=9.2.0",
