@@ -24,7 +24,13 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{error}: install the extra with `pip install -e .[study]`") from error
     workdir = pathlib.Path(options.workdir)
     runs = cells.study_runs(
-        options.config, overrides, options.objectives, options.vary, options.seeds, workdir
+        options.config,
+        overrides,
+        options.objectives,
+        options.vary,
+        options.seeds,
+        workdir,
+        options.pretraining,
     )
     failures = []
     if not options.report_only:
@@ -58,6 +64,14 @@ def _parse(arguments):
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each, seeds 0, 1, ...")
     parser.add_argument(
+        "--pretraining",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="train each tower apart for so many steps first: on what stands where in images, and "
+        "on masked words",
+    )
+    parser.add_argument(
         "--baseline", help="objective to compare with: hardest if it is there, else the first"
     )
     parser.add_argument(
@@ -69,6 +83,8 @@ def _parse(arguments):
     )
     options, overrides = parser.parse_known_args(arguments)
     command_line.expand_home(options, "workdir", "config")
+    if options.pretraining < 0:
+        raise UserError(f"--pretraining is {options.pretraining}; expected at least 0")
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; expected at least 1")

@@ -67,6 +67,8 @@ class Run:
       workdir: Its folder.
       warmup: The folder of the warm-up that it shares with other runs; None for a run without one.
       warmup_config: The config that the warm-up is trained with.
+      pretraining: The steps for which each tower is pretrained apart, into `config.init_from`,
+        before the warm-up; 0 for none.
       matches: The one of `match_lists.SOURCES` that `config.data.matches` is to be made by from the
         warm-up; "" for none.
     """
@@ -78,6 +80,7 @@ class Run:
     warmup: pathlib.Path | None
     warmup_config: ml_collections.ConfigDict
     matches: str = ""
+    pretraining: int = 0
 
 
 def study_runs(
@@ -87,6 +90,7 @@ def study_runs(
     variants: Sequence[str],
     seeds: int,
     workdir: pathlib.Path,
+    pretraining: int = 0,
 ) -> list[Run]:
     """Returns the runs of a study, those of the first seed first.
 
@@ -100,6 +104,7 @@ def study_runs(
       variants: Each `field=value`, or several of these with commas between.
       seeds: The number of runs of each cell.
       workdir: The folder of the study.
+      pretraining: The steps for which each tower is pretrained apart; 0 for none.
 
     Raises:
       UserError: if an objective is unknown or named twice, a config is wrong, or an objective
@@ -117,6 +122,9 @@ def study_runs(
             changes = _assignments(cell.variant)
             common = [*overrides, *(f"--config.{change}" for change in changes)]
             common.append(f"--config.seed={seed}")
+            if pretraining:
+                towers = workdir / "towers" / f"steps{pretraining}_seed{seed}"
+                common.append(f"--config.init_from={towers}")
             chosen = [f"--config.{change}" for change in _changes(cell.objective)]
             config = configuration.load_config(config_path, [*common, *chosen])
             after = registry.fields_after_warmup(config)
@@ -133,7 +141,18 @@ def study_runs(
                     )
                 config.data.matches = str(match_lists.path(warmup, matches))
             folder = workdir / _folder(cell.name) / f"seed{seed}"
-            runs.append(Run(cell, seed, _completed(config), folder, warmup, warmup_config, matches))
+            runs.append(
+                Run(
+                    cell,
+                    seed,
+                    _completed(config),
+                    folder,
+                    warmup,
+                    warmup_config,
+                    matches,
+                    pretraining,
+                )
+            )
     return runs
 
 

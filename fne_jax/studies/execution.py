@@ -17,7 +17,7 @@ from fne_jax.files import whole_folder, write_atomically
 from fne_jax.model.model import restore_model
 from fne_jax.retrieval import generality
 from fne_jax.retrieval.metrics import complete_metrics, retrieval_metrics
-from fne_jax.studies import detector, match_lists
+from fne_jax.studies import detector, match_lists, pretraining
 from fne_jax.studies.cells import Cell, Run
 from fne_jax.training.loop import train_and_evaluate
 from fne_jax.training.metric_log import read_metrics
@@ -41,6 +41,7 @@ def train_warmup(run: Run) -> None:
       UserError: if the warm-up cannot be trained.
     """
     with _logging_to(run.warmup / LOG_NAME):
+        _pretrain(run)
         train_and_evaluate(run.warmup_config, run.warmup, warmup_only=True)
     _write_json(run.warmup / _DONE_NAME, {"of": str(run.workdir)})
 
@@ -58,6 +59,8 @@ def train_and_measure(run: Run) -> None:
     if run.warmup is not None and not run.workdir.exists():
         _copy_warmup(run)
     with _logging_to(run.workdir / LOG_NAME):
+        if run.warmup is None:
+            _pretrain(run)
         train_and_evaluate(run.config, run.workdir)
     _write_json(run.workdir / RESULT_NAME, measured(run))
 
@@ -114,6 +117,15 @@ def measured(run: Run) -> dict[str, Any]:
     if train.truth is not None:
         result |= detector.measure(model, train)
     return result
+
+
+def _pretrain(run):
+    """Pretrains the towers that the run is to begin with, if any, unless that is done."""
+    if run.pretraining:
+        config = run.config.copy_and_resolve_references()
+        with config.unlocked():
+            folder, config.init_from = pathlib.Path(config.init_from), ""
+        pretraining.pretrain_towers(config, folder, run.pretraining)
 
 
 def _weights_of_words(model):
