@@ -6,6 +6,7 @@ from fne_jax.data.sources import shapes_scenes
 from fne_jax.errors import UserError
 from fne_jax.model.model import restore_model
 from fne_jax.studies import pretraining
+from tests.support.runs import content_of
 from tests.support.tiny import tiny_config
 
 
