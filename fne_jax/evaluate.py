@@ -20,6 +20,7 @@ import ml_collections
 
 from fne_jax import command_line, configuration
 from fne_jax.data.pairs import PairDataset
+from fne_jax.data.verdict_store import read_any
 from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import Model, pretrained_model, restore_model
@@ -27,7 +28,7 @@ from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.parallel import processes
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.report.suspects import judged_by_embeddings
-from fne_jax.retrieval import embedding_files, evaluation, protocols
+from fne_jax.retrieval import embedding_files, evaluation, judged_evaluation, protocols
 from fne_jax.training import metric_log
 
 # Where the model comes from; the options that each of these takes.
@@ -109,9 +110,22 @@ def _parse(arguments):
         help="flickr30k: the whole split (by default); all: each that the split allows",
     )
     parser.add_argument("--dump", help="folder to write embeddings, ids and top-50 lists into")
+    parser.add_argument(
+        "--verdicts",
+        metavar="FILE",
+        help="what people said of the first results of random queries, by which to score as well: "
+        "the .sqlite, .csv or .jsonl of `review --for-evaluation`",
+    )
+    parser.add_argument("--sample", help="which of the samples that --verdicts are of")
     processes.add_arguments(parser)
     options, overrides = parser.parse_known_args(arguments)
-    command_line.expand_home(options, "workdir", "embeddings", "dump", "out", "report", "config")
+    command_line.expand_home(
+        options, "workdir", "embeddings", "dump", "out", "report", "config", "verdicts"
+    )
+    if options.sample is not None and options.verdicts is None:
+        raise UserError("--sample goes with --verdicts")
+    if options.verdicts is not None and not os.path.isfile(options.verdicts):
+        raise UserError(f"--verdicts={options.verdicts} is no file")
     return options, overrides
 
 
@@ -132,6 +146,8 @@ def _source(options: argparse.Namespace, overrides: list[str]) -> str:
         raise UserError("--init=pretrained takes a --config")
     if options.config is None and overrides:
         raise UserError(f"unknown argument {overrides[0]!r}; see --help")
+    if source == "embeddings" and options.config is None and options.verdicts is not None:
+        raise UserError("--verdicts with --embeddings takes the --config of their data")
     if source == "embeddings" and options.config is None and options.split is not None:
         raise UserError("--split goes with --embeddings beside the --config of their data")
     return source
@@ -234,10 +250,12 @@ def _of_embeddings(options: argparse.Namespace, overrides: list[str]) -> _Scored
 def _report(scored: _Scored, path: pathlib.Path | None, options: argparse.Namespace):
     """Writes the dump, prints the table and writes the report; returns what was measured."""
     split, about = scored.embedded, scored.about
+    judged = {} if options.verdicts is None else _judged(scored, options)
     if options.dump is not None:
         folder = pathlib.Path(options.dump)
         embedding_files.write_embeddings(folder, split, scored.dataset)
     measured, left_out = protocols.measure(split, options.protocol)
+    measured |= judged
     about |= {"images": len(split.image_emb), "captions": len(split.text_emb)}
     where = f"step {about['step']}, {about['split']}" if "step" in about else about["embeddings"]
     print(f"{where}: {about['images']} images, {about['captions']} captions\n")
@@ -249,6 +267,19 @@ def _report(scored: _Scored, path: pathlib.Path | None, options: argparse.Namesp
     if path is not None:
         evaluation.write_report(path, measured, about)
         print(f"\nwritten to {path}")
+    return measured
+
+
+def _judged(scored: _Scored, options: argparse.Namespace) -> dict[str, protocols.Measurement]:
+    """Returns the metrics by verdicts, and notes in the report what they are of."""
+    path, dataset = pathlib.Path(options.verdicts), scored.dataset
+    verdicts = read_any(path, dataset, scored.about["split"])
+    try:
+        sample = judged_evaluation.find_sample(verdicts, options.sample)
+        measured = judged_evaluation.measure_judged(sample, scored.embedded, dataset, verdicts)
+    except UserError as error:
+        raise UserError(f"--verdicts={path}: {error}") from error
+    scored.about["verdicts"] = {"sample": sample.name, "number": len(verdicts)}
     return measured
 
 

@@ -3,23 +3,44 @@
 python -m fne_jax.review --workdir=runs/shapes --split=train
 python -m fne_jax.review --workdir=runs/shapes --export=verdicts.csv
 python -m fne_jax.review --workdir=runs/shapes --import=verdicts.jsonl
+python -m fne_jax.review --for-evaluation runs/a runs/b runs/c --split=test
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import getpass
+import os
 import pathlib
 import socket
+from collections.abc import Sequence
 
 from fne_jax import command_line
 from fne_jax.data import verdicts as verdicts_lib
+from fne_jax.data.pairs import PairDataset
 from fne_jax.data.verdict_store import VerdictStore, store_path
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.model.model import load_evaluation_split, restore_model, stored_model
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.report import suspect_options, suspects
+from fne_jax.retrieval.judged_evaluation import FIRST, EvaluationSample
+from fne_jax.review_app.evaluation_questions import pool_of
+from fne_jax.review_app.questions import Question, Questions
+from fne_jax.review_app.searching import SplitSearch
+from fne_jax.review_app.suspect_questions import questions_of
 from fne_jax.training.interruption import stop_signals
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What is asked: a title, a line on where it is from, the split, and what searches it."""
+
+    title: str
+    about: str
+    dataset: PairDataset
+    questions: Sequence[Question]
+    search: SplitSearch | None
 
 
 def main(arguments: list[str]) -> None:
@@ -39,7 +60,7 @@ def main(arguments: list[str]) -> None:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = command_line.parser("Serves a page to search a split and judge suspects.", "review")
-    parser.add_argument("--workdir", required=True, help="folder of the run whose model judges")
+    parser.add_argument("--workdir", help="folder of the run whose model judges")
     parser.add_argument("--checkpoint", default="best", help="best (by default), latest or a step")
     parser.add_argument("--split", default="train", help="train (by default), val or test")
     parser.add_argument(
@@ -55,6 +76,24 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--import", metavar="FILE", dest="import_", help="add the verdicts of a .csv or .jsonl"
     )
     parser.add_argument(
+        "--for-evaluation",
+        nargs="+",
+        metavar="RUN",
+        help="instead of suspects, ask of what these systems find first for random queries, blind "
+        "to which found it: folders of runs or, but for the first, of embeddings",
+    )
+    parser.add_argument(
+        "--first",
+        type=int,
+        choices=FIRST,
+        default=1,
+        help="with --for-evaluation: judge the first result, for R@1, or ten, for P@10 as well",
+    )
+    parser.add_argument(
+        "--queries", type=int, default=200, help="with --for-evaluation: how many each way (200)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="with --for-evaluation: of the queries")
+    parser.add_argument(
         "--host",
         default="127.0.0.1",
         help="address to listen on; by default 127.0.0.1, which this machine alone can reach",
@@ -63,14 +102,26 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     suspect_options.add_arguments(parser)
     options = parser.parse_args(arguments)
     command_line.expand_home(options, "workdir", "store", "export", "import_", "caption_embeddings")
+    _check(options)
+    return options
+
+
+def _check(options: argparse.Namespace) -> None:
     suspect_options.check(options)
-    if options.export is not None and options.import_ is not None:
-        raise UserError("give --export or --import, not both")
+    if options.for_evaluation is not None:
+        options.workdir = options.workdir or os.path.expanduser(options.for_evaluation[0])
+    if options.workdir is None:
+        raise UserError("give the --workdir of a run, or runs to compare --for-evaluation")
+    modes = [options.export, options.import_, options.for_evaluation]
+    if sum(mode is not None for mode in modes) > 1:
+        raise UserError("give one of --export, --import and --for-evaluation")
     if options.port is not None and not 0 <= options.port <= 65535:
         raise UserError(f"--port is {options.port}; expected 0 to 65535, 0 for any that is free")
     if not options.reviewer.strip():
         raise UserError("--reviewer is empty; expected a name")
-    return options
+    for name, least in (("queries", 1), ("seed", 0)):
+        if not least <= getattr(options, name) < 10**9:
+            raise UserError(f"--{name} is {getattr(options, name)}; expected {least} to 999999999")
 
 
 def _login_name():
@@ -104,52 +155,63 @@ def _serve(options: argparse.Namespace, workdir: pathlib.Path, path: pathlib.Pat
         # Kept out of the module's imports: the extra `review` may be missing.
         from fne_jax.review_app import serving
         from fne_jax.review_app.app import Review, create_app
-        from fne_jax.review_app.questions import Questions
-        from fne_jax.review_app.searching import SplitSearch
-        from fne_jax.review_app.suspect_questions import questions_of
     except ImportError as error:
         raise UserError(
             f"review needs {error.name}: pip install 'fne-jax[review]', or {error.name} by itself"
         ) from error
     with VerdictStore(path) as store, serving.bind(options.host, options.port) as bound:
-        model = restore_model(workdir, options.checkpoint)
-        use_compile_cache(model.config.compile_cache)
-        judged = suspects.judged_by_model(
-            model,
-            workdir.resolve().name,
-            options.split,
-            suspect_options.caption_embeddings(options),
-        )
-        found = suspect_options.find(options, judged)
+        asked = (_suspects if options.for_evaluation is None else _evaluation)(options, workdir)
         review = Review(
-            title=judged.name,
-            about=suspects.describe(judged, found, {}).replace("\n", "; "),
-            split=judged.split_name,
-            dataset=judged.dataset,
-            questions=Questions(judged.dataset, questions_of(judged, found, options.limit)),
+            title=asked.title,
+            about=asked.about,
+            split=options.split,
+            dataset=asked.dataset,
+            questions=Questions(asked.dataset, asked.questions),
             store=store,
             reviewer=options.reviewer.strip(),
-            search=SplitSearch(model.embed_texts, judged.embedded),
+            search=asked.search,
         )
-        before = len(store.last(judged.split_name))
-        app = create_app(review, {options.host, socket.gethostname()})
+        before = len(store.last(options.split))
         url = serving.address(options.host, bound)
-        signal_number = serving.serve(
-            app,
-            bound,
-            stop_signals(),
-            lambda: print(
-                f"{len(review.questions):,} pairs to judge, {before:,} verdicts in {path}\n"
-                f"open {url} (Ctrl-C ends it)",
-                flush=True,
-            ),
-        )
-        given = len(store.last(judged.split_name))
+
+        def tell() -> None:
+            counted = f"{len(review.questions):,} pairs to judge, {before:,} verdicts in {path}"
+            print(f"{asked.about}\n{counted}\nopen {url} (Ctrl-C ends it)", flush=True)
+
+        app = create_app(review, {options.host, socket.gethostname()})
+        signal_number = serving.serve(app, bound, stop_signals(), tell)
+        given = len(store.last(options.split))
     raise Interrupted(
         signal_number,
-        f"stopped; {given:,} verdicts on {judged.split_name} are in {path}, "
+        f"stopped; {given:,} verdicts on {options.split} are in {path}, "
         f"{given - before:,} of them new",
     )
+
+
+def _suspects(options: argparse.Namespace, workdir: pathlib.Path) -> _Asked:
+    """Returns the suspects of a run, and what searches its split."""
+    model = restore_model(workdir, options.checkpoint)
+    use_compile_cache(model.config.compile_cache)
+    theirs = suspect_options.caption_embeddings(options)
+    judged = suspects.judged_by_model(model, workdir.resolve().name, options.split, theirs)
+    found = suspect_options.find(options, judged)
+    return _Asked(
+        judged.name,
+        suspects.describe(judged, found, {}).replace("\n", "; "),
+        judged.dataset,
+        questions_of(judged, found, options.limit),
+        SplitSearch(model.embed_texts, judged.embedded),
+    )
+
+
+def _evaluation(options: argparse.Namespace, workdir: pathlib.Path) -> _Asked:
+    """Returns what several systems find first; without a search, whose model would be one's."""
+    del workdir
+    sample = EvaluationSample(options.first, options.queries, options.seed)
+    systems = [pathlib.Path(run).expanduser() for run in options.for_evaluation]
+    pooled = pool_of(systems, options.checkpoint, options.split, sample)
+    title = f"evaluation of {len(systems)} systems"
+    return _Asked(title, pooled.about, pooled.dataset, pooled.questions, None)
 
 
 if __name__ == "__main__":

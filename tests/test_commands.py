@@ -17,11 +17,15 @@ import pytest
 
 from fne_jax import audit, evaluate, prepare, review, train
 from fne_jax.configuration import read_config
-from fne_jax.data.verdicts import read_verdicts
+from fne_jax.data.verdicts import Verdict, read_verdicts, write_verdicts
 from fne_jax.errors import UserError
 from fne_jax.model.model import load_evaluation_split
 from fne_jax.report import audit_pages, suspects
+from fne_jax.retrieval.embedding_files import read_embeddings_of
 from fne_jax.retrieval.evaluation import read_values
+from fne_jax.retrieval.judged_evaluation import EvaluationSample
+from fne_jax.review_app.evaluation_questions import pool_of
+from fne_jax.review_app.questions import Question
 from tests.support import TOP
 from tests.support.embeddings import statistics
 from tests.support.tiny import write_karpathy
@@ -214,6 +218,7 @@ def test_review_keeps_verdicts_that_the_audit_heeds(shapes_run, tmp_path, capsys
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as server:  # fmt: skip
         try:
+            assert "unlabelled pairs of probability" in server.stdout.readline()
             assert "0 verdicts in" in server.stdout.readline()
             url = server.stdout.readline().split()[1]
             with urllib.request.urlopen(f"{url}search?q=a+red+circle") as answer:
@@ -251,11 +256,50 @@ def test_review_keeps_verdicts_that_the_audit_heeds(shapes_run, tmp_path, capsys
     assert "is of another dataset or split" in refused("review", f"--workdir={workdir}", *other)
 
 
+@pytest.mark.slow
+def test_systems_are_compared_by_verdicts(shapes_run, tmp_path, capsys):
+    workdir, _, _ = shapes_run
+    theirs, of_val = tmp_path / "theirs", tmp_path / "of_val"
+    momentum = [f"--workdir={workdir}", "--weights=momentum", f"--out={tmp_path / 'm.json'}"]
+    evaluate.main([*momentum, f"--dump={theirs}"])
+    evaluate.main([*momentum, f"--dump={of_val}", "--split=val"])
+    sample = EvaluationSample(1, 8, 3)
+    pooled = pool_of([workdir, theirs], "best", "test", sample)
+    of_run = pool_of([workdir], "best", "test", sample)
+    asked, of_run = ({(q.caption, q.image) for q in one.questions} for one in (pooled, of_run))
+    assert of_run < asked and len(asked) == len(pooled.questions)
+    # Nothing tells which system found a pair, nor how sure it was.
+    assert set(pooled.questions) == {Question(*pair, sample=sample.name) for pair in asked}
+    with pytest.raises(UserError, match="of another dataset or split"):
+        pool_of([workdir, of_val], "best", "test", sample)
+
+    dataset = pooled.dataset
+    caption, image = np.array(sorted(asked)).T
+    verdicts = [
+        Verdict("test", int(dataset.image_id[i]), int(dataset.caption_id[c]), "",
+                dataset.captions[c], "match" if true else "no_match", sample=sample.name)
+        for c, i, true in zip(caption, image, dataset.truth.is_true(caption, image), strict=True)
+    ]  # fmt: skip
+    path = tmp_path / "verdicts.jsonl"
+    write_verdicts(path, verdicts)
+    for arguments in ([f"--workdir={workdir}", f"--out={tmp_path / 'o.json'}"], momentum):
+        evaluate.main([*arguments, f"--verdicts={path}"])
+        assert "as people judged" in capsys.readouterr().out
+    report = json.loads((tmp_path / "m.json").read_text())
+    embedded = read_embeddings_of(theirs, dataset)
+    rows = sample.draw(dataset.image_id, dataset.caption_id)["t2i"]
+    best = (embedded.text_emb[rows] @ embedded.image_emb.T).argmax(axis=1)
+    value = 100 * dataset.truth.is_true(rows, best).mean()
+    assert report["metrics"]["judged_t2i_r1"]["value"] == pytest.approx(value)
+    write_verdicts(path, verdicts[::2])
+    assert "results are not judged" in refused("evaluate", *momentum, f"--verdicts={path}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--workdir=nowhere"], "nowhere is not a folder"),
-        (["--workdir=.", "--export=a.csv", "--import=b.csv"], "not both"),
+        (["--workdir=.", "--export=a.csv", "--import=b.csv"], "give one of --export"),
         (["--workdir=.", "--export=a.csv"], "verdicts.sqlite is not there"),
         (["--workdir=.", "--export=a.txt"], "verdicts.sqlite is not there"),
         (["--workdir=.", "--import=a.csv"], "a.csv: cannot be read"),
@@ -263,7 +307,11 @@ def test_review_keeps_verdicts_that_the_audit_heeds(shapes_run, tmp_path, capsys
         (["--workdir=.", "--reviewer= "], "--reviewer is empty"),
         (["--workdir=.", "--limit=0"], "--limit is 0"),
         (["--workdir=.", "--splits=val"], "unrecognized arguments"),
-        ([], "required: --workdir"),
+        (["--for-evaluation", "x", "--queries=0"], "--queries is 0"),
+        (["--for-evaluation", "x", "--seed=-1"], "--seed is -1"),
+        (["--for-evaluation", "x", "--first=5"], "--first: invalid choice"),
+        (["--for-evaluation", "nowhere"], "nowhere is not a folder"),
+        ([], "give the --workdir of a run"),
     ],
 )
 def test_mistakes_of_a_review(tmp_path, monkeypatch, arguments, message):

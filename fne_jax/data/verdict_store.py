@@ -16,7 +16,8 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
 
-from fne_jax.data.verdicts import FIELDS, Verdict
+from fne_jax.data.pairs import PairDataset
+from fne_jax.data.verdicts import FIELDS, Verdict, read_verdicts, rows_of
 from fne_jax.errors import UserError
 
 # Stands in the head of the file ("FNEv" in ASCII), and the version of its tables.
@@ -54,6 +55,25 @@ _LAST = (
 def store_path(workdir: pathlib.Path) -> pathlib.Path:
     """Returns where a run's verdicts are."""
     return workdir / "reviews" / "verdicts.sqlite"
+
+
+def read_any(path: pathlib.Path, dataset: PairDataset, split: str) -> list[Verdict]:
+    """Returns each reviewer's last verdict on each pair of a split, from a store or a file.
+
+    Args:
+      path: A store, `.sqlite`, or a `.csv` or `.jsonl` as `write_verdicts` writes it.
+      dataset: The split, against which ids and captions are checked.
+      split: Its name.
+
+    Raises:
+      UserError: if it cannot be read, or is not of the dataset.
+    """
+    if path.suffix != ".sqlite":
+        return read_verdicts(path, dataset, split)
+    with VerdictStore(path, create=False) as store:
+        verdicts = store.last(split)
+    rows_of(verdicts, dataset)
+    return verdicts
 
 
 class VerdictStore:

@@ -21,7 +21,7 @@ from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.report import example_cards, html
 from fne_jax.report.suspects import can_suspect
 from fne_jax.retrieval.chance import chance_levels
-from fne_jax.retrieval.metric_names import COMPLETE, DIRECTIONS, RETRIEVAL
+from fne_jax.retrieval.metric_names import COMPLETE, DIRECTIONS, JUDGED, RETRIEVAL
 
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers"),
@@ -141,7 +141,12 @@ def metric_tables(metrics: Mapping[str, Any], chance: Mapping[str, float]) -> li
     """
     tables, shown = [], {"rsum"}
     columns = [direction.title for direction in DIRECTIONS.values()]
-    for truth, title in (("", "Labelled matches"), (COMPLETE, "All true matches, labelled or not")):
+    titles = {
+        "": "Labelled matches",
+        COMPLETE: "All true matches, labelled or not",
+        JUDGED: "As people judged the first results of random queries",
+    }
+    for truth, title in titles.items():
         rows = []
         for key, metric in RETRIEVAL.items():
             names = [f"{truth}{direction}_{key}" for direction in DIRECTIONS]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
-COMPLETE = "complete_"
+COMPLETE, JUDGED = "complete_", "judged_"
 # Endings of a metric that is controlled for how much captions say, and of the weight that it took.
 CONTROLLED, WEIGHT = "_controlled", "_weight"
 # Logged while training: 1 for the steps of the warm-up, 0 for those after it.
@@ -68,6 +68,7 @@ TRUTHS = {
     "coco_1k_": "COCO 1K, mean of 5 folds",
     "eccv_": "ECCV Caption",
     "cxc_": "CxC",
+    JUDGED: "as people judged",
 }
 # Of one direction each.
 RETRIEVAL = {
@@ -85,6 +86,11 @@ RETRIEVAL = {
         "R@10",
         "% with a match among the first 10",
         "percentage of queries with {match} among the first 10",
+    ),
+    "p10": Metric(
+        "P@10",
+        "% of the first 10 results that match",
+        "percentage of the first 10 that are {match}",
     ),
     "r_precision": Metric(
         "R-Precision",

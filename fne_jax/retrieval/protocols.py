@@ -90,12 +90,12 @@ def flickr30k(split: EmbeddedSplit) -> dict[str, Measurement]:
     That is Flickr30K's protocol: every image against every caption, whatever their numbers.
     """
     labels = metrics.label_scores(split.image_emb, split.text_emb, split.caption_image)
-    measured = _measurements("", [labels], "all of the split", "its own {}")
+    measured = measurements("", [labels], "all of the split", "its own {}")
     if split.truth is not None:
         complete = metrics.truth_scores(
             split.image_emb, split.text_emb, split.truth, split.caption_image
         )
-        measured |= _measurements("complete_", [complete], "all of the split", "any true {}")
+        measured |= measurements("complete_", [complete], "all of the split", "any true {}")
     return measured
 
 
@@ -120,7 +120,7 @@ def coco_1k(split: EmbeddedSplit) -> dict[str, Measurement]:
         for fold in coco_protocols.folds(split)
     ]
     within = "its fold of 1,000 images, mean over five folds"
-    return _measurements("coco_1k_", folds, within, "its own {}")
+    return measurements("coco_1k_", folds, within, "its own {}")
 
 
 def eccv(split: EmbeddedSplit) -> dict[str, Measurement]:
@@ -155,13 +155,20 @@ def _extended(split, source, keys, match):
         direction: dataclasses.replace(one, means={key: one.means[key] for key in keys})
         for direction, one in coco_protocols.extended_scores(split, source).items()
     }
-    return _measurements(f"{source}_", [scores], "COCO's test split", match)
+    return measurements(f"{source}_", [scores], "COCO's test split", match)
 
 
-def _measurements(
+def measurements(
     prefix: str, folds: Sequence[Mapping[str, QueryScores]], within: str, match: str
 ) -> dict[str, Measurement]:
-    """Returns the means over folds with their intervals, and rSum where all six recalls are."""
+    """Returns the means over folds with their intervals, and rSum where all six recalls are.
+
+    Args:
+      prefix: The beginning of the metrics' names, a key of `TRUTHS`.
+      folds: Of each fold, the scores of both directions.
+      within: What the items that are ranked are all of, in words.
+      match: What counts as a match, in words, `{}` standing for the item.
+    """
     measured, samples = {}, {}
     for direction, words in DIRECTIONS.items():
         scores = [fold[direction] for fold in folds]

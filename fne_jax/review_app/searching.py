@@ -6,11 +6,10 @@ import dataclasses
 import threading
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
+from fne_jax.index import exact
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.retrieval.ranked_lists import top_lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +26,9 @@ class Found:
 
 
 class SplitSearch:
-    """Searches a split by its embeddings; one object serves several threads, one at a time.
+    """Searches a split by its embeddings, kept as float16 as an index keeps them.
+
+    One object serves several threads.
 
     Args:
       embed_texts: Takes texts and returns their [texts, dim] L2-normalised embeddings.
@@ -36,29 +37,27 @@ class SplitSearch:
 
     def __init__(self, embed_texts: Callable[[list[str]], np.ndarray], embedded: EmbeddedSplit):
         self._embed_texts = embed_texts
-        self._image_emb = embedded.image_emb
-        self._images = jax.device_put(embedded.image_emb)
-        self._captions = jax.device_put(embedded.text_emb)
+        self._images = embedded.image_emb.astype(np.float16)
+        self._captions = embedded.text_emb.astype(np.float16)
         self._lock = threading.Lock()
 
     def images_for_text(self, text: str, count: int) -> Found:
         """Returns the `count` images most similar to a text."""
         with self._lock:
-            return _top(self._embed_texts([text]), self._images, count)
+            query = self._embed_texts([text])
+        return _top(query, self._images, count)
 
     def images_for_image(self, row: int, count: int) -> Found:
         """Returns the `count` other images most similar to one of the split."""
-        with self._lock:
-            found = _top(self._image_emb[row][None], self._images, count + 1)
+        found = _top(self._images[row][None], self._images, count + 1)
         others = found.rows != row
         return Found(found.rows[others][:count], found.similarity[others][:count])
 
     def captions_for_image(self, row: int, count: int) -> Found:
         """Returns the `count` captions most similar to an image of the split."""
-        with self._lock:
-            return _top(self._image_emb[row][None], self._captions, count)
+        return _top(self._images[row][None], self._captions, count)
 
 
 def _top(query, gallery, count):
-    rows, similarity = top_lists(query, gallery, count)
+    rows, similarity = exact.nearest(gallery, query, count)
     return Found(rows[0], similarity[0])

@@ -224,7 +224,8 @@ def test_images_are_small_jpegs_of_the_split(tmp_path):
 
 def test_search_finds_what_a_plain_search_finds(client, review):
     search = review.search
-    similarity = search._image_emb @ search._embed_texts(["a dog"])[0]
+    images, captions = (one.astype(np.float32) for one in (search._images, search._captions))
+    similarity = images @ search._embed_texts(["a dog"])[0]
     expected = np.argsort(-similarity)
     found = search.images_for_text("a dog", 5)
     np.testing.assert_array_equal(found.rows, expected[:5])
@@ -233,11 +234,11 @@ def test_search_finds_what_a_plain_search_finds(client, review):
     links = [use["href"] for use in page.tags["a"] if "image=" in use["href"]]
     assert links == [f"/search?image={row}" for row in expected]
 
-    similarity = search._image_emb @ search._image_emb[2]
+    similarity = images @ images[2]
     expected = [row for row in np.argsort(-similarity) if row != 2]
     np.testing.assert_array_equal(search.images_for_image(2, 3).rows, expected[:3])
     np.testing.assert_array_equal(search.images_for_image(2, 99).rows, expected)
-    similarity = np.asarray(search._captions) @ search._image_emb[2]
+    similarity = captions @ images[2]
     found = search.captions_for_image(2, 4)
     np.testing.assert_array_equal(found.rows, np.argsort(-similarity)[:4])
     text = " ".join(Page(client.get("/search?image=2").text).text)
