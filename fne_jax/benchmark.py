@@ -1,4 +1,7 @@
-"""Measures speed: python -m fne_jax.benchmark strategy, encoders, step, input or retrieval."""
+"""Measures speed: python -m fne_jax.benchmark NAME.
+
+NAME is strategy, encoders, step, input, retrieval or search.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pathlib
 import sys
 
 from fne_jax import command_line, configuration
-from fne_jax.benchmarks import cases, retrieval, step, step_comparison
+from fne_jax.benchmarks import cases, retrieval, search, step, step_comparison
 from fne_jax.benchmarks import input as input_benchmark
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
@@ -35,6 +38,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     _add_step(commands)
     _add_input(commands)
     _add_retrieval(commands)
+    _add_search(commands)
     options, overrides = parser.parse_known_args(arguments)
     if "overrides" in options:
         options.overrides = overrides
@@ -206,6 +210,14 @@ def _add_retrieval(commands):
     parser.set_defaults(
         measure=lambda o: [retrieval.retrieval(o.images, o.captions, o.dim, o.repeats)]
     )
+
+
+def _add_search(commands):
+    parser = commands.add_parser("search", help="one exact query among many stored rows")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="stored rows")
+    parser.add_argument("--dim", type=int, default=768, help="dimension")
+    parser.add_argument("--repeats", type=int, default=9, help="timed queries")
+    parser.set_defaults(measure=lambda o: [search.search(o.rows, o.dim, o.repeats)])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import urllib.request
 import numpy as np
 import pytest
 
-from fne_jax import audit, evaluate, prepare, review, train
+from fne_jax import audit, evaluate, prepare, review, search, train
 from fne_jax.configuration import read_config
 from fne_jax.data.verdicts import Verdict, read_verdicts, write_verdicts
 from fne_jax.errors import UserError
@@ -164,6 +164,22 @@ def test_momentum_encoders_are_scored_beside_the_run(shapes_run, tmp_path):
     image_emb = [np.load(tmp_path / w / "image_embeddings.npy") for w in ("online", "momentum")]
     assert not np.allclose(*image_emb)
     assert scores["online"] != scores["momentum"]
+
+
+def test_the_images_of_a_prepared_split_are_searched(shapes_run, capsys):
+    workdir, _, _ = shapes_run
+    dataset = load_evaluation_split(read_config(workdir), "test")
+    (workdir / "query.jpg").write_bytes(dataset.images[4]["image"])
+    query = (f"--image={workdir / 'query.jpg'}", "--top=11", "--json")
+    search.main([f"--workdir={workdir}", "--images=test", *query])
+    hits = json.loads(capsys.readouterr().out)["hits"]
+    assert len({hit["name"] for hit in hits}) == 11
+    # It finds itself, and nothing is nearer; after so few steps others may be as near.
+    own = next(hit for hit in hits if hit["name"] == dataset.source_image_id[4])
+    assert own["score"] == pytest.approx(1, abs=1e-3)
+    assert own["score"] == pytest.approx(hits[0]["score"], abs=1e-3)
+    of_image = np.flatnonzero(dataset.caption_image == 4)
+    assert own["captions"] == [dataset.captions[row] for row in of_image] and own["path"] == ""
 
 
 def lines_of(folder):

@@ -131,7 +131,7 @@ def test_damaged_images_are_named_and_the_others_found(run, photos, caplog, caps
     (photos / "04.png").write_bytes(b"\x89PNG")
     (found,) = lines_of(capsys, run, f"--images={photos}", "--json", "--top=99", "a dog")
     assert len(found["hits"]) == 11
-    assert "1 images cannot be used" in caplog.text and "04.png" in caplog.text
+    assert "1 of 12 images cannot be used" in caplog.text and "04.png" in caplog.text
 
 
 def test_names_that_are_no_text_are_printed(run, photos, capsys):

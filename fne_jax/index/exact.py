@@ -20,7 +20,7 @@ _SPAN_ROWS = 16_384
 # Scores of as many queries as fit are held at once: 256 MB.
 _HELD_SCORES = 2**26
 # Candidates whose exact scores are computed at once.
-_CANDIDATE_ROWS = 4096
+_CANDIDATE_ROWS = 512
 
 # From float16 to float32: 10 and 23 bits of mantissa, and 112 between the offsets of the exponents.
 _SHIFT = 23 - 10
@@ -108,7 +108,7 @@ def _scores(rows, queries):
         part = slice(start, start + _SPAN_ROWS)
         _score_span(rows[part], queries, scores[:, part])
 
-    with concurrent.futures.ThreadPoolExecutor(_cores()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
         list(pool.map(score, starts))
     return scores
 
@@ -138,7 +138,7 @@ def _score_span(rows, queries, scores):
         scores[:, start : start + len(block)] = products.T
 
 
-def _cores():
+def usable_cores():
     """Returns the number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))

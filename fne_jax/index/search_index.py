@@ -258,7 +258,9 @@ def _update(folder, gallery, encoders):
         lines = [f"\n  {reason}" for reason in itertools.islice(skipped.values(), _SHOWN)]
         if len(skipped) > _SHOWN:
             lines.append(f"\n  and {len(skipped) - _SHOWN} more")
-        _log.warning("%d images cannot be used:%s", len(skipped), "".join(lines))
+        _log.warning(
+            "%d of %d images cannot be used:%s", len(skipped), len(gallery.names), "".join(lines)
+        )
     return part
 
 

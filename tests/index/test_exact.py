@@ -1,5 +1,7 @@
 """Exact search against a full sort in float64: ties, every float16, sizes that fill no block."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -86,3 +88,15 @@ def test_other_shapes_and_dtypes_are_refused():
         exact.nearest(rows.astype(np.float32), np.zeros((1, 4)), 1)
     with pytest.raises(ValueError, match=r"expected \[queries, 4\]"):
         exact.nearest(rows, np.zeros((1, 5)), 1)
+
+
+def test_memory_does_not_grow_with_the_dimension():
+    gallery = np.zeros((40_000, 256), np.float16)  # all equal, so that all are candidates
+    tracemalloc.start()
+    try:
+        exact.nearest(gallery, np.ones((1, 256), np.float32), 10)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Some numbers a row, and blocks; all rows in float32 would take 41 MB.
+    assert peak < 40_000 * 50 + 4e6 + exact.usable_cores() * 1e6

@@ -112,7 +112,7 @@ def test_images_that_cannot_be_read_are_left_out_and_named(photos, tmp_path, cap
         caplog.clear()
         index = build(photos, tmp_path / "index")
         assert len(index) == 11 and "03.png" not in index.names
-        assert "2 images cannot be used" in caplog.text
+        assert "2 of 13 images cannot be used" in caplog.text
         assert "03.png" in caplog.text and "05.jpg" in caplog.text
     write_image(photos / "03.png", 3)
     assert "03.png" in build(photos, tmp_path / "index").names
