@@ -63,6 +63,8 @@ setuptools.setup(
         "review": ["starlette>=1.10.0", "uvicorn>=0.54.0"],
         # Scores detectors and tests differences, for `study`.
         "study": ["scikit-learn>=1.9.1", "scipy>=1.17.1"],
+        # Fits a detector to verdicts, for `audit --verdicts`.
+        "fitted": ["scikit-learn>=1.9.1"],
         # TensorBoard's page for what `config.logging.profile_step` writes.
         "profile": ["xprof>=2.24.2"],
         # Compiles for TPUs that are not there; jax[tpu] names the versions that go with jax.

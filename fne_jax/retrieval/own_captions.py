@@ -11,6 +11,8 @@ import numpy as np
 
 # Pairs whose embeddings are held at once.
 _BLOCK_PAIRS = 16_384
+# Bits of an unsigned integer, one for each caption of an image.
+_HOLDERS = 64
 _NO_LETTER = re.compile(r"[\W_]+")
 
 
@@ -92,12 +94,15 @@ class CaptionTerms:
         of captions, and one, for each caption with the term.
       key: [n] int64, rising, `image * terms + term` of all terms of the images' captions.
       count: [n] the captions of the image that have the term.
+      holders: [n] uint64, bit k tells whether the image's caption k has the term; the captions
+        after the 64th share its bits from the first on.
     """
 
     term: np.ndarray
     weight: np.ndarray
     key: np.ndarray
     count: np.ndarray
+    holders: np.ndarray
 
     @classmethod
     def of(cls, captions: Sequence[str], own: OwnCaptions) -> CaptionTerms:
@@ -120,8 +125,14 @@ class CaptionTerms:
         frequency = np.bincount(term[caption, column], minlength=len(numbers))
         weight = np.log((1 + len(captions)) / frequency).astype(np.float32)
         image = own.caption_image[caption].astype(np.int64)
-        key, count = np.unique(image * len(numbers) + term[caption, column], return_counts=True)
-        return cls(term, weight, key, count)
+        key = image * len(numbers) + term[caption, column]
+        position = np.empty(len(captions), np.int64)
+        position[own.order] = np.arange(len(captions)) - own.first[own.caption_image[own.order]]
+        bit = np.left_shift(np.uint64(1), (position[caption] % _HOLDERS).astype(np.uint64))
+        order = np.argsort(key, kind="stable")
+        key, first, count = np.unique(key[order], return_index=True, return_counts=True)
+        holders = np.bitwise_or.reduceat(bit[order], first) if len(key) else bit
+        return cls(term, weight, key, count, holders)
 
 
 def term_share(
@@ -142,18 +153,62 @@ def term_share(
       caption without words.
     """
     share = np.zeros(len(caption), np.float32)
-    if not len(terms.key):
+    if not len(terms.key):  # no caption has a word
         return share
     for start in range(0, len(caption), _BLOCK_PAIRS):
         part = slice(start, start + _BLOCK_PAIRS)
-        term = terms.term[caption[part]]
-        key = image[part, None].astype(np.int64) * len(terms.weight) + term
-        place = np.minimum(np.searchsorted(terms.key, key), len(terms.key) - 1)
+        weight, place = _lookup(terms, caption[part], image[part])
         is_own = own.caption_image[caption[part]] == image[part]
-        there = (terms.key[place] == key) & (terms.count[place] > is_own[:, None])
-        weight = np.where(term >= 0, terms.weight[term], 0)
-        share[part] = (weight * there).sum(axis=1) / np.maximum(weight.sum(axis=1), 1e-12)
+        there = (place >= 0) & (terms.count[place] > is_own[:, None])
+        share[part] = _share(weight, there)
     return share
+
+
+def term_shares(
+    terms: CaptionTerms, own: OwnCaptions, caption: np.ndarray, image: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns for pairs how much of the caption is in terms of the image's own captions.
+
+    Args:
+      terms: The terms of the captions.
+      own: The captions of each image.
+      caption: [pairs] caption of each pair.
+      image: [pairs] image of each pair, not the caption's own.
+
+    Returns:
+      [pairs] float32 share of the caption's weight that is in any of them, as `term_share`; the
+      share that is in the best single one of them (captions of an image after its 64th are taken
+      together with earlier ones); and the caption's weight.
+    """
+    in_any, in_one, total = np.zeros((3, len(caption)), np.float32)
+    if not len(terms.key):
+        return in_any, in_one, total
+    for start in range(0, len(caption), _BLOCK_PAIRS):
+        part = slice(start, start + _BLOCK_PAIRS)
+        weight, place = _lookup(terms, caption[part], image[part])
+        holders = np.where(place >= 0, terms.holders[place], np.uint64(0))
+        in_any[part], total[part] = _share(weight, holders != 0), weight.sum(axis=1)
+        most = min(_HOLDERS, int(own.count[image[part]].max()))
+        for number in range(most):
+            held = holders & np.left_shift(np.uint64(1), np.uint64(number)) != 0
+            in_one[part] = np.maximum(in_one[part], _share(weight, held))
+    return in_any, in_one, total
+
+
+def _lookup(terms, caption, image):
+    """Returns [pairs, most] weights of the captions' terms, 0 for none, and their places in `key`.
+
+    The place of what no caption of the image has is -1.
+    """
+    term = terms.term[caption]
+    key = image[:, None].astype(np.int64) * len(terms.weight) + term
+    place = np.minimum(np.searchsorted(terms.key, key), len(terms.key) - 1)
+    found = (terms.key[place] == key) & (term >= 0)
+    return np.where(term >= 0, terms.weight[term], 0), np.where(found, place, -1)
+
+
+def _share(weight, there):
+    return (weight * there).sum(axis=1) / np.maximum(weight.sum(axis=1), 1e-12)
 
 
 def identical_caption(
