@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     # Where the pairs come from: one of the sources in fne_jax/data/sources/registry.py, e.g. coco,
-    # csv or shapes. "Your own data" in the README says what each expects in `dir`.
+    # csv or shapes. docs/data.md says what each expects in `dir`.
     data.source = "karpathy"
     # Folder of the source, local or remote (gs://...); of csv and jsonl also the table itself.
     data.dir = ""

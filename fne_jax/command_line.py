@@ -39,7 +39,7 @@ def expand_home(options: argparse.Namespace, *names: str) -> None:
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Calls a command's main function and exits with a code of README.md's table.
+    """Calls a command's main function and exits with a code of the table in docs/runs.md.
 
     Args:
       main: Takes the command line, without the program's name.

@@ -1,7 +1,7 @@
 """Every training objective: its name, what it does, how a config builds it, what it reads.
 
 To add an objective, add an entry to `OBJECTIVES` (and the fields that it reads to configs/base.py).
-Training, the study and the README's table take it from here.
+Training, the study and the table in docs/objectives.md take it from here.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def train_and_evaluate(
 
     Args:
       config: The config, see configs/base.py.
-      workdir: The folder of the run; README.md tells what it holds afterwards.
+      workdir: The folder of the run; docs/runs.md tells what it holds afterwards.
       warmup_only: Stop, saved, where the warm-up ends, for runs that go on from there in copies of
         the folder.
       module: The two towers, in place of those that the config describes.

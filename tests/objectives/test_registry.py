@@ -8,7 +8,7 @@ from fne_jax import config_rules
 from fne_jax.errors import UserError
 from fne_jax.objectives import registry
 from fne_jax.studies import cells
-from tests.support import TOP
+from tests.support import pages_of_docs
 
 
 def config_with(**changes):
@@ -103,9 +103,9 @@ def test_the_warmup_depends_on_the_margin_where_it_mines():
         assert field not in contrastive
 
 
-def test_the_readme_lists_the_registry():
-    section = (TOP / "README.md").read_text().split("## Objectives to compare with")[1]
-    table = [line for line in section.split("\n## ")[0].splitlines() if line.startswith("| `")]
+def test_the_docs_list_the_registry():
+    section = pages_of_docs.section("objectives.md", "## The registry")
+    table = [line for line in section.splitlines() if line.startswith("| `")]
     assert table == [
         f"| `{entry.name}` | {entry.description} | {entry.source} | "
         f"{'yes' if entry.main else 'no'} | {'yes' if entry.warmup else 'no'} |"

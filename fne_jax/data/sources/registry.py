@@ -27,7 +27,7 @@ class Listed:
     """A source whose files list images and captions; it is checked and packed before use.
 
     Attributes:
-      in_dir: What lies in `config.data.dir`, for the README.
+      in_dir: What lies in `config.data.dir`, for docs/data.md.
       read: Reads the listing at `config.data.dir`.
     """
 
@@ -40,7 +40,7 @@ class InMemory:
     """A source whose splits are arrays; there is nothing to prepare.
 
     Attributes:
-      in_dir: What lies in `config.data.dir`, for the README.
+      in_dir: What lies in `config.data.dir`, for docs/data.md.
       load: Returns a split from `config.data`, the pixels of a side, and the name of the split.
     """
 
@@ -53,7 +53,7 @@ class Rendered:
     """A source that makes its images itself; they are packed before use.
 
     Attributes:
-      in_dir: What lies in `config.data.dir`, for the README.
+      in_dir: What lies in `config.data.dir`, for docs/data.md.
       builder: Returns what packs the dataset, from `config.data` and the folder of prepared
         datasets.
     """

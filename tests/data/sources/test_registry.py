@@ -1,4 +1,4 @@
-"""The registry of sources is what the README says."""
+"""The registry of sources is what the documentation says."""
 
 import re
 
@@ -6,11 +6,11 @@ import pytest
 
 from fne_jax.data.sources.registry import SOURCES, InMemory, find_source
 from fne_jax.errors import UserError
-from tests.support import TOP
+from tests.support import pages_of_docs
 
 
-def test_the_readme_names_every_source_and_what_it_expects():
-    section = (TOP / "README.md").read_text().split("\n## Your own data\n")[1].split("\n## ")[0]
+def test_the_docs_name_every_source_and_what_it_expects():
+    section = pages_of_docs.section("data.md", "## Sources")
     table = section.strip().split("\n\n")[0].splitlines()[2:]
     listed = {}
     for line in table:

@@ -1,0 +1,162 @@
+"""The worked examples of docs/architecture.md, built as a reader would: they work."""
+
+import importlib
+import re
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+import fne_jax
+from fne_jax.encoders import layouts
+from fne_jax.encoders.architectures import build_from_architecture
+from fne_jax.errors import UserError
+from fne_jax.objectives.features import Features
+from tests.support import TOP, pages_of_docs
+from tests.support.sources import jpeg
+from tests.support.tiny import tiny_config
+
+PAGE = "architecture.md"
+
+
+@pytest.fixture
+def follow(monkeypatch):
+    """Returns a function that follows an example, and returns the modules by their files' names."""
+
+    def follow(heading):
+        text = pages_of_docs.section(PAGE, heading)
+        blocks = [
+            block
+            for block in pages_of_docs.blocks(TOP / "docs" / PAGE)
+            if block.title and block.code in text
+        ]
+        assert 2 <= len(blocks) <= 3
+        modules = {}
+        for block in blocks:
+            name = block.title.removesuffix(".py").replace("/", ".")
+            source = block.code
+            if block.language == "diff":
+                source = pages_of_docs.patched((TOP / block.title).read_text("utf-8"), source)
+                name += "_changed"  # the package's own stays as it is
+            module = modules[block.title.rpartition("/")[2]] = types.ModuleType(name)
+            monkeypatch.setitem(sys.modules, name, module)
+            exec(compile(source, block.title, "exec"), vars(module))
+        return modules
+
+    return follow
+
+
+def test_every_example_is_followed():
+    headings = re.findall(r"^### (An? .*)$", (TOP / "docs" / PAGE).read_text("utf-8"), re.MULTILINE)
+    assert headings == [
+        "An objective: soft-margin triplets",
+        "A source: captions in text files",
+        "An encoder: RoBERTa",
+    ]
+
+
+def test_the_objective(follow):
+    registry = follow("### An objective: soft-margin triplets")["registry.py"]
+    config = ml_collections.ConfigDict(tiny_config().to_dict())
+    config.objective.name = "soft_margin"
+    config.objective.temperature = 0.1
+    objective = registry.main_objective(config)
+    assert "objective.temperature" in registry.fields_after_warmup(config)
+
+    rng = np.random.default_rng(0)
+    image, text = (
+        rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in rng.normal(size=(2, 5, 3))
+    )
+    image_id = np.array([0, 1, 2, 1, 3])  # pairs 1 and 3 show one image
+    same_image = image_id[:, None] == image_id
+
+    def loss(image, text):
+        features = Features(image, text, image, text, image_id, same_image=same_image)
+        return objective(jax.random.key(0), features, None, None)[0]
+
+    expected = 0.0
+    for anchors, keys in ((image, text), (text, image)):
+        for row in range(5):
+            others = [key for key in range(5) if image_id[key] != image_id[row]]
+            hardest = max(anchors[row] @ keys[key] for key in others)
+            gap = (hardest - anchors[row] @ keys[row]) / 0.1
+            expected += np.log1p(np.exp(gap)) / 5 / 2
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(jnp.array(image), jnp.array(text))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert all(np.isfinite(gradient).all() and gradient.any() for gradient in gradients)
+
+
+def test_the_source(follow, tmp_path):
+    source = follow("### A source: captions in text files")["registry.py"].find_source("text_files")
+    for split, names in (("train", "ba"), ("val", "c"), ("test", "d")):
+        (tmp_path / split).mkdir()
+        for name in names:
+            (tmp_path / split / f"{name}.jpg").write_bytes(jpeg())
+            (tmp_path / split / f"{name}.txt").write_text(f"a {name}\n\nanother {name}\n")
+    listing = source.read(str(tmp_path))
+    assert [image.path.name for image in listing.images()] == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+    assert [image.image_id for image in listing.images()] == [0, 1, 2, 3]
+    assert listing.splits["train"][1].captions == ["a b", "another b"]
+    assert listing.splits["val"][0].caption_ids == [4, 5]
+    (tmp_path / "val" / "c.jpg").unlink()
+    with pytest.raises(UserError, match=r"expected the image c\.jpg beside it"):
+        source.read(str(tmp_path))
+    (tmp_path / "val" / "c.txt").unlink()
+    with pytest.raises(UserError, match="no image of the split 'val'"):
+        source.read(str(tmp_path))
+
+
+@pytest.fixture
+def roberta(follow, monkeypatch):
+    """Lets the package know RoBERTa, as the example says; returns a tiny one's config.json."""
+    modules = follow("### An encoder: RoBERTa")
+    tower, changed = modules["roberta.py"].Roberta, modules["layouts.py"]
+    monkeypatch.setitem(layouts.LAYOUTS, tower, changed.LAYOUTS[tower])
+    monkeypatch.setitem(layouts.MODELS, "roberta", changed.MODELS["roberta"])
+    return {
+        "model_type": "roberta",
+        "vocab_size": 30,
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 12,
+        "max_position_embeddings": 9,
+        "type_vocab_size": 1,
+        "pad_token_id": 1,
+    }
+
+
+def test_the_encoder_is_built_from_its_config(roberta):
+    module = build_from_architecture(roberta, "config.json")
+    ids = jnp.ones((2, 7), int)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
+    assert shapes["segment_embedding"].shape == (1, 8)
+    with pytest.raises(ValueError, match="at most 7 tokens, got 8"):
+        jax.eval_shape(module.apply, {"params": shapes}, jnp.ones((2, 8), int), ids)
+
+
+@pytest.mark.slow
+def test_the_encoder_agrees_with_transformers(roberta, tmp_path):
+    torch = importlib.import_module("torch")
+    transformers = importlib.import_module("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.RobertaModel(transformers.RobertaConfig(**roberta)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ids = np.array([[5, 7, 9, 11], [6, 8, 1, 1]])
+    mask = (ids != 1).astype(int)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids), torch.tensor(mask)).last_hidden_state.numpy()
+    module, params = fne_jax.load_pretrained(tmp_path / "theirs")
+    assert type(module).__name__ == "Roberta"
+    hidden = module.apply({"params": params}, jnp.array(ids), jnp.array(mask)).last_hidden_state
+    np.testing.assert_allclose(
+        np.where(mask[..., None], hidden, 0), np.where(mask[..., None], expected, 0), atol=2e-6
+    )
+    fne_jax.save_pretrained(tmp_path / "ours", module, params)
+    jax.tree.map(
+        np.testing.assert_array_equal, params, fne_jax.load_pretrained(tmp_path / "ours")[1]
+    )
