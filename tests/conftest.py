@@ -25,6 +25,10 @@ import pytest
 from tests import compiled_once
 from tests.support import TOP
 
+# Tracing makes many objects that stay, of millions that the collector would look through again and
+# again: a twelfth of the suite's time with Python's own thresholds.
+gc.set_threshold(100_000, 50, 100)
+
 # A [batch] vector that meets a [batch, batch] matrix by accident is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -16,7 +16,7 @@ from fne_jax import MemoryQueue, SimilarityStatistics, load_pretrained
 from fne_jax.encoders.dual_encoder import DualEncoder
 from fne_jax.objectives.fne_loss import fne_triplet_loss_from_uniform
 from fne_jax.objectives.registry import StatisticsRule, hardest_objective
-from fne_jax.parallel.sharding import StepLayout, create_mesh
+from fne_jax.parallel.sharding import StepLayout, create_mesh, replicated
 from fne_jax.training.encoder_passes import WholeBatch
 from fne_jax.training.optimizer import build_optimizer
 from fne_jax.training.train_state import TrainState
@@ -41,10 +41,16 @@ class Replay(NamedTuple):
 
 def load_pair(folder, prefix=""):
     (image, image_params), (text, text_params) = (
-        load_pretrained(folder / f"{prefix}{name}") for name in ("vit", "bert")
+        # Scanned, for one of the layers is compiled then instead of all.
+        load_pretrained(folder / f"{prefix}{name}", scan_layers=True)
+        for name in ("vit", "bert")
     )
     module = DualEncoder(image, text, text_pooling="mean_with_padding")
     return module, {"image": image_params, "text": text_params}
+
+
+def one_device():
+    return create_mesh(devices=jax.devices()[:1])
 
 
 def steps_of(arrays):
@@ -83,7 +89,7 @@ def initial_state(folder, arrays):
 def build_step(arrays, *, warmup):
     """Returns our train step with the draws as arguments."""
     margin = float(arrays["margin"])
-    layout = StepLayout(create_mesh(devices=jax.devices()[:1]))
+    layout = StepLayout(one_device())
     settings = StepSettings(
         passes=WholeBatch(layout),
         layout=layout,
@@ -108,7 +114,8 @@ def build_step(arrays, *, warmup):
             min_count=int(arrays["ready_count"]),
         )
 
-    @jax.jit
+    # What it returns lies where it was given, or the next call would compile another program.
+    @functools.partial(jax.jit, out_shardings=replicated(one_device()))
     def step(state, batch, draws):
         objective = functools.partial(from_uniform, draws=draws)
         if warmup:
@@ -135,13 +142,14 @@ def name_by_place(state, batch):
 def replay(golden):
     folder = golden / "trajectory"
     arrays = dict(np.load(folder / "trajectory.npz"))
-    state = initial_state(folder, arrays)
+    state = jax.device_put(initial_state(folder, arrays), replicated(one_device()))
     step_of_epoch = [build_step(arrays, warmup=True), build_step(arrays, warmup=False)]
     epoch, steps = 0, []
     for figures in steps_of(arrays):
         if figures["epoch"] != epoch:
             epoch = int(figures["epoch"])
-            state = state.replace(stats=SimilarityStatistics.create())
+            stats = jax.device_put(SimilarityStatistics.create(), replicated(one_device()))
+            state = state.replace(stats=stats)
         image_id = figures["image_id"].astype(np.int32)
         batch = {
             "image": figures["pixel_values_nchw"].transpose(0, 2, 3, 1),
@@ -153,6 +161,7 @@ def replay(golden):
         draws = [figures[name].astype(np.float32) for name in ("u_i2t", "u_t2i")]
         state, scalars, negatives = step_of_epoch[epoch](state, batch, draws)
         steps.append((figures, jax.device_get(scalars), jax.device_get(negatives)))
+    assert [step._cache_size() for step in step_of_epoch] == [1, 1]
     return Replay(folder, arrays, steps, state)
 
 

@@ -1,6 +1,7 @@
 """What layers keep for their backward pass: the same gradients, of more or fewer computations."""
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,29 +21,33 @@ LAYERS = 2
 SIZES = {"width": 12, "layers": LAYERS, "heads": 3, "mlp_width": 20}
 
 
-def gradient(remat, **options):
-    tower = VisionTransformer(8, 4, **SIZES, remat=remat, **options)
-    pixels = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
-    params = jax.jit(tower.init)(jax.random.key(1), pixels)
+@functools.cache
+def gradient(remat):
+    """Returns a function of params that runs a tower forward and backward, and its params."""
+    tower = VisionTransformer(8, 4, **SIZES, remat=remat, attention="xla")
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
+    shapes = jax.eval_shape(tower.init, jax.random.key(1), pixels)
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
 
     def loss(params):
         hidden = tower.apply(params, pixels).last_hidden_state
         return (hidden * jnp.sin(jnp.arange(hidden.size)).reshape(hidden.shape)).sum()
 
-    return jax.grad(loss), params
+    return jax.jit(jax.grad(loss)), params
 
 
 @pytest.mark.parametrize("remat", [*REMATS, True, False])
 def test_gradients_are_the_same(remat):
-    plain, params = gradient("none", attention="xla")
-    other, _ = gradient(remat, attention="xla")
-    for a, b in zip(*(jax.tree.leaves(jax.jit(g)(params)) for g in (plain, other)), strict=True):
+    plain, params = gradient("none")
+    other, _ = gradient(remat)
+    for a, b in zip(*(jax.tree.leaves(g(params)) for g in (plain, other)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def products(remat):
     """Returns how often the gradient computes a product without and with a batch dimension."""
-    run, params = gradient(remat, attention="xla")
+    run, params = gradient(remat)
     found = equations(jax.make_jaxpr(run)(params).jaxpr, "dot_general")
     return collections.Counter(bool(e.params["dimension_numbers"][1][0]) for e in found)
 

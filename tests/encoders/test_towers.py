@@ -124,6 +124,7 @@ def trained(golden, tokenizer_folder, tmp_path_factory):
     config = pretrained_config(
         folder / "vit", folder / "bert", data__tokenizer=str(tokenizer_folder), num_epochs=1.0,
         fne__start_epoch=0.0, data__synthetic__images=20, data__text_length=8,
+        encoder__scan_layers=True,  # compiles one of the three layers
     )  # fmt: skip
     workdir = tmp_path_factory.mktemp("runs") / "run"
     loop.train_and_evaluate(config, workdir)

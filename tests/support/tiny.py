@@ -15,10 +15,11 @@ from fne_jax.encoders.dual_encoder import unit
 class LinearTowers(nn.Module):
     """Compiles in a fraction of the transformers' time, for tests of what surrounds the towers."""
 
+    dim: int = 16
     text_pooling: str = "mean"
 
     def setup(self):
-        self.image, self.text = nn.Dense(16), nn.Dense(16)
+        self.image, self.text = nn.Dense(self.dim), nn.Dense(self.dim)
 
     def __call__(self, pixels, input_ids, attention_mask, *, deterministic=True):
         del deterministic
