@@ -8,7 +8,7 @@ def xla_flags(devices):
 
     Small programs, run a few times each: the suite's time is that of compiling them, which halves
     without LLVM's optimisations, and again without the newer code generator of fused operations.
-    Cutting each program in 32, whose parts are compiled in parallel, costs a tenth of that where all
+    Cutting each program in 32 parts, to compile them in parallel, costs a tenth of that where all
     cores are taken. `.ci/run` also trains with the default ones.
     """
     # Of a flag that is given twice the last one counts.

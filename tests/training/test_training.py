@@ -24,6 +24,7 @@ from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.loading import load_split
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import Interrupted, UserError
+from fne_jax.model import model as model_lib
 from fne_jax.model.model import restore_model
 from fne_jax.objectives import registry
 from fne_jax.objectives.features import Features
@@ -313,8 +314,10 @@ def test_resumed_metrics_hold_no_step_twice(tmp_path):
     ]  # fmt: skip
 
 
-def train(workdir, module=None, **fields):
-    loop.train_and_evaluate(tiny_config(**fields), workdir, module=module or LinearTowers())
+def train(workdir, **fields):
+    config = tiny_config(**fields)
+    towers = LinearTowers(config.encoder.text.mlp_width)
+    loop.train_and_evaluate(config, workdir, module=towers)
 
 
 @pytest.fixture(scope="module")
@@ -407,15 +410,17 @@ def test_a_complete_run_is_left_alone(whole_run):
     assert without_times(whole_run) == before
 
 
-def test_a_run_begins_with_another_runs_weights(whole_run, tmp_path):
+def test_a_run_begins_with_another_runs_weights(whole_run, tmp_path, monkeypatch):
+    def towers(config, *_):
+        return LinearTowers(config.encoder.text.mlp_width)
+
+    monkeypatch.setattr(model_lib, "build_module", towers)
     train(tmp_path, init_from=str(whole_run), num_epochs=0.2, optimizer__learning_rate=1e-9)
-    best, ours = (
-        restore_model(workdir, checkpoint, module=LinearTowers())
-        for workdir, checkpoint in ((whole_run, "best"), (tmp_path, "latest"))
-    )
+    best, ours = restore_model(whole_run, "best"), restore_model(tmp_path, "latest")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours.params, best.params)
-    with pytest.raises(UserError, match=r"text/kernel.*: \(40, 16\) there, \(40, 20\) here"):
-        train(tmp_path / "wider", LinearTowers(20), init_from=str(whole_run))
+    wider = {"encoder__text__mlp_width": 20, "init_from": str(whole_run)}
+    with pytest.raises(UserError, match=r"text.*kernel.*: \(40, 16\) there, \(40, 20\) here"):
+        train(tmp_path / "wider", **wider)
 
 
 def test_a_second_signal_is_not_held_back():
