@@ -288,19 +288,25 @@ def write_matches(
       UserError: if the detector needs what is not there, or the file cannot be written.
     """
     evidence = judged.evidence
+    detector = detectors.best_available(evidence) if detector is None else detector
     about = write_likely_matches(
         path,
         judged.dataset,
         evidence,
-        detectors.best_available(evidence) if detector is None else detector,
+        detectors.fitted(detector, evidence),
         per_caption=per_query,
         least=LEAST_PROBABILITY if least is None else least,
-        about={"model": judged.name, "step": judged.step, "split": judged.split_name},
+        about={
+            "detector": detector,
+            "model": judged.name,
+            "step": judged.step,
+            "split": judged.split_name,
+        },
     )
     precision = about.get("precision")
     shown = "" if precision is None else f", of which {precision:.1%} are in truth matches"
     return (
-        f"detector {about['detector']}: {about['matches']:,} pairs of probability "
+        f"detector {detector}: {about['matches']:,} pairs of probability "
         f"{about['least_probability']:g} or more{shown}; written to {path}, for config.data.matches"
     )
 

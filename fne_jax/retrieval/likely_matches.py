@@ -15,7 +15,7 @@ from fne_jax.data.match_files import KnownPairs, write_match_list
 from fne_jax.data.pairs import PairDataset
 from fne_jax.objectives.similarity_statistics import cosine
 from fne_jax.retrieval.blocks import by_blocks
-from fne_jax.retrieval.detectors import Evidence, Judgement, PairsToJudge, fitted
+from fne_jax.retrieval.detectors import Evidence, Judgement, PairsToJudge
 from fne_jax.retrieval.own_captions import OwnCaptions
 
 # Of pairs that training is to take for matches. In trials with the truth in hand, finds of which 4
@@ -101,7 +101,7 @@ def write_likely_matches(
     path: pathlib.Path,
     dataset: PairDataset,
     evidence: Evidence,
-    detector: str,
+    judge: Callable[[PairsToJudge], Judgement],
     *,
     per_caption: int,
     least: float,
@@ -113,20 +113,20 @@ def write_likely_matches(
       path: The file, which ends in `.npz`.
       dataset: The split.
       evidence: What is known of it, with embeddings of images and captions and a bank of captions.
-      detector: A key of `detectors.DETECTORS`.
+      judge: What judges pairs, such as `detectors.fitted` returns.
       per_caption: How many images of either kind are judged of each caption.
       least: The least probability.
-      about: What else is to describe the file.
+      about: What else is to describe the file, such as the detector.
 
     Returns:
-      `about` with the detector, the least probability, the number of `matches`, and, where the
-      truth is known, their `precision` (None of no matches).
+      `about` with the least probability, the number of `matches`, and, where the truth is known,
+      their `precision` (None of no matches).
 
     Raises:
-      UserError: if the detector needs what is not there, or the file cannot be written.
+      UserError: if the file cannot be written.
     """
     found = likely_matches(
-        fitted(detector, evidence),
+        judge,
         evidence.image_emb,
         evidence.text_emb,
         evidence.caption_bank,
@@ -135,7 +135,7 @@ def write_likely_matches(
         least=least,
     )
     count = len(found.caption)
-    about = {**about, "detector": detector, "least_probability": least, "matches": count}
+    about = {**about, "least_probability": least, "matches": count}
     if dataset.truth is not None:
         right = dataset.truth.is_true(found.caption, found.image)
         about["precision"] = float(right.mean()) if count else None

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
+from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from fne_jax.data import match_files
 from fne_jax.data.pairs import PairDataset
+from fne_jax.errors import UserError
 from fne_jax.model.model import Model, restore_model
-from fne_jax.retrieval import detectors
+from fne_jax.retrieval import detectors, fitted_detector, pair_features, verdict_samples
 from fne_jax.retrieval.likely_matches import LEAST_PROBABILITY, write_likely_matches
 
-# What finds the matches: detectors that ask nobody.
-SOURCES = ("similarity", "gaussians", "captions", "words", "identical")
+# What finds the matches: detectors that ask nobody, and one that is fitted to so many verdicts.
+SOURCES = ("similarity", "gaussians", "captions", "words", "identical", "fittedN")
+_FITTED = re.compile(r"fitted([1-9]\d*)")
 # Images of either kind that are judged of each caption.
 PER_CAPTION = 150
 
 
 def is_source(name: str) -> bool:
-    """Returns whether a name is one of `SOURCES`."""
-    return name in SOURCES
+    """Returns whether a name is one of `SOURCES`, such as `words` or `fitted1000`."""
+    return name in SOURCES[:-1] or _FITTED.fullmatch(name) is not None
+
+
+def check_source(name: str, train: PairDataset) -> None:
+    """Raises UserError if a source takes verdicts that nobody can give.
+
+    Args:
+      name: One of `SOURCES`, or "".
+      train: The training split.
+    """
+    if _FITTED.fullmatch(name) and train.truth is None:
+        raise UserError(
+            f"--objectives: {name} takes verdicts by the truth, which nobody knows of this dataset"
+        )
 
 
 def path(warmup: pathlib.Path, source: str) -> pathlib.Path:
@@ -34,7 +52,7 @@ def ensure(warmup: pathlib.Path, source: str) -> None:
 
     Args:
       warmup: The folder of a warm-up that has ended.
-      source: One of `SOURCES`.
+      source: One of `SOURCES`. Of `fittedN` the truth gives the verdicts.
 
     Raises:
       UserError: if the source cannot judge by what the warm-up left, or the file cannot be written.
@@ -43,15 +61,48 @@ def ensure(warmup: pathlib.Path, source: str) -> None:
         return
     model = restore_model(warmup, "latest")
     train = model.load_split("train")
+    evidence = _evidence(model, train)
+    verdicts = _FITTED.fullmatch(source)
+    if verdicts:
+        judge, least = _fitted(evidence, train, int(verdicts[1]), model.config.seed)
+    else:
+        judge, least = detectors.fitted(source, evidence), LEAST_PROBABILITY
     write_likely_matches(
         path(warmup, source),
         train,
-        _evidence(model, train),
-        source,
+        evidence,
+        judge,
         per_caption=PER_CAPTION,
-        least=LEAST_PROBABILITY,
-        about={"step": model.step},
+        least=least,
+        about={"detector": source, "step": model.step},
     )
+
+
+def _fitted(
+    evidence: detectors.Evidence, train: PairDataset, verdicts: int, seed: int
+) -> tuple[Callable[[detectors.PairsToJudge], detectors.Judgement], float]:
+    """Returns a detector fitted to what the truth says of a sample, and its least probability.
+
+    That is the one from which on `LEAST_PROBABILITY` of the verdicts that it was not fitted to are
+    matches.
+    """
+    split = pair_features.SplitInputs(
+        evidence.image_emb,
+        evidence.text_emb,
+        evidence.caption_bank,
+        evidence.captions,
+        evidence.caption_image,
+    )
+    drawn = verdict_samples.sample(split, verdicts, seed)
+    table = pair_features.features(split, drawn.caption, drawn.image)
+    is_match = train.truth.is_true(drawn.caption, drawn.image)
+    detector = fitted_detector.fit(table, is_match, drawn.weight, seed)
+
+    def judge(pairs: detectors.PairsToJudge) -> detectors.Judgement:
+        log_odds = detector.log_odds(pair_features.features(split, pairs.caption, pairs.image))
+        return detectors.Judgement(1 / (1 + np.exp(-log_odds)), log_odds)
+
+    return judge, detector.threshold(LEAST_PROBABILITY)
 
 
 def _evidence(model: Model, train: PairDataset) -> detectors.Evidence:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fne_jax.data.loading import load_split
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.logs import set_up_logging
-from fne_jax.studies import execution
+from fne_jax.studies import execution, match_lists
 from fne_jax.studies.cells import Run
 from fne_jax.training.interruption import stop_signals
 from fne_jax.training.matches import check_known
@@ -53,6 +53,7 @@ def work_through(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> 
         train = load_split(config.data, config.encoder.image.image_size, "train")
         for run in of_dataset:  # before any warm-up is trained
             check_known(run.config, train)
+            match_lists.check_source(run.matches, train)
     progress, lost = _Progress(len(warmups) + len(todo), say), set()
     with _Workers(jobs) as workers:
         for run, outcome in workers.each(execution.train_warmup, warmups):

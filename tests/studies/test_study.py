@@ -102,7 +102,8 @@ def test_runs_that_know_of_matches_share_a_warm_up(config_path, monkeypatch, tmp
     monkeypatch.setattr(match_lists, "LEAST_PROBABILITY", 0.0)
     monkeypatch.setattr(match_lists, "PER_CAPTION", 3)
     workdir = tmp_path / "study"
-    arguments = ["--objectives=fne,fne:truth,fne:similarity", "--seeds=1"]
+    arguments = ["--objectives=fne,fne:truth,fne:similarity,clip:fitted400", "--seeds=1"]
+    arguments += [f"--config.data.shapes.{kind}=2" for kind in ("shapes", "colours")]
     study.main([f"--config={config_path}", f"--workdir={workdir}", *arguments])
     (warmup,) = (workdir / "warmups").iterdir()
     plain, truth, similarity = (
@@ -115,6 +116,8 @@ def test_runs_that_know_of_matches_share_a_warm_up(config_path, monkeypatch, tmp
     with np.load(match_lists.path(warmup, "similarity")) as found:
         assert 150 * 3 <= len(found["caption_id"]) + 150 <= 150 * 7
         assert 0 < json.loads(str(found["about"]))["precision"] < 1
+    with np.load(match_lists.path(warmup, "fitted400")) as found:
+        assert len(found["caption_id"]) > 100
     rates = [result["sampled_false_negative_rate"] for result in (plain, similarity)]
     assert rates[0] != rates[1]
     assert "| fne:truth less fne |" in (workdir / "study.md").read_text()
@@ -135,6 +138,14 @@ def test_runs_that_know_of_matches_share_a_warm_up(config_path, monkeypatch, tmp
 def test_matches_that_no_run_can_have_are_refused(config_path, name, overrides, message):
     with pytest.raises(UserError, match=re.escape(message)):
         runs_of(config_path, (name,), overrides=overrides)
+
+
+def test_verdicts_that_nobody_can_give_are_told_before_anything_is_trained(config_path, tmp_path):
+    synthetic = ["--config.data.source=synthetic"]
+    runs = cells.study_runs(config_path, synthetic, ("clip:fitted50",), (), 1, tmp_path / "study")
+    with pytest.raises(UserError, match="fitted50 takes verdicts by the truth"):
+        schedule.work_through(runs, 1, lambda line: None)
+    assert not (tmp_path / "study").exists()
 
 
 def test_the_truth_is_for_positives_where_an_anchor_may_have_several(config_path):
