@@ -2,6 +2,7 @@
 
 python -m fne_jax.audit --workdir=runs/shapes --split=train
 python -m fne_jax.audit --workdir=runs/shapes --split=train --matches=runs/matches.npz
+python -m fne_jax.audit --workdir=runs/shapes --verdicts=verdicts.csv --fitted=fitted.json
 python -m fne_jax.audit --embeddings=DIR --config=configs/flickr30k.py --split=test --out=DIR
 """
 
@@ -13,7 +14,7 @@ from fne_jax import command_line, configuration
 from fne_jax.data import match_files
 from fne_jax.data.verdict_store import VerdictStore, store_path
 from fne_jax.errors import UserError
-from fne_jax.report import audit_pages, suspect_options, suspects
+from fne_jax.report import audit_pages, suspect_options, suspects, verdict_fitting
 from fne_jax.retrieval.likely_matches import LEAST_PROBABILITY
 
 # Pairs of each caption and of each image that are looked at for training.
@@ -36,6 +37,12 @@ def main(arguments: list[str]) -> None:
         config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
         folder, out = pathlib.Path(options.embeddings), pathlib.Path(options.out or "")
         judged = suspects.judged_by_embeddings(folder, config, options.split, theirs)
+    if options.verdicts is not None:
+        judged = verdict_fitting.fit_and_write(
+            judged, pathlib.Path(options.verdicts), pathlib.Path(options.fitted)
+        )
+    else:
+        judged = suspect_options.with_fitted(options, judged)
     if options.matches is not None:
         print(
             suspects.write_matches(
@@ -78,10 +85,24 @@ def _parse(arguments):
         f"instead of pages; by default of probability {LEAST_PROBABILITY} or more, among "
         f"{_MATCHES_PER_QUERY} per query",
     )
+    parser.add_argument(
+        "--verdicts",
+        metavar="FILE",
+        help="fit the detector fitted to what people said, first: a store, .sqlite, of `review`, "
+        "or a .csv or .jsonl that it exports; the detector is written to --fitted",
+    )
     suspect_options.add_arguments(parser)
     options, overrides = parser.parse_known_args(arguments)
     command_line.expand_home(
-        options, "workdir", "embeddings", "out", "config", "caption_embeddings", "matches"
+        options,
+        "workdir",
+        "embeddings",
+        "out",
+        "config",
+        "caption_embeddings",
+        "matches",
+        "fitted",
+        "verdicts",
     )
     if (options.workdir is None) == (options.embeddings is None):
         raise UserError("give either the --workdir of a run or the folder of --embeddings")
@@ -96,6 +117,8 @@ def _parse(arguments):
         if given is not None and getattr(options, name) is not None:
             owner = "workdir" if name == "checkpoint" else "embeddings"
             raise UserError(f"--{name} goes with --{owner}")
+    if options.verdicts is not None and options.fitted is None:
+        raise UserError("--verdicts takes --fitted, the .json to write the detector to")
     if options.workdir is not None and overrides:
         raise UserError(f"unknown argument {overrides[0]!r}; see --help")
     suspect_options.check(options)

@@ -101,7 +101,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--port", type=int, help="port to listen on; by default one that is free")
     suspect_options.add_arguments(parser)
     options = parser.parse_args(arguments)
-    command_line.expand_home(options, "workdir", "store", "export", "import_", "caption_embeddings")
+    command_line.expand_home(
+        options, "workdir", "store", "export", "import_", "caption_embeddings", "fitted"
+    )
     _check(options)
     return options
 
@@ -194,6 +196,7 @@ def _suspects(options: argparse.Namespace, workdir: pathlib.Path) -> _Asked:
     use_compile_cache(model.config.compile_cache)
     theirs = suspect_options.caption_embeddings(options)
     judged = suspects.judged_by_model(model, workdir.resolve().name, options.split, theirs)
+    judged = suspect_options.with_fitted(options, judged)
     found = suspect_options.find(options, judged)
     return _Asked(
         judged.name,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 
 from fne_jax.errors import UserError
 from fne_jax.report import suspects
 from fne_jax.report.suspects import JudgedSplit, Suspects
+from fne_jax.retrieval import fitted_detector
 from fne_jax.retrieval.detectors import DETECTORS, PREFERENCE
 
 _PER_QUERY = 5
@@ -33,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.npy",
         help="for the detector external: [captions, dim] floats of any sentence encoder, in the "
         "order that `convert order` writes",
+    )
+    parser.add_argument(
+        "--fitted",
+        metavar="FILE.json",
+        help="for the detector fitted: what was fitted to verdicts by `audit --verdicts`",
     )
     parser.add_argument(
         "--min-probability",
@@ -62,11 +69,20 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--min-probability is {options.min_probability}; expected 0 to 1")
     if options.detector == "external" and options.caption_embeddings is None:
         raise UserError("--detector=external takes --caption-embeddings, an .npy file")
+    if options.detector == "fitted" and options.fitted is None:
+        raise UserError("--detector=fitted takes --fitted, a file that `audit --verdicts` writes")
 
 
 def caption_embeddings(options: argparse.Namespace) -> pathlib.Path | None:
     """Returns the file of another encoder's embeddings, if one was given."""
     return options.caption_embeddings and pathlib.Path(options.caption_embeddings)
+
+
+def with_fitted(options: argparse.Namespace, judged: JudgedSplit) -> JudgedSplit:
+    """Returns a split with the fitted detector that the options name, if they name one."""
+    if options.fitted is None:
+        return judged
+    return dataclasses.replace(judged, fitted=fitted_detector.read(pathlib.Path(options.fitted)))
 
 
 def find(options: argparse.Namespace, judged: JudgedSplit) -> Suspects:

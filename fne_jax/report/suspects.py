@@ -22,6 +22,7 @@ from fne_jax.objectives.similarity_statistics import (
 )
 from fne_jax.retrieval import detection_quality, detectors
 from fne_jax.retrieval.embedding_files import read_caption_embeddings, read_embeddings_of
+from fne_jax.retrieval.fitted_detector import FittedDetector
 from fne_jax.retrieval.likely_matches import LEAST_PROBABILITY, write_likely_matches
 from fne_jax.retrieval.unlabelled import UnlabelledPairs, unlabelled_pairs
 
@@ -49,6 +50,7 @@ class JudgedSplit:
       caption_bank: [captions, dim] the momentum encoder's embeddings of the captions, or the
         model's own where it has no momentum encoder; L2-normalised.
       external: [captions, dim] another sentence encoder's, L2-normalised, or None.
+      fitted: The detector that was fitted to verdicts, or None.
     """
 
     name: str
@@ -60,6 +62,7 @@ class JudgedSplit:
     stats: SimilarityStatistics
     caption_bank: np.ndarray | None = None
     external: np.ndarray | None = None
+    fitted: FittedDetector | None = None
 
     @property
     def evidence(self) -> detectors.Evidence:
@@ -75,6 +78,7 @@ class JudgedSplit:
             external=self.external,
             image_emb=self.embedded.image_emb,
             text_emb=self.embedded.text_emb,
+            fitted=self.fitted,
         )
 
 

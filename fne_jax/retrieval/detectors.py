@@ -1,7 +1,8 @@
 """Detectors of false negatives: which unlabelled pairs of a caption and an image match in truth.
 
 A detector judges pairs and gives each a probability and a score: the probability never falls as the
-score rises, and the score tells apart what the probability does not. None is fitted to the truth.
+score rises, and the score tells apart what the probability does not. None but `fitted`, which has
+learnt from people's verdicts, was told any match beyond the labels.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from fne_jax.objectives.similarity_statistics import (
     false_negative_posterior,
 )
 from fne_jax.retrieval import own_captions
+from fne_jax.retrieval.fitted_detector import FittedDetector, features, sigmoid
 from fne_jax.retrieval.monotone_posterior import MonotonePosterior
 from fne_jax.retrieval.own_captions import OwnCaptions
+from fne_jax.retrieval.pair_features import SplitInputs
 
 # Random unlabelled pairs, and captions of an image with its others, that calibrate a posterior.
 _CALIBRATION_PAIRS = 100_000
@@ -42,6 +45,7 @@ class Evidence:
       image_emb: [images, dim] L2-normalised embeddings by the model that gave the similarities, or
         None.
       text_emb: [captions, dim] the same of the captions, or None.
+      fitted: What was fitted to verdicts on pairs of such a split, or None.
     """
 
     captions: Sequence[str]
@@ -54,6 +58,7 @@ class Evidence:
     external: np.ndarray | None = None
     image_emb: np.ndarray | None = None
     text_emb: np.ndarray | None = None
+    fitted: FittedDetector | None = None
 
     @property
     def calibratable(self) -> bool:
@@ -280,6 +285,34 @@ def _identical(evidence: Evidence) -> Callable[[PairsToJudge], Judgement]:
     return judge
 
 
+def _by_verdicts(evidence: Evidence) -> Callable[[PairsToJudge], Judgement]:
+    split = SplitInputs(
+        evidence.image_emb,
+        evidence.text_emb,
+        evidence.caption_bank,
+        evidence.captions,
+        evidence.caption_image,
+    )
+
+    def judge(pairs: PairsToJudge) -> Judgement:
+        table = features(split, pairs.caption, pairs.image)
+        score = evidence.fitted.log_odds(table).astype(np.float32)
+        _, nearest = own_captions.nearest_own_caption(
+            split.caption_bank, split.own, pairs.caption, pairs.image
+        )
+        return Judgement(sigmoid(score), score, nearest)
+
+    return judge
+
+
+def _nothing_fitted(evidence: Evidence) -> str:
+    if evidence.fitted is None:
+        return "nothing was fitted to verdicts; give --fitted, and --verdicts to fit it to"
+    if evidence.image_emb is None or evidence.caption_bank is None:
+        return "there are no embeddings of images and captions"
+    return ""
+
+
 def _not_calibratable(evidence: Evidence) -> str:
     if evidence.calibratable:
         return ""
@@ -301,6 +334,14 @@ def _no_external(evidence: Evidence) -> str:
 
 
 DETECTORS: Mapping[str, Detector] = {
+    "fitted": Detector(
+        "trees fitted to people's verdicts, by all that the others go by and more: calibrated by "
+        "verdicts on a random sample",
+        "log odds of a match",
+        "a detector that was fitted to verdicts",
+        _nothing_fitted,
+        _by_verdicts,
+    ),
     "gaussians": Detector(
         "the posterior of the paper, by the similarity of caption and image: calibrated by the "
         "Gaussians of matching pairs and of hardest negatives",
@@ -349,6 +390,7 @@ DETECTORS: Mapping[str, Detector] = {
         lambda evidence: _nearest(evidence, evidence.external),
     ),
 }
-# What ranks if nothing is asked for: a sentence encoder that somebody chose, then the run's own,
-# which tell hard candidates apart where similarity, by which they were chosen, hardly does.
-PREFERENCE = ("external", "words", "captions", "gaussians")
+# What ranks if nothing is asked for: what people taught, then a sentence encoder that somebody
+# chose, then the run's own, which tell hard candidates apart where similarity, by which they were
+# chosen, hardly does.
+PREFERENCE = ("fitted", "external", "words", "captions", "gaussians")

@@ -22,7 +22,7 @@ from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
 from fne_jax.retrieval.pair_features import FEATURES, SplitInputs, features
 
-__all__ = ["FittedDetector", "SplitInputs", "Trees", "features", "fit", "read", "write"]
+__all__ = ["FittedDetector", "SplitInputs", "Trees", "features", "fit", "read", "sigmoid", "write"]
 
 # Verdicts of either kind without which nothing is fitted.
 LEAST_VERDICTS = 20
@@ -155,7 +155,7 @@ class FittedDetector:
 
     def probability(self, table: np.ndarray) -> np.ndarray:
         """Returns the [n] float32 probability of a match; takes what `log_odds` takes."""
-        return _sigmoid(self.log_odds(table)).astype(np.float32)
+        return sigmoid(self.log_odds(table)).astype(np.float32)
 
     def threshold(self, precision: float) -> float:
         """Returns the least probability from which on unlabelled pairs are matches that often.
@@ -225,7 +225,7 @@ def fit(
         _fit_trees(table, is_match),
         slope,
         offset,
-        *_precision_and_recall(_sigmoid(unseen), is_drawn_match, weight),
+        *_precision_and_recall(sigmoid(unseen), is_drawn_match, weight),
         log_loss=float(
             np.average(np.logaddexp(0, unseen) - is_drawn_match * unseen, weights=weight)
         ),
@@ -266,7 +266,7 @@ def _calibration(log_odds, is_match, weight):
     start = value = np.array([1.0, 0.0])
     pull = np.array([1.0, 0.01])
     for _ in range(50):
-        expected = _sigmoid(design @ value)
+        expected = sigmoid(design @ value)
         gradient = design.T @ (weight * (expected - is_match)) + pull * (value - start)
         curvature = (design.T * (weight * expected * (1 - expected))) @ design + np.diag(pull)
         step = np.linalg.solve(curvature, gradient)
@@ -280,7 +280,8 @@ def _precision_and_recall(probability, is_match, weight):
     return probability[order], found / np.cumsum(weight[order]), found / found[-1]
 
 
-def _sigmoid(log_odds):
+def sigmoid(log_odds: np.ndarray) -> np.ndarray:
+    """Returns the probabilities of log odds."""
     return 0.5 * (1 + np.tanh(0.5 * log_odds))
 
 

@@ -13,9 +13,12 @@ from fne_jax.errors import UserError
 from fne_jax.objectives.similarity_statistics import false_negative_posterior
 from fne_jax.retrieval import detectors, monotone_posterior, own_captions
 from fne_jax.retrieval.detectors import DETECTORS, Evidence, PairsToJudge
+from fne_jax.retrieval.fitted_detector import features, fit
 from fne_jax.retrieval.monotone_posterior import MonotonePosterior, isotonic_regression
 from fne_jax.retrieval.own_captions import CaptionTerms, OwnCaptions
+from fne_jax.retrieval.verdict_samples import sample
 from tests.support.embeddings import statistics, unit_rows
+from tests.support.planted import is_true, planted_split, unlabelled
 
 # Image 3 has one caption; the captions of an image do not stand together.
 OWNER = np.array([2, 0, 1, 0, 2, 1, 3, 0, 2])
@@ -172,12 +175,38 @@ def test_similarity_is_calibrated_by_labelled_pairs():
         assert truth[some].mean() == pytest.approx(judged.probability[some].mean(), abs=0.08)
 
 
+def test_the_fitted_detector_judges_by_the_features_of_pairs():
+    split, topic = planted_split(90, 3, topics=15, noise=0.8)
+    drawn = sample(split, 300, 0)
+    said = is_true(split, topic, drawn.caption, drawn.image)
+    detector = fit(features(split, drawn.caption, drawn.image), said, drawn.weight, 0)
+    of_split = Evidence(
+        split.captions, split.caption_image, 90, 0.05, statistics(), 0, split.caption_bank,
+        image_emb=split.image_emb, text_emb=split.text_emb, fitted=detector,
+    )  # fmt: skip
+    caption, image = unlabelled(split)
+    judged = detectors.fitted("fitted", of_split)(
+        PairsToJudge(caption, image, split.similarity(caption, image))
+    )
+    expected = detector.probability(features(split, caption, image))
+    np.testing.assert_allclose(judged.probability, expected, atol=1e-6)
+    rising = np.argsort(judged.score)
+    assert (np.diff(judged.probability[rising]) >= 0).all()
+    np.testing.assert_array_equal(split.caption_image[judged.evidence], image)
+    truth = is_true(split, topic, caption, image)
+    assert judged.probability[truth].mean() > judged.probability[~truth].mean() + 0.5
+
+
 def test_what_can_judge_and_what_is_preferred():
     everything = evidence(external=unit_rows(np.random.default_rng(1), 9, 3))
     rng = np.random.default_rng(2)
     embedded = {"image_emb": unit_rows(rng, 4, 6), "text_emb": unit_rows(rng, 9, 6)}
     everything = dataclasses.replace(everything, **embedded)
-    assert detectors.available(everything) == list(DETECTORS)
+    table, said = np.random.default_rng(3).random((80, 11)), np.arange(80) % 2 == 0
+    taught = dataclasses.replace(everything, fitted=fit(table, said, np.ones(80), 0))
+    assert detectors.available(taught) == list(DETECTORS)
+    assert detectors.best_available(taught) == "fitted"
+    assert detectors.available(everything) == [name for name in DETECTORS if name != "fitted"]
     assert detectors.best_available(everything) == "external"
     assert detectors.best_available(evidence()) == "words"
     single = dataclasses.replace(everything, captions=CAPTIONS[:4], caption_image=np.arange(4))
@@ -187,6 +216,8 @@ def test_what_can_judge_and_what_is_preferred():
     assert detectors.best_available(one_image) == "gaussians"
     for name, of_split, message in (
         ("external", evidence(), "give --caption-embeddings"),
+        ("fitted", everything, "nothing was fitted to verdicts; give --fitted"),
+        ("fitted", evidence(fitted=taught.fitted), "no embeddings of images and captions"),
         ("captions", evidence(caption_bank=None), "no text embeddings"),
         ("similarity", evidence(), "no embeddings of images and captions"),
         ("words", single, "no image has a second caption"),

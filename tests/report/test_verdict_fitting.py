@@ -1,0 +1,105 @@
+"""From a file of verdicts to an audit by the detector that was fitted to them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fne_jax import audit, configuration
+from fne_jax.data.verdicts import Verdict, write_verdicts
+from fne_jax.errors import UserError
+from fne_jax.model.embedded_split import EmbeddedSplit
+from fne_jax.model.model import load_evaluation_split
+from fne_jax.report import audit_pages, verdict_fitting
+from fne_jax.retrieval import fitted_detector
+from fne_jax.retrieval.embedding_files import write_embeddings
+from fne_jax.retrieval.pair_features import SplitInputs
+from fne_jax.retrieval.verdict_samples import sample
+from tests.support.planted import is_true, planted_split
+
+CONFIG = """
+from tests.support.tiny import tiny_config
+
+def get_config():
+    return tiny_config(data__synthetic__images=60, global_batch_size=8).lock()
+"""
+
+
+@pytest.fixture
+def written(tmp_path):
+    """The arguments of an audit of anyone's embeddings, and the verdicts on a sample of pairs."""
+    config = tmp_path / "tiny.py"
+    config.write_text(CONFIG)
+    dataset = load_evaluation_split(configuration.load_config(str(config), []), "val")
+    planted, topic = planted_split(60, 2, topics=12, noise=0.8)
+    # The planted captions are shuffled, those of the dataset are not.
+    order = np.argsort(planted.caption_image, kind="stable")
+    text_emb = planted.text_emb[order]
+    rows = dataset.caption_image, dataset.image_id, dataset.caption_id
+    np.testing.assert_array_equal(rows[0], planted.caption_image[order])
+    write_embeddings(tmp_path / "theirs", EmbeddedSplit(planted.image_emb, text_emb, *rows), None)
+    split = SplitInputs(planted.image_emb, text_emb, text_emb, dataset.captions, rows[0])
+    drawn = sample(split, 500, 0)
+    said = np.where(is_true(split, topic, drawn.caption, drawn.image), "match", "no_match")
+    verdicts = [
+        Verdict("val", int(dataset.image_id[i]), int(dataset.caption_id[c]), "",
+                dataset.captions[c], str(word), "ann", sample="first", weight=float(weight))
+        for c, i, word, weight in zip(drawn.caption, drawn.image, said, drawn.weight, strict=True)
+    ]  # fmt: skip
+    arguments = [f"--embeddings={tmp_path / 'theirs'}", f"--config={config}", "--split=val"]
+    return [*arguments, f"--out={tmp_path / 'out'}"], verdicts, (split, topic)
+
+
+def test_an_audit_by_verdicts(written, tmp_path, capsys):
+    arguments, verdicts, (split, topic) = written
+    write_verdicts(tmp_path / "said.csv", verdicts)
+    fitted = f"--fitted={tmp_path / 'fitted.json'}"
+    audit.main([*arguments, f"--verdicts={tmp_path / 'said.csv'}", fitted])
+    told = capsys.readouterr().out
+    assert "fitted to 500 verdicts on val" in told and "by the embeddings of theirs" in told
+    assert "what config.fne.prior should be" in told and "precision 90% from probability" in told
+    assert "\ndetector fitted: trees" in told  # it is preferred to the others
+    lines = (tmp_path / "out" / audit_pages.JSONL_NAME).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["detector"] for row in rows] == ["fitted"] * len(rows)
+    pairs = np.array([(row["caption_index"], row["image_index"]) for row in rows[:50]]).T
+    assert is_true(split, topic, *pairs).mean() > 0.9
+
+    detector = fitted_detector.read(tmp_path / "fitted.json")
+    about = detector.about
+    assert (about["run"], about["split"], about["samples"]) == ("theirs", "val", ["first"])
+    true = np.mean([one.verdict == "match" for one in verdicts])
+    assert about["density"]["low"] < about["density"]["value"] < true
+    # The file does for the next audit.
+    audit.main([*arguments, fitted])
+    again = (tmp_path / "out" / audit_pages.JSONL_NAME).read_text().splitlines()
+    assert again == lines
+    assert "detector fitted" in capsys.readouterr().out
+
+
+def test_mistakes(written, tmp_path):
+    arguments, verdicts, _ = written
+    for more, message in (
+        (["--detector=fitted"], "--detector=fitted takes --fitted"),
+        ([f"--verdicts={tmp_path}/said.csv"], "--verdicts takes --fitted"),
+        ([f"--fitted={tmp_path}/none.json"], "none.json: cannot be read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            audit.main([*arguments, *more])
+    write_verdicts(tmp_path / "few.jsonl", verdicts[:25])
+    fitting = [f"--verdicts={tmp_path}/few.jsonl", f"--fitted={tmp_path}/few.json"]
+    with pytest.raises(UserError, match="a detector is fitted to at least 20"):
+        audit.main([*arguments, *fitting])
+    assert not (tmp_path / "few.json").exists() and not (tmp_path / "out").exists()
+
+
+def test_samples_together_stand_for_all_pairs_once():
+    def verdict(name, weight):
+        return Verdict("val", 1, 2, "", "x", "match", sample=name, weight=weight)
+
+    verdicts = [verdict("a", 30.0), verdict("b", 10.0), verdict("", None), verdict("b", 10.0)]
+    verdicts += [verdict("b", 10.0)]
+    np.testing.assert_allclose(
+        verdict_fitting.weights(verdicts), [30 / 4, 30 / 4, np.nan, 30 / 4, 30 / 4]
+    )
+    assert np.isnan(verdict_fitting.weights(verdicts[2:3])).all()
