@@ -240,9 +240,11 @@ def test_review_keeps_verdicts_that_the_audit_heeds(shapes_run, tmp_path, capsys
             with urllib.request.urlopen(f"{url}search?q=a+red+circle") as answer:
                 assert answer.read().count(b"<li>") == 9
             with urllib.request.urlopen(f"{url}review") as answer:
-                pair = re.search(r'data-caption="(\d+)" data-image="(\d+)"', answer.read().decode())
+                page = answer.read().decode()
+            data = re.search(r'data-data="([^"]+)"', page).group(1)
+            pair = re.search(r'data-caption="(\d+)" data-image="(\d+)"', page)
             caption, image = map(int, pair.groups())
-            body = {"caption": caption, "image": image, "verdict": "no_match"}
+            body = {"data": data, "caption": caption, "image": image, "verdict": "no_match"}
             headers = {"content-type": "application/json", "origin": url.rstrip("/")}
             request = urllib.request.Request(f"{url}verdict", json.dumps(body).encode(), headers)
             urllib.request.urlopen(request).close()

@@ -90,7 +90,7 @@ def create_app(review: Review, names: Collection[str] = ()) -> Starlette:
         Route("/review", pages.review),
         Route("/verdict", pages.judge, methods=["POST"]),
         Route("/undo", pages.undo, methods=["POST"]),
-        Route("/images/{size}/{row:int}.jpg", pages.image),
+        Route("/images/{data}/{size}/{row:int}.jpg", pages.image),
         Route("/static/{name}", _static),
     ]
     if review.search is not None:
@@ -115,11 +115,15 @@ class _Pages:
         order = np.argsort(owner, kind="stable")
         starts = np.searchsorted(owner[order], np.arange(len(review.dataset.image_id) + 1))
         self._own_captions = lambda image: order[starts[image] : starts[image + 1]]
+        # Stands in the addresses of images and in each verdict: what a browser kept of a server of
+        # other data, at the same address, is neither shown nor judged as this one's.
+        self._data = f"{review.split}-{review.dataset.identity.checksum}"
         self._environment = _environment()
         self._environment.globals |= {
             "review_title": review.title,
             "about": review.about,
             "split": review.split,
+            "data": self._data,
             "reviewer": review.reviewer,
             "can_search": review.search is not None,
             "marks": _MARKS,
@@ -206,8 +210,8 @@ class _Pages:
         return self._html("search.html", values)
 
     async def judge(self, request: Request) -> Response:
-        """Saves a verdict: `{"caption", "image", "verdict"}` by rows."""
-        asked = await _json(request)
+        """Saves a verdict: `{"data", "caption", "image", "verdict"}`, the two by rows."""
+        asked = await self._asked(request)
         pair = [asked.get(name) for name in ("caption", "image")]
         word = asked.get("verdict")
         if any(type(one) is not int for one in pair) or word not in WORDS:
@@ -225,8 +229,8 @@ class _Pages:
         return JSONResponse({"verdict": word} | await anyio.to_thread.run_sync(save))
 
     async def undo(self, request: Request) -> Response:
-        """Takes back the reviewer's newest verdict: `{"by", "show"}` say where one is."""
-        asked = await _json(request)
+        """Takes back the reviewer's newest verdict: `{"data", "by", "show"}` say where one is."""
+        asked = await self._asked(request)
         by, show = asked.get("by"), asked.get("show")
         if by not in GROUPINGS or show not in FILTERS:
             raise HTTPException(422, "Expected `by` and `show`, as in the page's address.")
@@ -259,14 +263,21 @@ class _Pages:
 
     def image(self, request: Request) -> Response:
         """A small copy of an image of the split."""
-        size, row = request.path_params["size"], request.path_params["row"]
-        if size not in SIZES or row >= len(self._review.dataset.image_id):
+        data, size, row = (request.path_params[name] for name in ("data", "size", "row"))
+        known = data == self._data and size in SIZES
+        if not known or row >= len(self._review.dataset.image_id):
             raise HTTPException(404, "There is no such image.")
         with self._reading:
             jpeg = small_jpeg(self._review.dataset, row, SIZES[size])
         return Response(
             jpeg, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600"}
         )
+
+    async def _asked(self, request):
+        asked = await _json(request)
+        if asked.get("data") != self._data:
+            raise HTTPException(409, "This page is of other data than the server; load it again.")
+        return asked
 
     def _answered(self):
         review = self._review

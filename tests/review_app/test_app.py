@@ -13,13 +13,21 @@ from starlette.testclient import TestClient
 from fne_jax.data.verdict_store import VerdictStore
 from fne_jax.review_app.app import SIZES, create_app
 from tests.support.pages import HOSTILE, Page, hostile_split
-from tests.support.reviews import some_review
+from tests.support.reviews import data_of, some_review
 
 ORIGIN = {"origin": "http://localhost"}
 
 
 def client_of(review):
-    return TestClient(create_app(review), base_url="http://localhost")
+    client = TestClient(create_app(review), base_url="http://localhost")
+    client.data = data_of(review)
+    return client
+
+
+def ask(client, path, body):
+    """Returns the answer to what a page of the review sends."""
+    body = body | {"data": client.data} if isinstance(body, dict) else body
+    return client.post(path, json=body, headers=ORIGIN)
 
 
 @pytest.fixture
@@ -75,8 +83,9 @@ def test_a_group_shows_each_pair_and_its_own_match(client, review):
     assert [use["data-caption"] for use in (first, second)] == ["1", "1"]
     assert [use["data-image"] for use in (first, second)] == ["1", "2"]
     images = [use["src"] for use in page.tags["img"] if "medium" in use.get("src", "")]
-    own = f"/images/medium/{split.caption_image[1]}.jpg"
-    assert images == ["/images/medium/1.jpg", own, "/images/medium/2.jpg", own]
+    shown = [1, split.caption_image[1], 2, split.caption_image[1]]
+    assert images == [f"/images/{client.data}/medium/{row}.jpg" for row in shown]
+    assert all(client.get(image).status_code == 200 for image in images)
     shown = " ".join(page.text)
     assert "+0.230" in shown and "90.0" in shown and "0.270" in shown
     by_image = Page(client.get("/review?by=image&group=2").text)
@@ -89,7 +98,7 @@ def test_every_verdict_is_on_the_disk_when_it_is_answered(client, review):
     judged = [(0, 1, "match"), (0, 2, "no_match"), (1, 1, "unsure"), (0, 1, "no_match")]
     for number, (caption, image, verdict) in enumerate(judged):
         body = {"caption": caption, "image": image, "verdict": verdict}
-        answer = client.post("/verdict", json=body, headers=ORIGIN).json()
+        answer = ask(client, "/verdict", body).json()
         assert answer["judged"] == min(number + 1, 3) and answer["total"] == 14
         # Another connection, and thus another process, sees it.
         with VerdictStore(review.store.path) as other:
@@ -114,10 +123,10 @@ def test_every_verdict_is_on_the_disk_when_it_is_answered(client, review):
 def test_taking_back(client, review):
     for image, verdict in ((1, "match"), (2, "unsure"), (1, "no_match")):
         body = {"caption": 0, "image": image, "verdict": verdict}
-        client.post("/verdict", json=body, headers=ORIGIN)
+        ask(client, "/verdict", body)
 
     def undo():
-        return client.post("/undo", json={"by": "image", "show": "unjudged"}, headers=ORIGIN).json()
+        return ask(client, "/undo", {"by": "image", "show": "unjudged"}).json()
 
     first = undo()
     undone = first["undone"]
@@ -136,14 +145,13 @@ def test_two_reviewers_of_one_store(client, review, tmp_path):
     bert = client_of(berts)
     for one, verdict in ((client, "match"), (bert, "no_match")):
         body = {"caption": 0, "image": 1, "verdict": verdict}
-        assert one.post("/verdict", json=body, headers=ORIGIN).json()["judged"] == 1
+        assert ask(one, "/verdict", body).json()["judged"] == 1
     # Nobody is told what others said, but where that is the question.
     for address, told in (("/review?show=all", False), ("/review?show=disputed", True)):
         text = " ".join(Page(client.get(address).text).text)
         assert ("bert" in text) == told
-    assert client.post(
-        "/undo", json={"by": "caption", "show": "all"}, headers=ORIGIN
-    ).json()["undone"]["verdict"] == "match"  # fmt: skip
+    undone = ask(client, "/undo", {"by": "caption", "show": "all"}).json()["undone"]
+    assert undone["verdict"] == "match"
     assert [one.reviewer for one in review.store.last()] == ["bert"]
     berts.store.close()
 
@@ -161,7 +169,7 @@ def test_two_reviewers_of_one_store(client, review, tmp_path):
     ],
 )
 def test_verdicts_on_nothing(client, review, body, status):
-    assert client.post("/verdict", json=body, headers=ORIGIN).status_code == status
+    assert ask(client, "/verdict", body).status_code == status
     assert review.store.last() == []
 
 
@@ -180,12 +188,13 @@ def test_what_is_no_json(client, review):
 @pytest.mark.parametrize(
     "path",
     [
-        "/images/large/99.jpg",
-        "/images/huge/0.jpg",
-        "/images/large/-1.jpg",
-        "/images/large/..%2f..%2fsetup.py",
-        "/images/../../setup.py",
-        "/images/large/0.jpg%00.png",
+        "/images/DATA/large/99.jpg",
+        "/images/DATA/huge/0.jpg",
+        "/images/DATA/large/-1.jpg",
+        "/images/DATA/large/..%2f..%2fsetup.py",
+        "/images/DATA/../../setup.py",
+        "/images/train-0123456789abcdef/large/0.jpg",
+        "/images/DATA/large/0.jpg%00.png",
         "/static/../app.py",
         "/static/..%2fapp.py",
         "/static/%2e%2e/app.py",
@@ -204,9 +213,24 @@ def test_what_is_no_json(client, review):
     ],
 )
 def test_there_is_no_such_page(client, path):
-    answer = client.get(path, follow_redirects=False)
+    answer = client.get(path.replace("DATA", client.data), follow_redirects=False)
     assert answer.status_code in (404, 405)
     assert "import" not in answer.text and "root:" not in answer.text
+
+
+def test_a_page_of_other_data_judges_nothing(client, review, tmp_path):
+    other = hostile_split()
+    other = dataclasses.replace(other, captions=[text + "!" for text in other.captions])
+    others = some_review(tmp_path / "other.sqlite", other)
+    client.data = data_of(others)
+    for path, body in (
+        ("/verdict", {"caption": 0, "image": 1, "verdict": "match"}),
+        ("/undo", {"by": "caption", "show": "all"}),
+    ):
+        answer = ask(client, path, body)
+        assert answer.status_code == 409 and "load it again" in answer.text
+    assert review.store.last() == []
+    others.store.close()
 
 
 def test_images_are_small_jpegs_of_the_split(tmp_path):
@@ -215,7 +239,7 @@ def test_images_are_small_jpegs_of_the_split(tmp_path):
     split = dataclasses.replace(hostile_split(), images=pixels)
     review = some_review(tmp_path / "v.sqlite", split)
     for size, side in SIZES.items():
-        answer = client_of(review).get(f"/images/{size}/4.jpg")
+        answer = client_of(review).get(f"/images/{data_of(review)}/{size}/4.jpg")
         image = Image.open(io.BytesIO(answer.content))
         assert answer.headers["content-type"] == "image/jpeg" and image.size[0] == side
         assert np.asarray(image).mean(axis=(0, 1)).round() == pytest.approx([254, 0, 0], abs=1)
@@ -259,7 +283,7 @@ def test_a_verdict_that_cannot_be_saved_is_not_said_to_be(client, review):
         connection.execute("DROP TABLE verdicts")
     connection.close()
     body = {"caption": 0, "image": 1, "verdict": "match"}
-    answer = client.post("/verdict", json=body, headers=ORIGIN)
+    answer = ask(client, "/verdict", body)
     assert answer.status_code == 500 and "v.sqlite: no such table" in answer.text
 
 
@@ -276,6 +300,6 @@ def test_the_last_page_says_that_all_is_done(tmp_path):
     review = some_review(tmp_path / "v.sqlite", hostile_split(), count=1)
     client = client_of(review)
     body = {"caption": 0, "image": 1, "verdict": "match"}
-    client.post("/verdict", json=body, headers=ORIGIN)
+    ask(client, "/verdict", body)
     assert "Every pair is judged" in client.get("/review").text
     review.store.close()

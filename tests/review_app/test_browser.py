@@ -1,6 +1,7 @@
 """A review in Chromium, as a person uses it: by mouse, by key, on a phone, in the dark."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,9 @@ import pytest
 
 from fne_jax.data.verdict_store import VerdictStore
 from tests.support import TOP
+from tests.support.pages import hostile_split
 from tests.support.ports import free_port
+from tests.support.reviews import data_of, some_review
 
 pytestmark = pytest.mark.browser
 KEYS = ["y", "n", "u", "y", "y", "n", "y", "u", "n", "y"]
@@ -368,7 +371,8 @@ def test_another_site_can_neither_read_nor_judge(chromium, server, tmp_path):
                 break
             page.wait_for_timeout(100)
         assert page.title() == "elsewhere"
-        body = '{"caption": 0, "image": 1, "verdict": "match"}'
+        data = data_of(some_review(tmp_path / "w.sqlite", hostile_split(images=12)))
+        body = json.dumps({"data": data, "caption": 0, "image": 1, "verdict": "match"})
         for kind in ("application/json", "text/plain"):
             for mode in ("cors", "no-cors"):
                 page.evaluate(
@@ -379,7 +383,7 @@ def test_another_site_can_neither_read_nor_judge(chromium, server, tmp_path):
         loaded = page.evaluate(
             "url => new Promise(done => { const one = new Image();"
             " one.onload = () => done(true); one.onerror = () => done(false); one.src = url })",
-            f"{server.url}/images/small/0.jpg",
+            f"{server.url}/images/{data}/small/0.jpg",
         )
         assert not loaded and server.verdicts() == []
         context.close()

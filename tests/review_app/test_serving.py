@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -44,7 +45,9 @@ def post(url, path, body):
 def test_two_servers_of_one_store_and_their_ends(tmp_path):
     store = tmp_path / "v.sqlite"
     with server(store) as (anna, url), server(store, "bert") as (bert, other):
-        verdict = {"caption": 0, "image": 1, "verdict": "match"}
+        with urllib.request.urlopen(f"{url}review") as answer:
+            data = re.search(r'data-data="([^"]+)"', answer.read().decode()).group(1)
+        verdict = {"data": data, "caption": 0, "image": 1, "verdict": "match"}
         assert post(url, "verdict", verdict)["judged"] == 1
         disputed = post(other, "verdict", verdict | {"verdict": "no_match"})
         assert disputed["counts"]["disputed"] == 1

@@ -42,3 +42,8 @@ def some_review(path, split, reviewer="anna", count=14):
         reviewer=reviewer,
         search=SplitSearch(embed_texts, embedded),
     )
+
+
+def data_of(review):
+    """Returns what a page of a review tells the server that it is of."""
+    return f"{review.split}-{review.dataset.identity.checksum}"

@@ -93,7 +93,7 @@ async function send(path, body) {
     answer = await fetch(path, {
       method: "POST",
       headers: { "content-type": "application/json" },
-      body: JSON.stringify(body),
+      body: JSON.stringify({ data: main().dataset.data, ...body }),
     });
   } catch (error) {
     throw new Error(`NOT saved. ${gone(error)}`);
