@@ -25,7 +25,7 @@ from fne_jax.model.model import load_evaluation_split, restore_model, stored_mod
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.report import suspect_options, suspects
 from fne_jax.retrieval.judged_evaluation import FIRST, EvaluationSample
-from fne_jax.review_app.evaluation_questions import pool_of
+from fne_jax.review_app.evaluation_questions import kept_path, pool_of
 from fne_jax.review_app.questions import Question, Questions
 from fne_jax.review_app.searching import SplitSearch
 from fne_jax.review_app.suspect_questions import questions_of
@@ -195,7 +195,8 @@ def _suspects(options: argparse.Namespace, workdir: pathlib.Path) -> _Asked:
     model = restore_model(workdir, options.checkpoint)
     use_compile_cache(model.config.compile_cache)
     theirs = suspect_options.caption_embeddings(options)
-    judged = suspects.judged_by_model(model, workdir.resolve().name, options.split, theirs)
+    kept = kept_path(workdir, options.split)
+    judged = suspects.judged_by_model(model, workdir.resolve().name, options.split, theirs, kept)
     judged = suspect_options.with_fitted(options, judged)
     found = suspect_options.find(options, judged)
     return _Asked(

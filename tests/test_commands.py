@@ -254,6 +254,8 @@ def test_review_keeps_verdicts_that_the_audit_heeds(shapes_run, tmp_path, capsys
             server.kill()
         assert_all_in(server.stderr.read(), "1 verdicts on val are in", "1 of them new")
 
+    assert (workdir / "reviews" / "embeddings_val.npz").exists()
+
     audit.main([*options, "--limit=3"])
     assert "1 more that reviewers refuted are left out" in capsys.readouterr().out
     lines = (workdir / "audit_val" / audit_pages.JSONL_NAME).read_text().splitlines()

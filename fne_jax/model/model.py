@@ -220,7 +220,7 @@ class Model:
         return build_index(
             items,
             Encoders(
-                self._identity(),
+                self.identity(),
                 self.config.encoder.image.image_size,
                 self.config.data.get("resize_to", 0),
                 self.embedder.batch_size,
@@ -232,7 +232,7 @@ class Model:
             other_queries=functools.partial(self._recall_queries, items),
         )
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Returns what tells the model's embeddings from another's, as JSON has it."""
         config, data = self.config, self.config.data
         parts = [config.encoder.to_json_best_effort(), config.image_mean, config.image_std]

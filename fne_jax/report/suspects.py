@@ -20,6 +20,7 @@ from fne_jax.objectives.similarity_statistics import (
     SimilarityStatistics,
     update_similarity_statistics,
 )
+from fne_jax.report import kept_embeddings
 from fne_jax.retrieval import detection_quality, detectors
 from fne_jax.retrieval.embedding_files import read_caption_embeddings, read_embeddings_of
 from fne_jax.retrieval.fitted_detector import FittedDetector
@@ -134,6 +135,7 @@ def judged_by_model(
     name: str,
     split_name: str,
     caption_embeddings: pathlib.Path | None = None,
+    kept: pathlib.Path | None = None,
 ) -> JudgedSplit:
     """Returns a split as a run's model sees it, with the statistics of the run's last epoch.
 
@@ -142,23 +144,23 @@ def judged_by_model(
       name: The run's name.
       split_name: `train`, `val` or `test`.
       caption_embeddings: An `.npy` of the captions' embeddings by another sentence encoder.
+      kept: An `.npz` to keep the embeddings in for the next time, or None.
 
     Raises:
       UserError: if the split or the captions' embeddings cannot be read.
     """
     dataset = model.load_split(split_name)
     external = _external(caption_embeddings, dataset)
-    tokens = model.tokenize(dataset.captions, model.config.evaluation.text_length)
+    embedded, caption_bank = kept_embeddings.embed(model, dataset, kept)
     return JudgedSplit(
         name=name,
         step=model.step,
         split_name=split_name,
         config=model.config,
         dataset=dataset,
-        # The matrix of all true matches, large for a training split, is not needed.
-        embedded=model.embed_split(dataclasses.replace(dataset, truth=None)),
+        embedded=embedded,
         stats=jax.device_get(model.stats),
-        caption_bank=model.embedder.captions(model.momentum_params, tokens),
+        caption_bank=caption_bank,
         external=external,
     )
 

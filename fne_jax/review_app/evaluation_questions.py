@@ -13,6 +13,7 @@ from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import restore_model
 from fne_jax.parallel.compile_cache import use_compile_cache
+from fne_jax.report import kept_embeddings
 from fne_jax.retrieval.embedding_files import read_embeddings_of
 from fne_jax.retrieval.judged_evaluation import EvaluationSample, first_results, pool
 from fne_jax.review_app.questions import Question
@@ -78,8 +79,12 @@ def _embedded(workdir, checkpoint, split) -> tuple[EmbeddedSplit, PairDataset]:
     model = restore_model(workdir, checkpoint)
     use_compile_cache(model.config.compile_cache)
     dataset = model.load_split(split)
-    # The matrix of all true matches, large for a training split, is not needed.
-    return model.embed_split(dataclasses.replace(dataset, truth=None)), dataset
+    return kept_embeddings.embed(model, dataset, kept_path(workdir, split))[0], dataset
+
+
+def kept_path(workdir: pathlib.Path, split: str) -> pathlib.Path:
+    """Returns where a review keeps a split's embeddings for the next."""
+    return workdir / "reviews" / f"embeddings_{split}.npz"
 
 
 def _same(first, second):
