@@ -3,6 +3,7 @@
 python -m fne_jax.review --workdir=runs/shapes --split=train
 python -m fne_jax.review --workdir=runs/shapes --export=verdicts.csv
 python -m fne_jax.review --workdir=runs/shapes --import=verdicts.jsonl
+python -m fne_jax.review --workdir=runs/shapes --sample=1000
 python -m fne_jax.review --for-evaluation runs/a runs/b runs/c --split=test
 """
 
@@ -27,6 +28,7 @@ from fne_jax.report import suspect_options, suspects
 from fne_jax.retrieval.judged_evaluation import FIRST, EvaluationSample
 from fne_jax.review_app.evaluation_questions import kept_path, pool_of
 from fne_jax.review_app.questions import Question, Questions
+from fne_jax.review_app.sample_questions import questions_of_sample
 from fne_jax.review_app.searching import SplitSearch
 from fne_jax.review_app.suspect_questions import questions_of
 from fne_jax.training.interruption import stop_signals
@@ -92,7 +94,16 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--queries", type=int, default=200, help="with --for-evaluation: how many each way (200)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="with --for-evaluation: of the queries")
+    parser.add_argument(
+        "--sample",
+        type=int,
+        metavar="COUNT",
+        help="instead of suspects, ask of so many random pairs, the hardest far more often than "
+        "others; what `audit --verdicts` learns from",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="with --for-evaluation or --sample: of what is drawn"
+    )
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -114,9 +125,11 @@ def _check(options: argparse.Namespace) -> None:
         options.workdir = options.workdir or os.path.expanduser(options.for_evaluation[0])
     if options.workdir is None:
         raise UserError("give the --workdir of a run, or runs to compare --for-evaluation")
-    modes = [options.export, options.import_, options.for_evaluation]
+    modes = [options.export, options.import_, options.for_evaluation, options.sample]
     if sum(mode is not None for mode in modes) > 1:
-        raise UserError("give one of --export, --import and --for-evaluation")
+        raise UserError("give one of --export, --import, --for-evaluation and --sample")
+    if options.sample is not None and not 1 <= options.sample < 10**6:
+        raise UserError(f"--sample is {options.sample}; expected 1 to 999999 pairs")
     if options.port is not None and not 0 <= options.port <= 65535:
         raise UserError(f"--port is {options.port}; expected 0 to 65535, 0 for any that is free")
     if not options.reviewer.strip():
@@ -191,19 +204,25 @@ def _serve(options: argparse.Namespace, workdir: pathlib.Path, path: pathlib.Pat
 
 
 def _suspects(options: argparse.Namespace, workdir: pathlib.Path) -> _Asked:
-    """Returns the suspects of a run, and what searches its split."""
+    """Returns the suspects of a run, or a sample of all pairs, and what searches its split."""
     model = restore_model(workdir, options.checkpoint)
     use_compile_cache(model.config.compile_cache)
     theirs = suspect_options.caption_embeddings(options)
     kept = kept_path(workdir, options.split)
     judged = suspects.judged_by_model(model, workdir.resolve().name, options.split, theirs, kept)
     judged = suspect_options.with_fitted(options, judged)
-    found = suspect_options.find(options, judged)
+    if options.sample is None:
+        found = suspect_options.find(options, judged)
+        about = suspects.describe(judged, found, {}).replace("\n", "; ")
+        questions = questions_of(judged, found, options.limit)
+    else:
+        questions = questions_of_sample(judged, options.sample, options.seed)
+        about = f"a random sample of {len(questions):,} pairs, seed {options.seed}"
     return _Asked(
         judged.name,
-        suspects.describe(judged, found, {}).replace("\n", "; "),
+        about,
         judged.dataset,
-        questions_of(judged, found, options.limit),
+        questions,
         SplitSearch(model.embed_texts, judged.embedded),
     )
 

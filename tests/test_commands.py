@@ -320,6 +320,8 @@ def test_systems_are_compared_by_verdicts(shapes_run, tmp_path, capsys):
     [
         (["--workdir=nowhere"], "nowhere is not a folder"),
         (["--workdir=.", "--export=a.csv", "--import=b.csv"], "give one of --export"),
+        (["--workdir=.", "--export=a.csv", "--sample=20"], "give one of --export"),
+        (["--workdir=.", "--sample=0"], "--sample is 0; expected 1 to 999999 pairs"),
         (["--workdir=.", "--export=a.csv"], "verdicts.sqlite is not there"),
         (["--workdir=.", "--export=a.txt"], "verdicts.sqlite is not there"),
         (["--workdir=.", "--import=a.csv"], "a.csv: cannot be read"),
