@@ -92,6 +92,13 @@ class KeptRows:
         """Adds rows that were computed now, [rows, dim] floats of about length 1, as a part."""
         self._write(names, stamps, [np.asarray(rows, np.float16)], rows.shape, complete=False)
 
+    def is_complete(self, names: Sequence[str], stamps: Sequence[list]) -> bool:
+        """Returns whether just these rows are kept, in this order, as one part."""
+        if len(self.parts) != 1 or not self.parts[0].complete:
+            return False
+        only = self.parts[0]
+        return only.names == list(names) and only.stamps == list(stamps)
+
     def complete(self, names: Sequence[str], stamps: Sequence[list]) -> Part:
         """Keeps the rows of some names alone, in their order, and returns them as one part.
 
@@ -100,9 +107,8 @@ class KeptRows:
           stamps: Their stamps.
         """
         names, stamps, before = list(names), list(stamps), list(self.parts)
-        only = before[0] if len(before) == 1 and before[0].complete else None
-        if only is not None and (only.names, only.stamps) == (names, stamps):
-            return only
+        if self.is_complete(names, stamps):
+            return before[0]
         places = self.places()
         sources = np.array([places[name][1:] for name in names])
         shape = (len(names), before[0].rows.shape[1])
@@ -202,12 +208,11 @@ def _read_part(folder):
         if not isinstance(about, dict) or about.get("layout") != LAYOUT:
             raise _Damaged(f"{ABOUT} has not the layout {LAYOUT}")
         rows = np.load(folder / ROWS, mmap_mode="r", allow_pickle=False)
-        names, stamps = [], []
-        with (folder / NAMES).open(encoding="utf-8") as stream:
-            for line in stream:
-                entry = json.loads(line)
-                names.append(entry["name"])
-                stamps.append(entry["stamp"])
+        # As one list, which is parsed in less time than a million lines are.
+        lines = (folder / NAMES).read_text(encoding="utf-8").rstrip("\n").replace("\n", ",")
+        entries = json.loads(f"[{lines}]")
+        names = [entry["name"] for entry in entries]
+        stamps = [entry["stamp"] for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise
