@@ -24,7 +24,7 @@ from fne_jax.errors import Interrupted, UserError
 from fne_jax.training.interruption import stop_signals
 from fne_jax.training.loop import train_and_evaluate
 from tests.support import TOP, sources
-from tests.support.tiny import tiny_config
+from tests.support.tiny import LinearTowers, tiny_config
 
 
 def config_of(folder, **fields):
@@ -418,7 +418,7 @@ def test_a_damaged_jpeg_in_a_record_is_named_while_reading(damaged, augmentation
 
 def test_a_damaged_record_ends_training_with_its_name(damaged, tmp_path):
     with pytest.raises(UserError, match=r"record 11 of the split train in .* is damaged"):
-        train_and_evaluate(damaged, tmp_path / "run")
+        train_and_evaluate(damaged, tmp_path / "run", module=LinearTowers())
 
 
 # What a run does, in a process of its own: it reads batches until something ends it.

@@ -14,8 +14,9 @@ from fne_jax.encoders.dual_encoder import DualEncoder, pool_mean
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.encoders.vision_transformer import VisionTransformer, flatten_patches
 from fne_jax.errors import UserError
+from tests.support.parameters import drawn_parameters
 
-SIZES = {"width": 12, "layers": 3, "heads": 3, "mlp_width": 20}
+SIZES = {"width": 12, "layers": 2, "heads": 3, "mlp_width": 20}
 ONE_LAYER = {**SIZES, "layers": 1}
 
 
@@ -34,7 +35,7 @@ def tokens():
 def stacked(params):
     """Moves the parameters of layer_0, layer_1, ... into the layout of scanned layers."""
     layers = dict(params["encoder"])
-    inner = jax.tree.map(lambda *x: jnp.stack(x), *(layers[f"layer_{i}"] for i in range(3)))
+    inner = jax.tree.map(lambda *x: jnp.stack(x), *(layers[f"layer_{i}"] for i in range(2)))
     return {**params, "encoder": {"layers": inner}}
 
 
@@ -62,7 +63,7 @@ def hidden_and_gradients(module, params, inputs):
 def test_scan_and_remat_change_nothing(pixels, tokens, tower, scan_layers, remat):
     inputs = (pixels,) if tower == "image" else tokens
     plain, other = TOWERS[tower](), TOWERS[tower](scan_layers=scan_layers, remat=remat)
-    params = jax.jit(plain.init)(jax.random.key(2), *inputs)["params"]
+    params = drawn_parameters(plain, *inputs)
     arranged = stacked if scan_layers else lambda params: params
     hidden, grads = hidden_and_gradients(plain, params, inputs)
     hidden_other, grads_other = hidden_and_gradients(other, arranged(params), inputs)
@@ -78,9 +79,7 @@ def test_text_embedding_does_not_depend_on_padding(tokens):
     ids, mask = (np.asarray(array) for array in tokens)
     text = Bert(30, 9, **ONE_LAYER)
     module = DualEncoder(image=VisionTransformer(12, 4, **ONE_LAYER), text=text)
-    params = jax.jit(functools.partial(module.init, method="encode_text"))(
-        jax.random.key(0), ids, mask
-    )
+    params = {"params": {"text": drawn_parameters(text, ids, mask)}}
 
     @functools.partial(jax.jit, static_argnums=2)
     def embed(ids, mask, pooling="mean"):
@@ -98,7 +97,8 @@ def test_embeddings_are_unit_vectors_and_tell_inputs_apart(pixels, tokens):
     module = DualEncoder(
         image=VisionTransformer(12, 4, **ONE_LAYER), text=Bert(30, 9, **ONE_LAYER), projection_dim=5
     )
-    (image, text), _ = jax.jit(module.init_with_output)(jax.random.key(0), pixels, *tokens)
+    params = drawn_parameters(module, pixels, *tokens)
+    image, text = jax.jit(module.apply)({"params": params}, pixels, *tokens)
     assert image.shape == (2, 5) and text.shape == (3, 5)
     assert image.dtype == text.dtype == jnp.float32
     image, text = np.asarray(image), np.asarray(text)
@@ -126,7 +126,8 @@ def test_a_tower_may_bring_its_own_pooling(pixels, tokens):
         image_pooling="checkpoint",
         text_pooling="checkpoint",
     )
-    (image, text), _ = jax.jit(module.init_with_output)(jax.random.key(0), pixels, *tokens)
+    params = drawn_parameters(module, pixels, *tokens)
+    image, text = jax.jit(module.apply)({"params": params}, pixels, *tokens)
     assert image.shape == (2, 5) and text.shape == (3, 5)
     np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, rtol=1e-5)
     with pytest.raises(UserError, match="no embedding of its own; expected one of mean"):
@@ -160,7 +161,8 @@ def test_bfloat16_is_close_and_parameters_stay_float32(pixels):
 
 def test_dropout_is_off_unless_asked_for(pixels):
     module = VisionTransformer(12, 4, **ONE_LAYER, dropout=0.5)
-    out, params = jax.jit(module.init_with_output)(jax.random.key(0), pixels)
+    params = {"params": drawn_parameters(module, pixels)}
+    out = jax.jit(module.apply)(params, pixels)
     apply = jax.jit(lambda rngs: module.apply(params, pixels, deterministic=not rngs, rngs=rngs))
     np.testing.assert_allclose(apply({}).last_hidden_state, out.last_hidden_state, atol=1e-5)
     dropped, again, other = (

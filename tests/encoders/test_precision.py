@@ -13,6 +13,7 @@ from fne_jax.encoders.dual_encoder import CHECKPOINT, DualEncoder
 from fne_jax.encoders.siglip import SiglipText, SiglipVision
 from fne_jax.encoders.transformer import cast_kernels
 from fne_jax.encoders.vision_transformer import VisionTransformer
+from tests.support.parameters import drawn_parameters
 from tests.support.programs import equations
 
 HIGHEST = (jax.lax.Precision.HIGHEST,) * 2
@@ -83,8 +84,7 @@ def test_kernels_cast_beforehand_change_no_bit(build, scan_layers):
     pixels = jnp.asarray(rng.normal(size=(3, 8, 8, 3)), jnp.float32)
     ids = jnp.asarray(rng.integers(1, 30, (3, 5)), jnp.int32)
     inputs = pixels, ids, jnp.ones_like(ids)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
+    params = drawn_parameters(model, *inputs)
     cast = cast_kernels(params, jnp.bfloat16)
     dtypes = collections.Counter(str(leaf.dtype) for leaf in jax.tree.leaves(cast))
     assert dtypes["bfloat16"] == 2 * 6

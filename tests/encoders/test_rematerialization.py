@@ -15,6 +15,7 @@ from fne_jax.encoders.rematerialization import REMATS, check_remat
 from fne_jax.encoders.transformer import TransformerStack
 from fne_jax.encoders.vision_transformer import VisionTransformer
 from fne_jax.errors import UserError
+from tests.support.parameters import drawn_parameters
 from tests.support.programs import equations
 
 LAYERS = 2
@@ -25,10 +26,8 @@ SIZES = {"width": 12, "layers": LAYERS, "heads": 3, "mlp_width": 20}
 def gradient(remat):
     """Returns a function of params that runs a tower forward and backward, and its params."""
     tower = VisionTransformer(8, 4, **SIZES, remat=remat, attention="xla")
-    rng = np.random.default_rng(0)
-    pixels = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
-    shapes = jax.eval_shape(tower.init, jax.random.key(1), pixels)
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+    pixels = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    params = {"params": drawn_parameters(tower, pixels)}
 
     def loss(params):
         hidden = tower.apply(params, pixels).last_hidden_state
@@ -70,7 +69,7 @@ def test_results_of_fused_attention_are_kept(remat, kept, capsys):
     stack = TransformerStack(**sizes, norm_epsilon=1e-6, attend=splash_attention, remat=remat)
     hidden = jnp.ones((2, 5, 12))
     plain = stack.clone(attend=xla_attention)
-    params = jax.jit(lambda key: plain.init(key, hidden, None, True))(jax.random.key(0))
+    params = jax.eval_shape(lambda key: plain.init(key, hidden, None, True), jax.random.key(0))
     ad_checkpoint.print_saved_residuals(
         lambda params: stack.apply(params, hidden, None, True).sum(), params
     )

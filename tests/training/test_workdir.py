@@ -16,6 +16,7 @@ from fne_jax import train
 from fne_jax.data import loading
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints
+from fne_jax.model import model as model_lib
 from fne_jax.parallel import sharding
 from fne_jax.training import loop, train_state
 from fne_jax.training import workdir as run_folder
@@ -92,7 +93,8 @@ def test_a_workdir_without_a_checkpoint_is_taken_over(tmp_path, monkeypatch, who
         assert ours[pathlib.Path(name)] == theirs[pathlib.Path(name)], name
 
 
-def test_a_dry_run_finds_what_the_run_would(tmp_path, whole_run):
+def test_a_dry_run_finds_what_the_run_would(tmp_path, whole_run, monkeypatch):
+    monkeypatch.setattr(model_lib, "build_module", lambda *arguments: LinearTowers())
     for workdir, fields, message in (
         (tmp_path / "new", {"init_from": "/nope"}, "init_from=/nope"),
         (whole_run, {"momentum": 0.5}, "config.momentum: 0.995 in the run, 0.5 now"),
