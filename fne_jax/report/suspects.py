@@ -288,13 +288,16 @@ def write_matches(
       detector: A key of `DETECTORS`; None for the best that is there.
       path: The file, which ends in `.npz`.
       per_query: How many images of each caption to look at, by similarity and by captions each.
-      least: The least probability; None for `LEAST_PROBABILITY`.
+      least: The least probability; None for `LEAST_PROBABILITY` or, of the detector `fitted`, for
+        the one from which on that share of the verdicts that it was not fitted to are matches.
 
     Raises:
       UserError: if the detector needs what is not there, or the file cannot be written.
     """
     evidence = judged.evidence
     detector = detectors.best_available(evidence) if detector is None else detector
+    if least is None and detector == "fitted" and judged.fitted is not None:
+        least = judged.fitted.threshold(LEAST_PROBABILITY)
     about = write_likely_matches(
         path,
         judged.dataset,

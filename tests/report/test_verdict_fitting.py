@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fne_jax import audit, configuration
+from fne_jax.data import match_files
 from fne_jax.data.verdicts import Verdict, write_verdicts
 from fne_jax.errors import UserError
 from fne_jax.model.embedded_split import EmbeddedSplit
@@ -75,6 +76,13 @@ def test_an_audit_by_verdicts(written, tmp_path, capsys):
     again = (tmp_path / "out" / audit_pages.JSONL_NAME).read_text().splitlines()
     assert again == lines
     assert "detector fitted" in capsys.readouterr().out
+    # And for a list to train with, of the precision by verdicts rather than of the probability.
+    audit.main([*arguments[:3], fitted, f"--matches={tmp_path / 'matches.npz'}"])
+    assert f"probability {detector.threshold(0.8):g} or more" in capsys.readouterr().out
+    dataset = load_evaluation_split(configuration.load_config(str(tmp_path / "tiny.py"), []), "val")
+    listed = match_files.read_match_list(tmp_path / "matches.npz", dataset)
+    assert len(listed.caption) > 100
+    assert is_true(split, topic, listed.caption, listed.image).mean() > 0.7
 
 
 def test_mistakes(written, tmp_path):
