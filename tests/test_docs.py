@@ -131,7 +131,7 @@ def test_the_reference_names_every_field_and_says_something(monkeypatch):
     for field in fields:
         assert len(field.comment) > 5, field.name
     text = reference.on_page_markdown((TOP / "docs" / "config.md").read_text("utf-8"))
-    assert "## `config.fne`" in text and "| `margin` | `0.2` | Similarity by which" in text
+    assert "## `config.fne`" in text and "**`margin`** = `0.2`\n:   Similarity by which" in text
     assert reference.on_page_markdown("no placeholder") == "no placeholder"
     sys.modules.pop("config_reference")
 

@@ -73,21 +73,18 @@ def _above(comments, line):
 
 
 def reference(fields: list[Field]) -> str:
-    """Returns the fields as Markdown: one table a group, each under a heading."""
+    """Returns the fields as Markdown: a list of definitions for each group, under a heading."""
     groups: dict[str, list[Field]] = {}
     for field in fields:
         groups.setdefault(field.name.rpartition(".")[0], []).append(field)
     lines = []
     for group, members in groups.items():
         heading = f"config.{group}" if group else "config"
-        lines += ["", f"## `{heading}`", "", "| field | default | |", "| --- | --- | --- |"]
-        lines += [_row(field) for field in members]
+        lines += ["", f"## `{heading}`"]
+        for field in members:
+            leaf = field.name.rpartition(".")[2]
+            lines += ["", f"**`{leaf}`** = `{field.default}`", f":   {field.comment}"]
     return "\n".join(lines)
-
-
-def _row(field):
-    leaf, comment = field.name.rpartition(".")[2], field.comment.replace("|", "\\|")
-    return f"| `{leaf}` | `{field.default}` | {comment} |"
 
 
 def on_page_markdown(markdown: str, **_) -> str:

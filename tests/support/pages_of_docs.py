@@ -47,7 +47,10 @@ class Block:
 def pages() -> list[pathlib.Path]:
     """Returns README.md and the pages that mkdocs.yml names."""
     nav = (TOP / "mkdocs.yml").read_text("utf-8").split("\nnav:\n")[1]
-    return [TOP / "README.md", *(TOP / "docs" / name for name in re.findall(r"- (\S+\.md)", nav))]
+    return [
+        TOP / "README.md",
+        *(TOP / "docs" / name for name in re.findall(r"(\S+\.md)$", nav, re.MULTILINE)),
+    ]
 
 
 def blocks(page: pathlib.Path) -> list[Block]:
