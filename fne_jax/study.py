@@ -41,6 +41,10 @@ def main(arguments: list[str]) -> None:
     outputs.write_tables(workdir, options.name, results, options.baseline)
     print(f"\n{summary.markdown(results, options.baseline)}")
     print(f"written to {workdir / options.name}.md, .csv, _runs.csv and .png")
+    if options.verdicts:
+        finished = [run for run in runs if run.seed in results.get(run.cell, {})]
+        table = outputs.write_verdict_table(workdir, options.name, finished, options.verdicts)
+        print(f"\n{table}")
     if failures:
         raise UserError("these could not be trained:\n  " + "\n  ".join(failures))
 
@@ -79,6 +83,12 @@ def _parse(arguments):
     )
     parser.add_argument("--name", default="study", help="of the files with the tables")
     parser.add_argument(
+        "--verdicts",
+        metavar="NUMBERS",
+        help="also tell how well so many verdicts would order the systems, as 200,500,2000; where "
+        "the truth is known",
+    )
+    parser.add_argument(
         "--report-only", action="store_true", help="train nothing; table what there is"
     )
     options, overrides = parser.parse_known_args(arguments)
@@ -90,6 +100,12 @@ def _parse(arguments):
             raise UserError(f"--{name} is {getattr(options, name)}; expected at least 1")
     if options.jobs > (os.cpu_count() or 1):
         raise UserError(f"--jobs is {options.jobs}, more than the {os.cpu_count()} cores")
+    try:
+        options.verdicts = [int(number) for number in (options.verdicts or "").split(",") if number]
+    except ValueError:
+        options.verdicts = [0]
+    if any(number < 1 for number in options.verdicts):
+        raise UserError("--verdicts: expected numbers of at least 1 with commas between")
     objectives = options.objectives.split(",")
     if options.baseline is None:
         options.baseline = "hardest" if "hardest" in objectives else objectives[0]

@@ -140,6 +140,14 @@ def test_matches_that_no_run_can_have_are_refused(config_path, name, overrides, 
         runs_of(config_path, (name,), overrides=overrides)
 
 
+def test_what_verdicts_would_tell_is_a_table_of_its_own(finished, capsys):
+    arguments, workdir = finished
+    study.main([*arguments, "--report-only", "--verdicts=5,2000"])
+    table = (workdir / "study_verdicts.md").read_text()
+    assert table.startswith("Pairs of 2 systems") and table in capsys.readouterr().out
+    assert "| 2,000 | " in table
+
+
 def test_verdicts_that_nobody_can_give_are_told_before_anything_is_trained(config_path, tmp_path):
     synthetic = ["--config.data.source=synthetic"]
     runs = cells.study_runs(config_path, synthetic, ("clip:fitted50",), (), 1, tmp_path / "study")
@@ -278,6 +286,9 @@ def test_objectives_change_what_they_are_named_for(config_path):
         (["--seeds=0"], "--seeds is 0"),
         (["--jobs=1000"], "more than the"),
         (["--report-only"], "no run has a result"),
+        (["--verdicts=20,0"], "--verdicts: expected numbers of at least 1"),
+        (["--verdicts=many"], "--verdicts: expected numbers of at least 1"),
+        (["--pretraining=-1"], "--pretraining is -1; expected at least 0"),
     ],
 )
 def test_mistakes_are_named(config_path, tmp_path, arguments, message):
