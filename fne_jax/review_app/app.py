@@ -223,7 +223,8 @@ class _Pages:
             raise HTTPException(404, "That pair is not among those that are reviewed.")
 
         def save() -> Mapping[str, Any]:
-            self._review.store.add(self._verdict(question, word))
+            before = self._answered()[pair[0], pair[1]].own
+            self._review.store.add(self._verdict(question, word, before))
             return self._progress()
 
         return JSONResponse({"verdict": word} | await anyio.to_thread.run_sync(save))
@@ -289,8 +290,12 @@ class _Pages:
         judged = total - counts[questions_lib.UNJUDGED]
         return {"counts": counts, "judged": judged, "total": total}
 
-    def _verdict(self, question, word):
+    def _verdict(self, question, word, before):
         dataset = self._review.dataset
+        drawn = question
+        if not question.sample and before is not None:
+            # Who changes their mind answers still for the sample that once asked.
+            drawn = before
         now = datetime.datetime.now(datetime.UTC)
         return Verdict(
             split=self._review.split,
@@ -303,8 +308,8 @@ class _Pages:
             time=now.isoformat(timespec="milliseconds"),
             model=question.model,
             score=question.probability,
-            sample=question.sample,
-            weight=question.weight,
+            sample=drawn.sample,
+            weight=drawn.weight,
         )
 
     def _pair(self, answered, show):

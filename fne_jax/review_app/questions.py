@@ -137,8 +137,15 @@ class Questions:
         return self._by_pair.get((caption, image))
 
     def of_verdict(self, verdict: Verdict) -> Question | None:
-        """Returns the question that a verdict of the split answers, or None."""
-        return self._by_ids.get((verdict.caption_id, verdict.image_id))
+        """Returns the question that a verdict of the split answers, or None.
+
+        A question with a weight is answered within its sample alone: a verdict given elsewhere
+        would be missing from it.
+        """
+        question = self._by_ids.get((verdict.caption_id, verdict.image_id))
+        if question is None or (question.weight is not None and verdict.sample != question.sample):
+            return None
+        return question
 
     def answered(
         self, verdicts: Sequence[Verdict], reviewer: str

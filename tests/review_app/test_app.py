@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from fne_jax.data.verdict_store import VerdictStore
 from fne_jax.review_app.app import SIZES, create_app
+from fne_jax.review_app.questions import Question, Questions
 from tests.support.pages import HOSTILE, Page, hostile_split
 from tests.support.reviews import data_of, some_review
 
@@ -118,6 +119,19 @@ def test_every_verdict_is_on_the_disk_when_it_is_answered(client, review):
         if use.get("aria-pressed") == "true"
     ]  # fmt: skip
     assert [use["data-verdict"] for use in pressed] == ["no_match", "no_match"]
+
+
+def test_who_changes_their_mind_answers_for_the_sample_that_asked(tmp_path, review, client):
+    drawn = Question(0, 1, None, None, 0.25, model="run step 3", sample="strata", weight=7.5)
+    asked = dataclasses.replace(review, questions=Questions(review.dataset, [drawn]))
+    page = client_of(asked).get("/review").text
+    assert "Posterior" not in page and "25" not in Page(page).text  # nothing leads who answers
+    body = {"caption": 0, "image": 1, "verdict": "match"}
+    ask(client, "/verdict", body)
+    assert ask(client_of(asked), "/verdict", body).json()["judged"] == 1
+    ask(client, "/verdict", body | {"verdict": "no_match"})
+    (last,) = review.store.last()
+    assert (last.verdict, last.sample, last.weight) == ("no_match", "strata", 7.5)
 
 
 def test_taking_back(client, review):

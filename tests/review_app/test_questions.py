@@ -1,5 +1,6 @@
 """Groups, filters and the way from one group to the next, against plain versions."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -81,3 +82,13 @@ def test_a_group_that_is_done_leads_to_the_next(asked):
     assert page("image", "unjudged", 6) == 2
     assert page("image", "match", 2) == 6  # nothing follows: the last
     assert page("caption", "all", 11) == 3  # of another list: the first
+
+
+def test_a_sample_is_answered_by_what_it_asked_alone():
+    drawn = [Question(3, 4, sample="strata", weight=2.5), Question(0, 1, sample="evaluation")]
+    asked = Questions(SPLIT, drawn)
+    elsewhere = [said((3, 4), "match"), said((0, 1), "match")]
+    answered = asked.answered(elsewhere, "anna")
+    assert answered[3, 4].own is None and answered[0, 1].own is not None
+    within = dataclasses.replace(elsewhere[0], sample="strata", weight=2.5)
+    assert asked.answered([within], "anna")[3, 4].own == within
