@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import hashlib
 import json
 import logging
@@ -58,7 +59,7 @@ class Exact(Engine):
     spec = EXACT
 
     def __init__(self, part: Part):
-        self._rows = part.rows
+        self._rows = part.open_rows()
 
     def nearest(self, queries, count):
         """Returns the rows of the highest products, in their order."""
@@ -86,9 +87,10 @@ class Faiss(Engine):
         factory, _, parameters = spec.partition(":")[2].partition("@")
         path = part.folder / f"faiss-{_digest(factory)}.index"
         try:
-            self._index = self._kept(path, part.rows)
+            rows = part.open_rows()
+            self._index = self._kept(path, rows.shape)
             if self._index is None:
-                self._index = self._built(factory, part.rows)
+                self._index = self._built(factory, rows)
                 self._keep(path)
             if parameters:
                 faiss.ParameterSpace().set_index_parameters(self._index, parameters)
@@ -100,7 +102,7 @@ class Faiss(Engine):
         """Returns the rows that faiss finds."""
         return self._index.search(np.ascontiguousarray(queries, np.float32), count)[1]
 
-    def _kept(self, path, rows):
+    def _kept(self, path, shape):
         if not path.exists():
             return None
         try:
@@ -108,7 +110,7 @@ class Faiss(Engine):
         except RuntimeError:
             _log.warning("%s is damaged; it is made anew", path)
             return None
-        return index if (index.ntotal, index.d) == rows.shape else None
+        return index if (index.ntotal, index.d) == shape else None
 
     def _built(self, factory, rows):
         faiss = self._faiss
@@ -163,7 +165,7 @@ class Qdrant(Engine):
             str(uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([name, stamp, model]))): row
             for row, (name, stamp) in enumerate(zip(part.names, part.stamps, strict=True))
         }
-        try:
+        with self._told():
             if "://" in where:
                 key = os.environ.get("QDRANT_API_KEY")
                 self._client = qdrant_client.QdrantClient(
@@ -174,17 +176,15 @@ class Qdrant(Engine):
             else:
                 self._client = qdrant_client.QdrantClient(path=os.path.expanduser(where))
             self._fill(part)
-        except Exception as error:  # whatever the client's transports and its local mode raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise EnvironmentFailure(f"--index={spec}: Qdrant cannot be used: {reason}") from error
 
     def nearest(self, queries, count):
         """Returns the rows that Qdrant finds."""
         found = np.full((len(queries), count), -1, np.int64)
         for number, query in enumerate(queries):
-            answer = self._client.query_points(
-                self._collection, query=query.tolist(), limit=count, with_payload=False
-            )
+            with self._told():
+                answer = self._client.query_points(
+                    self._collection, query=query.tolist(), limit=count, with_payload=False
+                )
             rows = [self._rows[str(point.id)] for point in answer.points]
             found[number, : len(rows)] = rows
         return found
@@ -193,15 +193,24 @@ class Qdrant(Engine):
         """Lets go of the folder or the server."""
         self._client.close()
 
+    @contextlib.contextmanager
+    def _told(self):
+        try:
+            yield
+        except Exception as error:  # whatever the client's transports and its local mode raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            message = f"--index={self.spec}: Qdrant cannot be used: {reason}"
+            raise EnvironmentFailure(message) from error
+
     def _fill(self, part):
         models, client, name = self._models, self._client, self._collection
-        if not client.collection_exists(name):
-            client.create_collection(
-                name,
-                vectors_config=models.VectorParams(
-                    size=part.rows.shape[1], distance=models.Distance.DOT, on_disk=True
-                ),
-            )
+        rows, vectors = part.open_rows(), None
+        if client.collection_exists(name):
+            vectors = client.get_collection(name).config.params.vectors
+        if vectors is None or vectors.size != part.dim:
+            client.delete_collection(name)
+            vectors = models.VectorParams(size=part.dim, distance=models.Distance.DOT, on_disk=True)
+            client.create_collection(name, vectors_config=vectors)
         there = set(self._points())
         gone = sorted(there - self._rows.keys())
         for start in range(0, len(gone), _LISTED_POINTS):
@@ -214,7 +223,7 @@ class Qdrant(Engine):
                 points = [
                     models.PointStruct(
                         id=point,
-                        vector=part.rows[row].astype(np.float32).tolist(),
+                        vector=rows[row].astype(np.float32).tolist(),
                         payload={"name": part.names[row]},
                     )
                     for point, row in new[start : start + _POINTS]

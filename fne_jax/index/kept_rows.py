@@ -49,7 +49,7 @@ class Part:
 
     Attributes:
       folder: Where they lie.
-      rows: [rows, dim] float16, memory-mapped.
+      dim: The dimension of the rows.
       names: The name of each row.
       stamps: The stamp of each row.
       model: What the rows were computed by.
@@ -57,11 +57,18 @@ class Part:
     """
 
     folder: pathlib.Path
-    rows: np.ndarray
+    dim: int
     names: list[str]
     stamps: list[list]
     model: Mapping[str, Any]
     complete: bool
+
+    def open_rows(self) -> np.ndarray:
+        """Returns the [rows, dim] float16 as a map of the file.
+
+        No part keeps it: hours of embedding leave more of them than a process may have files open.
+        """
+        return np.load(self.folder / ROWS, mmap_mode="r", allow_pickle=False)
 
 
 class KeptRows:
@@ -111,7 +118,7 @@ class KeptRows:
             return before[0]
         places = self.places()
         sources = np.array([places[name][1:] for name in names])
-        shape = (len(names), before[0].rows.shape[1])
+        shape = (len(names), before[0].dim)
         self._write(names, stamps, self._copied(sources), shape, complete=True)
         for part in before:
             _remove(part.folder)
@@ -122,10 +129,10 @@ class KeptRows:
         """Yields the rows at [rows, 2] pairs of part and row, some at a time."""
         for start in range(0, len(sources), _COPIED_ROWS):
             of_part, row = sources[start : start + _COPIED_ROWS].T
-            copied = np.empty((len(row), self.parts[0].rows.shape[1]), np.float16)
+            copied = np.empty((len(row), self.parts[0].dim), np.float16)
             for number in np.unique(of_part):
                 mine = of_part == number
-                copied[mine] = self.parts[number].rows[row[mine]]
+                copied[mine] = self.parts[number].open_rows()[row[mine]]
             yield copied
 
     def _write(self, names, stamps, blocks, shape, *, complete):
@@ -150,8 +157,8 @@ class KeptRows:
         except OSError as error:  # of a disk that is full, Python does not say the file
             error.filename = error.filename or str(folder)
             raise
-        rows = np.load(folder / ROWS, mmap_mode="r")
-        self.parts.append(Part(folder, rows, list(names), list(stamps), self._model, complete))
+        part = Part(folder, shape[1], list(names), list(stamps), self._model, complete)
+        self.parts.append(part)
 
     def _read(self):
         """Returns the parts that count, and removes the others, saying why."""
@@ -182,7 +189,7 @@ class KeptRows:
                 "%s: was made by %s, this is %s: all is embedded anew",
                 self._folder, _in_words(foreign), _in_words(self._model),
             )  # fmt: skip
-        if parts and len({part.rows.shape[1] for part in parts}) > 1:
+        if parts and len({part.dim for part in parts}) > 1:
             raise UserError(f"{self._folder}: parts of several dimensions; delete the folder")
         return parts
 
@@ -219,7 +226,8 @@ def _read_part(folder):
         raise _Damaged(str(error).splitlines()[0]) from error
     if rows.dtype != np.float16 or rows.ndim != 2 or len(rows) != len(names):
         raise _Damaged(f"{len(names)} names for {ROWS}, {rows.dtype} {list(rows.shape)}")
-    return Part(folder, rows, names, stamps, about.get("model"), bool(about.get("complete")))
+    model, complete = about.get("model"), bool(about.get("complete"))
+    return Part(folder, rows.shape[1], names, stamps, model, complete)
 
 
 def _in_words(model):

@@ -99,7 +99,7 @@ class SearchIndex:
     """
 
     def __init__(self, gallery: Gallery, part: Part, encoders: Encoders, engine: engines.Engine):
-        self.names, self.rows = part.names, part.rows
+        self.names, self.rows = part.names, part.open_rows()
         self.recall: dict[str, float] = {}
         self._gallery, self._encoders, self._engine = gallery, encoders, engine
         used = set(part.names)
@@ -125,8 +125,8 @@ class SearchIndex:
             raise UserError("search by either a text or an image")
         if image is not None:
             query = self._encoders.embed_images(self._encoders.read(image, "the image")[None])
-        elif not text.strip():
-            raise UserError("the text to search by is empty")
+        elif not isinstance(text, str) or not text.strip():
+            raise UserError(f"the text to search by is {text!r:.60}; expected a sentence")
         else:
             query = self._encoders.embed_texts([text])
         rows, scores = self.nearest(query, top)
@@ -373,10 +373,11 @@ def _kept_recall(engine, part, kind, other_queries):
     with contextlib.suppress(OSError, ValueError):
         return dict(json.loads(path.read_text()))
     one, other = ("image", "text") if kind == "images" else ("text", "image")
-    recall = {f"{one}_to_{one}": _recall_of_own(engine, part.rows)}
+    rows = part.open_rows()
+    recall = {f"{one}_to_{one}": _recall_of_own(engine, rows)}
     queries = other_queries()
     if queries is not None and len(queries):
-        recall = {f"{other}_to_{one}": recall_at(engine, part.rows, queries)} | recall
+        recall = {f"{other}_to_{one}": recall_at(engine, rows, queries)} | recall
     write_atomically(path, json.dumps(recall) + "\n")
     return recall
 

@@ -1,8 +1,10 @@
 """What is kept outlives a process that is killed, wherever it was, and is used by one at a time."""
 
+import os
 import shutil
 import threading
 
+import numpy as np
 import pytest
 
 from fne_jax.errors import UserError
@@ -84,6 +86,20 @@ def test_a_disk_that_is_full_is_one_error_and_loses_nothing(changed, begun):
             build(photos, folder)
         assert "the index cannot be kept" in str(error.value) and error.value.exit_code == 74
         assert_goes_on(photos, folder, operation)
+
+
+def test_many_parts_need_no_open_files(tmp_path):
+    def open_files():
+        return len(os.listdir("/proc/self/fd"))
+
+    kept, before = kept_rows.KeptRows(tmp_path, {}), open_files()
+    rows = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float16)
+    for number in range(40):
+        kept.add([str(number)], [[]], rows[[number]])
+    again = kept_rows.KeptRows(tmp_path, {})
+    assert len(again.parts) == 40 and open_files() < before + 10
+    order = [str(number) for number in reversed(range(40))]
+    np.testing.assert_array_equal(again.complete(order, [[]] * 40).open_rows(), rows[::-1])
 
 
 def test_a_second_process_waits_for_the_first(tmp_path):

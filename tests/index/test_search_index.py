@@ -227,7 +227,8 @@ def test_wrong_questions(photos):
     for arguments, message in (
         ({}, "either a text or an image"),
         ({"text": "a dog", "image": photos / "01.png"}, "either a text or an image"),
-        ({"text": " "}, "is empty"),
+        ({"text": " "}, "is ' '; expected a sentence"),
+        ({"text": ["a dog"]}, r"is \['a dog'\]; expected a sentence"),
         ({"image": photos / "nowhere.png"}, "nowhere.png'?: cannot be read"),
         ({"text": "a dog", "top": 0}, "top is 0"),
     ):
