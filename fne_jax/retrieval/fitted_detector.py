@@ -22,6 +22,7 @@ from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
 from fne_jax.retrieval.pair_features import FEATURES, SplitInputs, features
 
+# Features are handed on, so that who fits and judges needs this module alone.
 __all__ = ["FittedDetector", "SplitInputs", "Trees", "features", "fit", "read", "sigmoid", "write"]
 
 # Verdicts of either kind without which nothing is fitted.

@@ -122,8 +122,8 @@ class SplitInputs:
 def features(split: SplitInputs, caption: np.ndarray, image: np.ndarray) -> np.ndarray:
     """Returns the features of pairs.
 
-    It takes about ten microseconds a pair where images have five captions, and little memory
-    beside the result, whatever their number.
+    Fifteen million pairs take about a minute of one core where embeddings have 128 dimensions and
+    images five captions; beside the result little is held, whatever the number of pairs.
 
     Args:
       split: The split.
