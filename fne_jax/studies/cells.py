@@ -130,7 +130,7 @@ def study_runs(
             after = registry.fields_after_warmup(config)
             before = [o for o in common if _field(o) not in after]
             warmup_config = _completed(configuration.load_config(config_path, before))
-            warmup = _warmup_folder(workdir, warmup_config)
+            warmup = _warmup_folder(workdir, warmup_config, after)
             _, _, source = cell.objective.partition(_FROM)
             matches = "" if source == TRUTH else source
             if matches:
@@ -226,14 +226,14 @@ def _folder(name):
     return re.sub(r"[^A-Za-z0-9_.=,+-]", "_", name)
 
 
-def _warmup_folder(workdir, config):
+def _warmup_folder(workdir, config, after):
     if not config.fne.start_epoch:
         return None
-    # The same for all that may change from start to start.
+    # The same for all that may change from start to start, and for whatever follows.
     fields = {
         name: value
         for name, value in configuration.flatten(config).items()
-        if not name.startswith(configuration.MAY_CHANGE)
+        if not name.startswith(configuration.MAY_CHANGE) and name not in after
     }
     digest = hashlib.sha256(repr(sorted(fields.items())).encode()).hexdigest()
     return workdir / "warmups" / digest[:12]
