@@ -37,10 +37,12 @@ def main(arguments: list[str]) -> None:
         config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
         folder, out = pathlib.Path(options.embeddings), pathlib.Path(options.out or "")
         judged = suspects.judged_by_embeddings(folder, config, options.split, theirs)
+    said = None
     if options.verdicts is not None:
-        judged = verdict_fitting.fit_and_write(
-            judged, pathlib.Path(options.verdicts), pathlib.Path(options.fitted)
-        )
+        said = verdict_fitting.read_said(judged, pathlib.Path(options.verdicts))
+        print(verdict_fitting.describe_density(said))
+    if said is not None and options.fitted is not None:
+        judged = verdict_fitting.fit_and_write(judged, said, pathlib.Path(options.fitted))
     else:
         judged = suspect_options.with_fitted(options, judged)
     if options.matches is not None:
@@ -55,12 +57,15 @@ def main(arguments: list[str]) -> None:
         )
         return
     found = suspect_options.find(options, judged)
+    measured = "" if said is None else verdict_fitting.describe_precision(said, found)
     if options.workdir is not None and store_path(workdir).exists():
         with VerdictStore(store_path(workdir)) as store:
             verdicts = store.last(options.split)
         found = suspects.heed_verdicts(found, verdicts, judged.dataset)
     quality = suspects.detector_quality(judged)
     print(suspects.describe(judged, found, quality))
+    if measured:
+        print(measured)
     listed = audit_pages.write_audit(out, judged, found, options.limit, quality)
     print(f"the first {listed:,} are in {out}: open {audit_pages.page_name(1)}")
 
@@ -88,8 +93,8 @@ def _parse(arguments):
     parser.add_argument(
         "--verdicts",
         metavar="FILE",
-        help="fit the detector fitted to what people said, first: a store, .sqlite, of `review`, "
-        "or a .csv or .jsonl that it exports; the detector is written to --fitted",
+        help="measure by what people said, first: a store, .sqlite, of `review`, or a .csv or "
+        ".jsonl that it exports; with --fitted, fit the detector fitted to it and write that there",
     )
     suspect_options.add_arguments(parser)
     options, overrides = parser.parse_known_args(arguments)
@@ -117,8 +122,6 @@ def _parse(arguments):
         if given is not None and getattr(options, name) is not None:
             owner = "workdir" if name == "checkpoint" else "embeddings"
             raise UserError(f"--{name} goes with --{owner}")
-    if options.verdicts is not None and options.fitted is None:
-        raise UserError("--verdicts takes --fitted, the .json to write the detector to")
     if options.workdir is not None and overrides:
         raise UserError(f"unknown argument {overrides[0]!r}; see --help")
     suspect_options.check(options)

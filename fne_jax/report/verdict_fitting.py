@@ -12,7 +12,7 @@ import numpy as np
 from fne_jax.data.verdict_store import read_any
 from fne_jax.data.verdicts import MATCH, Verdict, agreed, rows_of
 from fne_jax.errors import UserError
-from fne_jax.report.suspects import JudgedSplit
+from fne_jax.report.suspects import JudgedSplit, Suspects
 from fne_jax.retrieval import fitted_detector
 from fne_jax.retrieval.fitted_detector import FittedDetector
 from fne_jax.retrieval.pair_features import SplitInputs, features
@@ -20,21 +20,73 @@ from fne_jax.retrieval.verdict_samples import density
 
 # Of which the threshold is told.
 _PRECISIONS = (0.5, 0.8, 0.9)
+# First pairs of an audit whose precision is told, and the verdicts among them that this takes.
+_RANKS, _LEAST_VERDICTS = (100, 1000, 10_000), 10
 
 
-def fit_and_write(judged: JudgedSplit, verdicts: pathlib.Path, path: pathlib.Path) -> JudgedSplit:
-    """Fits a detector to a file of verdicts, tells how good it is, and returns the split with it.
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """What most reviewers say of unlabelled pairs of a split.
+
+    Attributes:
+      caption: [n] int64 row of each pair's caption.
+      image: [n] int64 row of each pair's image.
+      is_match: [n] bool.
+      weight: [n] float64, how many unlabelled pairs each stands for; NaN where no sample drew it.
+      samples: The names of the samples that drew some of them.
+    """
+
+    caption: np.ndarray
+    image: np.ndarray
+    is_match: np.ndarray
+    weight: np.ndarray
+    samples: list[str]
+
+
+def said_of(judged: JudgedSplit, verdicts: Sequence[Verdict]) -> Said:
+    """Returns what most reviewers say.
 
     Args:
       judged: The split.
-      verdicts: A store of verdicts, or a `.csv` or `.jsonl` of them.
+      verdicts: Each reviewer's last verdict on each of its pairs.
+
+    Raises:
+      UserError: if a verdict is of another dataset.
+    """
+    kept = agreed(verdicts)
+    caption, image = rows_of(kept, judged.dataset)
+    other = judged.dataset.caption_image[caption] != image
+    kept = [verdict for verdict, unlabelled in zip(kept, other, strict=True) if unlabelled]
+    return Said(
+        caption[other],
+        image[other],
+        np.array([verdict.verdict == MATCH for verdict in kept], bool),
+        weights(kept),
+        sorted({verdict.sample for verdict in kept if verdict.sample}),
+    )
+
+
+def read_said(judged: JudgedSplit, path: pathlib.Path) -> Said:
+    """Returns `said_of` the verdicts of a file: a store, or a `.csv` or `.jsonl`.
+
+    Raises:
+      UserError: if the verdicts cannot be read.
+    """
+    return said_of(judged, read_any(path, judged.dataset, judged.split_name))
+
+
+def fit_and_write(judged: JudgedSplit, said: Said, path: pathlib.Path) -> JudgedSplit:
+    """Fits a detector to verdicts, tells how good it is, and returns the split with it.
+
+    Args:
+      judged: The split.
+      said: What is said of its pairs.
       path: Where to write the detector.
 
     Raises:
-      UserError: if the verdicts cannot be read or are too few, or the detector cannot be written.
+      UserError: if the verdicts are too few, or the detector cannot be written.
     """
-    given = read_any(verdicts, judged.dataset, judged.split_name)
-    detector = fit_detector(judged, given)
+    detector = fit_detector(judged, said)
     fitted_detector.write(path, detector)
     print(describe(detector))
     print(f"written to {path}")
@@ -52,30 +104,75 @@ def split_inputs(judged: JudgedSplit) -> SplitInputs:
     )
 
 
-def fit_detector(judged: JudgedSplit, verdicts: Sequence[Verdict], seed: int = 0) -> FittedDetector:
-    """Returns a detector fitted to what most reviewers say of each unlabelled pair.
+def fit_detector(judged: JudgedSplit, said: Said, seed: int = 0) -> FittedDetector:
+    """Returns a detector fitted to verdicts.
 
     Args:
       judged: The split.
-      verdicts: Each reviewer's last verdict on each of its pairs.
+      said: What is said of its pairs.
       seed: The seed of the folds.
 
     Raises:
-      UserError: if they are too few.
+      UserError: if the verdicts are too few.
     """
-    kept = agreed(verdicts)
-    caption, image = rows_of(kept, judged.dataset)
-    other = judged.dataset.caption_image[caption] != image
-    kept = [verdict for verdict, unlabelled in zip(kept, other, strict=True) if unlabelled]
-    is_match = np.array([verdict.verdict == MATCH for verdict in kept], bool)
-    weight = weights(kept)
-    drawn = np.isfinite(weight)
     about = {"run": judged.name, "step": judged.step, "split": judged.split_name}
-    about["samples"] = sorted({verdict.sample for verdict in kept if verdict.sample})
-    if drawn.any():
-        about["density"] = dataclasses.asdict(density(is_match[drawn], weight[drawn]))
-    table = features(split_inputs(judged), caption[other], image[other])
-    return fitted_detector.fit(table, is_match, weight, seed, about)
+    about["samples"] = said.samples
+    found = _density(said)
+    if found is not None:
+        about["density"] = dataclasses.asdict(found)
+    table = features(split_inputs(judged), said.caption, said.image)
+    return fitted_detector.fit(table, said.is_match, said.weight, seed, about)
+
+
+def _density(said, among=None):
+    """Returns the share of matches among unlabelled pairs, or a mask's; None of no verdict."""
+    drawn = np.isfinite(said.weight)
+    if among is not None:
+        drawn &= among
+    return density(said.is_match[drawn], said.weight[drawn]) if drawn.any() else None
+
+
+def describe_density(said: Said) -> str:
+    """Returns how many pairs match at all, by the verdicts on random samples, as a line."""
+    found = _density(said)
+    if found is None:
+        return (
+            "no verdict is of a random sample, so how many pairs match is not known; "
+            "`review --sample` asks of one"
+        )
+    return (
+        f"{found.value:.2%} of all unlabelled pairs match ({found.low:.2%} to {found.high:.2%}, "
+        f"95 % interval, {found.verdicts:,} verdicts): what config.fne.prior should be"
+    )
+
+
+def describe_precision(said: Said, suspects: Suspects) -> str:
+    """Returns which share of an audit's first pairs match, by the verdicts on random samples.
+
+    Args:
+      said: What is said of the split's pairs.
+      suspects: The audit's pairs, before any is left out for a verdict.
+
+    Returns:
+      A line for the first pairs of each number that holds enough verdicts; "" where none does.
+    """
+    rank = {
+        pair: number
+        for number, pair in enumerate(
+            zip(suspects.pairs.caption.tolist(), suspects.pairs.image.tolist(), strict=True)
+        )
+    }
+    of_said = zip(said.caption.tolist(), said.image.tolist(), strict=True)
+    ranks = np.array([rank.get(pair, len(rank)) for pair in of_said], int)
+    lines = []
+    for first in (*(number for number in _RANKS if number < len(rank)), len(rank)):
+        found = _density(said, ranks < first)
+        if found is not None and found.verdicts >= _LEAST_VERDICTS:
+            lines.append(
+                f"of the first {first:,} pairs {found.value:.0%} match ({found.low:.0%} to "
+                f"{found.high:.0%}, 95 % interval, {found.verdicts:,} verdicts)"
+            )
+    return "\n".join(lines)
 
 
 def weights(verdicts: Sequence[Verdict]) -> np.ndarray:
@@ -102,11 +199,6 @@ def describe(detector: FittedDetector) -> str:
         f"fitted to {about['verdicts']:,} verdicts on {about['split']}, {about['matches']:,} of "
         f"them matches, by the embeddings of {about['run']}{step}",
     ]
-    found = about["density"]
-    lines.append(
-        f"{found['value']:.2%} of all unlabelled pairs match ({found['low']:.2%} to "
-        f"{found['high']:.2%}, 95 % interval): what config.fne.prior should be"
-    )
     for precision in _PRECISIONS:
         try:
             least = detector.threshold(precision)

@@ -1,6 +1,8 @@
 """From a file of verdicts to an audit by the detector that was fitted to them."""
 
+import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -85,11 +87,37 @@ def test_an_audit_by_verdicts(written, tmp_path, capsys):
     assert is_true(split, topic, listed.caption, listed.image).mean() > 0.7
 
 
-def test_mistakes(written, tmp_path):
+def test_verdicts_measure_an_audit_by_any_detector(written, tmp_path, capsys):
+    arguments, verdicts, (split, topic) = written
+    write_verdicts(tmp_path / "said.csv", verdicts)
+    measuring = ["--detector=similarity", "--min-probability=0", "--per-query=30"]
+    audit.main([*arguments, *measuring, f"--verdicts={tmp_path / 'said.csv'}"])
+    told = capsys.readouterr().out
+    assert "of all unlabelled pairs match" in told and "500 verdicts)" in told
+    (whole,) = re.findall(r"of the first ([\d,]+) pairs (\d+)% match \((\d+)% to (\d+)%", told)[-1:]
+    lines = (tmp_path / "out" / audit_pages.JSONL_NAME).read_text().splitlines()
+    for first, share, low, high in re.findall(
+        r"of the first ([\d,]+) pairs (\d+)% match \((\d+)% to (\d+)%", told
+    ):
+        rows = [json.loads(line) for line in lines[: int(first.replace(",", ""))]]
+        pairs = np.array([(row["caption_index"], row["image_index"]) for row in rows]).T
+        if len(rows) == int(first.replace(",", "")):
+            assert int(low) - 1 <= 100 * is_true(split, topic, *pairs).mean() <= int(high) + 1
+        assert int(low) <= int(share) <= int(high)
+    assert int(whole[0].replace(",", "")) > 1000
+    # Verdicts that no sample drew measure nothing.
+    plain = [dataclasses.replace(one, sample="", weight=None) for one in verdicts]
+    write_verdicts(tmp_path / "plain.csv", plain)
+    audit.main([*arguments, *measuring, f"--verdicts={tmp_path / 'plain.csv'}"])
+    told = capsys.readouterr().out
+    assert "no verdict is of a random sample" in told and "of the first" not in told
+
+
+def test_mistakes(written, tmp_path, capsys):
     arguments, verdicts, _ = written
     for more, message in (
         (["--detector=fitted"], "--detector=fitted takes --fitted"),
-        ([f"--verdicts={tmp_path}/said.csv"], "--verdicts takes --fitted"),
+        ([f"--verdicts={tmp_path}/said.csv"], "said.csv: cannot be read"),
         ([f"--fitted={tmp_path}/none.json"], "none.json: cannot be read"),
     ):
         with pytest.raises(UserError, match=message):
@@ -98,6 +126,7 @@ def test_mistakes(written, tmp_path):
     fitting = [f"--verdicts={tmp_path}/few.jsonl", f"--fitted={tmp_path}/few.json"]
     with pytest.raises(UserError, match="a detector is fitted to at least 20"):
         audit.main([*arguments, *fitting])
+    assert "25 verdicts): what config.fne.prior should be" in capsys.readouterr().out
     assert not (tmp_path / "few.json").exists() and not (tmp_path / "out").exists()
 
 

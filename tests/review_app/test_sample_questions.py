@@ -8,7 +8,7 @@ from fne_jax.data.pairs import PairDataset
 from fne_jax.data.verdicts import MATCH, NO_MATCH, Verdict
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.report.suspects import JudgedSplit
-from fne_jax.report.verdict_fitting import fit_detector
+from fne_jax.report.verdict_fitting import fit_detector, said_of
 from fne_jax.review_app.sample_questions import questions_of_sample
 from tests.support.embeddings import statistics
 from tests.support.planted import is_true, planted_split
@@ -38,7 +38,7 @@ def test_questions_of_a_sample_and_what_is_learnt_from_the_answers():
     # What evaluates systems has labelled pairs too, which say nothing of unlabelled ones.
     labelled = dataclasses.replace(verdicts[0], image_id=500 + int(split.caption_image[0]))
     labelled = dataclasses.replace(labelled, caption_id=1000, caption=split.captions[0])
-    about = fit_detector(judged, [*verdicts, labelled]).about
+    about = fit_detector(judged, said_of(judged, [*verdicts, labelled])).about
     assert about["verdicts"] == 300 and about["matches"] == said.sum()
     found, caption = about["density"], np.arange(240)
     true = np.mean([is_true(split, topic, caption, np.full(240, image)) for image in range(80)])
