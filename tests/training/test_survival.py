@@ -455,7 +455,9 @@ def test_memory_is_flat_over_two_thousand_steps(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path)],
         cwd=TOP,
-        env=os.environ | {"XLA_FLAGS": xla_flags(1)},
+        # With glibc's one pool for each thread, what is free in one of them cannot go back: up to
+        # 30 MiB, over fifty epochs, while what is in use stays the same.
+        env=os.environ | {"XLA_FLAGS": xla_flags(1), "MALLOC_ARENA_MAX": "1"},
         capture_output=True,
         text=True,
     )
@@ -466,9 +468,9 @@ def test_memory_is_flat_over_two_thousand_steps(tmp_path):
     growths = [scipy.stats.theilslopes(epoch).slope / 10 for epoch in middle]
     print("bytes a step:", [round(growth) for growth in growths])
     assert np.median(growths) < 1024
-    # Epochs, with their validations and checkpoints: no trend beyond what the allocator's pools,
-    # which come and go by 5 to 20 MiB, leave possible. The parameters kept are 60 KiB, a
-    # validation's embeddings 0.3 MiB, an executable some MiB.
+    # Epochs, with their validations and checkpoints. 0.08 MiB was measured: in each checkpoint
+    # TensorStore's `to_json` (0.1.86) keeps the strings that it made, some 0.8 KiB an array. A
+    # validation's embeddings are 0.3 MiB, an executable some MiB.
     levels = np.median(middle, axis=1) / 2**20
-    print("MiB by epoch:", levels.round(1).tolist())
-    assert scipy.stats.theilslopes(levels[2:], alpha=0.99).low_slope < 0.001 * levels[2]
+    print("MiB by epoch:", levels.round(2).tolist())
+    assert scipy.stats.theilslopes(levels[2:]).slope < 0.2
