@@ -19,6 +19,7 @@ from fne_jax.retrieval.evaluation import score_split
 from fne_jax.retrieval.metric_names import WARMUP
 from fne_jax.training.checkpointing import Checkpoints
 from fne_jax.training.data_clock import DataClock
+from fne_jax.training.gallery import gallery_image
 from fne_jax.training.interruption import Stopped, StopRequest
 from fne_jax.training.metric_log import EVALUATED, MetricLog
 from fne_jax.training.step_results import StepResults
@@ -115,6 +116,7 @@ class Supervisor:
         self.log.write_histograms(step, {f"similarity_{k}": v for k, v in samples.items()})
         render = functools.partial(statistics_images, state.stats, self.config.fne)
         self.log.write_images(step, render)
+        self.log.write_images(step, lambda: {"gallery": gallery_image(self.val, split)})
         _log.info("step %d: validation rSum %.1f", step, metrics["rsum"])
         return metrics
 
