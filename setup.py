@@ -67,6 +67,8 @@ setuptools.setup(
         "fitted": ["scikit-learn>=1.9.1"],
         # TensorBoard's page for what `config.logging.profile_step` writes.
         "profile": ["xprof>=2.24.2"],
+        # Gets the scalars of TensorBoard too, for `config.logging.also`.
+        "wandb": ["wandb>=0.31.0"],
         # Compiles for TPUs that are not there; jax[tpu] names the versions that go with jax.
         "plan": ["jax[tpu]>=0.10.2"],
         # Compiles for GPUs that are not there: CUDA's compilers and libraries, 5 GB.
@@ -84,6 +86,7 @@ setuptools.setup(
             "hypothesis>=6.170.15",
             "import-linter>=2.16",
             "ruff>=0.17.5",
+            "basedpyright>=1.40.2",  # pyright that brings its own Node
             "scipy>=1.17.1",
             "scikit-learn>=1.9.1",
             "psutil>=7.2.2",

@@ -6,6 +6,7 @@ nor a config. Start at `fne_triplet_loss`.
 
 import importlib
 import warnings
+from typing import TYPE_CHECKING
 
 from fne_jax.encoders.pretrained_weights import load_pretrained, save_pretrained
 from fne_jax.objectives.contrastive import clip_loss, infonce_loss, sigmoid_loss
@@ -31,6 +32,9 @@ from fne_jax.objectives.similarity_statistics import (
 )
 from fne_jax.objectives.triplet_loss import hardest_negative_triplet_loss
 from fne_jax.retrieval.metrics import retrieval_metrics
+
+if TYPE_CHECKING:
+    from fne_jax.model.model import load_workdir  # see `_LATE`
 
 __all__ = [
     "Matches",

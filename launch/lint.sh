@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the test extras; then linter, formatter and floors. Changes nothing.
+# Installs the test extras; then linter, formatter, floors and types. Changes nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
@@ -7,3 +7,4 @@ install_project "[test]"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/lint-imports --no-logo --no-cache
+.venv/bin/basedpyright

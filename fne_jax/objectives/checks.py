@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 
@@ -30,7 +31,8 @@ def embeddings(**arrays: jax.Array) -> tuple[int, int]:
                 f"{name}: expected shape {jnp.shape(first)} as {first_name} has, "
                 f"got {jnp.shape(array)}"
             )
-    return jnp.shape(first)
+    batch, dim = jnp.shape(first)
+    return batch, dim
 
 
 def ids(name: str, array: jax.Array, count: int) -> None:
@@ -42,7 +44,7 @@ def ids(name: str, array: jax.Array, count: int) -> None:
 
 def in_range(
     name: str,
-    value: float,
+    value: float | jax.Array,
     low: float,
     high: float = float("inf"),
     *,

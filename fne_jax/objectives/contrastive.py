@@ -25,7 +25,7 @@ def infonce_loss(
     image_id: jax.Array,
     queue: MemoryQueue | None,
     *,
-    temperature: float = 0.07,
+    temperature: float | jax.Array = 0.07,
     matches: Matches | None = None,
 ) -> jax.Array:
     """Returns the contrastive loss over the batch's momentum keys and the queue.
@@ -72,7 +72,7 @@ def infonce_loss(
         logits = jnp.where(in_batch & ~own, -jnp.inf, logits)
         positive = jnp.diagonal(logits)
         normaliser = jax.nn.logsumexp(logits, axis=1)
-        if queue is not None:
+        if in_queue is not None:
             logits = cosine(direction.anchor, direction.queue_keys) / temperature
             logits = jnp.where(in_queue, -jnp.inf, logits)
             normaliser = jnp.logaddexp(normaliser, jax.nn.logsumexp(logits, axis=1))
@@ -86,7 +86,7 @@ def clip_loss(
     image_emb: jax.Array,
     text_emb: jax.Array,
     *,
-    temperature: float = 0.05,
+    temperature: float | jax.Array = 0.05,
     same_image: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the contrastive loss within a batch, both sides of every pair with gradient.
@@ -132,8 +132,8 @@ def sigmoid_loss(
     image_emb: jax.Array,
     text_emb: jax.Array,
     *,
-    temperature: float = 0.1,
-    bias: float = -10.0,
+    temperature: float | jax.Array = 0.1,
+    bias: float | jax.Array = -10.0,
     same_image: jax.Array | None = None,
     positives: jax.Array | None = None,
 ) -> jax.Array:

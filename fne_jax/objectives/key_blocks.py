@@ -129,7 +129,7 @@ class KeyBlocks:
         """
         parts = [self._reduce(self.batch_similarity, self.image_id, self.batch_matches, weigh)]
         if self.queue_keys is not None:
-            parts += self._scan_queue(weigh, key_chunk)
+            parts += self._scan_queue(self.queue_keys, weigh, key_chunk)
         weight, best = (jnp.concatenate(part, axis=0).T for part in zip(*parts, strict=True))
         if self.anchor.shape[0] % self.split.devices == 0:
             weight, best = self.split.rows(weight), self.split.rows(best)
@@ -152,7 +152,7 @@ class KeyBlocks:
         excluded = self.image_id[row] == self.image_id[:, None]
         if self.batch_matches is not None:
             excluded = excluded | _of_anchors(self.batch_matches, row)
-        if self.queue_keys is not None:
+        if self.queue_keys is not None and self.queue_id is not None:
             size = self.queue_keys.shape[0]
             slot = (block[:, None] - batch_blocks) * BLOCK + column
             in_queue = (block >= batch_blocks)[:, None]
@@ -187,12 +187,12 @@ class KeyBlocks:
         others = jnp.where(excluded, -jnp.inf, similarity)
         return _by_block(weight, jnp.sum), _by_block(others, jnp.max)
 
-    def _scan_queue(self, weigh, key_chunk):
-        size, batch = self.queue_keys.shape[0], self.anchor.shape[0]
+    def _scan_queue(self, queue_keys, weigh, key_chunk):
+        size, batch = queue_keys.shape[0], self.anchor.shape[0]
         chunk = size if key_chunk is None else min(key_chunk, size)
 
         # Without known matches there is None among them, which is an empty tree.
-        slots = self.queue_keys, self.queue_id, self.queue_matches
+        slots = queue_keys, self.queue_id, self.queue_matches
 
         def table_of(slots):
             keys, key_id, matches = slots

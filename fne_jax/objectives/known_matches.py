@@ -34,7 +34,7 @@ from fne_jax.objectives.features import Matches
 class KnownMatches(Protocol):
     """A table of known matches: a pytree of arrays."""
 
-    caption_image: jax.Array
+    caption_image: jax.Array | np.ndarray
 
     def match(self, image: jax.Array, pair: jax.Array) -> jax.Array:
         """Returns whether images are known to match the captions of pairs.
@@ -46,6 +46,7 @@ class KnownMatches(Protocol):
         Returns:
           bool, of the shape to which both broadcast.
         """
+        ...
 
 
 @flax.struct.dataclass
@@ -58,8 +59,8 @@ class CompleteMatches:
       caption_image: [pairs] int32 number of each caption's own image.
     """
 
-    bits: jax.Array
-    caption_image: jax.Array
+    bits: jax.Array | np.ndarray
+    caption_image: jax.Array | np.ndarray
 
     @classmethod
     def create(cls, bits: np.ndarray, caption_image: np.ndarray) -> CompleteMatches:
@@ -88,9 +89,9 @@ class ListedMatches:
       longest: The most images of a pair, which the program depends on.
     """
 
-    image: jax.Array
-    start: jax.Array
-    caption_image: jax.Array
+    image: jax.Array | np.ndarray
+    start: jax.Array | np.ndarray
+    caption_image: jax.Array | np.ndarray
     longest: int = flax.struct.field(pytree_node=False)
 
     @classmethod

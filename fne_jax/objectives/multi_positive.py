@@ -17,7 +17,7 @@ def multi_positive_loss(
     image_emb: jax.Array,
     text_emb: jax.Array,
     *,
-    temperature: float = 0.05,
+    temperature: float | jax.Array = 0.05,
     positives: jax.Array | None = None,
     excluded: jax.Array | None = None,
 ) -> jax.Array:

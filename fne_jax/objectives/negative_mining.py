@@ -167,7 +167,7 @@ def mined_loss(
         positive = jnp.diagonal(similarity)
         in_batch, in_queue = excluded_keys(direction, features.image_id, queue)
         candidate = ~in_batch
-        if queue is not None:
+        if in_queue is not None:
             in_queue_similarity = cosine(direction.anchor, direction.queue_keys)
             similarity = jnp.concatenate([similarity, in_queue_similarity], axis=1)
             candidate = jnp.concatenate([candidate, ~in_queue], axis=1)

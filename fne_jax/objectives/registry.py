@@ -92,7 +92,8 @@ def labelled_positives(features: Features) -> jax.Array:
 
 def known_positives(features: Features) -> jax.Array:
     """Returns [batch, batch] bool, true for an image, its captions, and those known to match."""
-    return labelled_positives(features) | features.matches.batch
+    labelled, matches = labelled_positives(features), features.matches
+    return labelled if matches is None else labelled | matches.batch
 
 
 def hardest_objective(rng, features, queue, stats, *, margin):

@@ -25,9 +25,9 @@ def chance_levels(split: EmbeddedSplit) -> dict[str, float]:
         truth = split.truth
         matches[COMPLETE] = {"i2t": (truth.sum(axis=1), captions), "t2i": (truth.sum(0), images)}
     levels = {
-        f"{source}{direction}_r{first}": 100 * float(_hit_rate(*of, first).mean())
+        f"{source}{direction}_r{first}": 100 * float(_hit_rate(count, candidates, first).mean())
         for source, directions in matches.items()
-        for direction, of in directions.items()
+        for direction, (count, candidates) in directions.items()
         for first in (1, 5, 10)
     }
     return levels | {"rsum": sum(levels[name] for name in RSUM_OF)}

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 
 from fne_jax.errors import UserError
@@ -23,6 +25,7 @@ from fne_jax.retrieval.monotone_posterior import MonotonePosterior
 from fne_jax.retrieval.own_captions import OwnCaptions
 from fne_jax.retrieval.pair_features import SplitInputs
 
+_Part = TypeVar("_Part")
 # Random unlabelled pairs, and captions of an image with its others, that calibrate a posterior.
 _CALIBRATION_PAIRS = 100_000
 
@@ -148,6 +151,17 @@ def best_available(evidence: Evidence) -> str:
     return next((name for name in PREFERENCE if name in there), PREFERENCE[-1])
 
 
+def present(part: _Part | None) -> _Part:
+    """Returns a part of the evidence that `Detector.missing` did not miss.
+
+    Raises:
+      ValueError: if it is missing all the same.
+    """
+    if part is None:
+        raise ValueError("part: expected evidence that is there, got None; see Detector.missing")
+    return part
+
+
 def calibrate_by_captions(
     score: Callable[[np.ndarray, np.ndarray], np.ndarray],
     own: OwnCaptions,
@@ -184,7 +198,7 @@ def _gaussians(evidence: Evidence) -> Callable[[PairsToJudge], Judgement]:
     def judge(pairs: PairsToJudge) -> Judgement:
         # Monotone, whatever the run trained with: a more similar pair is not a worse suspect.
         posterior = false_negative_posterior(
-            pairs.similarity, evidence.stats, evidence.prior, monotone=True
+            jnp.asarray(pairs.similarity), evidence.stats, evidence.prior, monotone=True
         )
         return Judgement(np.asarray(posterior), np.asarray(pairs.similarity, np.float32))
 
@@ -199,13 +213,14 @@ def enough_statistics(stats: SimilarityStatistics, min_count: int) -> bool:
 
 def _by_labelled_pairs(evidence: Evidence) -> Callable[[PairsToJudge], Judgement]:
     rng = np.random.default_rng(0)
+    image_emb, text_emb = present(evidence.image_emb), present(evidence.text_emb)
     captions = rng.permutation(len(evidence.captions))[:_CALIBRATION_PAIRS]
     of_others = rng.integers(len(evidence.captions), size=_CALIBRATION_PAIRS)
     images = rng.integers(evidence.images, size=_CALIBRATION_PAIRS)
     unlabelled = evidence.caption_image[of_others] != images
 
     def cosines(caption: np.ndarray, image: np.ndarray) -> np.ndarray:
-        return np.einsum("pd,pd->p", evidence.text_emb[caption], evidence.image_emb[image])
+        return np.einsum("pd,pd->p", text_emb[caption], image_emb[image])
 
     posterior = MonotonePosterior.fit(
         cosines(captions, evidence.caption_image[captions]),
@@ -257,11 +272,10 @@ def _nearest(evidence: Evidence, text_emb: np.ndarray) -> Callable[[PairsToJudge
 def _captions_and_words(evidence: Evidence) -> Callable[[PairsToJudge], Judgement]:
     own = OwnCaptions.of(evidence.caption_image, evidence.images)
     terms = own_captions.CaptionTerms.of(evidence.captions, own)
+    bank = present(evidence.caption_bank)
 
     def score(caption: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        cosine, nearest = own_captions.nearest_own_caption(
-            evidence.caption_bank, own, caption, image
-        )
+        cosine, nearest = own_captions.nearest_own_caption(bank, own, caption, image)
         share = own_captions.term_share(terms, own, caption, image)
         return (cosine + share) / 2, nearest
 
@@ -286,17 +300,18 @@ def _identical(evidence: Evidence) -> Callable[[PairsToJudge], Judgement]:
 
 
 def _by_verdicts(evidence: Evidence) -> Callable[[PairsToJudge], Judgement]:
+    detector = present(evidence.fitted)
     split = SplitInputs(
-        evidence.image_emb,
-        evidence.text_emb,
-        evidence.caption_bank,
+        present(evidence.image_emb),
+        present(evidence.text_emb),
+        present(evidence.caption_bank),
         evidence.captions,
         evidence.caption_image,
     )
 
     def judge(pairs: PairsToJudge) -> Judgement:
         table = features(split, pairs.caption, pairs.image)
-        score = evidence.fitted.log_odds(table).astype(np.float32)
+        score = detector.log_odds(table).astype(np.float32)
         _, nearest = own_captions.nearest_own_caption(
             split.caption_bank, split.own, pairs.caption, pairs.image
         )
@@ -308,7 +323,8 @@ def _by_verdicts(evidence: Evidence) -> Callable[[PairsToJudge], Judgement]:
 def _nothing_fitted(evidence: Evidence) -> str:
     if evidence.fitted is None:
         return "nothing was fitted to verdicts; give --fitted, and --verdicts to fit it to"
-    if evidence.image_emb is None or evidence.caption_bank is None:
+    parts = evidence.image_emb, evidence.text_emb, evidence.caption_bank
+    if any(part is None for part in parts):
         return "there are no embeddings of images and captions"
     return ""
 
@@ -364,7 +380,7 @@ DETECTORS: Mapping[str, Detector] = {
         "cosine of the caption and the nearest of the image's own",
         "text embeddings, and images of several captions",
         _no_bank,
-        lambda evidence: _nearest(evidence, evidence.caption_bank),
+        lambda evidence: _nearest(evidence, present(evidence.caption_bank)),
     ),
     "words": Detector(
         "as captions, and how many of the caption's words and pairs of neighbouring words are in "
@@ -387,7 +403,7 @@ DETECTORS: Mapping[str, Detector] = {
         "cosine of the caption and the nearest of the image's own",
         "embeddings of all captions in the split's order, and images of several captions",
         _no_external,
-        lambda evidence: _nearest(evidence, evidence.external),
+        lambda evidence: _nearest(evidence, present(evidence.external)),
     ),
 }
 # What ranks if nothing is asked for: what people taught, then a sentence encoder that somebody

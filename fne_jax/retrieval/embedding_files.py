@@ -166,7 +166,10 @@ def read_embeddings(folder: pathlib.Path) -> EmbeddedSplit:
     for kind, count in (("image", images), ("caption", captions)):
         path = folder / f"{kind}_id.npy"
         ids.append(_read_integers(path, count) if path.exists() else np.arange(count))
-    return EmbeddedSplit(image_emb, text_emb, owner, *ids, _read_matches(folder, images, owner))
+    image_id, caption_id = ids
+    return EmbeddedSplit(
+        image_emb, text_emb, owner, image_id, caption_id, _read_matches(folder, images, owner)
+    )
 
 
 def read_embeddings_of(folder: pathlib.Path, dataset: PairDataset) -> EmbeddedSplit:

@@ -35,6 +35,7 @@ _TREES: Mapping[str, Any] = {
     "max_leaf_nodes": _LEAVES,
     "min_samples_leaf": 20,
     "l2_regularization": 1.0,
+    "early_stopping": False,
 }
 # A precision of fewer verdicts than this is none.
 _LEAST_ABOVE = 10
@@ -251,9 +252,7 @@ def _fit_trees(table, is_match):
         raise UserError(
             "fitting a detector needs scikit-learn: pip install 'fne-jax[fitted]'"
         ) from error
-    model = HistGradientBoostingClassifier(
-        **_TREES, monotonic_cst=list(FEATURES.values()), early_stopping=False
-    )
+    model = HistGradientBoostingClassifier(**_TREES, monotonic_cst=list(FEATURES.values()))
     return Trees.of(model.fit(table, is_match))
 
 

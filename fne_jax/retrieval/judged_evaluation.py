@@ -132,7 +132,9 @@ def find_sample(verdicts: Sequence[Verdict], name: str | None = None) -> Evaluat
     Raises:
       UserError: if they are of none, of several, or not of the one that is named.
     """
-    there = sorted({one.sample for one in verdicts if EvaluationSample.of_name(one.sample)})
+    samples = {one.sample: EvaluationSample.of_name(one.sample) for one in verdicts}
+    samples = {name: sample for name, sample in samples.items() if sample}
+    there = sorted(samples)
     if not there:
         raise UserError("no verdict is of a sample for evaluation; `review --for-evaluation` "
                         "asks for such")  # fmt: skip
@@ -140,7 +142,7 @@ def find_sample(verdicts: Sequence[Verdict], name: str | None = None) -> Evaluat
         raise UserError(f"verdicts are of several samples; name one by --sample: {there}")
     if name is not None and name not in there:
         raise UserError(f"--sample={name!r} is none of those that were judged: {there}")
-    return EvaluationSample.of_name(there[0] if name is None else name)
+    return samples[there[0] if name is None else name]
 
 
 def measure_judged(

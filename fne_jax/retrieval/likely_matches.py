@@ -15,7 +15,7 @@ from fne_jax.data.match_files import KnownPairs, write_match_list
 from fne_jax.data.pairs import PairDataset
 from fne_jax.objectives.similarity_statistics import cosine
 from fne_jax.retrieval.blocks import by_blocks
-from fne_jax.retrieval.detectors import Evidence, Judgement, PairsToJudge
+from fne_jax.retrieval.detectors import Evidence, Judgement, PairsToJudge, present
 from fne_jax.retrieval.own_captions import OwnCaptions
 
 # Of pairs that training is to take for matches. In trials with the truth in hand, finds of which 4
@@ -127,9 +127,9 @@ def write_likely_matches(
     """
     found = likely_matches(
         judge,
-        evidence.image_emb,
-        evidence.text_emb,
-        evidence.caption_bank,
+        present(evidence.image_emb),
+        present(evidence.text_emb),
+        present(evidence.caption_bank),
         evidence.caption_image,
         per_caption=per_caption,
         least=least,

@@ -190,7 +190,7 @@ def match_scores(
         shares = {f"r{k}": hits[:, :k].any(axis=1) for k in RECALL_AT}
         shares["r_precision"] = counted.sum(axis=1) / count
         shares["map_at_r"] = (precision * counted).sum(axis=1) / count
-        return {name: 100.0 * values for name, values in shares.items()}
+        return {name: 100.0 * np.asarray(values) for name, values in shares.items()}
 
     return QueryScores(by_blocks(len(queries), scores_of), None, image, len(gallery))
 

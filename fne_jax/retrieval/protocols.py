@@ -194,7 +194,7 @@ def measurements(
         parts = [measured[prefix + name] for name in metrics.RSUM_OF]
         measured[f"{prefix}rsum"] = Measurement(
             sum(part.value for part in parts),
-            *intervals.interval(sum(samples[name] for name in metrics.RSUM_OF)),
+            *intervals.interval(np.sum([samples[name] for name in metrics.RSUM_OF], axis=0)),
             f"sum of {', '.join(prefix + name for name in metrics.RSUM_OF)}; queries and "
             "candidates: of images, then of captions",
             [parts[0].queries, parts[-1].queries],
