@@ -247,6 +247,8 @@ def get_config() -> ConfigDict:
     config.logging = logging = ConfigDict()
     # Steps over which scalars are averaged before they are written.
     logging.every_steps = 50
+    # Where the scalars of TensorBoard go too: any of "wandb" and "trackio".
+    logging.also = ()
     # Seconds between progress lines where there is no terminal.
     logging.progress_seconds = 20
     # Step whose surroundings are profiled for TensorBoard, 0 for none.

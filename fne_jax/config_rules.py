@@ -36,6 +36,7 @@ ADDED_FIELDS = {
     "data.matches": "",
     "objective.oracle": registry.NO_ORACLE,
     "optimizer.objective_factor": 1.0,
+    "logging.also": (),
 }
 
 # Fields whose values have other names by now, and which; read likewise.
@@ -107,6 +108,22 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
+class Choices:
+    """Any of several names, each at most once."""
+
+    names: tuple[str, ...]
+
+    def allows(self, value: Any) -> bool:
+        """Returns whether a field may have the value."""
+        if not isinstance(value, list | tuple):
+            return False
+        return all(name in self.names for name in value) and len(set(value)) == len(value)
+
+    def __str__(self):
+        return f"a tuple of any of {', '.join(self.names)}, each once"
+
+
+@dataclasses.dataclass(frozen=True)
 class Text:
     """A name or a path, or, if it is optional, nothing."""
 
@@ -140,6 +157,7 @@ def _whole(low, high=_ANY, **options):
 
 
 SCHEDULES = ("step", "cosine")
+TRACKERS = ("wandb", "trackio")  # what `config.logging.also` may name
 _POOLINGS = Choice(("auto", *POOLINGS, CHECKPOINT))
 _SIZE = _whole(1, 2**16)
 _TOWER = {
@@ -249,6 +267,7 @@ FIELDS = {
     "checkpoint.keep_latest": _whole(1),
     "checkpoint.every_steps": _whole(0),
     "logging.every_steps": _whole(1),
+    "logging.also": Choices(TRACKERS),
     "logging.progress_seconds": Number(0, _ANY),
     "logging.profile_step": _whole(0),
 }

@@ -34,6 +34,7 @@ from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.step_results import StepResults
 from fne_jax.training.supervisor import Supervisor
 from fne_jax.training.timeline import Timeline
+from fne_jax.training.trackers import check_installed, open_trackers
 from fne_jax.training.train_state import abstract_state, first_state
 
 _log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ def _train(config, workdir, warmup_only, module):
     config, architectures = configuration.resolve(config, workdir if begun else None)
     if begun:
         run_folder.check_begun(workdir, config)
+    with processes.failing_together("config.logging.also"):
+        check_installed(config.logging.also)
     use_compile_cache(config.compile_cache)
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
     config_rules.check_batches(config, mesh.size)
@@ -135,7 +138,9 @@ def _train(config, workdir, warmup_only, module):
             model=model,
             val=val,
             checkpoints=checkpoints,
-            log=MetricLog(workdir, first_step, validated),
+            log=MetricLog(
+                workdir, first_step, validated, open_trackers(config, workdir, first_step)
+            ),
             results=StepResults(order, train, position),
             stop=stop,
             profile=profiler(config.logging.profile_step, workdir),

@@ -6,13 +6,17 @@ import json
 import logging
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
+
+if TYPE_CHECKING:
+    from clu.metric_writers import MetricWriter
 
 FILE_NAME = "metrics.jsonl"
 EVALUATED = "eval_"  # begins the names of what a validation measured
@@ -55,10 +59,18 @@ class MetricLog:
       workdir: the run's folder.
       resumed_step: step that the run resumes from, or 0.
       validated: whether the validation at that step stands; if not, its line is dropped too.
+      also: Writers that get TensorBoard's scalars too, see `trackers.open_trackers`.
     """
 
-    def __init__(self, workdir: pathlib.Path, resumed_step: int, validated: bool = True):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        resumed_step: int,
+        validated: bool = True,
+        also: Sequence[MetricWriter] = (),
+    ):
         self._path = workdir / FILE_NAME
+        self._also = also
         self._writer = None
         self._active = jax.process_index() == 0
         if not self._active:
@@ -86,8 +98,9 @@ class MetricLog:
                 stream.write(json.dumps({"step": step, **finite}) + "\n")
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written: {error}") from error
-        if self._writer is not None:
-            self._writer.write_scalars(step, _tagged(scalars))
+        for writer in (self._writer, *self._also):
+            if writer is not None:
+                writer.write_scalars(step, _tagged(scalars))
 
     def write_histograms(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes histograms to TensorBoard."""
@@ -103,6 +116,12 @@ class MetricLog:
         """Makes TensorBoard's file current."""
         if self._writer is not None:
             self._writer.flush()
+
+    def close(self) -> None:
+        """Makes TensorBoard's file current and waits until the other writers have sent it all."""
+        self.flush()
+        for writer in self._also:
+            writer.close()
 
     def _drop_after(self, step, validated):
         if not self._path.exists():

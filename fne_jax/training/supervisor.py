@@ -135,7 +135,7 @@ class Supervisor:
     def finish(self) -> None:
         """Waits until everything is on disk."""
         self.checkpoints.finish()
-        self.log.flush()
+        self.log.close()
 
     def _write_means(self, done, clock):
         means = self.results.take_means()
