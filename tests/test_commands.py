@@ -212,7 +212,7 @@ def test_audit_lists_likely_false_negatives(shapes_run, capsys, tmp_path, monkey
     printed = capsys.readouterr().out
     assert_all_in(printed, "detector words: ", "captions, t2i, hardest 20 of a query, ")
     quality = json.loads((tmp_path / audit_pages.QUALITY_NAME).read_text())
-    assert set(quality) == {"gaussians", "captions", "words", "identical"}
+    assert set(quality) == {"similarity", "gaussians", "captions", "words", "identical"}
     assert 0 <= quality["words"]["i2t_hardest_1"]["density"] <= 1
     rows = [json.loads(line) for line in lines_of(tmp_path)]
     keys = [(row["probability"], row["score"]) for row in rows]
