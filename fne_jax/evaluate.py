@@ -27,6 +27,7 @@ from fne_jax.model.model import Model, pretrained_model, restore_model
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.parallel import processes
 from fne_jax.parallel.compile_cache import use_compile_cache
+from fne_jax.report.in_words import what_was_learnt
 from fne_jax.report.suspects import judged_by_embeddings
 from fne_jax.retrieval import embedding_files, evaluation, judged_evaluation, protocols
 from fne_jax.training import metric_log
@@ -75,6 +76,8 @@ def main(arguments: list[str]) -> None:
         measured = _report(scored, json_path, options)
         if page_path is not None:
             _write_page(page_path, scored, measured, options)
+        if source == "workdir":
+            _print_what_was_learnt(scored, measured, options)
 
 
 def _parse(arguments):
@@ -307,6 +310,13 @@ def _write_page(path: pathlib.Path, scored: _Scored, measured, options: argparse
     )
     write_run_report(path, evaluated)
     print(f"written to {path}")
+
+
+def _print_what_was_learnt(scored: _Scored, measured, options: argparse.Namespace) -> None:
+    values = {name: one.value for name, one in measured.items()}
+    log = metric_log.read_metrics(pathlib.Path(options.workdir))
+    if "t2i_r1" in values:  # not with a protocol of folds alone
+        print("", *what_was_learnt(values, log, len(scored.embedded.image_emb)), sep="\n")
 
 
 if __name__ == "__main__":

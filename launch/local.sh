@@ -17,7 +17,20 @@ shift $(($# < 2 ? $# : 2))
 source "$top/launch/dry_run.sh"
 # shellcheck source=launch/install.sh
 source "$top/launch/install.sh"
+
+# Announces a step; who is to end it says so by `ended`.
+announce() {
+  [ "${DRY_RUN:-0}" = 1 ] || printf '\n== %s\n' "$*"
+  since=$SECONDS
+}
+
+ended() {
+  [ "${DRY_RUN:-0}" = 1 ] || printf '   done in %d s\n' $((SECONDS - since))
+}
+
+announce "1/4 install into $top/.venv"
 run install_project ""
+ended
 
 # One signal to this script becomes one to each process: in process groups of their own (-m) they
 # do not see the terminal's Ctrl-C as well, and take it for a second.
@@ -49,14 +62,17 @@ finish() {
   done
   started=()
   [ "$status" = 0 ] || exit "$status"
+  ended
 }
 
 # -P: a folder fne_jax where this is called is not the package.
 python=("$top/.venv/bin/python" -P -m)
 processes=${PROCESSES:-1}
+announce "2/4 prepare the data of $config"
 begin "${python[@]}" fne_jax.prepare --config="$config" "$@"
 finish
 train=("${python[@]}" fne_jax.train --config="$config" --workdir="$workdir" "$@")
+announce "3/4 train in $workdir (stop with Ctrl-C; the same command goes on)"
 if [ "$processes" = 1 ]; then
   begin "${train[@]}"
 else
@@ -66,11 +82,17 @@ else
   done
 fi
 finish
+announce "4/4 evaluate on the test split"
 begin "${python[@]}" fne_jax.evaluate --workdir="$workdir" --checkpoint=best --split=test
 finish
+command=$top/.venv/bin/python
 cat <<EOF
 
-TensorBoard logs  $top/.venv/bin/tensorboard --logdir $workdir
-checkpoints       $workdir/checkpoints
-metrics           $workdir/eval_test.json and $workdir/metrics.jsonl
+report       $workdir/report.html
+metrics      $workdir/eval_test.json and $workdir/metrics.jsonl
+TensorBoard  $top/.venv/bin/tensorboard --logdir $workdir
+
+Next, search the test images by a sentence, then judge what the labels may have missed:
+  $command -m fne_jax.search --workdir=$workdir --images=test "a large red circle"
+  $command -m fne_jax.review --workdir=$workdir    # after $command -m pip install -e '${top}[review]'
 EOF

@@ -451,3 +451,19 @@ def test_gpu_bench_measures_what_its_arguments_say(tmp_path):
         assert command[-1] == "--rounds=1"
         overrides = [a for a in command if a.startswith("--config.")]
         configuration.load_config(str(TOP / "configs" / "flickr30k.py"), overrides)
+
+
+def test_local_announces_its_steps_and_says_what_comes_next(installed):
+    python = installed / ".venv" / "bin" / "python"
+    write_script(python, '#!/usr/bin/env bash\necho "ran $3"\n')
+    done = bash(installed / "launch" / "local.sh", "mine.py", "runs/mine", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    steps = re.findall(r"^== (\d/4 \w+).*\n(?:.*\n)*?   done in \d+ s$", done.stdout, re.MULTILINE)
+    assert steps == ["1/4 install", "2/4 prepare", "3/4 train", "4/4 evaluate"]
+    assert re.findall(r"^ran fne_jax\.(\w+)$", done.stdout, re.MULTILINE) == [
+        "prepare", "train", "evaluate"
+    ]  # fmt: skip
+    end = done.stdout[done.stdout.index("4/4 evaluate") :]
+    for told in ("mine/report.html", "--logdir runs/mine", "fne_jax.search --workdir=runs/mine"):
+        assert told in end
+    assert end.index("fne_jax.search") < end.index("fne_jax.review")
