@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from fne_jax.errors import UserError
+from fne_jax.errors import UserError, first_line
 from fne_jax.files import write_atomically
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class MetricLog:
     """Writes scalars, histograms and images, on process 0 alone.
 
     metrics.jsonl holds one line a write and no step twice: lines beyond the step that a run
-    resumes from are dropped. TensorBoard is left out, with a warning, where clu is not installed.
+    resumes from are dropped. TensorBoard is left out, with a warning, where clu is not installed,
+    and once its file cannot be written.
 
     Args:
       workdir: the run's folder.
@@ -98,24 +99,38 @@ class MetricLog:
                 stream.write(json.dumps({"step": step, **finite}) + "\n")
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written: {error}") from error
-        for writer in (self._writer, *self._also):
-            if writer is not None:
-                writer.write_scalars(step, _tagged(scalars))
+        self._to_tensorboard(lambda writer: writer.write_scalars(step, _tagged(scalars)))
+        for writer in self._also:
+            writer.write_scalars(step, _tagged(scalars))
 
     def write_histograms(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes histograms to TensorBoard."""
-        if self._writer is not None:
-            self._writer.write_histograms(step, _tagged(arrays))
+        self._to_tensorboard(lambda writer: writer.write_histograms(step, _tagged(arrays)))
 
     def write_images(self, step: int, render: Callable[[], Mapping[str, np.ndarray]]) -> None:
         """Writes [1, height, width, 3] uint8 images; without TensorBoard none is rendered."""
-        if self._writer is not None:
-            self._writer.write_images(step, _tagged(render()))
+        self._to_tensorboard(lambda writer: writer.write_images(step, _tagged(render())))
 
     def flush(self) -> None:
         """Makes TensorBoard's file current."""
-        if self._writer is not None:
-            self._writer.flush()
+        self._to_tensorboard(lambda writer: writer.flush())
+
+    def _to_tensorboard(self, write):
+        """Writes to TensorBoard's file, if there is one; after an error there is none."""
+        if self._writer is None:
+            return
+        # Where clu is, TensorFlow is; training from arrays does without both.
+        from tensorflow.errors import OpError
+
+        try:
+            write(self._writer)
+        except OpError as error:
+            self._writer = None
+            _log.warning(
+                "%s: TensorBoard's log cannot be written: %s; the run goes on without it",
+                self._path.parent,
+                first_line(error),
+            )
 
     def close(self) -> None:
         """Makes TensorBoard's file current and waits until the other writers have sent it all."""

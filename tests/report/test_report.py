@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import logging
+import resource
 import sys
 
 import jax
@@ -20,7 +21,7 @@ from fne_jax.objectives.similarity_statistics import (
 from fne_jax.report import examples, run_report
 from fne_jax.retrieval import blocks
 from fne_jax.retrieval.chance import chance_levels
-from fne_jax.training.metric_log import MetricLog
+from fne_jax.training.metric_log import MetricLog, read_metrics
 from tests.support.embeddings import statistics, unit_rows
 from tests.support.pages import HOSTILE, Page, assert_safe_and_complete, hostile_split
 from tests.support.tiny import tiny_config
@@ -277,6 +278,23 @@ def test_without_matplotlib_there_is_a_warning_and_no_page(tmp_path, monkeypatch
         "no figures in TensorBoard: pip install matplotlib",
     ]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_ends_tensorboard_and_not_the_log(tmp_path, caplog):
+    log = MetricLog(tmp_path, 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        for step in (1, 2):
+            noise = np.random.default_rng(step).integers(256, size=(1, 99, 99, 3), dtype=np.uint8)
+            log.write_images(step, lambda image=noise: {"gallery": image})
+            log.flush()
+            log.write(step, {"loss": 0.5 * step})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert f"{tmp_path}: TensorBoard's log cannot be written" in told
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [0.5, 1.0]
 
 
 def test_tensorboard_gets_the_figures(tmp_path, monkeypatch):
