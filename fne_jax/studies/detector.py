@@ -136,6 +136,25 @@ def judged_candidates(
     )
 
 
+def evidence_of(model: Model, train: PairDataset) -> detectors.Evidence:
+    """Returns what a run's model knows of its training split, but for the embeddings of images.
+
+    Args:
+      model: The model of the run, with its statistics and its momentum encoders.
+      train: Its training split.
+    """
+    tokens = model.tokenize(train.captions, model.config.evaluation.text_length)
+    return detectors.Evidence(
+        captions=train.captions,
+        caption_image=train.caption_image,
+        images=len(train.image_id),
+        prior=model.config.fne.prior,
+        stats=jax.device_get(model.stats),
+        min_count=model.config.fne.min_count,
+        caption_bank=model.embedder.captions(model.momentum_params, tokens),
+    )
+
+
 def _quality(model, train, anchors):
     """Returns the quality of each detector that is there among the hardest of the queue."""
     most = max(HARDEST)
@@ -146,15 +165,6 @@ def _quality(model, train, anchors):
     slot, similarity = hardest_candidates(anchors.text_emb, anchors.queue_image, *images, most)
     own = np.broadcast_to(anchors.caption[:, None], slot.shape)
     found["t2i"] = Candidates(own, anchors.slot_image[slot], similarity)
-    tokens = model.tokenize(train.captions, model.config.evaluation.text_length)
-    evidence = detectors.Evidence(
-        captions=train.captions,
-        caption_image=train.caption_image,
-        images=len(train.image_id),
-        prior=model.config.fne.prior,
-        stats=jax.device_get(model.stats),
-        min_count=model.config.fne.min_count,
-        caption_bank=model.embedder.captions(model.momentum_params, tokens),
-    )
+    evidence = evidence_of(model, train)
     judges = {name: detectors.fitted(name, evidence) for name in detectors.available(evidence)}
     return detection_quality.quality(judges, found, train.truth.is_true)

@@ -7,15 +7,13 @@ import pathlib
 import re
 from collections.abc import Callable
 
-import jax
-import numpy as np
-
 from fne_jax.data import match_files
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
-from fne_jax.model.model import Model, restore_model
+from fne_jax.model.model import restore_model
 from fne_jax.retrieval import detectors, fitted_detector, pair_features, verdict_samples
 from fne_jax.retrieval.likely_matches import LEAST_PROBABILITY, write_likely_matches
+from fne_jax.studies import detector
 
 # What finds the matches: detectors that ask nobody, and one that is fitted to so many verdicts.
 SOURCES = ("similarity", "gaussians", "captions", "words", "identical", "fittedN")
@@ -61,7 +59,13 @@ def ensure(warmup: pathlib.Path, source: str) -> None:
         return
     model = restore_model(warmup, "latest")
     train = model.load_split("train")
-    evidence = _evidence(model, train)
+    # The matrix of all true matches, large for a training split, is not needed.
+    embedded = model.embed_split(dataclasses.replace(train, truth=None))
+    evidence = dataclasses.replace(
+        detector.evidence_of(model, train),
+        image_emb=embedded.image_emb,
+        text_emb=embedded.text_emb,
+    )
     verdicts = _FITTED.fullmatch(source)
     if verdicts:
         judge, least = _fitted(evidence, train, int(verdicts[1]), model.config.seed)
@@ -96,27 +100,7 @@ def _fitted(
     drawn = verdict_samples.sample(split, verdicts, seed)
     table = pair_features.features(split, drawn.caption, drawn.image)
     is_match = train.truth.is_true(drawn.caption, drawn.image)
-    detector = fitted_detector.fit(table, is_match, drawn.weight, seed)
+    found = fitted_detector.fit(table, is_match, drawn.weight, seed)
 
-    def judge(pairs: detectors.PairsToJudge) -> detectors.Judgement:
-        log_odds = detector.log_odds(pair_features.features(split, pairs.caption, pairs.image))
-        return detectors.Judgement(1 / (1 + np.exp(-log_odds)), log_odds)
-
-    return judge, detector.threshold(LEAST_PROBABILITY)
-
-
-def _evidence(model: Model, train: PairDataset) -> detectors.Evidence:
-    # The matrix of all true matches, large for a training split, is not needed.
-    split = model.embed_split(dataclasses.replace(train, truth=None))
-    tokens = model.tokenize(train.captions, model.config.evaluation.text_length)
-    return detectors.Evidence(
-        captions=train.captions,
-        caption_image=train.caption_image,
-        images=len(train.image_id),
-        prior=model.config.fne.prior,
-        stats=jax.device_get(model.stats),
-        min_count=model.config.fne.min_count,
-        caption_bank=model.embedder.captions(model.momentum_params, tokens),
-        image_emb=split.image_emb,
-        text_emb=split.text_emb,
-    )
+    judge = detectors.fitted("fitted", dataclasses.replace(evidence, fitted=found))
+    return judge, found.threshold(LEAST_PROBABILITY)
