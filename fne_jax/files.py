@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -15,6 +16,8 @@ from fne_jax.errors import UserError
 
 _INCOMPLETE = ".incomplete"
 AnyPath = pathlib.Path | epath.Path
+# What file systems answer that know no locks, such as some mounts of buckets.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 def write_atomically(path: AnyPath, content: str | bytes) -> None:

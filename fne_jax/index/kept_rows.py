@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import json
 import logging
@@ -31,15 +30,13 @@ from typing import Any
 import numpy as np
 
 from fne_jax.errors import UserError
-from fne_jax.files import remove_leftovers, whole_folder, write_atomically
+from fne_jax.files import NO_LOCKS, remove_leftovers, whole_folder, write_atomically
 
 ROWS, NAMES, ABOUT = "rows.npy", "names.jsonl", "about.json"
 # Counts up with each change of what a part holds.
 LAYOUT = 1
 _PART = re.compile(r"part-(\d{6,})")
 _COPIED_ROWS = 16_384
-# What file systems answer that know no locks, such as some mounts of buckets.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _log = logging.getLogger(__name__)
 
 
@@ -253,7 +250,7 @@ def held(folder: pathlib.Path) -> Iterator[None]:
             _log.info("%s: another process is embedding there; waiting for it", folder)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             _log.warning("%s: no locks here (%s): search from one process", folder, error)
         yield

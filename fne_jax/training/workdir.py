@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import json
 import logging
@@ -23,15 +22,13 @@ from fne_jax import configuration
 from fne_jax.data.pairs import DatasetIdentity
 from fne_jax.encoders import towers
 from fne_jax.errors import UserError
-from fne_jax.files import remove_leftovers, write_atomically
+from fne_jax.files import NO_LOCKS, remove_leftovers, write_atomically
 from fne_jax.model import checkpoints, tokenizers
 from fne_jax.parallel import processes
 from fne_jax.training.metric_log import FILE_NAME as METRICS_FILE
 
 DATA_FILE = "data.json"
 LOCK_FILE = "run.lock"
-# What file systems answer that know no locks, such as some mounts of buckets.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _log = logging.getLogger(__name__)
 
 
@@ -197,7 +194,7 @@ def _lock(workdir):
                 "wait for it, stop it, or give another --workdir"
             ) from None
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             _log.warning("%s: no locks here (%s): begin no second run in it", workdir, error)
         # For the message of the one who comes second.
