@@ -78,11 +78,7 @@ def _train(config, workdir, warmup_only, module):
     config_rules.check_batches(config, mesh.size)
 
     # Data.
-    with processes.first_process_first("data"):
-        train = load_split(config.data, config.encoder.image.image_size, "train")
-        val = load_evaluation_split(config, "val")
-    with processes.failing_together("config.data.matches"):
-        known = known_matches(config, train, mesh)
+    train, val, known = _load(config, mesh)
     data = {"train": train.identity, "val": val.identity} | known.data
     if begun:
         run_folder.check_data(workdir, data)
@@ -170,6 +166,15 @@ def _train(config, workdir, warmup_only, module):
                 supervisor.after_step(state, scalars, negatives, step + 1, clock, progress)
             supervisor.finish()
         _log.info("the run is complete: %d steps", last_step)
+
+
+def _load(config, mesh):
+    """Returns the training and the validation split, and what is known of further matches."""
+    with processes.first_process_first("data"):
+        train = load_split(config.data, config.encoder.image.image_size, "train")
+        val = load_evaluation_split(config, "val")
+    with processes.failing_together("config.data.matches"):
+        return train, val, known_matches(config, train, mesh)
 
 
 def batch_order(config: ml_collections.ConfigDict, train: PairDataset) -> BatchOrder:
