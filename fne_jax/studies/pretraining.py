@@ -87,7 +87,7 @@ def pretrain_towers(config: ml_collections.ConfigDict, folder: pathlib.Path, ste
 
 
 def _image_loss(model, train):
-    """Returns the shape of the image tower's head, and its loss by parameters, rows and a key.
+    """Returns the image tower's task: its head's shape, the inputs of rows, and the loss of those.
 
     The loss is the binary cross-entropy of what stands in each quarter of the images.
     """
