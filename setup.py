@@ -14,6 +14,7 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["fne_jax", "fne_jax.*"]),
     package_data={
+        "fne_jax": ["py.typed"],
         "fne_jax.report": ["templates/*"],
         "fne_jax.review_app": ["templates/*.html", "static/*"],
     },
@@ -97,6 +98,8 @@ setuptools.setup(
             "qdrant-client>=1.20.0",
             "starlette>=1.10.0",
             "uvicorn>=0.54.0",
+            "nbclient>=0.11.0",  # runs the notebook of the quickstart, in a kernel of ipykernel
+            "ipykernel>=7.4.0",
             "httpx2>=2.16.2",  # Starlette's client for tests
             "playwright>=1.65.2",  # with the system's Chromium
         ],
