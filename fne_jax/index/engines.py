@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import uuid
+import weakref
 
 import numpy as np
 
@@ -175,6 +176,9 @@ class Qdrant(Engine):
                 self._client = qdrant_client.QdrantClient(where)
             else:
                 self._client = qdrant_client.QdrantClient(path=os.path.expanduser(where))
+            # An index has no end that its users must tell: its folder is free, and its database
+            # closed, when it is no longer used or could not be filled.
+            self._finalizer = weakref.finalize(self, self._client.close)
             self._fill(part)
 
     def nearest(self, queries, count):
@@ -190,8 +194,8 @@ class Qdrant(Engine):
         return found
 
     def close(self) -> None:
-        """Lets go of the folder or the server."""
-        self._client.close()
+        """Lets go of the folder or the server, as happens when the engine is no longer used."""
+        self._finalizer()
 
     @contextlib.contextmanager
     def _told(self):

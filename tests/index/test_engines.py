@@ -141,6 +141,15 @@ def test_a_collection_follows_the_rows(tmp_path, queries, monkeypatch):
     assert engines.create_engine(spec, part).sent == 9
 
 
+def test_a_folder_is_free_when_its_engine_is_no_longer_used(tmp_path):
+    spec, part = f"qdrant:{tmp_path / 'qdrant'}", part_of(tmp_path / "index", range(7))
+    first = engines.create_engine(spec, part)
+    kept = first._client  # as a cycle or a traceback would
+    del first
+    assert engines.create_engine(spec, part).sent == 0
+    del kept
+
+
 def test_a_server_that_is_not_there_is_one_line(part):
     with pytest.raises(UserError, match="Qdrant cannot be used") as error:
         engines.create_engine("qdrant:http://127.0.0.1:9", part)
