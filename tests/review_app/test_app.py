@@ -1,5 +1,6 @@
 """The pages by themselves: what they show, what they save, and what they refuse."""
 
+import contextlib
 import dataclasses
 import io
 import sqlite3
@@ -32,10 +33,21 @@ def ask(client, path, body):
 
 
 @pytest.fixture
-def review(tmp_path):
-    made = some_review(tmp_path / "v.sqlite", hostile_split())
-    yield made
-    made.store.close()
+def make_review():
+    """Returns `some_review`, whose stores are closed after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*arguments, **keywords):
+            made = some_review(*arguments, **keywords)
+            stack.callback(made.store.close)
+            return made
+
+        yield make
+
+
+@pytest.fixture
+def review(make_review, tmp_path):
+    return make_review(tmp_path / "v.sqlite", hostile_split())
 
 
 @pytest.fixture
@@ -154,8 +166,8 @@ def test_taking_back(client, review):
     assert review.store.last() == []
 
 
-def test_two_reviewers_of_one_store(client, review, tmp_path):
-    berts = some_review(tmp_path / "v.sqlite", review.dataset, reviewer="bert")
+def test_two_reviewers_of_one_store(make_review, client, review, tmp_path):
+    berts = make_review(tmp_path / "v.sqlite", review.dataset, reviewer="bert")
     bert = client_of(berts)
     for one, verdict in ((client, "match"), (bert, "no_match")):
         body = {"caption": 0, "image": 1, "verdict": verdict}
@@ -232,10 +244,10 @@ def test_there_is_no_such_page(client, path):
     assert "import" not in answer.text and "root:" not in answer.text
 
 
-def test_a_page_of_other_data_judges_nothing(client, review, tmp_path):
+def test_a_page_of_other_data_judges_nothing(make_review, client, review, tmp_path):
     other = hostile_split()
     other = dataclasses.replace(other, captions=[text + "!" for text in other.captions])
-    others = some_review(tmp_path / "other.sqlite", other)
+    others = make_review(tmp_path / "other.sqlite", other)
     client.data = data_of(others)
     for path, body in (
         ("/verdict", {"caption": 0, "image": 1, "verdict": "match"}),
@@ -247,11 +259,11 @@ def test_a_page_of_other_data_judges_nothing(client, review, tmp_path):
     others.store.close()
 
 
-def test_images_are_small_jpegs_of_the_split(tmp_path):
+def test_images_are_small_jpegs_of_the_split(make_review, tmp_path):
     pixels = np.zeros((7, 3, 2000, 3), np.uint8)
     pixels[4, :, :, 0] = 255
     split = dataclasses.replace(hostile_split(), images=pixels)
-    review = some_review(tmp_path / "v.sqlite", split)
+    review = make_review(tmp_path / "v.sqlite", split)
     for size, side in SIZES.items():
         answer = client_of(review).get(f"/images/{data_of(review)}/{size}/4.jpg")
         image = Image.open(io.BytesIO(answer.content))
@@ -301,8 +313,8 @@ def test_a_verdict_that_cannot_be_saved_is_not_said_to_be(client, review):
     assert answer.status_code == 500 and "v.sqlite: no such table" in answer.text
 
 
-def test_nothing_to_review_is_a_page_too(tmp_path):
-    review = some_review(tmp_path / "v.sqlite", hostile_split(), count=0)
+def test_nothing_to_review_is_a_page_too(make_review, tmp_path):
+    review = make_review(tmp_path / "v.sqlite", hostile_split(), count=0)
     review = dataclasses.replace(review, search=None)
     client = client_of(review)
     assert "There is nothing to review" in client.get("/").text
@@ -310,8 +322,8 @@ def test_nothing_to_review_is_a_page_too(tmp_path):
     review.store.close()
 
 
-def test_the_last_page_says_that_all_is_done(tmp_path):
-    review = some_review(tmp_path / "v.sqlite", hostile_split(), count=1)
+def test_the_last_page_says_that_all_is_done(make_review, tmp_path):
+    review = make_review(tmp_path / "v.sqlite", hostile_split(), count=1)
     client = client_of(review)
     body = {"caption": 0, "image": 1, "verdict": "match"}
     ask(client, "/verdict", body)

@@ -371,7 +371,9 @@ def test_another_site_can_neither_read_nor_judge(chromium, server, tmp_path):
                 break
             page.wait_for_timeout(100)
         assert page.title() == "elsewhere"
-        data = data_of(some_review(tmp_path / "w.sqlite", hostile_split(images=12)))
+        review = some_review(tmp_path / "w.sqlite", hostile_split(images=12))
+        review.store.close()
+        data = data_of(review)
         body = json.dumps({"data": data, "caption": 0, "image": 1, "verdict": "match"})
         for kind in ("application/json", "text/plain"):
             for mode in ("cors", "no-cors"):
