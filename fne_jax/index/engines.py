@@ -178,7 +178,7 @@ class Qdrant(Engine):
                 self._client = qdrant_client.QdrantClient(path=os.path.expanduser(where))
             # An index has no end that its users must tell: its folder is free, and its database
             # closed, when it is no longer used or could not be filled.
-            self._finalizer = weakref.finalize(self, self._client.close)
+            weakref.finalize(self, self._client.close)
             self._fill(part)
 
     def nearest(self, queries, count):
@@ -192,10 +192,6 @@ class Qdrant(Engine):
             rows = [self._rows[str(point.id)] for point in answer.points]
             found[number, : len(rows)] = rows
         return found
-
-    def close(self) -> None:
-        """Lets go of the folder or the server, as happens when the engine is no longer used."""
-        self._finalizer()
 
     @contextlib.contextmanager
     def _told(self):
