@@ -175,7 +175,10 @@ class Qdrant(Engine):
             elif where == ":memory:":
                 self._client = qdrant_client.QdrantClient(where)
             else:
-                self._client = qdrant_client.QdrantClient(path=os.path.expanduser(where))
+                # Whichever thread happens to collect the index closes its database.
+                self._client = qdrant_client.QdrantClient(
+                    path=os.path.expanduser(where), force_disable_check_same_thread=True
+                )
             # An index has no end that its users must tell: its folder is free, and its database
             # closed, when it is no longer used or could not be filled.
             weakref.finalize(self, self._client.close)

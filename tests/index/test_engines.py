@@ -1,8 +1,10 @@
 """Engines of faiss and Qdrant against the exact one: what they find, keep, and cannot do."""
 
+import gc
 import json
 import logging
 import shutil
+import sqlite3
 import sys
 
 import numpy as np
@@ -123,6 +125,8 @@ def test_an_extra_that_is_missing_is_named(part, monkeypatch):
             engines.create_engine(f"{extra}:x", part)
 
 
+# Qdrant's local mode leaves the database of a collection that it deletes to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_collection_follows_the_rows(tmp_path, queries, monkeypatch):
     spec, sent = f"qdrant:{tmp_path / 'qdrant'}", []
     for numbers in (range(20), range(5, 30), range(5, 30)):
@@ -139,6 +143,32 @@ def test_a_collection_follows_the_rows(tmp_path, queries, monkeypatch):
     shutil.rmtree(tmp_path / "index")
     part = part_of(tmp_path / "index", range(9), dim=DIM + 2)
     assert engines.create_engine(spec, part).sent == 9
+    gc.collect()
+
+
+def test_no_database_is_left_open(tmp_path):
+    gc.collect()
+    spec, part = f"qdrant:{tmp_path / 'qdrant'}", part_of(tmp_path / "index", range(7))
+    before = open_databases()
+    engine = engines.create_engine(spec, part)
+    assert len(open_databases() - before) == 1
+    del engine
+    assert open_databases() == before
+
+
+def open_databases():
+    """Returns the ids of the SQLite connections of this process that nobody has closed."""
+    return {id(thing) for thing in gc.get_objects() if is_open(thing)}
+
+
+def is_open(thing):
+    if not isinstance(thing, sqlite3.Connection):
+        return False
+    try:
+        thing.total_changes  # noqa: B018
+    except sqlite3.ProgrammingError:
+        return False
+    return True
 
 
 def test_a_folder_is_free_when_its_engine_is_no_longer_used(tmp_path):
