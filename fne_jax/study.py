@@ -43,8 +43,10 @@ def main(arguments: list[str]) -> None:
     print(f"written to {workdir / options.name}.md, .csv, _runs.csv and .png")
     if options.verdicts:
         finished = [run for run in runs if run.seed in results.get(run.cell, {})]
-        table = outputs.write_verdict_table(workdir, options.name, finished, options.verdicts)
-        print(f"\n{table}")
+        tables = outputs.write_verdict_tables(
+            workdir, options.name, finished, options.baseline, options.verdicts
+        )
+        print(f"\n{tables}")
     if failures:
         raise UserError("these could not be trained:\n  " + "\n  ".join(failures))
 
@@ -85,8 +87,8 @@ def _parse(arguments):
     parser.add_argument(
         "--verdicts",
         metavar="NUMBERS",
-        help="also tell how well so many verdicts would order the systems, as 200,500,2000; where "
-        "the truth is known",
+        help="also tell how well so many verdicts would order the systems, and what they would say "
+        "of the baseline's unlabelled pairs, as 200,500,2000; where the truth is known",
     )
     parser.add_argument(
         "--report-only", action="store_true", help="train nothing; table what there is"

@@ -13,6 +13,7 @@ from fne_jax.model.model import Model
 from fne_jax.objectives.similarity_statistics import cosine, false_negative_posterior
 from fne_jax.retrieval import detection_quality, detectors
 from fne_jax.retrieval.detection_quality import HARDEST, Candidates, detection_scores
+from fne_jax.retrieval.pair_features import SplitInputs
 from fne_jax.retrieval.unlabelled import hardest_candidates
 
 # Training images, with a caption of each, whose candidates are judged.
@@ -152,6 +153,31 @@ def evidence_of(model: Model, train: PairDataset) -> detectors.Evidence:
         stats=jax.device_get(model.stats),
         min_count=model.config.fne.min_count,
         caption_bank=model.embedder.captions(model.momentum_params, tokens),
+    )
+
+
+def embedded_evidence(model: Model, train: PairDataset) -> detectors.Evidence:
+    """Returns what a run's model knows of its training split, with all of its embeddings.
+
+    Args:
+      model: The model of the run, with its statistics and its momentum encoders.
+      train: Its training split.
+    """
+    # The matrix of all true matches, large for a training split, is not needed.
+    embedded = model.embed_split(dataclasses.replace(train, truth=None))
+    return dataclasses.replace(
+        evidence_of(model, train), image_emb=embedded.image_emb, text_emb=embedded.text_emb
+    )
+
+
+def split_inputs(evidence: detectors.Evidence) -> SplitInputs:
+    """Returns what a detector is fitted to, of evidence with embeddings."""
+    return SplitInputs(
+        evidence.image_emb,
+        evidence.text_emb,
+        evidence.caption_bank,
+        evidence.captions,
+        evidence.caption_image,
     )
 
 

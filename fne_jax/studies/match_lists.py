@@ -59,13 +59,7 @@ def ensure(warmup: pathlib.Path, source: str) -> None:
         return
     model = restore_model(warmup, "latest")
     train = model.load_split("train")
-    # The matrix of all true matches, large for a training split, is not needed.
-    embedded = model.embed_split(dataclasses.replace(train, truth=None))
-    evidence = dataclasses.replace(
-        detector.evidence_of(model, train),
-        image_emb=embedded.image_emb,
-        text_emb=embedded.text_emb,
-    )
+    evidence = detector.embedded_evidence(model, train)
     verdicts = _FITTED.fullmatch(source)
     if verdicts:
         judge, least = _fitted(evidence, train, int(verdicts[1]), model.config.seed)
@@ -90,13 +84,7 @@ def _fitted(
     That is the one from which on `LEAST_PROBABILITY` of the verdicts that it was not fitted to are
     matches.
     """
-    split = pair_features.SplitInputs(
-        evidence.image_emb,
-        evidence.text_emb,
-        evidence.caption_bank,
-        evidence.captions,
-        evidence.caption_image,
-    )
+    split = detector.split_inputs(evidence)
     drawn = verdict_samples.sample(split, verdicts, seed)
     table = pair_features.features(split, drawn.caption, drawn.image)
     is_match = train.truth.is_true(drawn.caption, drawn.image)

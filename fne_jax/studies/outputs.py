@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
-from fne_jax.studies import summary, verdict_curves
-from fne_jax.studies.cells import Run
+from fne_jax.studies import calibration_curves, summary, verdict_curves
+from fne_jax.studies.cells import Cell, Run
 from fne_jax.studies.figure import study_figure
 
 
@@ -37,15 +37,23 @@ def write_tables(folder: pathlib.Path, name: str, results: summary.Results, base
         _write(folder / file_name, content)
 
 
-def write_verdict_table(
-    folder: pathlib.Path, name: str, runs: Sequence[Run], budgets: Sequence[int]
+def write_verdict_tables(
+    folder: pathlib.Path,
+    name: str,
+    runs: Sequence[Run],
+    baseline: str,
+    budgets: Sequence[int],
 ) -> str:
-    """Writes `_verdicts.md`: how well verdicts order the systems; returns what it says.
+    """Writes `_verdicts.md`, and returns what it says.
+
+    That is how well verdicts order the systems, and what they tell of the baseline's unlabelled
+    pairs.
 
     Args:
       folder: The study's folder.
       name: How the file's name begins.
       runs: The runs that have ended.
+      baseline: The objective whose runs are calibrated.
       budgets: Numbers of verdicts.
 
     Raises:
@@ -59,9 +67,13 @@ def write_verdict_table(
             "--verdicts: expected at least two systems that have ended, on data whose matches are "
             "all known, such as shapes"
         )
-    table = verdict_curves.markdown(systems, budgets)
-    _write(folder / f"{name}_verdicts.md", table.encode())
-    return table
+    tables = [verdict_curves.markdown(systems, budgets)]
+    of_baseline = [run for run in runs if run.cell == Cell(baseline)]
+    if of_baseline:
+        tables.append(calibration_curves.markdown(calibration_curves.of_runs(of_baseline, budgets)))
+    written = "\n".join(tables)
+    _write(folder / f"{name}_verdicts.md", written.encode())
+    return written
 
 
 def _write(path, content):

@@ -145,7 +145,9 @@ def test_what_verdicts_would_tell_is_a_table_of_its_own(finished, capsys):
     study.main([*arguments, "--report-only", "--verdicts=5,2000"])
     table = (workdir / "study_verdicts.md").read_text()
     assert table.startswith("Pairs of 2 systems") and table in capsys.readouterr().out
-    assert "| 2,000 | " in table
+    ordering, calibration = table.split("\n\nWhat verdicts tell")
+    assert "| 2,000 | " in ordering and "| 2,000 | " in calibration
+    assert "over 2 seeds" in calibration.splitlines()[0]
 
 
 def test_verdicts_that_nobody_can_give_are_told_before_anything_is_trained(config_path, tmp_path):
