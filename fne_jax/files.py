@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import logging
 import os
 import pathlib
 import shutil
+import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from etils import epath
 
@@ -16,8 +19,9 @@ from fne_jax.errors import UserError
 
 _INCOMPLETE = ".incomplete"
 AnyPath = pathlib.Path | epath.Path
+_log = logging.getLogger(__name__)
 # What file systems answer that know no locks, such as some mounts of buckets.
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 def write_atomically(path: AnyPath, content: str | bytes) -> None:
@@ -80,6 +84,39 @@ def remove_leftovers(path: pathlib.Path) -> None:
         else:
             with contextlib.suppress(OSError):
                 scratch.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, on_held: Callable[[str], None], no_locks: str) -> Iterator[None]:
+    """Holds a lock of the operating system on a file, which is created, while the block runs.
+
+    However the process ends, the lock ends with it, so that none is ever left behind.
+
+    Args:
+      path: The file, whose folder exists; it tells which process holds it.
+      on_held: Called with what the file tells if another process holds it. Unless this raises, that
+        process is waited for.
+      no_locks: What to do, for the warning where the file system has no locks.
+
+    Raises:
+      OSError: If the file cannot be opened, locked or written.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_held(os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "just begun")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _log.warning("%s: no locks here (%s): %s", path.parent, error, no_locks)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def local_folder(text: str, flag: str) -> pathlib.Path:

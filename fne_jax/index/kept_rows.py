@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from fne_jax.errors import UserError
-from fne_jax.files import NO_LOCKS, remove_leftovers, whole_folder, write_atomically
+from fne_jax.files import locked, remove_leftovers, whole_folder, write_atomically
 
 ROWS, NAMES, ABOUT = "rows.npy", "names.jsonl", "about.json"
 # Counts up with each change of what a part holds.
@@ -236,23 +235,15 @@ def _in_words(model):
 def held(folder: pathlib.Path) -> Iterator[None]:
     """Keeps other processes from changing a folder, which is created, while the block runs.
 
-    It waits for one that does. The lock is the operating system's, so none is ever left behind.
+    It waits for one that does.
 
     Raises:
       OSError: If the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.info("%s: another process is embedding there; waiting for it", folder)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            _log.warning("%s: no locks here (%s): search from one process", folder, error)
+
+    def wait(holder):
+        _log.info("%s: another process (%s) is embedding there; waiting for it", folder, holder)
+
+    with locked(folder / "lock", wait, "search from one process"):
         yield
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,7 @@ _ORDERS = 200
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstResults:
+class Outcomes:
     """What several systems find first for all queries of one direction.
 
     Attributes:
@@ -34,7 +34,7 @@ class FirstResults:
     labelled: np.ndarray
 
 
-def first_results(splits: Sequence[EmbeddedSplit]) -> dict[str, FirstResults]:
+def outcomes(splits: Sequence[EmbeddedSplit]) -> dict[str, Outcomes]:
     """Returns the first results of systems by direction.
 
     Args:
@@ -48,7 +48,7 @@ def first_results(splits: Sequence[EmbeddedSplit]) -> dict[str, FirstResults]:
     results = {}
     for direction, pairs in found.items():
         caption, image = (np.stack(rows) for rows in zip(*pairs, strict=True))
-        results[direction] = FirstResults(
+        results[direction] = Outcomes(
             caption.astype(np.int64) * len(splits[0].image_emb) + image,
             splits[0].truth[image, caption],
             splits[0].caption_image[caption] == image,
@@ -56,7 +56,7 @@ def first_results(splits: Sequence[EmbeddedSplit]) -> dict[str, FirstResults]:
     return results
 
 
-def ordered_rightly(results: FirstResults, verdicts: int, seed: int) -> tuple[float, float]:
+def ordered_rightly(results: Outcomes, verdicts: int, seed: int) -> tuple[float, float]:
     """Returns the share of pairs of systems that so many verdicts order as all of them would.
 
     Queries are drawn at random until the next one's unlabelled first results, those that systems
@@ -123,7 +123,7 @@ def markdown(of_seeds: Mapping[int, Sequence[EmbeddedSplit]], budgets: Sequence[
       of_seeds: What `systems_of` returned, of at least two systems.
       budgets: Numbers of verdicts.
     """
-    results = {seed: first_results(splits) for seed, splits in of_seeds.items()}
+    results = {seed: outcomes(splits) for seed, splits in of_seeds.items()}
     systems = len(next(iter(of_seeds.values())))
     lines = [
         f"Pairs of {systems} systems that verdicts order by true R@1 as the whole truth does: mean",

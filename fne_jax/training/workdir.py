@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import logging
-import os
 import pathlib
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,14 +18,13 @@ from fne_jax import configuration
 from fne_jax.data.pairs import DatasetIdentity
 from fne_jax.encoders import towers
 from fne_jax.errors import UserError
-from fne_jax.files import NO_LOCKS, remove_leftovers, write_atomically
+from fne_jax.files import locked, remove_leftovers, write_atomically
 from fne_jax.model import checkpoints, tokenizers
 from fne_jax.parallel import processes
 from fne_jax.training.metric_log import FILE_NAME as METRICS_FILE
 
 DATA_FILE = "data.json"
 LOCK_FILE = "run.lock"
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,48 +160,27 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
     Raises:
       UserError: If another run holds the folder, or it cannot be written to.
     """
-    descriptor = None
-    try:
+    with contextlib.ExitStack() as stack:
         with processes.failing_together(f"--workdir={workdir}"):
             if jax.process_index() == 0:
-                descriptor = _lock(workdir)
+                _lock(workdir, stack)
         yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
-def _lock(workdir):
-    """Returns the descriptor that holds the lock."""
-    path = workdir / LOCK_FILE
+def _lock(workdir, stack):
+    """Locks a folder until a stack is closed."""
+
+    def refuse(holder):
+        raise UserError(
+            f"--workdir={workdir}: another run is training there ({holder}); wait for it, stop "
+            "it, or give another --workdir"
+        )
+
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        stack.enter_context(locked(workdir / LOCK_FILE, refuse, "begin no second run in it"))
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be written to: {error}") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-            raise UserError(
-                f"--workdir={workdir}: another run is training there ({holder or 'just begun'}); "
-                "wait for it, stop it, or give another --workdir"
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            _log.warning("%s: no locks here (%s): begin no second run in it", workdir, error)
-        # For the message of the one who comes second.
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    except OSError as error:
-        os.close(descriptor)
-        raise UserError(f"{path}: cannot be locked: {error}") from error
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def _write(workdir, files, begun):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from fne_jax import train
+from fne_jax import files, train
 from fne_jax.data import loading
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints
@@ -185,7 +185,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
     def no_locks(*arguments):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
     with run_folder.held(tmp_path):
         assert "no locks here" in caplog.text
 
