@@ -49,6 +49,14 @@ def golden(request):
     return pathlib.Path(request.config.getoption("--golden"))
 
 
+@pytest.fixture
+def hangup_is_heard():
+    """Lets the signal of a closed terminal reach a test where `nohup` runs the suite."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def pytest_sessionfinish():
     # An iterator of tf.data that is left in a cycle with some test's traceback would wait half a
     # minute for the interpreter, which is gone when it is found.

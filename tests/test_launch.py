@@ -113,6 +113,7 @@ def installed(tmp_path):
 @pytest.mark.parametrize(
     ("count", "number", "code"), [(2, signal.SIGTERM, 143), (1, signal.SIGHUP, 129)]
 )
+@pytest.mark.usefixtures("hangup_is_heard")
 def test_local_waits_until_each_process_has_saved(installed, count, number, code):
     process = subprocess.Popen(
         ["bash", installed / "launch" / "local.sh"],

@@ -174,6 +174,7 @@ def command(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("hangup_is_heard")
 def test_an_interrupted_build_goes_on_where_it_was(
     tmp_path, command, checked, monkeypatch, capsys, number
 ):
