@@ -47,7 +47,16 @@ def _of_negatives(log):
             f"Of the negatives that it was trained with, {sampled:.1f} % were in truth matches; of "
             f"the hardest ones, {hardest:.1f} %."
         )
-    losses = [line["loss"] for line in log if "loss" in line]
-    if len(losses) > 1:
-        return f"The loss went from {losses[0]:.3f} to {losses[-1]:.3f}."
-    return "It was trained for too few steps to say more."
+    # Two losses, of which neither is high or low beside the other.
+    warmup, after = (
+        [line["loss"] for line in log if "loss" in line and line.get(WARMUP, 0) == share]
+        for share in (1, 0)
+    )
+    told = []
+    if len(warmup) > 1:
+        told.append(f"from {warmup[0]:.3f} to {warmup[-1]:.3f} in the warm-up")
+    if len(after) > 1:
+        told.append(f"from {after[0]:.3f} to {after[-1]:.3f}{' after it' if warmup else ''}")
+    if not told:
+        return "It was trained for too few steps to say more."
+    return f"The loss went {', and '.join(told)}."

@@ -20,7 +20,17 @@ def test_what_is_known_is_told():
 
 
 def test_without_the_truth():
-    log = [{"loss": 4.0, "warmup": 1.0}, {"loss": 0.25}]
+    log = [
+        {"loss": 5.0, "warmup": 1.0}, {"loss": 4.0, "warmup": 1.0}, {"eval_rsum": 9.0},
+        {"loss": 2.0, "warmup": 0.4}, {"loss": 0.5, "warmup": 0.0}, {"loss": 0.25},
+    ]  # fmt: skip
     _, second, third = what_was_learnt({"t2i_r1": 2.5}, log, 40)
-    assert "nobody labelled" in second and "from 4.000 to 0.250" in third
-    assert "too few steps" in what_was_learnt({"t2i_r1": 2.5}, [], 40)[2]
+    assert "nobody labelled" in second
+    assert third == (
+        "The loss went from 5.000 to 4.000 in the warm-up, and from 0.500 to 0.250 after it."
+    )
+    third = what_was_learnt({"t2i_r1": 2.5}, log[:4], 40)[2]
+    assert third == "The loss went from 5.000 to 4.000 in the warm-up."
+    third = what_was_learnt({"t2i_r1": 2.5}, log[4:], 40)[2]
+    assert third == "The loss went from 0.500 to 0.250."
+    assert "too few steps" in what_was_learnt({"t2i_r1": 2.5}, log[3:5], 40)[2]
