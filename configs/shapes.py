@@ -1,5 +1,7 @@
 """Small encoders from random weights on rendered scenes whose false negatives are known.
 
+It shows FNE at work. Without pretrained encoders `clip` recalls more (docs/study.md).
+
 bash launch/local.sh configs/shapes.py runs/shapes
 """
 

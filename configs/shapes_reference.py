@@ -13,6 +13,7 @@ from configs import shapes_sparse
 
 def get_config():
     config = shapes_sparse.get_config()
+    config.objective.name = "fne"
     config.global_batch_size = 32
     config.momentum = 0.995
     config.queue_size = 8224
