@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pathlib
 import re
 from collections.abc import Callable
@@ -20,6 +21,7 @@ SOURCES = ("similarity", "gaussians", "captions", "words", "identical", "fittedN
 _FITTED = re.compile(r"fitted([1-9]\d*)")
 # Images of either kind that are judged of each caption.
 PER_CAPTION = 150
+_log = logging.getLogger(__name__)
 
 
 def is_source(name: str) -> bool:
@@ -65,7 +67,7 @@ def ensure(warmup: pathlib.Path, source: str) -> None:
         judge, least = _fitted(evidence, train, int(verdicts[1]), model.config.seed)
     else:
         judge, least = detectors.fitted(source, evidence), LEAST_PROBABILITY
-    write_likely_matches(
+    written = write_likely_matches(
         path(warmup, source),
         train,
         evidence,
@@ -74,6 +76,11 @@ def ensure(warmup: pathlib.Path, source: str) -> None:
         least=least,
         about={"detector": source, "step": model.step},
     )
+    if not written["matches"]:
+        _log.warning(
+            "%s: no pair is likely enough to be a match; runs with this list are those without it",
+            path(warmup, source),
+        )
 
 
 def _fitted(

@@ -140,6 +140,16 @@ def test_matches_that_no_run_can_have_are_refused(config_path, name, overrides, 
         runs_of(config_path, (name,), overrides=overrides)
 
 
+@pytest.mark.parametrize(("least", "empty"), [(0.0, False), (1.1, True)])
+def test_a_list_that_holds_nothing_is_told(finished, tmp_path, monkeypatch, caplog, least, empty):
+    warmup = tmp_path / "warmup"
+    shutil.copytree(next((finished[1] / "warmups").iterdir()), warmup)
+    monkeypatch.setattr(match_lists, "LEAST_PROBABILITY", least)
+    match_lists.ensure(warmup, "words")
+    told = "runs with this list are those without it" in caplog.text
+    assert told == empty and match_lists.path(warmup, "words").exists()
+
+
 def test_what_verdicts_would_tell_is_a_table_of_its_own(finished, capsys):
     arguments, workdir = finished
     study.main([*arguments, "--report-only", "--verdicts=5,2000"])
