@@ -1,11 +1,9 @@
-"""The paper's own regime on rendered scenes, for `study --pretraining`.
+"""The paper's own regime on rendered scenes, for `study`.
 
 Small batches, the hardest negative as warm-up, and False Negative Elimination as published, prior
-included; the towers are to be pretrained apart. What differs from the paper is the size of the
-encoders, and with it the learning rate.
-
-python -m fne_jax.study --config=configs/shapes_reference.py --pretraining=2000 --seeds=3 \\
-    --objectives=fne,fne_no_elimination,semi_hard,hardest,infonce --baseline=infonce
+included; the towers are pretrained apart, then matched by `clip` for an epoch, without which the
+hardest negative makes one point of all embeddings. What differs from the paper is the size of the
+encoders, and with it the learning rate. docs/study.md has the commands.
 """
 
 from configs import shapes_sparse
