@@ -17,7 +17,7 @@ from fne_jax.retrieval.pair_features import SplitInputs, features
 from fne_jax.retrieval.verdict_samples import Density
 from fne_jax.studies import detector
 from fne_jax.studies.cells import Run
-from fne_jax.studies.summary import Estimate
+from fne_jax.studies.summary import Estimate, over_seeds
 
 # Samples of verdicts of each run.
 SAMPLES = 3
@@ -142,7 +142,7 @@ def markdown(runs: Sequence[OfRun]) -> str:
     """
     similarity = [100 * run.by_similarity for run in runs]
     lines = [
-        f"What verdicts tell of a finished run: mean ± standard deviation over {len(runs)} seeds,",
+        f"What verdicts tell of a finished run: {over_seeds(len(runs))},",
         f"each the mean of {SAMPLES} samples; precision and recall among {_PAIRS:,} random pairs.",
         f"{_share([100 * run.density for run in runs])} of unlabelled pairs match.",
         "",

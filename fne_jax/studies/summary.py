@@ -94,13 +94,16 @@ def is_known(results: Results, metric: str) -> bool:
     return any(estimate(results, cell, metric) is not None for cell in results)
 
 
+def over_seeds(seeds: int) -> str:
+    """Returns what the numbers of a table are over so many seeds."""
+    return "1 seed" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds"
+
+
 def markdown(results: Results, baseline: str) -> str:
     """Returns two tables: the metrics, and their differences to the baseline's."""
     shown = [name for name in COLUMNS if is_known(results, name)]
     seeds = max(len(of) for of in results.values())
-    counted = "1 seed" if seeds == 1 else f"{seeds} seeds"
-    spread = "" if seeds == 1 else "mean ± standard deviation over "
-    lines = [f"Test metrics of the last weights: {spread}{counted}.", *_explanations(shown), ""]
+    lines = [f"Test metrics of the last weights: {over_seeds(seeds)}.", *_explanations(shown), ""]
     lines += _table(
         ["", *(describe(name).heading for name in shown)],
         [

@@ -13,7 +13,7 @@ from fne_jax.model.model import restore_model
 from fne_jax.retrieval.metric_names import DIRECTIONS
 from fne_jax.retrieval.ranked_lists import top_lists
 from fne_jax.studies.cells import Run
-from fne_jax.studies.summary import Estimate
+from fne_jax.studies.summary import Estimate, over_seeds
 
 # Random orders of the queries that a share is the mean over.
 _ORDERS = 200
@@ -126,8 +126,8 @@ def markdown(of_seeds: Mapping[int, Sequence[EmbeddedSplit]], budgets: Sequence[
     results = {seed: outcomes(splits) for seed, splits in of_seeds.items()}
     systems = len(next(iter(of_seeds.values())))
     lines = [
-        f"Pairs of {systems} systems that verdicts order by true R@1 as the whole truth does: mean",
-        f"over {_ORDERS} draws of the queries, ± standard deviation over {len(results)} seeds.",
+        f"Pairs of {systems} systems that verdicts order by true R@1 as the whole truth does, each",
+        f"the mean over {_ORDERS} draws of the queries: {over_seeds(len(results))}.",
         "",
         "| verdicts | image to text | queries | text to image | queries |",
         "|--:|--:|--:|--:|--:|",
