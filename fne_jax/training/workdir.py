@@ -176,11 +176,15 @@ def _lock(workdir, stack):
             "it, or give another --workdir"
         )
 
+    path = workdir / LOCK_FILE
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(workdir / LOCK_FILE, refuse, "begin no second run in it"))
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be written to: {error}") from error
+    try:
+        stack.enter_context(locked(path, refuse, "begin no second run in it"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be locked: {error}") from error
 
 
 def _write(workdir, files, begun):
