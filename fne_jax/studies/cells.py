@@ -14,11 +14,15 @@ from fne_jax import configuration
 from fne_jax.errors import UserError
 from fne_jax.objectives import registry
 from fne_jax.studies import match_lists
+from fne_jax.studies.match_lists import MatchList
 
 # The matches that the training split's truth tells, in place of a list.
 TRUTH = "truth"
 # Stands between an objective and where its known matches come from, as in `clip:truth`.
 _FROM = ":"
+# Stands between what finds these matches and the objective whose finished run it finds them by, as
+# in `multi_positive:fitted5000@clip`.
+_BY = "@"
 # What each objective, or variant of FNE, changes in the config.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     name: (f"objective.name={name}",) for name in registry.MAIN
@@ -33,8 +37,9 @@ class Cell:
     """One line of the table.
 
     Attributes:
-      objective: A key of `OBJECTIVES`, alone or with a colon and where its known matches come from:
-        `truth`, or one of `match_lists.SOURCES`.
+      objective: A key of `OBJECTIVES`, alone or with a colon and where its known matches come
+        from: `truth`, or one of `match_lists.SOURCES`, which finds them by the warm-up's encoders
+        or, with an at sign and another objective, by those of that one's finished run.
       variant: What else is changed, as `--vary` had it; "" for nothing.
     """
 
@@ -69,8 +74,7 @@ class Run:
       warmup_config: The config that the warm-up is trained with.
       pretraining: The steps for which each tower is pretrained apart, into `config.init_from`,
         before the warm-up; 0 for none.
-      matches: The one of `match_lists.SOURCES` that `config.data.matches` is to be made by from the
-        warm-up; "" for none.
+      matches: The list that is to be made for `config.data.matches`; None for a run without one.
     """
 
     cell: Cell
@@ -79,7 +83,7 @@ class Run:
     workdir: pathlib.Path
     warmup: pathlib.Path | None
     warmup_config: ml_collections.ConfigDict
-    matches: str = ""
+    matches: MatchList | None = None
     pretraining: int = 0
 
 
@@ -111,7 +115,7 @@ def study_runs(
         sets a field that is to be changed.
     """
     for name in objectives:
-        _check_name(name)
+        _check_name(name, objectives)
     cells = [Cell(name, variant) for variant in ("", *variants) for name in objectives]
     if len({cell.name for cell in cells}) < len(cells):
         raise UserError("--objectives, --vary: one of them is given twice")
@@ -131,22 +135,15 @@ def study_runs(
             before = [o for o in common if _field(o) not in after]
             warmup_config = _completed(configuration.load_config(config_path, before))
             warmup = _warmup_folder(workdir, warmup_config, after)
-            _, _, source = cell.objective.partition(_FROM)
-            matches = "" if source == TRUTH else source
-            if matches:
-                if warmup is None:
-                    raise UserError(
-                        f"--objectives: {cell.objective} takes matches that a warm-up finds; "
-                        "make config.fne.start_epoch more than 0"
-                    )
-                config.data.matches = str(match_lists.path(warmup, matches))
-            folder = workdir / _folder(cell.name) / f"seed{seed}"
+            matches = _match_list(cell, seed, workdir, warmup)
+            if matches is not None:
+                config.data.matches = str(matches.path)
             runs.append(
                 Run(
                     cell,
                     seed,
                     _completed(config),
-                    folder,
+                    _run_folder(workdir, cell, seed),
                     warmup,
                     warmup_config,
                     matches,
@@ -156,22 +153,53 @@ def study_runs(
     return runs
 
 
-def _check_name(name):
-    objective, colon, source = name.partition(_FROM)
+def _check_name(name, objectives):
+    objective, source, by = _parts(name)
     if objective not in OBJECTIVES:
         raise UserError(
             f"--objectives: there is no {objective!r}; expected some of {', '.join(OBJECTIVES)}"
         )
-    if colon and source != TRUTH and not match_lists.is_source(source):
+    if source is None:
+        return
+    if source == TRUTH and by is not None:
+        raise UserError(f"--objectives={name}: the truth is not found by a run; leave out @{by}")
+    if source != TRUTH and not match_lists.is_source(source):
         raise UserError(
             f"--objectives={name}: there is no {source!r}; expected one of "
             f"{', '.join((TRUTH, *match_lists.SOURCES))}"
         )
+    if by is not None and (by not in OBJECTIVES or by not in objectives):
+        raise UserError(
+            f"--objectives={name}: matches are found by the finished run of another of "
+            f"--objectives, without a colon, and {by!r} is none; add it, or name one that is"
+        )
+
+
+def _parts(name):
+    """Returns an objective, where its matches come from, and whose run finds them; or None."""
+    objective, colon, rest = name.partition(_FROM)
+    source, at, by = rest.partition(_BY)
+    return objective, source if colon else None, by if at else None
+
+
+def _match_list(cell, seed, workdir, warmup):
+    """Returns the list that a cell's run takes, or None."""
+    _, source, by = _parts(cell.objective)
+    if source in (None, TRUTH):
+        return None
+    if by is not None:
+        return MatchList(_run_folder(workdir, Cell(by, cell.variant), seed), source)
+    if warmup is None:
+        raise UserError(
+            f"--objectives: {cell.objective} takes matches that a warm-up finds; make "
+            "config.fne.start_epoch more than 0"
+        )
+    return MatchList(warmup, source)
 
 
 def _changes(objective):
     """Returns what an objective, and the truth if it is to use that, changes in the config."""
-    name, _, source = objective.partition(_FROM)
+    name, source, _ = _parts(objective)
     if source != TRUTH:
         return OBJECTIVES[name]
     entry = registry.OBJECTIVES.get(name)
@@ -222,8 +250,8 @@ def _field(override):
     return override.removeprefix("--config.").partition("=")[0]
 
 
-def _folder(name):
-    return re.sub(r"[^A-Za-z0-9_.=,+-]", "_", name)
+def _run_folder(workdir, cell, seed):
+    return workdir / re.sub(r"[^A-Za-z0-9_.=,+-]", "_", cell.name) / f"seed{seed}"
 
 
 def _warmup_folder(workdir, config, after):

@@ -28,10 +28,15 @@ LOG_NAME = "study.log"
 _DONE_NAME = "warmup.json"
 
 
-def warmup_is_done(run: Run) -> bool:
-    """Returns whether the run needs no warm-up any more."""
-    begun = (run.workdir / configuration.FILE_NAME).exists()
-    return run.warmup is None or begun or (run.warmup / _DONE_NAME).exists()
+def warmup_is_done(run: Run, also_for_matches: bool) -> bool:
+    """Returns whether a run that has a warm-up needs it no more.
+
+    Args:
+      run: The run.
+      also_for_matches: Whether its list of matches is still to be made.
+    """
+    begun = (run.workdir / configuration.FILE_NAME).exists() and not also_for_matches
+    return begun or (run.warmup / _DONE_NAME).exists()
 
 
 def train_warmup(run: Run) -> None:
@@ -46,6 +51,15 @@ def train_warmup(run: Run) -> None:
     _write_json(run.warmup / _DONE_NAME, {"of": str(run.workdir)})
 
 
+def find_matches(run: Run) -> None:
+    """Writes the list of matches that the run takes.
+
+    Raises:
+      UserError: if nothing can be found by what there is, or the list cannot be written.
+    """
+    match_lists.write(run.matches)
+
+
 def train_and_measure(run: Run) -> None:
     """Trains a run from where its warm-up ended, tests its last weights, and writes the result.
 
@@ -54,8 +68,6 @@ def train_and_measure(run: Run) -> None:
     Raises:
       UserError: if the run cannot be trained, or its folder cannot be made.
     """
-    if run.matches:
-        match_lists.ensure(run.warmup, run.matches)
     if run.warmup is not None and not run.workdir.exists():
         _copy_warmup(run)
     with _logging_to(run.workdir / LOG_NAME):

@@ -1,4 +1,4 @@
-"""Matches beyond the labels that a study's runs take from their warm-up: `config.data.matches`."""
+"""Matches beyond the labels that a study finds for its runs: their `config.data.matches`."""
 
 from __future__ import annotations
 
@@ -29,57 +29,67 @@ def is_source(name: str) -> bool:
     return name in SOURCES[:-1] or _FITTED.fullmatch(name) is not None
 
 
-def check_source(name: str, train: PairDataset) -> None:
-    """Raises UserError if a source takes verdicts that nobody can give.
+@dataclasses.dataclass(frozen=True)
+class MatchList:
+    """A list of matches that a study finds by the encoders of a warm-up or of a finished run.
+
+    Attributes:
+      folder: The folder of either, where the list lies.
+      source: One of `SOURCES`.
+    """
+
+    folder: pathlib.Path
+    source: str
+
+    @property
+    def path(self) -> pathlib.Path:
+        """The file of the list."""
+        return self.folder / f"matches_{self.source}{match_files.SUFFIX}"
+
+
+def check_source(wanted: MatchList, train: PairDataset) -> None:
+    """Raises UserError if a list takes verdicts that nobody can give.
 
     Args:
-      name: One of `SOURCES`, or "".
+      wanted: The list.
       train: The training split.
     """
-    if _FITTED.fullmatch(name) and train.truth is None:
+    if _FITTED.fullmatch(wanted.source) and train.truth is None:
         raise UserError(
-            f"--objectives: {name} takes verdicts by the truth, which nobody knows of this dataset"
+            f"--objectives: {wanted.source} takes verdicts by the truth, which nobody knows of "
+            "this dataset"
         )
 
 
-def path(warmup: pathlib.Path, source: str) -> pathlib.Path:
-    """Returns the file of the matches that a source finds by a warm-up's encoders."""
-    return warmup / f"matches_{source}{match_files.SUFFIX}"
+def write(wanted: MatchList) -> None:
+    """Writes the file of a list, whose folder holds encoders that are trained.
 
-
-def ensure(warmup: pathlib.Path, source: str) -> None:
-    """Writes the file of matches unless it is there.
-
-    Args:
-      warmup: The folder of a warm-up that has ended.
-      source: One of `SOURCES`. Of `fittedN` the truth gives the verdicts.
+    Of `fittedN` the truth gives the verdicts.
 
     Raises:
-      UserError: if the source cannot judge by what the warm-up left, or the file cannot be written.
+      UserError: if the source cannot judge by these encoders, or the file cannot be written.
     """
-    if path(warmup, source).exists():
-        return
-    model = restore_model(warmup, "latest")
+    model = restore_model(wanted.folder, "latest")
     train = model.load_split("train")
     evidence = detector.embedded_evidence(model, train)
-    verdicts = _FITTED.fullmatch(source)
+    verdicts = _FITTED.fullmatch(wanted.source)
     if verdicts:
         judge, least = _fitted(evidence, train, int(verdicts[1]), model.config.seed)
     else:
-        judge, least = detectors.fitted(source, evidence), LEAST_PROBABILITY
+        judge, least = detectors.fitted(wanted.source, evidence), LEAST_PROBABILITY
     written = write_likely_matches(
-        path(warmup, source),
+        wanted.path,
         train,
         evidence,
         judge,
         per_caption=PER_CAPTION,
         least=least,
-        about={"detector": source, "step": model.step},
+        about={"detector": wanted.source, "step": model.step},
     )
     if not written["matches"]:
         _log.warning(
             "%s: no pair is likely enough to be a match; runs with this list are those without it",
-            path(warmup, source),
+            wanted.path,
         )
 
 

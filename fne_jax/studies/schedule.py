@@ -1,12 +1,14 @@
-"""Works through a study's runs, one after the other or several at a time."""
+"""Works through a study: warm-ups, lists of matches and runs, each once what it needs is there."""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import pathlib
 import signal
 import sys
 import time
@@ -24,28 +26,46 @@ from fne_jax.training.matches import check_known
 Outcome = tuple[float, str | None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A piece of a study's work.
+
+    Attributes:
+      name: What progress calls it.
+      work: A function of a module, for other processes to find.
+      run: What it is called with.
+      makes: The file or folder that is complete once it has ended.
+      needs: Those of other tasks that it waits for.
+    """
+
+    name: str
+    work: Callable[[Run], None]
+    run: Run
+    makes: pathlib.Path
+    needs: frozenset[pathlib.Path] = frozenset()
+
+
 def work_through(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> list[str]:
-    """Trains and measures every run that has no result yet, after the warm-ups that runs share.
+    """Trains and measures every run that has no result yet, a seed's before the next one's.
 
     Args:
-      runs: The runs of the study.
+      runs: The runs of the study, those of the first seed first.
       jobs: How many to work on at a time, each in a process with its share of the cores; 1 does
         everything in this process.
       say: Shows a line of progress.
 
     Returns:
-      What went wrong, a line for each run that could not be trained.
+      What went wrong, a line for each piece of work that failed and for all that needed it.
 
     Raises:
       Interrupted: after Ctrl-C or SIGTERM; the same call goes on from there.
       UserError: if a run asks for the truth of a dataset that does not know it.
     """
     todo = [run for run in runs if execution.read_result(run) is None]
-    first = {run.warmup: run for run in reversed(todo) if not execution.warmup_is_done(run)}
-    warmups = [run for run in todo if first.get(run.warmup) is run]
+    tasks = plan(todo)
     say(
-        f"{len(runs)} runs, {len(runs) - len(todo)} of them done; to do: {len(warmups)} warm-ups "
-        f"that runs share, {len(todo)} runs"
+        f"{len(runs)} runs, {len(runs) - len(todo)} of them done; to do: {len(todo)} runs, "
+        f"{len(tasks) - len(todo)} warm-ups and lists of matches that they share"
     )
     for of_dataset in _by_dataset(todo):
         # Prepared here, once: several processes would do so at the same time.
@@ -53,16 +73,12 @@ def work_through(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> 
         train = load_split(config.data, config.encoder.image.image_size, "train")
         for run in of_dataset:  # before any warm-up is trained
             check_known(run.config, train)
-            match_lists.check_source(run.matches, train)
-    progress, lost = _Progress(len(warmups) + len(todo), say), set()
+            if run.matches is not None:
+                match_lists.check_source(run.matches, train)
+    progress = _Progress(len(tasks), say)
     with _Workers(jobs) as workers:
-        for run, outcome in workers.each(execution.train_warmup, warmups):
-            if not progress.note(f"warm-up of {_name(run)}", outcome):
-                lost.add(run.warmup)  # each of its runs would fail in the same way
-        ready = [run for run in todo if run.warmup is None or run.warmup not in lost]
-        progress.done += len(todo) - len(ready)
-        for run, outcome in workers.each(execution.train_and_measure, ready):
-            progress.note(_name(run), outcome)
+        for task, outcome in workers.each(tasks):
+            progress.note(task.name, outcome)
     if workers.stopped_by is not None:
         raise Interrupted(
             workers.stopped_by,
@@ -70,6 +86,30 @@ def work_through(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> 
             "from there",
         )
     return progress.failures
+
+
+def plan(todo: Sequence[Run]) -> list[Task]:
+    """Returns the work that runs ask for: each, and before it what it needs and nothing has made.
+
+    Args:
+      todo: Runs without a result.
+    """
+    tasks: dict[pathlib.Path, Task] = {}
+
+    def add(name, work, run, makes, *needs):
+        needed = frozenset(path for path in needs if path is not None)
+        tasks.setdefault(makes, Task(name, work, run, makes, needed))
+
+    for run in todo:
+        name, matches = f"{run.cell.name}, seed {run.seed}", run.matches
+        unlisted = matches is not None and not matches.path.exists()
+        if run.warmup is not None and not execution.warmup_is_done(run, also_for_matches=unlisted):
+            add(f"warm-up of {name}", execution.train_warmup, run, run.warmup)
+        if unlisted:
+            add(f"matches of {name}", execution.find_matches, run, matches.path, matches.folder)
+        given = matches.path if matches is not None else None
+        add(name, execution.train_and_measure, run, run.workdir, run.warmup, given)
+    return list(tasks.values())
 
 
 def _by_dataset(runs):
@@ -80,15 +120,11 @@ def _by_dataset(runs):
     return list(groups.values())
 
 
-def _name(run):
-    return f"{run.cell.name}, seed {run.seed}"
-
-
 class _Progress:
     """Counts what is done, collects what failed, and says so.
 
     Attributes:
-      total: Number of warm-ups and runs to do.
+      total: Number of tasks.
       done: How many of them have ended, well or not.
       failures: A line for each that failed.
     """
@@ -97,8 +133,7 @@ class _Progress:
         self.total, self.done, self.failures = total, 0, []
         self._say, self._started = say, time.monotonic()
 
-    def note(self, name: str, outcome: Outcome) -> bool:
-        """Returns whether the work went well."""
+    def note(self, name: str, outcome: Outcome) -> None:
         seconds, error = outcome
         self.done += 1
         if error is not None:
@@ -106,7 +141,6 @@ class _Progress:
         shown = f"{seconds:.0f} s" if error is None else f"failed: {error}"
         left = (time.monotonic() - self._started) / self.done * (self.total - self.done) / 60
         self._say(f"[{self.done}/{self.total}] {name}: {shown}; about {left:.0f} min left")
-        return error is None
 
 
 class _Workers:
@@ -118,7 +152,7 @@ class _Workers:
 
     def __init__(self, jobs: int):
         self.stopped_by: int | None = None
-        self._jobs, self._previous = jobs, {}
+        self._jobs, self._previous, self._running = jobs, {}, {}
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self._free = [cores[number::jobs] or cores for number in range(jobs)]
 
@@ -132,40 +166,56 @@ class _Workers:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def each(
-        self, work: Callable[[Run], None], runs: Sequence[Run]
-    ) -> Iterator[tuple[Run, Outcome]]:
-        """Yields each run as its work ends; after a signal, if it ended well in spite of it.
+    def each(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
+        """Yields each task as it ends; after a signal, if it ended well in spite of it.
 
-        Args:
-          work: A function of a module, for other processes to find.
-          runs: What it is called with.
+        Of those whose needs are met the first one is next. What needs a task that failed is not
+        begun, and yielded as failed too.
         """
-        if self._jobs == 1:
-            yield from ((run, _timed(work, run)) for run in runs)
-            return
-        waiting, running = collections.deque(runs), {}
-        while running or (waiting and self.stopped_by is None):
-            while waiting and self._free and self.stopped_by is None:
-                run, cores = waiting.popleft(), self._free.pop()
-                receiver, process = self._start(cores, work, run)
-                running[receiver] = process, run, cores
-            for receiver in multiprocessing.connection.wait(list(running)):
-                process, run, cores = running.pop(receiver)
-                outcome = _received(receiver, process)
-                self._free.append(cores)
-                if self.stopped_by is None or outcome[1] is None:
-                    yield run, outcome
+        waiting, unmade = list(tasks), {task.makes for task in tasks}
+        while self._running or (waiting and self.stopped_by is None):
+            for task in [task for task in waiting if not task.needs & unmade]:
+                if self._free and self.stopped_by is None:
+                    waiting.remove(task)
+                    self._start(task)
+            for task, outcome in self._ended():
+                if outcome[1] is None:
+                    unmade.discard(task.makes)
+                elif self.stopped_by is not None:
+                    continue
+                yield task, outcome
+                if outcome[1] is not None:
+                    for lost in _dependents(task, waiting):
+                        waiting.remove(lost)
+                        yield lost, (0.0, f"needs what failed: {task.name}")
 
-    def _start(self, *task):
+    def _start(self, task):
+        cores = self._free.pop()
+        if self._jobs == 1:  # done when it is asked what has ended
+            self._running[None] = None, task, cores
+            return
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_work_in_child, args=(sender, *task))
+        arguments = sender, cores, task.work, task.run
+        process = context.Process(target=_work_in_child, args=arguments)
         process.start()
         sender.close()  # so that the child's end is the last one
         if self.stopped_by is not None:  # the signal came just before the process did
             process.terminate()
-        return receiver, process
+        self._running[receiver] = process, task, cores
+
+    def _ended(self):
+        """Waits for tasks that were started, and returns each with its outcome."""
+        if self._jobs == 1:
+            _, task, cores = self._running.pop(None)
+            self._free.append(cores)
+            return [(task, _timed(task.work, task.run))]
+        ended = []
+        for receiver in multiprocessing.connection.wait(list(self._running)):
+            process, task, cores = self._running.pop(receiver)
+            self._free.append(cores)
+            ended.append((task, _received(receiver, process)))
+        return ended
 
     def _stop(self, number, frame):
         del frame
@@ -173,6 +223,16 @@ class _Workers:
         # Training saves its state on SIGTERM; whatever else a process does, a restart does again.
         for process in multiprocessing.active_children():
             process.terminate()
+
+
+def _dependents(task, waiting):
+    """Returns the waiting tasks that need one, themselves or through others."""
+    lost, unmade = [], {task.makes}
+    for other in waiting:
+        if other.needs & unmade:
+            lost.append(other)
+            unmade.add(other.makes)
+    return lost
 
 
 def _timed(work, run) -> Outcome:

@@ -1,12 +1,9 @@
 import functools
 import json
-import os
 import pathlib
 import re
 import shutil
 import signal
-import threading
-import time
 
 import jax
 import numpy as np
@@ -102,7 +99,8 @@ def test_runs_that_know_of_matches_share_a_warm_up(config_path, monkeypatch, tmp
     monkeypatch.setattr(match_lists, "LEAST_PROBABILITY", 0.0)
     monkeypatch.setattr(match_lists, "PER_CAPTION", 3)
     workdir = tmp_path / "study"
-    arguments = ["--objectives=fne,fne:truth,fne:similarity,clip:fitted400", "--seeds=1"]
+    objectives = "fne,fne:truth,fne:similarity,clip:fitted400,clip:similarity@fne"
+    arguments = [f"--objectives={objectives}", "--seeds=1"]
     arguments += [f"--config.data.shapes.{kind}=2" for kind in ("shapes", "colours")]
     study.main([f"--config={config_path}", f"--workdir={workdir}", *arguments])
     (warmup,) = (workdir / "warmups").iterdir()
@@ -113,11 +111,16 @@ def test_runs_that_know_of_matches_share_a_warm_up(config_path, monkeypatch, tmp
     for kind in ("sampled", "hardest"):
         assert plain[f"{kind}_false_negative_rate"] > 0
         assert truth[f"{kind}_false_negative_rate"] == 0
-    with np.load(match_lists.path(warmup, "similarity")) as found:
+    with np.load(match_lists.MatchList(warmup, "similarity").path) as found:
         assert 150 * 3 <= len(found["caption_id"]) + 150 <= 150 * 7
         assert 0 < json.loads(str(found["about"]))["precision"] < 1
-    with np.load(match_lists.path(warmup, "fitted400")) as found:
+    with np.load(match_lists.MatchList(warmup, "fitted400").path) as found:
         assert len(found["caption_id"]) > 100
+    with np.load(match_lists.MatchList(workdir / "fne" / "seed0", "similarity").path) as found:
+        about = json.loads(str(found["about"]))
+    # The run's last step, not the warm-up's.
+    assert about["step"] == restore_model(workdir / "fne" / "seed0", "latest").step > 4
+    assert "| clip:similarity@fne |" in (workdir / "study.md").read_text()
     rates = [result["sampled_false_negative_rate"] for result in (plain, similarity)]
     assert rates[0] != rates[1]
     assert "| fne:truth less fne |" in (workdir / "study.md").read_text()
@@ -133,6 +136,9 @@ def test_runs_that_know_of_matches_share_a_warm_up(config_path, monkeypatch, tmp
         ),
         ("clap:truth", (), "--objectives: there is no 'clap'; expected some of fne"),
         ("clip:words", ("--config.fne.start_epoch=0",), "clip:words takes matches that a warm-up"),
+        ("clip:truth@fne", (), "clip:truth@fne: the truth is not found by a run; leave out @fne"),
+        ("clip:words@sigmoid", (), "'sigmoid' is none; add it, or name one that is"),
+        ("clip:words@", (), "'' is none"),
     ],
 )
 def test_matches_that_no_run_can_have_are_refused(config_path, name, overrides, message):
@@ -145,9 +151,10 @@ def test_a_list_that_holds_nothing_is_told(finished, tmp_path, monkeypatch, capl
     warmup = tmp_path / "warmup"
     shutil.copytree(next((finished[1] / "warmups").iterdir()), warmup)
     monkeypatch.setattr(match_lists, "LEAST_PROBABILITY", least)
-    match_lists.ensure(warmup, "words")
+    wanted = match_lists.MatchList(warmup, "words")
+    match_lists.write(wanted)
     told = "runs with this list are those without it" in caplog.text
-    assert told == empty and match_lists.path(warmup, "words").exists()
+    assert told == empty and wanted.path.exists()
 
 
 def test_what_verdicts_would_tell_is_a_table_of_its_own(finished, capsys):
@@ -453,53 +460,6 @@ def test_the_judged_candidates_are_those_of_the_memory(finished):
     ]
     same = [train.captions[chosen[i, 0]] in texts[i] for i in range(30)]
     assert of_detector["mean_probability"] == pytest.approx(np.mean(same))
-
-
-def _note_cores(path):
-    """Notes its cores, and ends as the file's name says."""
-    path.write_text(json.dumps(sorted(os.sched_getaffinity(0))))
-    if path.name == "wrong":
-        raise UserError(f"{path} is wrong")
-    if path.name == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _sleep(path):
-    pathlib.Path(path).touch()
-    time.sleep(60)
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are shared out on Linux")
-@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", range)(0)) < 2, reason="needs two cores")
-def test_processes_share_the_cores_and_report_errors(tmp_path):
-    with schedule._Workers(2) as workers:
-        paths = [tmp_path / name for name in ("well", "wrong", "killed")]
-        outcomes = {run.name: outcome for run, outcome in workers.each(_note_cores, paths)}
-    assert outcomes["well"][1] is None
-    assert outcomes["wrong"][1] == f"{tmp_path / 'wrong'} is wrong"
-    assert "died with exit code -9" in outcomes["killed"][1]
-    # The first two began together, the third where one of them had ended.
-    one, two, three = (json.loads(path.read_text()) for path in paths)
-    assert len({*one, *two}) == len(one) + len(two) and three in (one, two)
-
-
-def test_a_signal_stops_the_processes(tmp_path):
-    asleep = tmp_path / "asleep"
-
-    def stop_when_asleep():
-        while not asleep.exists():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=stop_when_asleep)
-    started = time.monotonic()
-    with schedule._Workers(2) as workers:
-        thread.start()
-        assert list(workers.each(_sleep, [asleep, tmp_path / "other", tmp_path / "third"])) == []
-        assert workers.stopped_by == signal.SIGTERM
-    assert time.monotonic() - started < 50
-    assert not (tmp_path / "third").exists()
-    thread.join()
 
 
 def test_a_signal_to_a_single_process_says_how_to_go_on(finished, monkeypatch):

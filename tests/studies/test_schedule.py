@@ -1,0 +1,182 @@
+"""The order of a study's work, its processes, and what becomes of work whose needs failed."""
+
+import json
+import os
+import pathlib
+import signal
+import threading
+import time
+
+import pytest
+
+from fne_jax.errors import UserError
+from fne_jax.studies import cells, execution, schedule
+from fne_jax.studies.schedule import Task
+
+CONFIG = """
+from tests.support.tiny import tiny_config
+
+def get_config():
+    return tiny_config(num_epochs=1.0, fne__start_epoch=0.5, warmup__objective="clip").lock()
+"""
+needs_two_cores = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="shares out two cores, as Linux can",
+)
+
+
+def planned(tmp_path, objectives, seeds=1):
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG)
+    runs = cells.study_runs(str(path), (), objectives, (), seeds, tmp_path / "study")
+    return runs, schedule.plan(runs)
+
+
+def task(work, path, *needs):
+    return Task(path.name, work, path, path, frozenset(needs))
+
+
+def ended(jobs, tasks):
+    """Returns what became of tasks, by name, in the order in which they ended."""
+    with schedule._Workers(jobs) as workers:
+        return {task.name: outcome[1] for task, outcome in workers.each(tasks)}
+
+
+def test_a_seed_comes_before_the_next_with_its_warm_up_and_lists(tmp_path):
+    objectives = ("clip:words", "multi_positive:words@fne", "fne", "clip:words@fne")
+    runs, tasks = planned(tmp_path, objectives, seeds=2)
+    assert [task.name for task in tasks[:7]] == [
+        "warm-up of clip:words, seed 0",
+        "matches of clip:words, seed 0",
+        "clip:words, seed 0",
+        "matches of multi_positive:words@fne, seed 0",  # clip:words@fne takes it too
+        "multi_positive:words@fne, seed 0",
+        "fne, seed 0",
+        "clip:words@fne, seed 0",
+    ]
+    assert [task.run.seed for task in tasks] == [0] * 7 + [1] * 7
+    by_name = {task.name: task for task in tasks[:7]}
+    of_run = by_name["fne, seed 0"]
+    listed = by_name["matches of multi_positive:words@fne, seed 0"]
+    assert of_run.makes == runs[2].workdir and listed.needs == {of_run.makes}
+    assert listed.makes.parent == of_run.makes and listed.work is execution.find_matches
+    for name in ("multi_positive:words@fne, seed 0", "clip:words@fne, seed 0"):
+        assert by_name[name].needs == {runs[0].warmup, listed.makes}
+        assert by_name[name].run.config.data.matches == str(listed.makes)
+    assert by_name["clip:words, seed 0"].needs == {runs[0].warmup, runs[0].matches.path}
+
+
+def test_what_is_there_is_not_made_again(tmp_path):
+    runs, _ = planned(tmp_path, ("clip:words", "fne"))
+    (run, other), warmup = runs, runs[0].warmup
+    for folder in (warmup, other.workdir):
+        folder.mkdir(parents=True)
+    (other.workdir / "config.json").touch()  # begun: it has taken what it needs of the warm-up
+    names = ["clip:words, seed 0", "fne, seed 0"]
+
+    def planned_now(*runs):
+        return [task.name for task in schedule.plan(runs)]
+
+    assert planned_now(other) == names[1:]
+    assert planned_now(run, other)[0] == "warm-up of clip:words, seed 0"
+    (warmup / "warmup.json").touch()
+    assert planned_now(run, other) == ["matches of clip:words, seed 0", *names]
+    run.matches.path.touch()
+    assert planned_now(run, other) == names
+    # A begun run whose list was deleted with its warm-up needs both again.
+    run.workdir.mkdir(parents=True)
+    (run.workdir / "config.json").touch()
+    run.matches.path.unlink()
+    (warmup / "warmup.json").unlink()
+    assert planned_now(run) == [
+        "warm-up of clip:words, seed 0",
+        "matches of clip:words, seed 0",
+        "clip:words, seed 0",
+    ]
+
+
+def _touch(path):
+    """Makes a file unless the name forbids it."""
+    if path.name == "wrong":
+        raise UserError(f"{path} is wrong")
+    path.touch()
+
+
+def _touch_after(path):
+    """Makes a file if there is the one that it is named after."""
+    needed = path.parent / path.name.removeprefix("after_")
+    if not needed.exists():
+        raise UserError(f"{needed} is not there")
+    path.touch()
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=needs_two_cores)])
+def test_work_waits_for_what_it_needs_and_is_left_out_if_that_failed(tmp_path, jobs):
+    well, wrong = tmp_path / "well", tmp_path / "wrong"
+    lost = tmp_path / "lost"
+    outcomes = ended(
+        jobs,
+        [
+            task(_touch_after, tmp_path / "after_after_well", tmp_path / "after_well"),
+            task(_touch_after, tmp_path / "after_well", well, tmp_path / "there_before"),
+            task(_touch, lost, wrong),
+            task(_touch, tmp_path / "lost_too", well, lost),
+            task(_touch, wrong),
+            task(_touch, well),
+        ],
+    )
+    assert outcomes == {
+        "wrong": f"{wrong} is wrong",
+        "lost": "needs what failed: wrong",
+        "lost_too": "needs what failed: wrong",
+        "well": None,
+        "after_well": None,
+        "after_after_well": None,
+    }
+    order = list(outcomes)
+    assert order.index("well") < order.index("after_well") < order.index("after_after_well")
+    names = {"well", "after_well", "after_after_well"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def _note_cores(path):
+    """Notes its cores, and ends as the file's name says."""
+    path.write_text(json.dumps(sorted(os.sched_getaffinity(0))))
+    if path.name == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@needs_two_cores
+def test_processes_share_the_cores_and_may_die(tmp_path):
+    paths = [tmp_path / name for name in ("one", "killed", "three")]
+    outcomes = ended(2, [task(_note_cores, path) for path in paths])
+    assert outcomes["one"] is None and outcomes["three"] is None
+    assert "died with exit code -9" in outcomes["killed"]
+    # The first two began together, the third where one of them had ended.
+    one, two, three = (json.loads(path.read_text()) for path in paths)
+    assert len({*one, *two}) == len(one) + len(two) and three in (one, two)
+
+
+def _sleep(path):
+    pathlib.Path(path).touch()
+    time.sleep(60)
+
+
+def test_a_signal_stops_the_processes(tmp_path):
+    asleep = tmp_path / "asleep"
+
+    def stop_when_asleep():
+        while not asleep.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_when_asleep)
+    started = time.monotonic()
+    with schedule._Workers(2) as workers:
+        thread.start()
+        paths = [asleep, tmp_path / "other", tmp_path / "third"]
+        assert list(workers.each([task(_sleep, path) for path in paths])) == []
+        assert workers.stopped_by == signal.SIGTERM
+    assert time.monotonic() - started < 50
+    assert not (tmp_path / "third").exists()
+    thread.join()
