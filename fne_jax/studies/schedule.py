@@ -113,10 +113,11 @@ def plan(todo: Sequence[Run]) -> list[Task]:
 
 
 def _by_dataset(runs):
-    """Returns the runs in groups that have `config.data` and the side of its images in common."""
+    """Returns the runs in groups that load the same pairs with images of the same side."""
     groups = collections.defaultdict(list)
     for run in runs:
-        groups[run.config.data.to_json(), run.config.encoder.image.image_size].append(run)
+        data = repr({**run.config.data.to_dict(), "matches": ""})  # lists that are yet to be made
+        groups[data, run.config.encoder.image.image_size].append(run)
     return list(groups.values())
 
 
