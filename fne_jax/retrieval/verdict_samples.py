@@ -102,9 +102,13 @@ def density(is_match: np.ndarray, weight: np.ndarray) -> Density:
     # As if each pair were drawn by itself: that the strata are drawn evenly is left out, since a
     # stratum of few verdicts tells little of how it varies, and a heavy one that seems not to.
     residual = weight * (is_match - value) / weight.sum()
-    error = np.sqrt((residual**2).sum() * len(weight) / (len(weight) - 1))
+    variance = (residual**2).sum() * len(weight) / (len(weight) - 1)
+    # And as if half a verdict more of each stratum were as uncertain as the mean pair: its few
+    # matches may all have been missed, which residuals cannot tell. Without that the interval held
+    # the density of configs/shapes.py 83 times in 100 with 200 verdicts, with it 95 times.
+    variance += 0.5 * ((np.unique(weight) / weight.sum()) ** 2).sum() * value * (1 - value)
     # On the scale of log odds, where an interval cannot leave (0, 1).
-    odds, width = np.log(value / (1 - value)), 1.96 * error / (value * (1 - value))
+    odds, width = np.log(value / (1 - value)), 1.96 * np.sqrt(variance) / (value * (1 - value))
     low, high = 1 / (1 + np.exp(-(odds + np.array([-width, width]))))
     return Density(value, float(low), float(high), len(weight))
 

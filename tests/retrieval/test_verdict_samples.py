@@ -78,6 +78,23 @@ def test_the_density_is_unbiased(few_hardest, monkeypatch, pool):
     assert 0.9 < inside / len(samples) <= 1
 
 
+@pytest.mark.parametrize("verdicts", [200, 1000])
+def test_the_interval_holds_a_density_whose_matches_a_stratum_may_miss(verdicts):
+    # Strata of configs/shapes.py, from what most speaks for to what least does: the share of all
+    # pairs that each is, the share of the verdicts that it gets, and how many of it match. Most
+    # matches are where some 5 of 200 verdicts fall, of which each stands for thousands of pairs.
+    mass = np.array([0.006, 0.004, 0.0067, 0.0112, 0.0187, 0.031, 0.052, 0.0864, 0.144, 0.24, 0.4])
+    asked = np.array([27.9, 14.3, 13.2, 10.1, 6.5, 5.1, 4.7, 4.6, 4.6, 4.5, 4.5])
+    matching = np.array([0.31, 0.2, 0.15, 0.1, 0.072, 0.067, 0.06, 0.033, 0.012, 0.002, 0.0])
+    mass, number = mass / mass.sum(), np.round(verdicts * asked / asked.sum()).astype(int)
+    true, weight = (mass * matching).sum(), np.repeat(1e6 * mass / number, number)
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(1000):
+        found = density(rng.random(number.sum()) < np.repeat(matching, number), weight)
+        inside += found.low <= true <= found.high
+    assert 0.93 < inside / 1000 < 0.98
+
+
 def test_more_than_there_are(few_hardest):
     split, topic = planted_split(6, 2, topics=2)
     one = sample(split, 10**6, 0)
