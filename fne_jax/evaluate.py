@@ -163,6 +163,11 @@ def _paths(options: argparse.Namespace) -> tuple[pathlib.Path | None, pathlib.Pa
       UserError: if there is no folder for one of them, or one would overwrite another.
     """
     out, page = (_path(name, getattr(options, name)) for name in ("out", "report"))
+    if options.verdicts is not None:
+        given = os.path.realpath(options.verdicts)
+        for name, path in (("out", out), ("report", page)):
+            if path is not None and os.path.realpath(path) == given:
+                raise UserError(f"--{name}={path} is the file of --verdicts; give another")
     _check_dump(options.dump, options.embeddings)
     if options.workdir is None:
         return _checked(out, page)

@@ -311,6 +311,9 @@ def test_systems_are_compared_by_verdicts(shapes_run, tmp_path, capsys):
     best = (embedded.text_emb[rows] @ embedded.image_emb.T).argmax(axis=1)
     value = 100 * dataset.truth.is_true(rows, best).mean()
     assert report["metrics"]["judged_t2i_r1"]["value"] == pytest.approx(value)
+    for option in ("out", "report"):
+        overwriting = [f"--workdir={workdir}", f"--verdicts={path}", f"--{option}={path}"]
+        assert f"--{option}={path} is the file of --verdicts" in refused("evaluate", *overwriting)
     write_verdicts(path, verdicts[::2])
     assert "results are not judged" in refused("evaluate", *momentum, f"--verdicts={path}")
 

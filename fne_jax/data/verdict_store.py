@@ -14,10 +14,11 @@ import math
 import pathlib
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from fne_jax.data.pairs import PairDataset
-from fne_jax.data.verdicts import FIELDS, Verdict, read_verdicts, rows_of
+from fne_jax.data.verdicts import FIELDS, Verdict, read_verdicts, refuse_other_splits, rows_of
 from fne_jax.errors import UserError
 
 # Stands in the head of the file ("FNEv" in ASCII), and the version of its tables.
@@ -66,12 +67,16 @@ def read_any(path: pathlib.Path, dataset: PairDataset, split: str) -> list[Verdi
       split: Its name.
 
     Raises:
-      UserError: if it cannot be read, or is not of the dataset.
+      UserError: if it cannot be read, is not of the dataset, or all its verdicts are on other
+        splits.
     """
     if path.suffix != ".sqlite":
         return read_verdicts(path, dataset, split)
     with VerdictStore(path, create=False) as store:
-        verdicts = store.last(split)
+        stored = store.last()
+    verdicts = [verdict for verdict in stored if verdict.split == split]
+    if not verdicts:
+        refuse_other_splits(path, split, Counter(verdict.split for verdict in stored))
     rows_of(verdicts, dataset)
     return verdicts
 

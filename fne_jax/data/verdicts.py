@@ -14,12 +14,12 @@ import json
 import math
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fne_jax.data.pairs import PairDataset
+from fne_jax.data.pairs import SPLITS, PairDataset
 from fne_jax.data.spreadsheet import cell_text, safe_cell
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
@@ -107,14 +107,17 @@ def read_verdicts(
         all of them.
 
     Raises:
-      UserError: naming the file and the line, if it cannot be read, or is not of the dataset.
+      UserError: naming the file and the line, if it cannot be read, or is not of the dataset; if
+        all its verdicts are on other splits.
     """
     rows = None if dataset is None else _Rows(dataset)
+    others: Counter[str] = Counter()
     last: dict[tuple[str, int, int, str], tuple[float, Verdict]] = {}
     for line, cells in _read(path):
         try:
             verdict, moment = _verdict(cells)
             if split is not None and verdict.split != split:
+                others[verdict.split] += 1
                 continue
             if rows is not None:
                 rows.check(verdict)
@@ -124,7 +127,22 @@ def read_verdicts(
         if key not in last or moment >= last[key][0]:
             last.pop(key, None)  # so that the order is that of what counts
             last[key] = moment, verdict
+    if split is not None and not last:
+        refuse_other_splits(path, split, others)
     return [verdict for _, verdict in last.values()]
+
+
+def refuse_other_splits(path: pathlib.Path, split: str, others: Mapping[str, int]) -> None:
+    """Raises UserError if a file that has no verdict on a split has some on others.
+
+    Args:
+      path: The file.
+      split: The split whose verdicts are wanted.
+      others: The number of verdicts on each of the other splits.
+    """
+    if others:
+        found = " and ".join(f"{number:,} on {name}" for name, number in others.items())
+        raise UserError(f"{path}: expected verdicts on the split {split}, got {found}")
 
 
 def agreed(verdicts: Iterable[Verdict]) -> list[Verdict]:
@@ -136,19 +154,22 @@ def agreed(verdicts: Iterable[Verdict]) -> list[Verdict]:
       verdicts: What `read_verdicts` returned.
 
     Returns:
-      Of each such pair the first verdict of the majority.
+      Of each such pair the first verdict of the majority. A pair that a random sample drew stands
+      for others whoever judged it: if any of its verdicts has a weight, this one has the first such
+      weight, and its sample.
     """
     of_pair: dict[tuple[str, int, int], list[Verdict]] = {}
     for verdict in verdicts:
-        if verdict.verdict != UNSURE:
-            pair = (verdict.split, verdict.image_id, verdict.caption_id)
-            of_pair.setdefault(pair, []).append(verdict)
+        pair = (verdict.split, verdict.image_id, verdict.caption_id)
+        of_pair.setdefault(pair, []).append(verdict)
     found = []
     for votes in of_pair.values():
         count = Counter(vote.verdict for vote in votes)
         if count[MATCH] != count[NO_MATCH]:
             word = MATCH if count[MATCH] > count[NO_MATCH] else NO_MATCH
-            found.append(next(vote for vote in votes if vote.verdict == word))
+            first = next(vote for vote in votes if vote.verdict == word)
+            drawn = next((vote for vote in votes if vote.weight is not None), first)
+            found.append(dataclasses.replace(first, sample=drawn.sample, weight=drawn.weight))
     return found
 
 
@@ -238,10 +259,11 @@ def _read_csv(path, text):
         for cells in reader:
             if header is None:
                 header = cells
-                missing = [name for name in _REQUIRED if header.count(name) != 1]
-                if missing:
+                wrong = [name for name in _REQUIRED if name not in header]
+                wrong += [name for name in FIELDS if header.count(name) > 1]
+                if wrong:
                     raise UserError(
-                        f"{path}, line 1: expected one column each of {', '.join(missing)}, "
+                        f"{path}, line 1: expected one column each of {', '.join(wrong)}, "
                         f"separated by commas; got {','.join(header)[:80]!r}"
                     )
             elif any(cells):
@@ -267,6 +289,8 @@ def _verdict(cells) -> tuple[Verdict, float]:
     }
     if values["verdict"] not in WORDS:
         raise ValueError(f"verdict is {values['verdict']!r}; expected one of {', '.join(WORDS)}")
+    if values["split"] not in SPLITS:
+        raise ValueError(f"split is {values['split']!r}; expected one of {', '.join(SPLITS)}")
     verdict = Verdict(**{"source_image_id": "", **values})
     return verdict, _moment(verdict.time)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import pathlib
 
 from fne_jax.errors import UserError
@@ -13,6 +14,7 @@ from fne_jax.retrieval import fitted_detector
 from fne_jax.retrieval.detectors import DETECTORS, PREFERENCE
 
 _PER_QUERY = 5
+_log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +71,8 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--min-probability is {options.min_probability}; expected 0 to 1")
     if options.detector == "external" and options.caption_embeddings is None:
         raise UserError("--detector=external takes --caption-embeddings, an .npy file")
+    if options.fitted is not None and not options.fitted.endswith(".json"):
+        raise UserError(f"--fitted={options.fitted}: expected a name that ends in .json")
     if options.detector == "fitted" and options.fitted is None:
         raise UserError("--detector=fitted takes --fitted, a file that `audit --verdicts` writes")
 
@@ -79,10 +83,26 @@ def caption_embeddings(options: argparse.Namespace) -> pathlib.Path | None:
 
 
 def with_fitted(options: argparse.Namespace, judged: JudgedSplit) -> JudgedSplit:
-    """Returns a split with the fitted detector that the options name, if they name one."""
+    """Returns a split with the fitted detector that the options name, if they name one.
+
+    Warns where it was fitted to other embeddings.
+    """
     if options.fitted is None:
         return judged
-    return dataclasses.replace(judged, fitted=fitted_detector.read(pathlib.Path(options.fitted)))
+    fitted = fitted_detector.read(pathlib.Path(options.fitted))
+    here = {"run": judged.name, "step": judged.step, "split": judged.split_name}
+    learnt = {name: fitted.about.get(name, value) for name, value in here.items()}
+    if learnt != here:
+        _log.warning(
+            "%s was fitted to verdicts on %s, not on %s: its probabilities are not calibrated here",
+            *(options.fitted, _named(learnt), _named(here)),
+        )
+    return dataclasses.replace(judged, fitted=fitted)
+
+
+def _named(of):
+    step = "" if of["step"] is None else f"step {of['step']} of "
+    return f"the split {of['split']} by {step}{of['run']}"
 
 
 def find(options: argparse.Namespace, judged: JudgedSplit) -> Suspects:

@@ -140,18 +140,25 @@ def describe_density(said: Said) -> str:
             "no verdict is of a random sample, so how many pairs match is not known; "
             "`review --sample` asks of one"
         )
+    if found.low == found.value or found.high == found.value:  # so many agree
+        return (
+            f"{found.value:.0%} of all unlabelled pairs match by all {found.verdicts:,} verdicts "
+            f"({found.low:.2%} to {found.high:.2%}, 95 % interval): too few to tell "
+            "config.fne.prior; judge more of `review --sample`"
+        )
     return (
         f"{found.value:.2%} of all unlabelled pairs match ({found.low:.2%} to {found.high:.2%}, "
         f"95 % interval, {found.verdicts:,} verdicts): what config.fne.prior should be"
     )
 
 
-def describe_precision(said: Said, suspects: Suspects) -> str:
+def describe_precision(said: Said, suspects: Suspects, fitted_to_them: bool) -> str:
     """Returns which share of an audit's first pairs match, by the verdicts on random samples.
 
     Args:
       said: What is said of the split's pairs.
       suspects: The audit's pairs, before any is left out for a verdict.
+      fitted_to_them: Whether it is these verdicts that the audit's detector was fitted to.
 
     Returns:
       A line for the first pairs of each number that holds enough verdicts; "" where none does.
@@ -172,6 +179,10 @@ def describe_precision(said: Said, suspects: Suspects) -> str:
                 f"of the first {first:,} pairs {found.value:.0%} match ({found.low:.0%} to "
                 f"{found.high:.0%}, 95 % interval, {found.verdicts:,} verdicts)"
             )
+    if lines and fitted_to_them:
+        lines.append(
+            "the detector was fitted to these verdicts, so it does a little worse on other pairs"
+        )
     return "\n".join(lines)
 
 

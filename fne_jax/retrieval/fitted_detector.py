@@ -210,8 +210,9 @@ def fit(
     for kind, found in (("matches", is_match), ("refuted pairs", ~is_match)):
         if (found & drawn).sum() < LEAST_VERDICTS:
             raise UserError(
-                f"{(found & drawn).sum()} {kind} among {len(is_match)} verdicts, from random "
-                f"samples; a detector is fitted to at least {LEAST_VERDICTS} of either"
+                f"{(found & drawn).sum()} {kind} among {drawn.sum()} verdicts on random samples, "
+                f"{len(is_match)} in all; a detector is fitted to at least {LEAST_VERDICTS} of "
+                "either: judge more of `review --sample`"
             )
     fold = _folds(is_match, np.random.default_rng(seed))
     log_odds = np.empty(len(table))
@@ -295,10 +296,8 @@ def write(path: pathlib.Path, detector: FittedDetector) -> None:
         "format": _FORMAT,
         "about": dict(detector.about),
         "features": list(FEATURES),
-        "slope": detector.slope,
-        "offset": detector.offset,
-        "log_loss": detector.log_loss,
         "baseline": detector.trees.baseline,
+        **{name: getattr(detector, name) for name in ("slope", "offset", "log_loss")},
     }
     for owner, names in ((detector, _TABLE), (detector.trees, _ARRAYS)):
         values |= {name: getattr(owner, name).tolist() for name in names}
@@ -308,6 +307,7 @@ def write(path: pathlib.Path, detector: FittedDetector) -> None:
         raise UserError(f"{path}: cannot be written: {error}") from error
 
 
+_NUMBERS = ("slope", "offset", "log_loss", "baseline")
 _TABLE = ("least", "precision", "recall")
 _ARRAYS = {"feature": np.int64, "threshold": np.float64, "left": np.uint8, "value": np.float64}
 
@@ -326,18 +326,22 @@ def read(path: pathlib.Path) -> FittedDetector:
             raise ValueError(f"its features are {values['features']}; fit it again")
         arrays = {name: np.array(values[name], kind) for name, kind in _ARRAYS.items()}
         for name, array in arrays.items():
-            if array.ndim != 2 or array.shape[1] != _LEAVES - (name != "value"):
+            if array.shape != (len(arrays["feature"]), _LEAVES - (name != "value")):
                 raise ValueError(f"{name} is of the shape {list(array.shape)}")
         if not np.isin(arrays["feature"], np.arange(len(FEATURES))).all():
             raise ValueError(f"feature {arrays['feature'].max()} is none of its features")
-        return FittedDetector(
-            Trees(**arrays, baseline=float(values["baseline"])),
-            float(values["slope"]),
-            float(values["offset"]),
-            *(np.array(values[name], float) for name in _TABLE),
-            log_loss=float(values["log_loss"]),
-            about=dict(values["about"]),
-        )
+        table = {name: np.array(values[name], float) for name in _TABLE}
+        for name, array in table.items():
+            if array.shape != (len(table["least"]),):
+                raise ValueError(f"{name} is of the shape {list(array.shape)}")
+        numbers = {name: float(values[name]) for name in _NUMBERS}
+        for name, array in {**numbers, **table, "value": arrays["value"]}.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} holds what is no finite number")
+        if numbers["slope"] <= 0 or np.isnan(arrays["threshold"]).any():
+            raise ValueError("slope or threshold is out of its range")
+        trees = Trees(**arrays, baseline=numbers.pop("baseline"))
+        return FittedDetector(trees, **numbers, **table, about=dict(values["about"]))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:

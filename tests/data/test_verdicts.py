@@ -10,6 +10,7 @@ import pytest
 from fne_jax.data import verdicts as verdicts_lib
 from fne_jax.data.pairs import PairDataset
 from fne_jax.data.spreadsheet import cell_text, safe_cell
+from fne_jax.data.verdict_store import VerdictStore, read_any
 from fne_jax.data.verdicts import (
     FIELDS,
     Verdict,
@@ -101,6 +102,28 @@ def test_the_majority_of_those_who_are_sure():
     assert agreed(votes + split_vote + unsure + refuted) == [votes[2], *refuted]
 
 
+@pytest.mark.parametrize("drawn_said", ["match", "no_match", "unsure"])
+def test_a_drawn_pair_stands_for_others_whoever_judged_it(drawn_said):
+    drawn = verdict(0, 1, drawn_said, reviewer="ann", sample="first", weight=40.0)
+    others = [verdict(0, 1, "match", reviewer=name, sample="evaluation") for name in ("bob", "cy")]
+    for votes in ([drawn, *others], [*others, drawn]):
+        (found,) = agreed(votes)
+        assert (found.verdict, found.sample, found.weight) == ("match", "first", 40.0)
+
+
+def test_verdicts_on_other_splits_alone_are_refused(tmp_path):
+    path = tmp_path / "verdicts.csv"
+    write_verdicts(path, SOME)  # the last is on val
+    with pytest.raises(UserError, match="expected verdicts on the split test, got 3 on train and"):
+        read_verdicts(path, DATASET, "test")
+    write_verdicts(path, [])
+    assert read_verdicts(path, DATASET, "test") == []
+    with VerdictStore(tmp_path / "verdicts.sqlite") as store:
+        store.import_verdicts(SOME[:1])
+    with pytest.raises(UserError, match="the split test, got 1 on train"):
+        read_any(tmp_path / "verdicts.sqlite", DATASET, "test")
+
+
 def test_rows_of_verdicts():
     caption, image = rows_of(SOME, DATASET)
     assert caption.tolist() == [0, 1, 2, 3] and image.tolist() == [1, 2, 0, 0]
@@ -115,6 +138,7 @@ def test_rows_of_verdicts():
         ({"caption": "another"}, "caption 5 is 'another', that of the split is 'a \"dog\""),
         ({"image_id": 31}, "image_id 31 is none of the 3 of the split"),
         ({"caption_id": 1}, "caption_id 1 is none of the 5 of the split"),
+        ({"split": "dev"}, "split is 'dev'; expected one of train, val, test"),
         ({"verdict": "yes"}, "verdict is 'yes'; expected one of match, no_match, unsure"),
         ({"image_id": "1O"}, "image_id is '1O'; expected an integer"),
         ({"time": "22.11.2026"}, "time is '22.11.2026'; expected ISO 8601"),
@@ -141,6 +165,11 @@ def test_a_damaged_row_is_told_by_its_line(tmp_path, kind, changes, message):
         ("a.csv", b"", "is empty"),
         ("a.csv", b"split;image_id\n", "line 1: expected one column each of split, image_id"),
         ("a.csv", b"split,image_id,caption_id,caption,verdict\ntrain,1\n", "line 2: 2 cells"),
+        (
+            "a.csv",
+            b"split,image_id,caption_id,caption,verdict,time,time\n",
+            "line 1: expected one column each of time",
+        ),
         ("a.csv", b'split,image_id,caption_id,caption,verdict\n"train,1', "line 2: not CSV"),
         ("a.csv", b"split,\nb\xff", "line 2: not UTF-8"),
         ("a.jsonl", b"\n{", "line 2: not JSON"),

@@ -53,7 +53,7 @@ def written(tmp_path):
     return [*arguments, f"--out={tmp_path / 'out'}"], verdicts, (split, topic)
 
 
-def test_an_audit_by_verdicts(written, tmp_path, capsys):
+def test_an_audit_by_verdicts(written, tmp_path, capsys, caplog):
     arguments, verdicts, (split, topic) = written
     write_verdicts(tmp_path / "said.csv", verdicts)
     fitted = f"--fitted={tmp_path / 'fitted.json'}"
@@ -73,11 +73,14 @@ def test_an_audit_by_verdicts(written, tmp_path, capsys):
     assert (about["run"], about["split"], about["samples"]) == ("theirs", "val", ["first"])
     true = np.mean([one.verdict == "match" for one in verdicts])
     assert about["density"]["low"] < about["density"]["value"] < true
+    # Told once, where it is so: of the verdicts that it was fitted to.
+    assert "the detector was fitted to these verdicts" in told
     # The file does for the next audit.
     audit.main([*arguments, fitted])
     again = (tmp_path / "out" / audit_pages.JSONL_NAME).read_text().splitlines()
     assert again == lines
     assert "detector fitted" in capsys.readouterr().out
+    assert "not calibrated here" not in caplog.text
     # And for a list to train with, of the precision by verdicts rather than of the probability.
     audit.main([*arguments[:3], fitted, f"--matches={tmp_path / 'matches.npz'}"])
     assert f"probability {detector.threshold(0.8):g} or more" in capsys.readouterr().out
@@ -105,6 +108,7 @@ def test_verdicts_measure_an_audit_by_any_detector(written, tmp_path, capsys):
             assert int(low) - 1 <= 100 * is_true(split, topic, *pairs).mean() <= int(high) + 1
         assert int(low) <= int(share) <= int(high)
     assert int(whole[0].replace(",", "")) > 1000
+    assert "was fitted to these" not in told
     # Verdicts that no sample drew measure nothing.
     plain = [dataclasses.replace(one, sample="", weight=None) for one in verdicts]
     write_verdicts(tmp_path / "plain.csv", plain)
@@ -119,6 +123,7 @@ def test_mistakes(written, tmp_path, capsys):
         (["--detector=fitted"], "--detector=fitted takes --fitted"),
         ([f"--verdicts={tmp_path}/said.csv"], "said.csv: cannot be read"),
         ([f"--fitted={tmp_path}/none.json"], "none.json: cannot be read"),
+        ([f"--fitted={tmp_path}/said.csv"], "said.csv: expected a name that ends in .json"),
     ):
         with pytest.raises(UserError, match=message):
             audit.main([*arguments, *more])
@@ -128,6 +133,29 @@ def test_mistakes(written, tmp_path, capsys):
         audit.main([*arguments, *fitting])
     assert "25 verdicts): what config.fne.prior should be" in capsys.readouterr().out
     assert not (tmp_path / "few.json").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_detector_of_other_embeddings_is_told(written, tmp_path, caplog):
+    arguments, verdicts, _ = written
+    write_verdicts(tmp_path / "said.csv", verdicts)
+    fitted = f"--fitted={tmp_path / 'fitted.json'}"
+    audit.main([*arguments, f"--verdicts={tmp_path / 'said.csv'}", fitted])
+    assert "not calibrated here" not in caplog.text
+    (tmp_path / "theirs").rename(tmp_path / "others")
+    audit.main([f"--embeddings={tmp_path / 'others'}", *arguments[1:], fitted])
+    assert (
+        "fitted.json was fitted to verdicts on the split val by theirs, not on the split val by "
+        "others: its probabilities are not calibrated here"
+    ) in caplog.text
+
+
+def test_a_density_by_verdicts_that_all_agree_is_no_prior():
+    said = verdict_fitting.Said(
+        *(np.arange(30), np.arange(30), np.zeros(30, bool)), np.full(30, 9.0), ["first"]
+    )
+    told = verdict_fitting.describe_density(said)
+    assert told.startswith("0% of all unlabelled pairs match by all 30 verdicts (0.00% to 9.50%")
+    assert "too few to tell config.fne.prior" in told
 
 
 def test_samples_together_stand_for_all_pairs_once():

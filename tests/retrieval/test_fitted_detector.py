@@ -134,8 +134,15 @@ def test_a_detector_comes_back_as_it_was(judged, detector, tmp_path):
         ({"features": ["similarity"]}, "fit it again"),
         ({"slope": None}, "TypeError"),
         ({"value": [[0.0]]}, r"value is of the shape \[1, 1\]"),
-        ({"feature": [[99] * 7]}, "feature 99"),
+        ({"feature": [[99] * 7] * 150}, "feature 99"),
         ({"least": ["x"]}, "could not convert"),
+        ({"threshold": [[0.5] * 7]}, r"threshold is of the shape \[1, 7\]"),
+        ({"threshold": [[float("nan")] * 7] * 150}, "slope or threshold is out of its range"),
+        ({"precision": [0.5]}, r"precision is of the shape \[1\]"),
+        ({"recall": 0.5}, r"recall is of the shape \[\]"),
+        ({"slope": float("nan")}, "slope holds what is no finite number"),
+        ({"slope": -1.0}, "slope or threshold is out of its range"),
+        ({"offset": float("inf")}, "offset holds what is no finite number"),
     ],
 )
 def test_a_damaged_file_is_told(detector, tmp_path, change, message):
@@ -162,7 +169,7 @@ def test_too_few_verdicts(judged, detector):
     kept = np.setdiff1d(np.arange(500), few)
     with pytest.raises(UserError, match=r"19 matches among \d+ verdicts"):
         fit(table[kept], is_match[kept], weight[kept], 0)
-    with pytest.raises(UserError, match="0 matches among 500 verdicts"):
+    with pytest.raises(UserError, match="0 matches among 0 verdicts on random samples, 500 in all"):
         fit(table, is_match, np.full(500, np.nan), 0)
     with pytest.raises(ValueError, match="n verdicts and n weights"):
         fit(table, is_match, weight[:-1], 0)
