@@ -293,8 +293,10 @@ class _Pages:
     def _verdict(self, question, word, before):
         dataset = self._review.dataset
         drawn = question
-        if not question.sample and before is not None:
-            # Who changes their mind answers still for the sample that once asked.
+        unweighted = question.weight is None
+        if before and unweighted and (before.weight is not None or not question.sample):
+            # Who changes their mind answers still for the sample that once asked. An evaluation
+            # takes verdicts of whatever sample: its name is not worth a weight.
             drawn = before
         now = datetime.datetime.now(datetime.UTC)
         return Verdict(

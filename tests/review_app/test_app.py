@@ -12,6 +12,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from fne_jax.data.verdict_store import VerdictStore
+from fne_jax.retrieval.judged_evaluation import EvaluationSample, find_sample
 from fne_jax.review_app.app import SIZES, create_app
 from fne_jax.review_app.questions import Question, Questions
 from tests.support.pages import HOSTILE, Page, hostile_split
@@ -133,7 +134,7 @@ def test_every_verdict_is_on_the_disk_when_it_is_answered(client, review):
     assert [use["data-verdict"] for use in pressed] == ["no_match", "no_match"]
 
 
-def test_who_changes_their_mind_answers_for_the_sample_that_asked(tmp_path, review, client):
+def test_who_changes_their_mind_answers_for_the_sample_that_asked(review, client):
     drawn = Question(0, 1, None, None, 0.25, model="run step 3", sample="strata", weight=7.5)
     asked = dataclasses.replace(review, questions=Questions(review.dataset, [drawn]))
     page = client_of(asked).get("/review").text
@@ -144,6 +145,24 @@ def test_who_changes_their_mind_answers_for_the_sample_that_asked(tmp_path, revi
     ask(client, "/verdict", body | {"verdict": "no_match"})
     (last,) = review.store.last()
     assert (last.verdict, last.sample, last.weight) == ("no_match", "strata", 7.5)
+
+
+def test_an_evaluation_takes_no_pair_out_of_its_weighted_sample(review):
+    name = EvaluationSample(1, 7, 0).name
+    drawn = [Question(0, 1, sample="strata", weight=7.5)]
+    pooled = [Question(0, 1, sample=name), Question(0, 2, sample=name)]
+    for questions, verdict in ((drawn, "match"), (pooled, "no_match")):
+        asked = dataclasses.replace(review, questions=Questions(review.dataset, questions))
+        for one in questions:
+            body = {"caption": one.caption, "image": one.image, "verdict": verdict}
+            ask(client_of(asked), "/verdict", body)
+    last = review.store.last("train")
+    said = [(one.verdict, one.sample, one.weight) for one in last]
+    assert said == [("no_match", "strata", 7.5), ("no_match", name, None)]
+    # The evaluation has the new answer to the first pair as well.
+    answered = Questions(review.dataset, pooled).answered(last, "anna")
+    assert [one.own.verdict for one in answered.values()] == ["no_match", "no_match"]
+    assert find_sample(last).name == name
 
 
 def test_taking_back(client, review):
