@@ -169,7 +169,8 @@ class VerdictStore:
     def import_verdicts(self, verdicts: Iterable[Verdict]) -> int:
         """Adds verdicts that the store does not have, all or none; returns how many these were.
 
-        A verdict older than what its reviewer has said of the pair since is left out.
+        A verdict older than what its reviewer has said of the pair since is left out. Of two of the
+        same time that differ the imported one counts, for somebody has corrected it.
 
         Args:
           verdicts: At most one of each reviewer on each pair.
@@ -253,7 +254,7 @@ def _key(verdict):
 
 
 def _supersedes(verdict, there):
-    return verdict.verdict != there.verdict and _moment(verdict) > _moment(there)
+    return verdict.verdict != there.verdict and _moment(verdict) >= _moment(there)
 
 
 def _moment(verdict):

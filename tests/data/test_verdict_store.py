@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from fne_jax.data.verdict_store import VerdictStore, store_path
-from fne_jax.data.verdicts import Verdict
+from fne_jax.data.verdicts import Verdict, read_verdicts, write_verdicts
 from fne_jax.errors import UserError
 from tests.support import TOP
 
@@ -61,6 +61,20 @@ def test_importing_adds_what_is_new_and_never_what_is_older(tmp_path):
         # What was imported is not what somebody has just answered by mistake.
         assert store.take_back("bert", "train") is None
         assert store.take_back("anna", "train") == FIRST
+
+
+@pytest.mark.parametrize("time", [FIRST.time, ""])
+def test_importing_takes_a_corrected_verdict(tmp_path, time):
+    with VerdictStore(tmp_path / "v.sqlite") as store:
+        store.add(other(time=time, sample="even", weight=3.5))
+        exported = tmp_path / "v.csv"
+        write_verdicts(exported, store.last())
+        assert store.import_verdicts(read_verdicts(exported)) == 0
+        exported.write_text(exported.read_text().replace(",match,", ",no_match,"))
+        assert store.import_verdicts(read_verdicts(exported)) == 1
+        assert store.import_verdicts(read_verdicts(exported)) == 0
+        corrected = other(verdict="no_match", time=time, sample="even", weight=3.5)
+        assert store.last() == [corrected]
 
 
 def test_half_a_character_is_no_reason_to_lose_a_verdict(tmp_path):
