@@ -19,7 +19,7 @@ import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import (
     HTMLResponse,
     JSONResponse,
@@ -233,7 +233,8 @@ class _Pages:
         """Takes back the reviewer's newest verdict: `{"data", "by", "show"}` say where one is."""
         asked = await self._asked(request)
         by, show = asked.get("by"), asked.get("show")
-        if by not in GROUPINGS or show not in FILTERS:
+        # A list, since what JSON holds may have no hash.
+        if by not in GROUPINGS or show not in list(FILTERS):
             raise HTTPException(422, "Expected `by` and `show`, as in the page's address.")
         return JSONResponse(await anyio.to_thread.run_sync(functools.partial(self._undo, by, show)))
 
@@ -396,6 +397,8 @@ async def _json(request) -> dict[str, Any]:
         raise HTTPException(415, "Expected JSON.")
     try:
         value = json.loads(await request.body())
+    except ClientDisconnect:  # nobody is there to be told, and nothing is wrong here
+        raise HTTPException(400, "The body ended early.") from None
     except (ValueError, RecursionError):
         raise HTTPException(422, "Expected JSON.") from None
     if not isinstance(value, dict):
