@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import datetime
 import math
+import os
 import pathlib
 import sqlite3
 import threading
@@ -91,13 +92,19 @@ class VerdictStore:
       create: Whether to make a file that is not there.
 
     Raises:
-      UserError: if the file is damaged, is none of verdicts, or cannot be opened or made.
+      UserError: if the file is damaged, is none of verdicts, or cannot be opened or made. Every
+        other use raises it too if the file was deleted, moved or replaced since it was opened.
     """
 
     def __init__(self, path: pathlib.Path, *, create: bool = True):
         self.path = path
         self._lock = threading.Lock()
-        if not create and not path.is_file():
+        # What the file is by its device and number, once it is open.
+        self._opened: os.stat_result | None = None
+        # Of a path's ancestors that may not be read, pathlib's own tests would raise.
+        if os.path.isdir(path):
+            raise UserError(f"{path} is a folder; expected an SQLite file of verdicts")
+        if not create and not os.path.isfile(path):
             raise UserError(f"{path} is not there; `review` makes it")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +116,8 @@ class VerdictStore:
             )
         try:
             with self._told():
-                self._prepare()
+                self._prepare(create)
+                self._opened = _stat(path)
         except BaseException:
             self._connection.close()
             raise
@@ -195,11 +203,13 @@ class VerdictStore:
                 raise
         return len(new)
 
-    def _prepare(self):
+    def _prepare(self, create):
         connection = self._connection
         # The tables first: another process may make them at this moment, with the rest.
         tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         ours = connection.execute("PRAGMA application_id").fetchone()[0]
+        if not tables and not create:
+            raise UserError(f"{self.path} is empty; expected a store that `review` has made")
         if tables and ours != _APPLICATION:
             raise UserError(f"{self.path} is an SQLite file, but not of verdicts; name another")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -225,15 +235,36 @@ class VerdictStore:
         """Lets one thread at a time use the connection; turns SQLite's errors into UserErrors."""
         try:
             with self._lock:
+                self._check_that_it_is_there()
                 yield
         except sqlite3.OperationalError as error:
             raise UserError(f"{self.path}: {error}; is it on a disk of this machine that has room, "
                             "and may you write there?") from error  # fmt: skip
         except sqlite3.DatabaseError as error:
             raise UserError(
-                f"{self.path} is damaged: {error}. Move it away; SQLite's own `.recover` may get "
+                # SQLite tells of damage in several lines.
+                f"{self.path} is damaged: {' '.join(str(error).split())}. Move it away; SQLite's own `.recover` may get "
                 "verdicts out of it, and an exported file of them can be imported again"
             ) from error
+
+    def _check_that_it_is_there(self):
+        """Raises UserError if what is written would be in no file, or in none that has the path."""
+        if self._opened is None:
+            return
+        now = _stat(self.path)
+        if now is None or not os.path.samestat(now, self._opened):
+            raise UserError(
+                f"{self.path} is no longer the file that was opened: it was deleted, moved or "
+                "replaced; move it back, or end this program and start it again"
+            )
+
+
+def _stat(path):
+    """Returns what the file system tells of a file, or None."""
+    try:
+        return path.stat()
+    except OSError:
+        return None
 
 
 def _row(verdict, imported):

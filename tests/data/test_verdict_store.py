@@ -132,6 +132,27 @@ def test_every_write_waits_for_the_disk(tmp_path):
         assert store._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_store_that_was_deleted_takes_no_verdict(tmp_path, replaced):
+    path, away = tmp_path / "v.sqlite", tmp_path / "away.sqlite"
+    with VerdictStore(path) as store:
+        store.add(FIRST)
+        path.rename(away)
+        if replaced:
+            VerdictStore(path).close()
+        for use in (
+            lambda: store.add(other(verdict="no_match")),
+            lambda: store.take_back("anna", "train"),
+            lambda: store.import_verdicts([other(reviewer="bert")]),
+            store.last,
+        ):
+            with pytest.raises(UserError, match=r"v\.sqlite is no longer the file that was opened"):
+                use()
+        if not replaced:
+            away.rename(path)
+            assert store.last() == [FIRST]
+
+
 def garbled(path):
     content = bytearray(path.read_bytes())
     content[4096:] = b"\xa5" * (len(content) - 4096)
@@ -144,7 +165,7 @@ def garbled(path):
         (lambda path: path.write_bytes(b"no database, but long enough to be read" * 9), "damaged"),
         (garbled, "damaged"),
         (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged"),
-        (lambda path: (path.unlink(), path.mkdir()), "unable to open"),
+        (lambda path: (path.unlink(), path.mkdir()), "is a folder"),
     ],
 )
 def test_a_damaged_store_is_named(tmp_path, break_it, message):
@@ -152,8 +173,10 @@ def test_a_damaged_store_is_named(tmp_path, break_it, message):
     with VerdictStore(path) as store:
         store.import_verdicts(other(caption_id=number) for number in range(200))
     break_it(path)
-    with pytest.raises(UserError, match=f"v.sqlite.*{message}"):
-        VerdictStore(path)
+    for create in (True, False):
+        with pytest.raises(UserError, match=f"v.sqlite.*{message}") as error:
+            VerdictStore(path, create=create)
+        assert "\n" not in str(error.value)
 
 
 def test_other_databases_are_left_alone(tmp_path):
@@ -169,6 +192,11 @@ def test_other_databases_are_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.sqlite is not there"):
         VerdictStore(tmp_path / "nothing.sqlite", create=False)
     assert not (tmp_path / "nothing.sqlite").exists()
+    empty = tmp_path / "empty.sqlite"
+    empty.touch()
+    with pytest.raises(UserError, match=r"empty\.sqlite is empty; expected a store"):
+        VerdictStore(empty, create=False)
+    assert not empty.read_bytes()
     newer = tmp_path / "newer.sqlite"
     VerdictStore(newer).close()
     connection = sqlite3.connect(newer)

@@ -1,5 +1,6 @@
 """The pages by themselves: what they show, what they save, and what they refuse."""
 
+import asyncio
 import contextlib
 import dataclasses
 import io
@@ -220,6 +221,8 @@ def test_verdicts_on_nothing(client, review, body, status):
 
 def test_what_is_no_json(client, review):
     kind = {"content-type": "application/json"}
+    for show in ({}, [], None, 1):
+        assert ask(client, "/undo", {"by": "caption", "show": show}).status_code == 422
     for content in (b"", b"{", b"\xff", b"[" * 9000):
         answer = client.post("/verdict", content=content, headers=ORIGIN | kind)
         assert answer.status_code == 422
@@ -228,6 +231,28 @@ def test_what_is_no_json(client, review):
     assert client.post("/verdict", content=b"a=1", headers=ORIGIN | kind).status_code == 415
     assert client.post("/verdict", json=form).status_code == 403  # without an origin
     assert review.store.last() == []
+
+
+def test_a_client_that_leaves_within_a_body_is_no_error_of_the_server(review):
+    headers = {
+        "host": "localhost", "origin": "http://localhost",
+        "content-type": "application/json", "content-length": "100",
+    }  # fmt: skip
+    scope = {
+        "type": "http", "method": "POST", "path": "/verdict", "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }  # fmt: skip
+    received = [{"type": "http.request", "body": b"{", "more_body": True}]
+    received.append({"type": "http.disconnect"})
+
+    async def receive():
+        return received.pop(0)
+
+    async def send(message):
+        del message
+
+    asyncio.run(create_app(review)(scope, receive, send))
+    assert not received and review.store.last() == []
 
 
 @pytest.mark.parametrize(
@@ -330,6 +355,16 @@ def test_a_verdict_that_cannot_be_saved_is_not_said_to_be(client, review):
     body = {"caption": 0, "image": 1, "verdict": "match"}
     answer = ask(client, "/verdict", body)
     assert answer.status_code == 500 and "v.sqlite: no such table" in answer.text
+
+
+def test_a_verdict_for_a_deleted_store_is_not_said_to_be_saved(client, review):
+    body = {"caption": 0, "image": 1, "verdict": "match"}
+    assert ask(client, "/verdict", body).status_code == 200
+    review.store.path.unlink()
+    for path, what in (("/verdict", body), ("/undo", {"by": "caption", "show": "all"})):
+        answer = ask(client, path, what)
+        assert answer.status_code == 500
+        assert "v.sqlite is no longer the file that was opened" in answer.text
 
 
 def test_nothing_to_review_is_a_page_too(make_review, tmp_path):
