@@ -25,6 +25,7 @@ from fne_jax.errors import Interrupted, UserError
 from fne_jax.model.model import load_evaluation_split, restore_model, stored_model
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.report import suspect_options, suspects
+from fne_jax.retrieval import fitted_detector
 from fne_jax.retrieval.judged_evaluation import FIRST, EvaluationSample
 from fne_jax.review_app.evaluation_questions import kept_path, pool_of
 from fne_jax.review_app.questions import Question, Questions
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> None:
     workdir = pathlib.Path(options.workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a folder; give the --workdir of a run")
-    path = pathlib.Path(options.store) if options.store else store_path(workdir)
+    path = store_path(workdir) if options.store is None else pathlib.Path(options.store)
     if options.export is not None:
         _export(path, pathlib.Path(options.export))
     elif options.import_ is not None:
@@ -128,6 +129,9 @@ def _check(options: argparse.Namespace) -> None:
     modes = [options.export, options.import_, options.for_evaluation, options.sample]
     if sum(mode is not None for mode in modes) > 1:
         raise UserError("give one of --export, --import, --for-evaluation and --sample")
+    if options.store is not None and pathlib.Path(options.store).suffix != ".sqlite":
+        raise UserError(f"--store={options.store}: expected a file that ends in .sqlite, by "
+                        "which `audit` and `evaluate` know it")  # fmt: skip
     if options.sample is not None and not 1 <= options.sample < 10**6:
         raise UserError(f"--sample is {options.sample}; expected 1 to 999999 pairs")
     if options.port is not None and not 0 <= options.port <= 65535:
@@ -174,28 +178,32 @@ def _serve(options: argparse.Namespace, workdir: pathlib.Path, path: pathlib.Pat
         raise UserError(
             f"review needs {error.name}: pip install 'fne-jax[review]', or {error.name} by itself"
         ) from error
-    with VerdictStore(path) as store, serving.bind(options.host, options.port) as bound:
+    if os.path.exists(path) and os.path.getsize(path):
+        # A damaged store is told before anything slow; a new one is made once all else is right.
+        VerdictStore(path, create=False).close()
+    with serving.bind(options.host, options.port) as bound:
         asked = (_suspects if options.for_evaluation is None else _evaluation)(options, workdir)
-        review = Review(
-            title=asked.title,
-            about=asked.about,
-            split=options.split,
-            dataset=asked.dataset,
-            questions=Questions(asked.dataset, asked.questions),
-            store=store,
-            reviewer=options.reviewer.strip(),
-            search=asked.search,
-        )
-        before = len(store.last(options.split))
-        url = serving.address(options.host, bound)
+        with VerdictStore(path) as store:
+            review = Review(
+                title=asked.title,
+                about=asked.about,
+                split=options.split,
+                dataset=asked.dataset,
+                questions=Questions(asked.dataset, asked.questions),
+                store=store,
+                reviewer=options.reviewer.strip(),
+                search=asked.search,
+            )
+            before = len(store.last(options.split))
+            url = serving.address(options.host, bound)
 
-        def tell() -> None:
-            counted = f"{len(review.questions):,} pairs to judge, {before:,} verdicts in {path}"
-            print(f"{asked.about}\n{counted}\nopen {url} (Ctrl-C ends it)", flush=True)
+            def tell() -> None:
+                counted = f"{len(review.questions):,} pairs to judge, {before:,} verdicts in {path}"
+                print(f"{asked.about}\n{counted}\nopen {url} (Ctrl-C ends it)", flush=True)
 
-        app = create_app(review, {options.host, socket.gethostname()})
-        signal_number = serving.serve(app, bound, stop_signals(), tell)
-        given = len(store.last(options.split))
+            app = create_app(review, {options.host, socket.gethostname()})
+            signal_number = serving.serve(app, bound, stop_signals(), tell)
+            given = len(store.last(options.split))
     raise Interrupted(
         signal_number,
         f"stopped; {given:,} verdicts on {options.split} are in {path}, "
@@ -205,12 +213,14 @@ def _serve(options: argparse.Namespace, workdir: pathlib.Path, path: pathlib.Pat
 
 def _suspects(options: argparse.Namespace, workdir: pathlib.Path) -> _Asked:
     """Returns the suspects of a run, or a sample of all pairs, and what searches its split."""
+    # Read before the split is embedded, which may take long.
+    fitted = None if options.fitted is None else fitted_detector.read(pathlib.Path(options.fitted))
     model = restore_model(workdir, options.checkpoint)
     use_compile_cache(model.config.compile_cache)
     theirs = suspect_options.caption_embeddings(options)
     kept = kept_path(workdir, options.split)
     judged = suspects.judged_by_model(model, workdir.resolve().name, options.split, theirs, kept)
-    judged = suspect_options.with_fitted(options, judged)
+    judged = dataclasses.replace(judged, fitted=fitted)
     if options.sample is None:
         found = suspect_options.find(options, judged)
         about = suspects.describe(judged, found, {}).replace("\n", "; ")

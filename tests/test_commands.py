@@ -252,7 +252,8 @@ def test_review_keeps_verdicts_that_the_audit_heeds(shapes_run, tmp_path, capsys
             assert server.wait(20) == 130
         finally:
             server.kill()
-        assert_all_in(server.stderr.read(), "1 verdicts on val are in", "1 of them new")
+        said = "1 verdicts on val are in", "1 of them new"
+        assert_all_in(server.stderr.read(), *said)
 
     assert (workdir / "reviews" / "embeddings_val.npz").exists()
 
@@ -329,6 +330,13 @@ def test_systems_are_compared_by_verdicts(shapes_run, tmp_path, capsys):
         (["--workdir=.", "--export=a.txt"], "verdicts.sqlite is not there"),
         (["--workdir=.", "--import=a.csv"], "a.csv: cannot be read"),
         (["--workdir=.", "--port=70000"], "--port is 70000"),
+        (["--workdir=.", "--store="], "--store=: expected a file that ends in .sqlite"),
+        (["--workdir=.", "--store=a.txt"], "--store=a.txt: expected a file that ends in .sqlite"),
+        (["--workdir=.", "--export=a.csv", "--store=a"], "--store=a: expected a file"),
+        (["--workdir=."], "config.json is not there"),
+        (["--workdir=.", "--store=a.sqlite"], "config.json is not there"),
+        (["--workdir=.", "--fitted=none.json"], "none.json: cannot be read"),
+        (["--for-evaluation", "."], "config.json is not there"),
         (["--workdir=.", "--reviewer= "], "--reviewer is empty"),
         (["--workdir=.", "--limit=0"], "--limit is 0"),
         (["--workdir=.", "--splits=val"], "unrecognized arguments"),
@@ -343,6 +351,25 @@ def test_mistakes_of_a_review(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in refused("review", *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_review_checks_all_before_it_writes_or_embeds(shapes_run, tmp_path):
+    workdir, _, _ = shapes_run
+    store = tmp_path / "s.sqlite"
+    evaluation = ["--for-evaluation", workdir, workdir]
+    for arguments, message in (
+        ([f"--workdir={workdir}", "--split=dev"], "the split 'dev' is unknown"),
+        ([f"--workdir={workdir}", f"--fitted={tmp_path / 'no.json'}"], "no.json: cannot be read"),
+        ([*evaluation, tmp_path / "no"], "no is not a folder"),
+        ([*evaluation, tmp_path], "config.json is not there"),
+        ([*evaluation, "--checkpoint=77"], "there is no checkpoint '77'"),
+    ):
+        assert message in refused("review", *arguments, f"--store={store}")
+        assert not store.exists() and not (workdir / "reviews").exists()
+    store.write_bytes(b"no database, but long enough to be read" * 9)
+    error = refused("review", f"--workdir={workdir}", "--split=val", f"--store={store}")
+    assert "s.sqlite is damaged" in error
+    assert not (workdir / "reviews").exists()
 
 
 def test_resuming_with_another_config_fails(shapes_run):

@@ -10,8 +10,8 @@ import numpy as np
 
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
-from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.model.model import restore_model
+from fne_jax.model import checkpoints
+from fne_jax.model.model import restore_model, stored_model
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.report import kept_embeddings
 from fne_jax.retrieval.embedding_files import read_embeddings_of
@@ -48,18 +48,24 @@ def pool_of(
     Raises:
       UserError: if a folder cannot be read, or is of other data than the first.
     """
-    found, dataset = [], None
+    # All are looked at before the first is embedded, which may take long.
+    runs, found, dataset = [], [], None
     for folder in systems:
         if dataset is not None and (folder / "image_embeddings.npy").exists():
-            embedded = read_embeddings_of(folder, dataset)
-        else:
-            embedded, of_run = _embedded(folder, checkpoint, split)
-            dataset = of_run if dataset is None else dataset
-            if not _same(dataset, of_run):
-                raise UserError(
-                    f"{folder}: its {split} split is not that of {systems[0]}; expected systems "
-                    "of the same data"
-                )
+            found.append(first_results(sample, read_embeddings_of(folder, dataset)))
+            continue
+        of_run = _split_of(folder, checkpoint, split)
+        dataset = of_run if dataset is None else dataset
+        if not _same(dataset, of_run):
+            raise UserError(
+                f"{folder}: its {split} split is not that of {systems[0]}; expected systems "
+                "of the same data"
+            )
+        runs.append((folder, of_run))
+    for folder, of_run in runs:
+        model = restore_model(folder, checkpoint)
+        use_compile_cache(model.config.compile_cache)
+        embedded, _ = kept_embeddings.embed(model, of_run, kept_path(folder, split))
         found.append(first_results(sample, embedded))
     captions, images = pool(found, dataset.caption_image, sample.seed)
     questions = [
@@ -75,11 +81,12 @@ def pool_of(
     return Pool(dataset, questions, about)
 
 
-def _embedded(workdir, checkpoint, split) -> tuple[EmbeddedSplit, PairDataset]:
-    model = restore_model(workdir, checkpoint)
-    use_compile_cache(model.config.compile_cache)
-    dataset = model.load_split(split)
-    return kept_embeddings.embed(model, dataset, kept_path(workdir, split))[0], dataset
+def _split_of(workdir, checkpoint, split) -> PairDataset:
+    """Returns a run's split; UserError if it cannot be read, or the run has no such checkpoint."""
+    model = stored_model(workdir)
+    with checkpoints.reader(workdir) as manager:
+        checkpoints.find_step(manager, checkpoint)
+    return model.load_split(split)
 
 
 def kept_path(workdir: pathlib.Path, split: str) -> pathlib.Path:
