@@ -203,11 +203,11 @@ def _serve(options: argparse.Namespace, workdir: pathlib.Path, path: pathlib.Pat
 
             app = create_app(review, {options.host, socket.gethostname()})
             signal_number = serving.serve(app, bound, stop_signals(), tell)
-            given = len(store.last(options.split))
+            there, given = len(store.last(options.split)), store.given(options.split)
     raise Interrupted(
         signal_number,
-        f"stopped; {given:,} verdicts on {options.split} are in {path}, "
-        f"{given - before:,} of them new",
+        f"stopped; {there:,} verdicts on {options.split} are in {path}, "
+        f"{given:,} of them given in this session",
     )
 
 

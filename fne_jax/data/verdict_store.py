@@ -48,10 +48,8 @@ CREATE INDEX IF NOT EXISTS pairs ON verdicts (split, caption_id, image_id, revie
 """
 _COLUMNS = ", ".join(FIELDS)
 _INSERT = f"INSERT INTO verdicts ({_COLUMNS}, imported) VALUES ({', '.join('?' * len(FIELDS))}, ?)"
-_LAST = (
-    f"SELECT {_COLUMNS} FROM verdicts WHERE number IN "
-    "(SELECT max(number) FROM verdicts GROUP BY split, caption_id, image_id, reviewer) "
-)
+_LAST_NUMBERS = "(SELECT max(number) FROM verdicts GROUP BY split, caption_id, image_id, reviewer)"
+_LAST = f"SELECT {_COLUMNS} FROM verdicts WHERE number IN {_LAST_NUMBERS} "
 
 
 def store_path(workdir: pathlib.Path) -> pathlib.Path:
@@ -99,6 +97,8 @@ class VerdictStore:
     def __init__(self, path: pathlib.Path, *, create: bool = True):
         self.path = path
         self._lock = threading.Lock()
+        # The numbers of the rows that this object has added; none is ever given twice.
+        self._added: set[int] = set()
         # What the file is by its device and number, once it is open.
         self._opened: os.stat_result | None = None
         # Of a path's ancestors that may not be read, pathlib's own tests would raise.
@@ -140,7 +140,8 @@ class VerdictStore:
           UserError: if it cannot be written.
         """
         with self._told():
-            self._connection.execute(_INSERT, _row(verdict, imported=False))
+            added = self._connection.execute(_INSERT, _row(verdict, imported=False)).lastrowid
+            self._added.add(added)
 
     def take_back(self, reviewer: str, split: str) -> Verdict | None:
         """Removes a reviewer's newest verdict on a split that was not imported, and returns it.
@@ -173,6 +174,19 @@ class VerdictStore:
         with self._told():
             rows = self._connection.execute(f"{_LAST}{where}ORDER BY number", values).fetchall()
         return [Verdict(*row) for row in rows]
+
+    def given(self, split: str) -> int:
+        """Returns how many of the `last` verdicts on a split this object was told by `add`.
+
+        Raises:
+          UserError: if the file cannot be read.
+        """
+        with self._told():
+            rows = self._connection.execute(
+                f"SELECT number FROM verdicts WHERE number IN {_LAST_NUMBERS} AND split = ?",
+                (split,),
+            ).fetchall()
+        return sum(number in self._added for (number,) in rows)
 
     def import_verdicts(self, verdicts: Iterable[Verdict]) -> int:
         """Adds verdicts that the store does not have, all or none; returns how many these were.
@@ -241,9 +255,9 @@ class VerdictStore:
             raise UserError(f"{self.path}: {error}; is it on a disk of this machine that has room, "
                             "and may you write there?") from error  # fmt: skip
         except sqlite3.DatabaseError as error:
+            told = " ".join(str(error).split())  # SQLite tells of some damage in several lines
             raise UserError(
-                # SQLite tells of damage in several lines.
-                f"{self.path} is damaged: {' '.join(str(error).split())}. Move it away; SQLite's own `.recover` may get "
+                f"{self.path} is damaged: {told}. Move it away; SQLite's own `.recover` may get "
                 "verdicts out of it, and an exported file of them can be imported again"
             ) from error
 

@@ -47,6 +47,22 @@ def test_the_last_of_a_reviewer_counts_and_can_be_taken_back(tmp_path):
         assert store.last() == [berts]
 
 
+def test_given_counts_the_pairs_that_this_store_was_told_of(tmp_path):
+    with VerdictStore(tmp_path / "v.sqlite") as store:
+        store.add(FIRST)
+    with VerdictStore(store.path) as store, VerdictStore(store.path) as berts:
+        assert store.given("train") == 0
+        berts.add(other(reviewer="bert"))
+        store.import_verdicts([other(reviewer="cleo")])
+        for verdict in ("no_match", "unsure"):
+            store.add(other(verdict=verdict))
+        store.add(other(caption_id=71))
+        assert [store.given("train"), store.given("val"), berts.given("train")] == [2, 0, 1]
+        for left in (1, 1, 0, 0):
+            store.take_back("anna", "train")
+            assert store.given("train") == left
+
+
 def test_importing_adds_what_is_new_and_never_what_is_older(tmp_path):
     later = "2026-05-04T12:31:00Z"  # the same moment may be written in several ways
     with VerdictStore(tmp_path / "v.sqlite") as store:
