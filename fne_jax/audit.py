@@ -27,6 +27,9 @@ def main(arguments: list[str]) -> None:
     if options.out is not None and pathlib.Path(options.out).is_file():
         raise UserError(f"--out={options.out} is a file; expected a folder")
     theirs = suspect_options.caption_embeddings(options)
+    fitting = options.verdicts is not None and options.fitted is not None
+    # Read before the split is embedded, which may take long.
+    fitted = None if fitting else suspect_options.read_fitted(options)
     if options.workdir is not None:
         workdir = pathlib.Path(options.workdir)
         judged = suspects.judged_by_run(
@@ -41,11 +44,10 @@ def main(arguments: list[str]) -> None:
     if options.verdicts is not None:
         said = verdict_fitting.read_said(judged, pathlib.Path(options.verdicts))
         print(verdict_fitting.describe_density(said))
-    fitting = said is not None and options.fitted is not None
-    if fitting:
+    if said is not None and fitting:
         judged = verdict_fitting.fit_and_write(judged, said, pathlib.Path(options.fitted))
     else:
-        judged = suspect_options.with_fitted(options, judged)
+        judged = suspect_options.with_fitted(judged, fitted)
     if options.matches is not None:
         print(
             suspects.write_matches(

@@ -25,7 +25,6 @@ from fne_jax.errors import Interrupted, UserError
 from fne_jax.model.model import load_evaluation_split, restore_model, stored_model
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.report import suspect_options, suspects
-from fne_jax.retrieval import fitted_detector
 from fne_jax.retrieval.judged_evaluation import FIRST, EvaluationSample
 from fne_jax.review_app.evaluation_questions import kept_path, pool_of
 from fne_jax.review_app.questions import Question, Questions
@@ -214,13 +213,13 @@ def _serve(options: argparse.Namespace, workdir: pathlib.Path, path: pathlib.Pat
 def _suspects(options: argparse.Namespace, workdir: pathlib.Path) -> _Asked:
     """Returns the suspects of a run, or a sample of all pairs, and what searches its split."""
     # Read before the split is embedded, which may take long.
-    fitted = None if options.fitted is None else fitted_detector.read(pathlib.Path(options.fitted))
+    fitted = suspect_options.read_fitted(options)
     model = restore_model(workdir, options.checkpoint)
     use_compile_cache(model.config.compile_cache)
     theirs = suspect_options.caption_embeddings(options)
     kept = kept_path(workdir, options.split)
     judged = suspects.judged_by_model(model, workdir.resolve().name, options.split, theirs, kept)
-    judged = dataclasses.replace(judged, fitted=fitted)
+    judged = suspect_options.with_fitted(judged, fitted)
     if options.sample is None:
         found = suspect_options.find(options, judged)
         about = suspects.describe(judged, found, {}).replace("\n", "; ")

@@ -12,6 +12,7 @@ from fne_jax.report import suspects
 from fne_jax.report.suspects import JudgedSplit, Suspects
 from fne_jax.retrieval import fitted_detector
 from fne_jax.retrieval.detectors import DETECTORS, PREFERENCE
+from fne_jax.retrieval.fitted_detector import FittedDetector
 
 _PER_QUERY = 5
 _log = logging.getLogger(__name__)
@@ -82,20 +83,31 @@ def caption_embeddings(options: argparse.Namespace) -> pathlib.Path | None:
     return options.caption_embeddings and pathlib.Path(options.caption_embeddings)
 
 
-def with_fitted(options: argparse.Namespace, judged: JudgedSplit) -> JudgedSplit:
-    """Returns a split with the fitted detector that the options name, if they name one.
+def read_fitted(options: argparse.Namespace) -> FittedDetector | None:
+    """Returns the fitted detector that the options name, or None.
+
+    Raises:
+      UserError: if its file cannot be read.
+    """
+    if options.fitted is None:
+        return None
+    return fitted_detector.read(pathlib.Path(options.fitted))
+
+
+def with_fitted(judged: JudgedSplit, fitted: FittedDetector | None) -> JudgedSplit:
+    """Returns a split with a fitted detector, if there is one.
 
     Warns where it was fitted to other embeddings.
     """
-    if options.fitted is None:
+    if fitted is None:
         return judged
-    fitted = fitted_detector.read(pathlib.Path(options.fitted))
     here = {"run": judged.name, "step": judged.step, "split": judged.split_name}
     learnt = {name: fitted.about.get(name, value) for name, value in here.items()}
     if learnt != here:
         _log.warning(
-            "%s was fitted to verdicts on %s, not on %s: its probabilities are not calibrated here",
-            *(options.fitted, _named(learnt), _named(here)),
+            "the detector of --fitted learnt from verdicts on %s, not on %s: its probabilities are "
+            "not calibrated here",
+            *(_named(learnt), _named(here)),
         )
     return dataclasses.replace(judged, fitted=fitted)
 

@@ -144,8 +144,8 @@ def test_a_detector_of_other_embeddings_is_told(written, tmp_path, caplog):
     (tmp_path / "theirs").rename(tmp_path / "others")
     audit.main([f"--embeddings={tmp_path / 'others'}", *arguments[1:], fitted])
     assert (
-        "fitted.json was fitted to verdicts on the split val by theirs, not on the split val by "
-        "others: its probabilities are not calibrated here"
+        "learnt from verdicts on the split val by theirs, not on the split val by others: its "
+        "probabilities are not calibrated here"
     ) in caplog.text
 
 
