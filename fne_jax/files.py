@@ -42,8 +42,8 @@ def write_atomically(path: AnyPath, content: str | bytes) -> None:
             scratch.write_text(content, encoding="utf-8")
         scratch.replace(path)
     except BaseException as error:
-        if isinstance(error, OSError):  # of a disk that is full, Python does not say the file
-            error.filename = error.filename or str(path)
+        if isinstance(error, OSError):  # not the scratch file, nor none where the disk is full
+            error.filename, error.filename2 = str(path), None
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
         raise
