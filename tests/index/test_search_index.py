@@ -5,6 +5,7 @@ import logging
 import os
 import pathlib
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -116,6 +117,20 @@ def test_images_that_cannot_be_read_are_left_out_and_named(photos, tmp_path, cap
         assert "03.png" in caplog.text and "05.jpg" in caplog.text
     write_image(photos / "03.png", 3)
     assert "03.png" in build(photos, tmp_path / "index").names
+
+
+def test_a_pipe_among_the_images_is_left_out_and_named(photos, tmp_path, caplog):
+    os.mkfifo(photos / "pipe.jpg")
+    # What waits for the pipe after all gets its end in a while.
+    ends = threading.Timer(10, os.close, [os.open(photos / "pipe.jpg", os.O_RDWR)])
+    ends.start()
+    (photos / "below" / "link.jpg").symlink_to(photos / "pipe.jpg")
+    index = build(photos, tmp_path / "index")
+    assert len(index) == 11 and "2 of 13 images cannot be used" in caplog.text
+    assert "pipe.jpg' is not a file" in caplog.text and "link.jpg' is not a file" in caplog.text
+    with pytest.raises(UserError, match="pipe.jpg' is not a file"):
+        index.search(image=photos / "pipe.jpg")
+    ends.cancel()
 
 
 def test_a_folder_without_a_usable_image_is_refused_and_the_index_stays(photos, tmp_path):

@@ -58,6 +58,10 @@ def evaluation_pixels(
 
 def _content(path):
     try:
-        return epath.Path(path).expanduser().read_bytes()
+        file = epath.Path(path).expanduser()
+        # A pipe would be waited for, by threads that Ctrl-C does not end; epath takes it for a file.
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise UserError(f"{os.fspath(path)!r} is not a file, but a folder, a pipe or a device")
+        return file.read_bytes()
     except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
         raise UserError(f"{os.fspath(path)!r}: cannot be read: {error}") from error
