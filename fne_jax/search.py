@@ -15,6 +15,7 @@ import signal
 import sys
 
 from fne_jax import command_line
+from fne_jax.data.sources import listing
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.index import engines
 from fne_jax.index.gallery import AnyPath, label_of
@@ -87,6 +88,7 @@ def _parse(arguments):
     for text in options.query:
         if not text.strip():
             raise UserError("the text to search by is empty")
+        listing.check_text("the text to search by", text)
     return options
 
 

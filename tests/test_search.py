@@ -149,6 +149,7 @@ def test_wrong_arguments_are_told_before_anything_is_loaded(photos, tmp_path):
         (["--images=val", "--texts=val"], "give either the --images or the --texts"),
         (["--images=val", "--top=0"], "--top is 0"),
         (["--images=val", " "], "text to search by is empty"),
+        (["--images=val", os.fsdecode(b"a\xff")], r"is 'a\udcff', which has a NUL or half a"),
         (["--images=val", "--index=faiss"], "expected exact, faiss:FACTORY"),
         (["--images=val", f"--image={tmp_path / 'no.jpg'}"], "no.jpg is not a file"),
         (["--images=val", "--imag=x"], "unrecognized arguments: --imag=x"),

@@ -102,8 +102,7 @@ def texts_of(source: AnyPath | Sequence[str], load_split: Callable[[str], PairDa
         else:
             texts = listing.read_text(epath.Path(path)).splitlines()
     for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise UserError(f"texts[{row}]: expected a str, got {type(text).__name__}")
+        listing.check_text(f"texts[{row}]", text)
     texts = list(dict.fromkeys(text for text in texts if text.strip()))
     if not texts:
         raise UserError(f"{where}: there is no text")

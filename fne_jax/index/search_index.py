@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from fne_jax.data.preparation.single_images import AnyImage, evaluation_pixels
+from fne_jax.data.sources import listing
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
 from fne_jax.index import engines, exact
@@ -119,7 +120,7 @@ class SearchIndex:
           top: How many.
 
         Raises:
-          UserError: If not one of them is given, or the image cannot be read.
+          UserError: If not one of them is given, the text is none, or the image cannot be read.
         """
         if (text is None) == (image is None):
             raise UserError("search by either a text or an image")
@@ -128,6 +129,7 @@ class SearchIndex:
         elif not isinstance(text, str) or not text.strip():
             raise UserError(f"the text to search by is {text!r:.60}; expected a sentence")
         else:
+            listing.check_text("the text to search by", text)
             query = self._encoders.embed_texts([text])
         rows, scores = self.nearest(query, top)
         return [

@@ -30,6 +30,7 @@ from fne_jax.data import captions as caption_lib
 from fne_jax.data.loading import load_split
 from fne_jax.data.pairs import PairDataset, with_captions_per_image
 from fne_jax.data.preparation.single_images import AnyImage, evaluation_pixels
+from fne_jax.data.sources import listing
 from fne_jax.encoders import towers
 from fne_jax.errors import UserError
 from fne_jax.index import engines, gallery
@@ -182,8 +183,7 @@ class Model:
         """
         texts = [texts] if isinstance(texts, str | bytes) else list(texts)
         for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise UserError(f"texts[{row}]: expected a str, got {type(text).__name__}")
+            listing.check_text(f"texts[{row}]", text)
         tokens = self.tokenize(texts, self.config.evaluation.text_length)
         return self.embedder.texts(self.params, tokens)
 

@@ -115,6 +115,7 @@ def test_what_is_no_gallery_is_named(tmp_path):
         (texts_of, tmp_path / "empty", "is a folder; expected a table"),
         (texts_of, tmp_path / "empty.txt", "there is no text"),
         (texts_of, ["a dog", 3], r"texts\[1\]: expected a str, got int"),
+        (texts_of, ["a dog", "\ud800"], r"texts\[1\] is '.ud800', which has .* half a character"),
     ):
         with pytest.raises(UserError, match=message):
             read(source, no_split)

@@ -243,6 +243,7 @@ def test_wrong_questions(photos):
         ({}, "either a text or an image"),
         ({"text": "a dog", "image": photos / "01.png"}, "either a text or an image"),
         ({"text": " "}, "is ' '; expected a sentence"),
+        ({"text": "a\ud800"}, r"is 'a\\ud800', which has a NUL or half a character"),
         ({"text": ["a dog"]}, r"is \['a dog'\]; expected a sentence"),
         ({"image": photos / "nowhere.png"}, "nowhere.png'?: cannot be read"),
         ({"text": "a dog", "top": 0}, "top is 0"),

@@ -1,5 +1,6 @@
 """What a model embeds: single items and sequences of every kind, in batches that fit."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,8 @@ def test_what_is_no_image_or_sentence_is_named(model, pixels):
         model.embed_texts(["a dog", b"a cat"])
     with pytest.raises(UserError, match=r"texts\[0\]: expected a str, got bytes"):
         model.embed_texts(b"a cat")
+    with pytest.raises(UserError, match=r"texts\[1\] is 'a.udcff', which has .* half a character"):
+        model.embed_texts(["a dog", os.fsdecode(b"a\xff")])
     with pytest.raises(UserError, match=r"images\[2\]: expected a path, bytes, .* got int"):
         model.embed_images([pixels[0], pixels[1], 3])
     with pytest.raises(UserError, match=r"nowhere.jpg'?: cannot be read"):

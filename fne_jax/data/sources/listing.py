@@ -192,6 +192,25 @@ def is_text(value: Any) -> bool:
     return True
 
 
+def check_text(name: str, value: Any) -> None:
+    """Checks that a value is text that a tokenizer takes.
+
+    Args:
+      name: What messages call it.
+      value: What was given.
+
+    Raises:
+      UserError: If it is none, or has a NUL or half a character.
+    """
+    if not isinstance(value, str):
+        raise UserError(f"{name}: expected a str, got {type(value).__name__}")
+    if not is_text(value):
+        raise UserError(
+            f"{name} is {value!r:.60}, which has a NUL or half a character; expected text, which a "
+            "terminal and a file give in UTF-8"
+        )
+
+
 def same_file(path: epath.Path) -> str:
     """Returns one name for all spellings of a path, such as `a.jpg` and `./a.jpg`."""
     return os.path.normpath(os.fspath(path))
