@@ -87,6 +87,30 @@ def test_texts_are_searched_by_image(run, photos, model, capsys):
     assert (run / "index_val_texts").is_dir()
 
 
+def test_a_text_that_the_model_cannot_read_is_warned_of_once(run, model, caplog, capsys):
+    long = " ".join(["red six"] * 20)
+    whole = len(model.tokenizer(long)["input_ids"]) - 2
+    texts = ["red six", "\N{SNOWMAN} \u732b", "...", long, "red \u732b"]
+    search.main([f"--workdir={run}", "--images=val", "--top=1", *texts])
+    log = "fne_jax.index.search_index"
+    warnings = [
+        each.getMessage()
+        for each in caplog.records
+        if each.name == log and each.levelno > logging.INFO
+    ]
+    nothing = "no word of it is in the tokenizer's vocabulary: the results say nothing"
+    used = model.config.evaluation.text_length - 2
+    assert warnings == [
+        f"'\N{SNOWMAN} \u732b': {nothing}",
+        f"'...': {nothing}",
+        f"{long!r:.60}: only the first {used} of its {whole} tokens are used",
+    ]
+    caplog.clear()
+    model.embed_texts(texts)
+    model.index(texts=texts).search("red six")
+    assert log not in [each.name for each in caplog.records if each.levelno > logging.INFO]
+
+
 def test_people_read_ranks_scores_and_files(run, photos, capsys):
     image = photos / "03.png"
     search.main([f"--workdir={run}", f"--images={photos}", "--top=3", f"--image={image}", "a dog"])

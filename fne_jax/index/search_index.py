@@ -50,6 +50,7 @@ class Encoders:
       batch_size: How many items are embedded at once.
       embed_images: Returns [images, dim] float32 unit rows of [images, side, side, 3] uint8 pixels.
       embed_texts: Returns [texts, dim] float32 unit rows of sentences.
+      unread: Returns in words what `embed_texts` leaves out of a sentence; "" where it reads all.
     """
 
     identity: Mapping[str, Any]
@@ -58,6 +59,7 @@ class Encoders:
     batch_size: int
     embed_images: Callable[[np.ndarray], np.ndarray]
     embed_texts: Callable[[Sequence[str]], np.ndarray]
+    unread: Callable[[str], str] = lambda text: ""
 
     def read(self, image: AnyImage, name: str) -> np.ndarray:
         """Returns the pixels of an image of any kind; UserError if it cannot be used."""
@@ -114,6 +116,8 @@ class SearchIndex:
     ) -> list[Hit]:
         """Returns the items that are nearest to a sentence or to an image, the best first.
 
+        A warning tells if the model reads nothing of the sentence, or only its beginning.
+
         Args:
           text: The sentence.
           image: The image instead: a path, the content of a file, an image of PIL or pixels.
@@ -130,6 +134,8 @@ class SearchIndex:
             raise UserError(f"the text to search by is {text!r:.60}; expected a sentence")
         else:
             listing.check_text("the text to search by", text)
+            if unread := self._encoders.unread(text):
+                _log.warning("%s: %s", f"{text!r:.60}", unread)
             query = self._encoders.embed_texts([text])
         rows, scores = self.nearest(query, top)
         return [

@@ -12,6 +12,9 @@ import transformers
 from fne_jax.data import captions
 from fne_jax.errors import UserError
 from fne_jax.model import tokenizers
+from fne_jax.model.model import build_model
+from fne_jax.parallel import sharding
+from tests.support.tiny import LinearTowers, tiny_config
 
 TEXTS = ["a red circle left of a square", "two small blue stars", "an unknown \u00fcber-7", ""]
 KINDS = ["bert", "clip", "siglip", "fitted"]
@@ -135,3 +138,15 @@ def test_a_file_that_transformers_alone_does_not_see_is_told(run, copied, monkey
     message = "other ids than when the run began, with transformers |tokenizer cannot be loaded: "
     with pytest.raises(UserError, match=message):
         tokenizers.stored_tokenizer(run[0])
+
+
+def test_what_a_model_does_not_read_of_a_text_is_told(run):
+    workdir, _ = run
+    tokenizer = tokenizers.stored_tokenizer(workdir)
+    config = tiny_config()
+    module, mesh = LinearTowers(), sharding.create_mesh()
+    unread = build_model(config, {}, tokenizer, mesh, module=module).unread
+    assert unread("red") == ""
+    assert "tokens are used" in unread("red " * 40)
+    if not isinstance(tokenizer, transformers.CLIPTokenizer):  # it knows every byte
+        assert "no word of it" in unread("\u732b \U0001f642")
