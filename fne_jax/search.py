@@ -77,6 +77,9 @@ def _parse(arguments):
     )
     options = parser.parse_args(arguments)
     command_line.expand_home(options, "workdir", "images", "texts")
+    for name in ("images", "texts"):
+        if getattr(options, name) == "":
+            raise UserError(f"--{name}= is empty; expected what is searched, see --help")
     if (options.images is None) == (options.texts is None):
         raise UserError("give either the --images or the --texts to be searched")
     if options.top < 1:

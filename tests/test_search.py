@@ -171,6 +171,8 @@ def test_wrong_arguments_are_told_before_anything_is_loaded(photos, tmp_path):
     for arguments, message in (
         ([], "give either the --images or the --texts"),
         (["--images=val", "--texts=val"], "give either the --images or the --texts"),
+        (["--images=", "a dog"], "--images= is empty"),
+        (["--texts=", "a dog"], "--texts= is empty"),
         (["--images=val", "--top=0"], "--top is 0"),
         (["--images=val", " "], "text to search by is empty"),
         (["--images=val", os.fsdecode(b"a\xff")], r"is 'a\udcff', which has a NUL or half a"),

@@ -119,6 +119,8 @@ def label_of(source: AnyPath) -> str:
 
 
 def _existing(source, expected):
+    if not os.fspath(source):  # pathlib would take it for the working directory
+        raise UserError(f"'' is no path; expected {expected} ({', '.join(SPLITS)})")
     path = pathlib.Path(source).expanduser()
     try:
         there = path.exists()

@@ -111,6 +111,7 @@ def test_what_is_no_gallery_is_named(tmp_path):
         (images_of, tmp_path / "bad.csv", "the column 'caption' is missing"),
         (images_of, "no\0name", r"no.x00name' is not there"),
         (images_of, [], "no images in the list"),
+        (images_of, "", "'' is no path; expected a folder of images"),
         (texts_of, tmp_path / "nowhere", "is not there; expected a table"),
         (texts_of, tmp_path / "empty", "is a folder; expected a table"),
         (texts_of, tmp_path / "empty.txt", "there is no text"),
