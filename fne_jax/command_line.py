@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 
+from fne_jax import files
 from fne_jax.errors import (
     EXIT_BUG,
     EXIT_ENVIRONMENT_FAILURE,
@@ -32,10 +32,21 @@ def parser(description: str, command: str) -> argparse.ArgumentParser:
 
 
 def expand_home(options: argparse.Namespace, *names: str) -> None:
-    """Replaces `~` in the options that are paths: shells leave it where it follows a `=`."""
+    """Replaces `~` in the options that are paths: shells leave it where it follows a `=`.
+
+    Args:
+      options: The parsed command line.
+      *names: The options, each a path, a list of paths, or None.
+
+    Raises:
+      UserError: If there is no user of the name that follows a `~`.
+    """
     for name in names:
-        if getattr(options, name) is not None:
-            setattr(options, name, os.path.expanduser(getattr(options, name)))
+        given = getattr(options, name)
+        if isinstance(given, list):
+            setattr(options, name, [files.expand_home(path) for path in given])
+        elif given is not None:
+            setattr(options, name, files.expand_home(given))
 
 
 def run(main: Callable[[list[str]], None]) -> None:

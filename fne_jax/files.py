@@ -119,6 +119,22 @@ def locked(path: pathlib.Path, on_held: Callable[[str], None], no_locks: str) ->
         os.close(descriptor)
 
 
+def expand_home(path: str | os.PathLike) -> str:
+    """Returns a path with the home folder of a user in place of a leading `~` or `~name`.
+
+    Raises:
+      UserError: If there is no such user.
+    """
+    expanded = os.path.expanduser(os.fspath(path))
+    if expanded.startswith("~"):
+        user = expanded.partition("/")[0]
+        raise UserError(
+            f"{os.fspath(path)!r}: {user} stands for the home folder of a user that is not there; "
+            f"a file or folder of that name is ./{user}"
+        )
+    return expanded
+
+
 def local_folder(text: str, flag: str) -> pathlib.Path:
     """Returns the folder that a flag names, `~` being the user's home.
 

@@ -76,7 +76,7 @@ def _parse(arguments):
         "--weights", choices=["online", "momentum"], default="online", help="of the encoders"
     )
     options = parser.parse_args(arguments)
-    command_line.expand_home(options, "workdir", "images", "texts")
+    command_line.expand_home(options, "workdir", "images", "texts", "image")
     for name in ("images", "texts"):
         if getattr(options, name) == "":
             raise UserError(f"--{name}= is empty; expected what is searched, see --help")
@@ -86,7 +86,7 @@ def _parse(arguments):
         raise UserError(f"--top is {options.top}; expected at least 1")
     engines.check_spec(options.index)
     for image in options.image:
-        if not pathlib.Path(image).expanduser().is_file():
+        if not pathlib.Path(image).is_file():
             raise UserError(f"--image={image} is not a file")
     for text in options.query:
         if not text.strip():

@@ -171,6 +171,18 @@ def test_wrong_arguments_are_told_before_anything_is_loaded(photos, tmp_path):
     for arguments, message in (
         ([], "give either the --images or the --texts"),
         (["--images=val", "--texts=val"], "give either the --images or the --texts"),
+        (
+            ["--images=~no-such-user/g"],
+            "'~no-such-user/g': ~no-such-user stands for the home folder of a user",
+        ),
+        (
+            ["--images=val", "--image=~no-such-user/a.jpg"],
+            "a file or folder of that name is ./~no-such-user",
+        ),
+        (
+            ["--images=val", "--index=qdrant:~no-such-user/q"],
+            "'~no-such-user/q': ~no-such-user stands for",
+        ),
         (["--images=", "a dog"], "--images= is empty"),
         (["--texts=", "a dog"], "--texts= is empty"),
         (["--images=val", "--top=0"], "--top is 0"),

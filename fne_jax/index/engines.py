@@ -15,6 +15,7 @@ import weakref
 
 import numpy as np
 
+from fne_jax import files
 from fne_jax.errors import EnvironmentFailure, UserError
 from fne_jax.index import exact
 from fne_jax.index.kept_rows import Part
@@ -177,7 +178,7 @@ class Qdrant(Engine):
             else:
                 # Whichever thread happens to collect the index closes its database.
                 self._client = qdrant_client.QdrantClient(
-                    path=os.path.expanduser(where), force_disable_check_same_thread=True
+                    path=files.expand_home(where), force_disable_check_same_thread=True
                 )
             # An index has no end that its users must tell: its folder is free, and its database
             # closed, when it is no longer used or could not be filled.
@@ -257,11 +258,13 @@ def check_spec(spec: str) -> None:
     """Checks what an engine is called by, before anything is embedded for it.
 
     Raises:
-      UserError: If it is none; it lists the forms.
+      UserError: If it is none, which lists the forms, or names the home folder of nobody.
     """
     kind, _, rest = spec.partition(":")
     if spec != EXACT and (kind not in _ENGINES or not rest):
         raise UserError(f"--index={spec}: expected {FORMS}")
+    if kind == "qdrant":
+        files.expand_home(rest)
 
 
 def create_engine(spec: str, part: Part) -> Engine:

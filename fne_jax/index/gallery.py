@@ -16,6 +16,7 @@ from fne_jax.data.preparation.image_check import FORMATS
 from fne_jax.data.preparation.single_images import AnyImage
 from fne_jax.data.sources import listing, pair_tables
 from fne_jax.errors import UserError
+from fne_jax.files import expand_home
 
 _TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl"}
 AnyPath = str | os.PathLike
@@ -113,7 +114,7 @@ def label_of(source: AnyPath) -> str:
     """Returns a short name for a source, which tells it from others, to name files by."""
     if source in SPLITS:
         return source
-    path = pathlib.Path(source).resolve()
+    path = pathlib.Path(os.path.realpath(source))  # pathlib fails over links in a circle
     plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in path.stem)[:40]
     return f"{plain}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
@@ -121,7 +122,7 @@ def label_of(source: AnyPath) -> str:
 def _existing(source, expected):
     if not os.fspath(source):  # pathlib would take it for the working directory
         raise UserError(f"'' is no path; expected {expected} ({', '.join(SPLITS)})")
-    path = pathlib.Path(source).expanduser()
+    path = pathlib.Path(expand_home(source))
     try:
         there = path.exists()
     except OSError as error:  # a folder on the way that may not be read

@@ -25,7 +25,7 @@ import ml_collections
 import numpy as np
 import transformers
 
-from fne_jax import configuration
+from fne_jax import configuration, files
 from fne_jax.data import captions as caption_lib
 from fne_jax.data.loading import load_split
 from fne_jax.data.pairs import PairDataset, with_captions_per_image
@@ -246,7 +246,7 @@ class Model:
                 self.embed_texts,
                 self.unread,
             ),
-            None if folder is None else pathlib.Path(folder).expanduser(),
+            None if folder is None else pathlib.Path(files.expand_home(folder)),
             engine=engine,
             other_queries=functools.partial(self._recall_queries, items),
         )
@@ -435,7 +435,7 @@ def load_workdir(workdir: str | os.PathLike, checkpoint: str | int = "best") -> 
     Raises:
       UserError: if the folder is not a run's, or the checkpoint is not there.
     """
-    return restore_model(pathlib.Path(workdir).expanduser(), checkpoint)
+    return restore_model(pathlib.Path(files.expand_home(workdir)), checkpoint)
 
 
 def pretrained_model(config: ml_collections.ConfigDict) -> Model:

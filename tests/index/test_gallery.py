@@ -103,6 +103,8 @@ def test_what_is_no_gallery_is_named(tmp_path):
     (tmp_path / "empty.csv").write_text("image,caption\n")
     (tmp_path / "bad.csv").write_text("image,text\na.png,a dog\n")
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    assert label_of(tmp_path / "circle").startswith("circle_")
     for read, source, message in (
         (images_of, tmp_path / "nowhere", "nowhere' is not there; expected a folder of images"),
         (images_of, tmp_path / "empty", "there is no image in it"),
@@ -110,6 +112,12 @@ def test_what_is_no_gallery_is_named(tmp_path):
         (images_of, tmp_path / "empty.csv", "there is no image"),
         (images_of, tmp_path / "bad.csv", "the column 'caption' is missing"),
         (images_of, "no\0name", r"no.x00name' is not there"),
+        (images_of, tmp_path / "circle", "circle' is not there; expected a folder of images"),
+        (
+            images_of,
+            "~no-such-user/g",
+            "'~no-such-user/g': ~no-such-user stands for the home folder of a user",
+        ),
         (images_of, [], "no images in the list"),
         (images_of, "", "'' is no path; expected a folder of images"),
         (texts_of, tmp_path / "nowhere", "is not there; expected a table"),

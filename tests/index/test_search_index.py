@@ -128,7 +128,7 @@ def test_a_pipe_among_the_images_is_left_out_and_named(photos, tmp_path, caplog)
     index = build(photos, tmp_path / "index")
     assert len(index) == 11 and "2 of 13 images cannot be used" in caplog.text
     assert "pipe.jpg' is not a file" in caplog.text and "link.jpg' is not a file" in caplog.text
-    with pytest.raises(UserError, match="pipe.jpg' is not a file"):
+    with pytest.raises(UserError, match=r"pipe\.jpg' is not a file"):
         index.search(image=photos / "pipe.jpg")
     ends.cancel()
 

@@ -11,6 +11,7 @@ from PIL import Image
 from fne_jax.data.images.preprocessing import evaluation_image
 from fne_jax.data.preparation.image_check import UnusableImage, usable_pixels
 from fne_jax.errors import UserError
+from fne_jax.files import expand_home
 
 AnyImage = str | os.PathLike | bytes | Image.Image | np.ndarray
 
@@ -58,8 +59,8 @@ def evaluation_pixels(
 
 def _content(path):
     try:
-        file = epath.Path(path).expanduser()
-        # A pipe would be waited for, by threads that Ctrl-C does not end; epath takes it for a file.
+        file = epath.Path(expand_home(path))
+        # A pipe, which epath takes for a file, would be waited for, whatever Ctrl-C says.
         if os.path.exists(file) and not os.path.isfile(file):
             raise UserError(f"{os.fspath(path)!r} is not a file, but a folder, a pipe or a device")
         return file.read_bytes()
