@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import select
 import signal
 import sys
 import traceback
@@ -52,12 +54,17 @@ def expand_home(options: argparse.Namespace, *names: str) -> None:
 def run(main: Callable[[list[str]], None]) -> None:
     """Calls a command's main function and exits with a code of the table in docs/runs.md.
 
+    Where stdout is closed, what is printed is dropped; where its reader ends before the command,
+    as `head` does, the command ends too, without a word.
+
     Args:
       main: Takes the command line, without the program's name.
     """
+    _open_closed_streams()
     set_up_logging(logging.INFO)
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
         return
     except Interrupted as stop:  # all processes of a run have stopped at the same place
         print(stop, file=sys.stderr)
@@ -67,6 +74,10 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt as error:
         code, message, raised = 128 + signal.SIGINT, "stopped; there was nothing to save", error
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _drop_unread_output():
+            code, message = 128 + signal.SIGPIPE, "stopped: nobody reads the output any more"
+            common_end.end_together(code, message, error)
+            sys.exit(code)
         if not is_environment_failure(error):
             common_end.end_together(EXIT_BUG, traceback.format_exc().rstrip(), error)
             raise
@@ -75,3 +86,30 @@ def run(main: Callable[[list[str]], None]) -> None:
     common_end.end_together(code, message, raised)
     print(message, file=sys.stderr)
     sys.exit(code)
+
+
+def _open_closed_streams():
+    """Makes streams that the shell closed (`>&-`) take what is written, to nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
+
+
+def _drop_unread_output():
+    """Returns whether the reader of stdout is gone; if so, what it has not read goes nowhere.
+
+    A pipe to another process may break, too, which is an error.
+    """
+    try:
+        stdout = sys.stdout.fileno()
+    except OSError:  # what stands for it in tests and notebooks is no file
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    # Python writes what is left as it ends, and would complain.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stdout)
+    os.close(nowhere)
+    return True

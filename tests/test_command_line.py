@@ -65,6 +65,37 @@ def test_a_bug_keeps_its_traceback(error, monkeypatch):
         command_line.run(raising(error))
 
 
+def in_a_shell(main, redirected):
+    """Returns how a process ends that runs a main function's source in a pipeline of bash."""
+    pipeline = f'"$0" -c "$1" {redirected}; exit ${{PIPESTATUS[0]}}'
+    script = f"from fne_jax import command_line\ndef main(arguments):\n    {main}\n"
+    script += "command_line.run(main)"
+    return subprocess.run(
+        ["bash", "-c", pipeline, sys.executable, script],
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_reader_that_has_had_enough_ends_a_command_without_a_word(flush):
+    main = f"[print('x' * 1000, flush={flush}) for _ in range(1000)]"
+    done = in_a_shell(main, "| head -c 5")
+    assert (done.returncode, done.stdout, done.stderr) == (141, "xxxxx", "")
+
+
+def test_another_broken_pipe_is_an_error():
+    done = in_a_shell("raise BrokenPipeError(32, 'of a worker')", "")
+    assert done.returncode == 74 and "of a worker" in done.stderr
+
+
+def test_what_is_printed_to_a_closed_stream_is_dropped():
+    main = "print(1), sys.stdout.write(sys.stdout.encoding), sys.stderr.write('x')"
+    done = in_a_shell(f"import sys; {main}", ">&- 2>&-")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.fixture
 def levels_put_back():
     loggers = logging.root, logging.getLogger("fne_jax"), logging.getLogger("absl")
