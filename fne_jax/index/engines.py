@@ -32,7 +32,7 @@ _TRAINING_ROWS = 100_000
 _POINTS = 256  # in a request to Qdrant
 _LISTED_POINTS = 10_000
 # Where in its source faiss found the fault, and the check that failed.
-_FAISS_PLACE = re.compile(r"Error in .* at \S+:\d+: (Error: '.*' failed: )?")
+_FAISS_PLACE = re.compile(r"Error in .* at \S+:\d+: (Error: ('.*' failed: )?)?")
 _log = logging.getLogger(__name__)
 
 
@@ -91,11 +91,14 @@ class Faiss(Engine):
         try:
             rows = part.open_rows()
             self._index = self._kept(path, rows.shape)
+            query = rows[:1].astype(np.float32)  # some faults show in a search alone
             if self._index is None:
                 self._index = self._built(factory, rows)
+                self.nearest(query, 1)
                 self._keep(path)
             if parameters:
                 faiss.ParameterSpace().set_index_parameters(self._index, parameters)
+            self.nearest(query, 1)
         except (RuntimeError, AssertionError) as error:
             reason = _FAISS_PLACE.sub("", str(error).splitlines()[0])
             raise UserError(f"--index={spec}: faiss cannot make it: {reason}") from error

@@ -101,12 +101,15 @@ def test_a_faiss_index_is_made_once_for_the_same_rows(part, queries, monkeypatch
         ("faiss:Nonsense", "faiss:Nonsense: faiss cannot make it: could not parse"),
         ("faiss:IVF1000,Flat", r"1000,Flat: faiss cannot make it: Number of training points \(90"),
         ("faiss:IVF4,Flat@nonsense=3", "could not set parameter nonsense"),
+        ("faiss:IVF4,Flat@nprobe=0", "nprobe=0: faiss cannot make it: .*nprobe > 0"),
+        ("faiss:IVF0,Flat", "IVF0,Flat: faiss cannot make it: .*nprobe > 0"),
     ],
 )
 def test_what_faiss_refuses_is_one_line(part, spec, message):
     with pytest.raises(UserError, match=message) as error:
         engines.create_engine(spec, part)
     assert "\n" not in str(error.value) and error.value.exit_code == 2
+    assert "@" in spec or not list(part.folder.glob("faiss-*"))
 
 
 @pytest.mark.parametrize("spec", ["", "fais:Flat", "faiss", "faiss:", "qdrant:", "exact:2"])
