@@ -217,14 +217,19 @@ def build_index(
     engines.check_spec(engine)
     temporary = folder is None
     folder = pathlib.Path(tempfile.mkdtemp(prefix="fne_jax_index_")) if temporary else folder
-    with _told(folder), held(folder):
-        part = _update(folder, gallery, encoders)
-        made = engines.create_engine(engine, part)
-        index = SearchIndex(gallery, part, encoders, made)
+    try:
+        with _told(folder), held(folder):
+            part = _update(folder, gallery, encoders)
+            made = engines.create_engine(engine, part)
+            index = SearchIndex(gallery, part, encoders, made)
+            if engine != engines.EXACT:
+                index.recall = _kept_recall(made, part, gallery.kind, other_queries)
+    except BaseException:
         if temporary:
-            weakref.finalize(index, shutil.rmtree, folder, ignore_errors=True)
-        if engine != engines.EXACT:
-            index.recall = _kept_recall(made, part, gallery.kind, other_queries)
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if temporary:
+        weakref.finalize(index, shutil.rmtree, folder, ignore_errors=True)
     return index
 
 

@@ -226,6 +226,11 @@ def test_without_a_folder_nothing_stays_behind(photos, monkeypatch, tmp_path):
     assert index.search("a dog", top=1)
     del index
     assert not folder.exists()
+    with pytest.raises(UserError):
+        build(photos, None, engine="faiss:Nonsense")
+    with pytest.raises(KeyboardInterrupt):
+        build(photos, None, Stops(1))
+    assert not list(tmp_path.glob("fne_jax_index_*"))
 
 
 def test_own_embeddings_are_searched_several_at_a_time(photos):
