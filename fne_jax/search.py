@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import re
 import signal
 import sys
 
@@ -22,6 +23,8 @@ from fne_jax.index.gallery import AnyPath, label_of
 from fne_jax.index.search_index import RECALL_AT, Hit, SearchIndex
 from fne_jax.model.model import restore_model
 from fne_jax.parallel.compile_cache import use_compile_cache
+
+_CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def main(arguments: list[str]) -> None:
@@ -114,14 +117,19 @@ def _print(hits: list[Hit], query: dict[str, str], as_json: bool) -> None:
     if as_json:
         print(json.dumps({**query, "hits": [dataclasses.asdict(hit) for hit in hits]}), flush=True)
         return
-    lines = ["", *query.values()]
+    lines = ["", *map(_visible, query.values())]
     for hit in hits:
-        lines.append(f"{hit.rank:4}  {hit.score:6.3f}  {hit.path or hit.name}")
-        lines += [f"{'':14}{caption}" for caption in hit.captions]
+        lines.append(f"{hit.rank:4}  {hit.score:6.3f}  {_visible(hit.path or hit.name)}")
+        lines += [f"{'':14}{_visible(caption)}" for caption in hit.captions]
     # Names of files may hold bytes that are no text, and the terminal lack a letter.
     encoding = sys.stdout.encoding or "utf-8"
     text = "\n".join(lines).encode(encoding, "backslashreplace").decode(encoding)
     print(text, flush=True)
+
+
+def _visible(text):
+    """Returns a text with escapes in place of what ends a line or commands the terminal."""
+    return _CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
 if __name__ == "__main__":

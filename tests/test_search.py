@@ -166,6 +166,16 @@ def test_names_that_are_no_text_are_printed(run, photos, capsys):
     assert "\udcff.png" in [hit["name"] for hit in found["hits"]]
 
 
+def test_what_a_terminal_would_obey_is_printed_escaped(run, photos, caplog, capsys):
+    (photos / "00.png").rename(photos / "a\n\x1b[31m\x9b.png")
+    (photos / "bad\x1b[31m.png").write_bytes(b"\x89PNG")
+    search.main([f"--workdir={run}", f"--images={photos}", "--top=99", "a\ndog \u96ea"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "a\\ndog \u96ea" and len(lines) == 2 + 12
+    assert r"bad\x1b[31m.png'" in caplog.text
+    assert any(line.endswith(r"/a\n\x1b[31m\x9b.png") for line in lines)
+
+
 def test_wrong_arguments_are_told_before_anything_is_loaded(photos, tmp_path):
     photo = photos / "00.png"
     for arguments, message in (

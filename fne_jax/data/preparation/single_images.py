@@ -45,7 +45,7 @@ def evaluation_pixels(
             )
         image = Image.fromarray(image)
     elif isinstance(image, str | os.PathLike):
-        name, image = os.fspath(image), _content(image)
+        name, image = repr(os.fspath(image)), _content(image)
     elif not isinstance(image, bytes | Image.Image):
         raise UserError(
             f"{name}: expected a path, bytes, an image of PIL or an array, got "
