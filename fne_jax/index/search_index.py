@@ -72,7 +72,7 @@ class Hit:
 
     Attributes:
       rank: Its place, from 1.
-      score: The cosine of the query and the item, as it is kept in float16.
+      score: The cosine of the query and the item, as it is kept in float16; at most 1.
       name: What it is known by; of a text, the text itself.
       path: The file of an image; "" where there is none.
       captions: The captions of an image, where they are known.
@@ -153,7 +153,8 @@ class SearchIndex:
 
         Returns:
           [queries, top] int64 indices into `names` and `rows`, -1 where an engine found fewer, and
-          their [queries, top] float32 cosines, computed from the rows whatever the engine is.
+          their [queries, top] float32 cosines, at most 1, computed from the rows whatever the engine
+          is.
 
         Raises:
           UserError: If `top` is below 1, or the embeddings have another shape or are not finite.
@@ -185,7 +186,8 @@ def _ordered(rows, queries, found):
         products = exact.exact_products(rows, chosen, queries[number].astype(np.float64))
         order = np.lexsort((chosen, -products))
         ordered[number, : len(chosen)] = chosen[order]
-        scores[number, : len(chosen)] = products[order]
+        # In float16 a row is up to a thousandth longer than 1.
+        scores[number, : len(chosen)] = np.clip(products[order], -1, 1)
     return ordered, scores
 
 

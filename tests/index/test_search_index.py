@@ -242,6 +242,16 @@ def test_own_embeddings_are_searched_several_at_a_time(photos):
     np.testing.assert_allclose(scores, -np.sort(-products, axis=1)[:, :3], rtol=1e-4, atol=1e-6)
 
 
+def test_no_cosine_is_above_1_though_rows_are_rounded(photos):
+    index = build(photos, None)
+    queries = index.rows.astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    assert (np.linalg.norm(index.rows.astype(np.float64), axis=1) > 1).any()
+    for sign in (1, -1):
+        rows, scores = index.nearest(sign * queries, len(index))
+        assert (rows >= 0).all() and np.abs(scores).max() == 1
+
+
 def test_wrong_questions(photos):
     index = build(photos, None)
     for arguments, message in (
