@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     use_compile_cache(model.config.compile_cache)
     if options.weights == "momentum":
         model = model.momentum()
-    folder = workdir / _folder_name(options)
+    folder = pathlib.Path(options.index_dir or workdir) / _folder_name(options)
     try:
         index = model.index(
             options.images, texts=options.texts, folder=folder, engine=options.index
@@ -74,12 +74,18 @@ def _parse(arguments):
         default=engines.EXACT,
         help=f"what finds the nearest: {engines.FORMS}; {engines.EXACT} by default",
     )
+    parser.add_argument(
+        "--index-dir",
+        metavar="FOLDER",
+        help="where the embeddings are kept, for a run that cannot be written to; its workdir by "
+        "default",
+    )
     parser.add_argument("--checkpoint", default="best", help="best (by default), latest or a step")
     parser.add_argument(
         "--weights", choices=["online", "momentum"], default="online", help="of the encoders"
     )
     options = parser.parse_args(arguments)
-    command_line.expand_home(options, "workdir", "images", "texts", "image")
+    command_line.expand_home(options, "workdir", "images", "texts", "image", "index_dir")
     for name in ("images", "texts"):
         if getattr(options, name) == "":
             raise UserError(f"--{name}= is empty; expected what is searched, see --help")
@@ -99,7 +105,7 @@ def _parse(arguments):
 
 
 def _folder_name(options: argparse.Namespace) -> str:
-    """Returns the name of the folder, in that of the run, where the embeddings are kept."""
+    """Returns the name of the folder, in the run's or --index-dir, that keeps the embeddings."""
     source: AnyPath = options.images or options.texts
     name = f"index_{label_of(source)}" + ("_texts" if options.texts else "")
     return name + ("" if options.weights == "online" else f"_{options.weights}")

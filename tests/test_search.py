@@ -142,6 +142,14 @@ def test_a_second_call_embeds_nothing_and_another_checkpoint_all(run, photos, ca
     assert len(list(run.glob("index_photos_*"))) == 2
 
 
+def test_an_index_is_kept_elsewhere_if_the_run_cannot_be_written_to(run, photos, tmp_path, capsys):
+    (run / "index_val").write_text("")  # a folder could not be made either
+    with pytest.raises(UserError, match=r"cannot be kept: .*; keep it elsewhere by --index-dir"):
+        search.main([f"--workdir={run}", "--images=val"])
+    search.main([f"--workdir={run}", "--images=val", f"--index-dir={tmp_path / 'own'}", "a dog"])
+    assert (tmp_path / "own" / "index_val").is_dir() and "a dog" in capsys.readouterr().out
+
+
 def test_recall_of_an_engine_is_told_both_ways(run, capsys):
     search.main([f"--workdir={run}", "--images=val", "--index=faiss:Flat", "--top=1", "a dog"])
     captured = capsys.readouterr()

@@ -153,8 +153,7 @@ class SearchIndex:
 
         Returns:
           [queries, top] int64 indices into `names` and `rows`, -1 where an engine found fewer, and
-          their [queries, top] float32 cosines, at most 1, computed from the rows whatever the engine
-          is.
+          their [queries, top] float32 cosines, at most 1, computed from the rows for any engine.
 
         Raises:
           UserError: If `top` is below 1, or the embeddings have another shape or are not finite.
@@ -243,7 +242,10 @@ def _told(folder):
     except OSError as error:
         if not str(error.filename).startswith(str(folder)):
             raise
-        raise UserError(f"{folder}: the index cannot be kept: {error}") from error
+        raise UserError(
+            f"{folder}: the index cannot be kept: {error}; keep it elsewhere by --index-dir, or in "
+            "Python by folder="
+        ) from error
 
 
 def _update(folder, gallery, encoders):
