@@ -43,7 +43,8 @@ def write_atomically(path: AnyPath, content: str | bytes) -> None:
         scratch.replace(path)
     except BaseException as error:
         if isinstance(error, OSError):  # not the scratch file, nor none where the disk is full
-            error.filename, error.filename2 = str(path), None
+            error.filename = str(path)
+            del error.filename2
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
         raise

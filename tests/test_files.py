@@ -1,7 +1,5 @@
 """Files appear whole or not at all, and nothing half-written stays behind."""
 
-import re
-
 import pytest
 from etils import epath
 
@@ -30,9 +28,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_an_error_names_the_file_that_was_asked_for(tmp_path):
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "none" / "a.csv", tmp_path / "folder"):
-        with pytest.raises(OSError, match=re.escape(repr(str(path)))) as error:
+        with pytest.raises(OSError) as error:
             write_atomically(path, "x")
-        assert "incomplete" not in str(error.value)
+        assert str(error.value).endswith(f": {str(path)!r}")
 
 
 def test_a_folder_appears_when_its_block_ends(tmp_path):
