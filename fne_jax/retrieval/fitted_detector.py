@@ -340,8 +340,14 @@ def read(path: pathlib.Path) -> FittedDetector:
                 raise ValueError(f"{name} holds what is no finite number")
         if numbers["slope"] <= 0 or np.isnan(arrays["threshold"]).any():
             raise ValueError("slope or threshold is out of its range")
-        trees = Trees(**arrays, baseline=numbers.pop("baseline"))
-        return FittedDetector(trees, **numbers, **table, about=dict(values["about"]))
+        return FittedDetector(
+            Trees(**arrays, baseline=numbers["baseline"]),
+            numbers["slope"],
+            numbers["offset"],
+            *table.values(),
+            log_loss=numbers["log_loss"],
+            about=dict(values["about"]),
+        )
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
