@@ -227,12 +227,11 @@ class _Workers:
 
 
 def _dependents(task, waiting):
-    """Returns the waiting tasks that need one, themselves or through others."""
+    """Returns the waiting tasks that need one, themselves or through others, in any order."""
     lost, unmade = [], {task.makes}
-    for other in waiting:
-        if other.needs & unmade:
-            lost.append(other)
-            unmade.add(other.makes)
+    while more := [other for other in waiting if other not in lost and other.needs & unmade]:
+        lost += more
+        unmade |= {other.makes for other in more}
     return lost
 
 

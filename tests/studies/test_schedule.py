@@ -113,14 +113,15 @@ def _touch_after(path):
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=needs_two_cores)])
 def test_work_waits_for_what_it_needs_and_is_left_out_if_that_failed(tmp_path, jobs):
     well, wrong = tmp_path / "well", tmp_path / "wrong"
-    lost = tmp_path / "lost"
+    lost, lost_too = tmp_path / "lost", tmp_path / "lost_too"
     outcomes = ended(
         jobs,
         [
             task(_touch_after, tmp_path / "after_after_well", tmp_path / "after_well"),
             task(_touch_after, tmp_path / "after_well", well, tmp_path / "there_before"),
+            task(_touch, tmp_path / "lost_with_it", lost_too),
             task(_touch, lost, wrong),
-            task(_touch, tmp_path / "lost_too", well, lost),
+            task(_touch, lost_too, well, lost),
             task(_touch, wrong),
             task(_touch, well),
         ],
@@ -129,6 +130,7 @@ def test_work_waits_for_what_it_needs_and_is_left_out_if_that_failed(tmp_path, j
         "wrong": f"{wrong} is wrong",
         "lost": "needs what failed: wrong",
         "lost_too": "needs what failed: wrong",
+        "lost_with_it": "needs what failed: wrong",
         "well": None,
         "after_well": None,
         "after_after_well": None,
