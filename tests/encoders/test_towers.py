@@ -167,7 +167,7 @@ def test_a_trained_model_embeds_what_it_is_given(trained, tmp_path):
     np.testing.assert_allclose(model.embed_images([large])[0], image_emb[3], atol=0.1)
 
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xffnothing")
-    with pytest.raises(UserError, match=r"broken.jpg: cannot be used as an image"):
+    with pytest.raises(UserError, match=r"broken.jpg': cannot be used as an image"):
         model.embed_images([tmp_path / "broken.jpg"])
     with pytest.raises(UserError, match=r"images\[1\]: expected uint8"):
         model.embed_images([val.images[0], np.zeros((4, 4, 3))])
