@@ -144,7 +144,7 @@ def local_folder(text: str, flag: str) -> pathlib.Path:
       flag: The flag, for the message.
 
     Raises:
-      UserError: If it is no path of this machine's file systems.
+      UserError: If it is no path of this machine's file systems, or `~` stands for nobody's home.
     """
     if "://" in text:
         raise UserError(
@@ -153,10 +153,7 @@ def local_folder(text: str, flag: str) -> pathlib.Path:
         )
     if not text or "\0" in text:
         raise UserError(f"{flag}={text!r}: expected the path of a folder")
-    try:
-        return pathlib.Path(text).expanduser()
-    except RuntimeError as error:  # `~nobody`
-        raise UserError(f"{flag}={text}: {error}") from error
+    return pathlib.Path(expand_home(text))
 
 
 def _scratch_beside(path):

@@ -113,7 +113,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     suspect_options.add_arguments(parser)
     options = parser.parse_args(arguments)
     command_line.expand_home(
-        options, "workdir", "store", "export", "import_", "caption_embeddings", "fitted"
+        options,
+        "workdir",
+        "store",
+        "export",
+        "import_",
+        "caption_embeddings",
+        "fitted",
+        "for_evaluation",
     )
     _check(options)
     return options
@@ -122,7 +129,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _check(options: argparse.Namespace) -> None:
     suspect_options.check(options)
     if options.for_evaluation is not None:
-        options.workdir = options.workdir or os.path.expanduser(options.for_evaluation[0])
+        options.workdir = options.workdir or options.for_evaluation[0]
     if options.workdir is None:
         raise UserError("give the --workdir of a run, or runs to compare --for-evaluation")
     modes = [options.export, options.import_, options.for_evaluation, options.sample]
@@ -240,7 +247,7 @@ def _evaluation(options: argparse.Namespace, workdir: pathlib.Path) -> _Asked:
     """Returns what several systems find first; without a search, whose model would be one's."""
     del workdir
     sample = EvaluationSample(options.first, options.queries, options.seed)
-    systems = [pathlib.Path(run).expanduser() for run in options.for_evaluation]
+    systems = [pathlib.Path(run) for run in options.for_evaluation]
     pooled = pool_of(systems, options.checkpoint, options.split, sample)
     title = f"evaluation of {len(systems)} systems"
     return _Asked(title, pooled.about, pooled.dataset, pooled.questions, None)

@@ -494,3 +494,17 @@ def test_prepare_tells_counts_and_density(shapes_run, capsys):
     _, arguments, _ = shapes_run
     prepare.main(arguments[:6])
     assert_all_in(capsys.readouterr().out, "40 images       200 captions", "false negatives:")
+
+
+@pytest.mark.parametrize("field", ["data.matches", "encoder.image.pretrained", "init_from"])
+def test_the_home_of_nobody_is_refused_wherever_a_path_is_given(field, tmp_path):
+    of_nobody = [
+        f"--config.{field}=~nobodyx/there",
+        f"--config.data.cache_dir={tmp_path / 'cache'}",
+    ]
+    told = refused(
+        "train", "--config=configs/shapes.py", f"--workdir={tmp_path / 'run'}", *of_nobody,
+        "--config.data.source=synthetic",
+    )  # fmt: skip
+    assert_all_in(told, "'~nobodyx/there'", "the home folder of a user that is not there")
+    assert not (tmp_path / "run" / "config.json").exists()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import safetensors
 
+from fne_jax import files
 from fne_jax.errors import UserError, first_line
 
 CONFIG = "config.json"
@@ -46,7 +47,7 @@ def find_folder(
     Raises:
       UserError: if the name is neither a local folder nor a model that the hub gives.
     """
-    path = pathlib.Path(path_or_hub_name).expanduser()
+    path = pathlib.Path(files.expand_home(path_or_hub_name))
     if path.is_dir():
         return path
     name = str(path_or_hub_name)

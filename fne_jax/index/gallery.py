@@ -171,7 +171,7 @@ def _of_folder(folder):
 
 
 def _of_files(paths):
-    names = list(dict.fromkeys(os.path.abspath(os.path.expanduser(path)) for path in paths))
+    names = list(dict.fromkeys(os.path.abspath(expand_home(path)) for path in paths))
     if not names:
         raise UserError("there are no images in the list")
     return _files("the files given", names, [_stamp(name) for name in names], "")

@@ -54,7 +54,7 @@ def run_tokenizer(
     if config.data.tokenizer != caption_lib.TRAIN:
         return caption_lib.load_tokenizer(config.data.tokenizer)
     if config.init_from:
-        source = pathlib.Path(config.init_from).expanduser()
+        source = pathlib.Path(files.expand_home(config.init_from))
         try:
             return stored_tokenizer(source)
         except UserError as error:

@@ -10,6 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from fne_jax import files
 from fne_jax.data import match_files, verdicts
 from fne_jax.data.match_files import KnownPairs
 from fne_jax.data.pairs import DatasetIdentity, PairDataset
@@ -88,7 +89,7 @@ def read_matches(file: str, train: PairDataset) -> KnownPairs:
     Raises:
       UserError: If the file cannot be read, or is about other data.
     """
-    path = pathlib.Path(file).expanduser()
+    path = pathlib.Path(files.expand_home(file))
     if path.suffix == match_files.SUFFIX:
         return match_files.read_match_list(path, train)
     found = verdicts.agreed(verdicts.read_verdicts(path, train, "train"))

@@ -15,6 +15,7 @@ import ml_collections
 import optax
 from flax.training import train_state
 
+from fne_jax import files
 from fne_jax.encoders import towers
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints
@@ -172,7 +173,7 @@ def find_source_run(config: ml_collections.ConfigDict, like: TrainState) -> Sour
     """
     if not config.init_from:
         return None
-    workdir = pathlib.Path(config.init_from).expanduser()
+    workdir = pathlib.Path(files.expand_home(config.init_from))
     try:
         other = stored_model(workdir, mesh=like.step.sharding.mesh)
         with checkpoints.reader(workdir) as manager:
