@@ -59,7 +59,7 @@ class Encoders:
     batch_size: int
     embed_images: Callable[[np.ndarray], np.ndarray]
     embed_texts: Callable[[Sequence[str]], np.ndarray]
-    unread: Callable[[str], str] = lambda text: ""
+    unread: Callable[[str], str]
 
     def read(self, image: AnyImage, name: str) -> np.ndarray:
         """Returns the pixels of an image of any kind; UserError if it cannot be used."""

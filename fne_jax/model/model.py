@@ -187,24 +187,6 @@ class Model:
         tokens = self.tokenize(texts, self.config.evaluation.text_length)
         return self.embedder.texts(self.params, tokens)
 
-    def unread(self, text: str) -> str:
-        """Returns in words what `embed_texts` leaves out of a sentence; "" where it reads all."""
-
-        def ids(max_words):
-            cleaned = caption_lib.clean_caption(text, max_words)
-            # Not verbose: it would warn of the length itself.
-            return self.tokenizer(cleaned, add_special_tokens=False, verbose=False)["input_ids"]
-
-        length = self.config.evaluation.text_length - self.tokenizer.num_special_tokens_to_add()
-        used, total = ids(self.config.data.max_words)[:length], len(ids(len(text)))
-        # SigLIP's has a token for the space before a word.
-        unknown, decode = self.tokenizer.unk_token_id, self.tokenizer.decode
-        if all(token == unknown or not decode([token]).strip() for token in used):
-            return "no word of it is in the tokenizer's vocabulary: the results say nothing"
-        if len(used) < total:
-            return f"only the first {len(used)} of its {total} tokens are used"
-        return ""
-
     def index(
         self,
         images: gallery.AnyPath | Sequence[gallery.AnyPath] | None = None,
@@ -244,7 +226,7 @@ class Model:
                 self.embedder.batch_size,
                 self.embed_images,
                 self.embed_texts,
-                self.unread,
+                functools.partial(tokenizers.unread, self.config, self.tokenizer),
             ),
             None if folder is None else pathlib.Path(files.expand_home(folder)),
             engine=engine,

@@ -172,3 +172,27 @@ def _digest(path):
 def clean_captions(config: ml_collections.ConfigDict, captions: Sequence[str]) -> list[str]:
     """Returns captions as the tokenizer gets them: cleaned, and cut to `data.max_words` words."""
     return [caption_lib.clean_caption(text, config.data.max_words) for text in captions]
+
+
+def unread(
+    config: ml_collections.ConfigDict,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    sentence: str,
+) -> str:
+    """Returns in words what is left out of a sentence to be embedded; "" where all is read."""
+
+    def ids(max_words):
+        cleaned = caption_lib.clean_caption(sentence, max_words)
+        # Not verbose: it would warn of the length itself.
+        return tokenizer(cleaned, add_special_tokens=False, verbose=False)["input_ids"]
+
+    length = config.evaluation.text_length - tokenizer.num_special_tokens_to_add()
+    # A sentence has fewer words than letters.
+    used, total = ids(config.data.max_words)[:length], len(ids(len(sentence)))
+    # SigLIP's has a token for the space before a word.
+    unknown, decode = tokenizer.unk_token_id, tokenizer.decode
+    if all(token == unknown or not decode([token]).strip() for token in used):
+        return "no word of it is in the tokenizer's vocabulary: the results say nothing"
+    if len(used) < total:
+        return f"only the first {len(used)} of its {total} tokens are used"
+    return ""

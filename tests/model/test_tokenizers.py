@@ -1,5 +1,6 @@
 """A run's tokenizer gives the ids that it gave when the run began, or an error."""
 
+import functools
 import io
 import json
 import shutil
@@ -12,9 +13,7 @@ import transformers
 from fne_jax.data import captions
 from fne_jax.errors import UserError
 from fne_jax.model import tokenizers
-from fne_jax.model.model import build_model
-from fne_jax.parallel import sharding
-from tests.support.tiny import LinearTowers, tiny_config
+from tests.support.tiny import tiny_config
 
 TEXTS = ["a red circle left of a square", "two small blue stars", "an unknown \u00fcber-7", ""]
 KINDS = ["bert", "clip", "siglip", "fitted"]
@@ -143,9 +142,7 @@ def test_a_file_that_transformers_alone_does_not_see_is_told(run, copied, monkey
 def test_what_a_model_does_not_read_of_a_text_is_told(run):
     workdir, _ = run
     tokenizer = tokenizers.stored_tokenizer(workdir)
-    config = tiny_config()
-    module, mesh = LinearTowers(), sharding.create_mesh()
-    unread = build_model(config, {}, tokenizer, mesh, module=module).unread
+    unread = functools.partial(tokenizers.unread, tiny_config(), tokenizer)
     assert unread("red") == ""
     assert "tokens are used" in unread("red " * 40)
     if not isinstance(tokenizer, transformers.CLIPTokenizer):  # it knows every byte

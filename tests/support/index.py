@@ -41,7 +41,8 @@ class Model:
 
     def encoders(self):
         identity = {"step": self._step}
-        return Encoders(identity, 8, 0, self._batch_size, self.images, self.texts)
+        embedding = self.images, self.texts
+        return Encoders(identity, 8, 0, self._batch_size, *embedding, unread=lambda text: "")
 
 
 def pixels_of(number):
