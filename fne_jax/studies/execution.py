@@ -33,7 +33,7 @@ def warmup_is_done(run: Run, also_for_matches: bool) -> bool:
 
     Args:
       run: The run.
-      also_for_matches: Whether its list of matches is still to be made.
+      also_for_matches: Whether its list of matches is still to be made by the warm-up.
     """
     begun = (run.workdir / configuration.FILE_NAME).exists() and not also_for_matches
     return begun or (run.warmup / _DONE_NAME).exists()

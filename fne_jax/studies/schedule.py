@@ -103,7 +103,8 @@ def plan(todo: Sequence[Run]) -> list[Task]:
     for run in todo:
         name, matches = f"{run.cell.name}, seed {run.seed}", run.matches
         unlisted = matches is not None and not matches.path.exists()
-        if run.warmup is not None and not execution.warmup_is_done(run, also_for_matches=unlisted):
+        by_warmup = unlisted and matches.folder == run.warmup
+        if run.warmup is not None and not execution.warmup_is_done(run, by_warmup):
             add(f"warm-up of {name}", execution.train_warmup, run, run.warmup)
         if unlisted:
             add(f"matches of {name}", execution.find_matches, run, matches.path, matches.folder)

@@ -95,6 +95,17 @@ def test_what_is_there_is_not_made_again(tmp_path):
     ]
 
 
+def test_a_list_by_a_finished_run_takes_no_warm_up_again(tmp_path):
+    (run, of_list), _ = planned(tmp_path, ("clip:words@fne", "fne"))
+    run.workdir.mkdir(parents=True)
+    (run.workdir / "config.json").touch()  # begun, and its list was deleted with the warm-up
+    assert [task.name for task in schedule.plan([run])] == [
+        "matches of clip:words@fne, seed 0",
+        "clip:words@fne, seed 0",
+    ]
+    assert run.matches.folder == of_list.workdir
+
+
 def _touch(path):
     """Makes a file unless the name forbids it."""
     if path.name == "wrong":
