@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     if options.verdicts is not None:
         said = verdict_fitting.read_said(judged, pathlib.Path(options.verdicts))
         print(verdict_fitting.describe_density(said))
-    if said is not None and fitting:
+    if fitting:
         judged = verdict_fitting.fit_and_write(judged, said, pathlib.Path(options.fitted))
     else:
         judged = suspect_options.with_fitted(judged, fitted)
@@ -60,10 +60,8 @@ def main(arguments: list[str]) -> None:
         )
         return
     found = suspect_options.find(options, judged)
-    measured = ""
-    if said is not None:
-        by_fitted = fitting and found.detector == "fitted"
-        measured = verdict_fitting.describe_precision(said, found, by_fitted)
+    by_fitted = fitting and found.detector == "fitted"
+    measured = "" if said is None else verdict_fitting.describe_precision(said, found, by_fitted)
     if options.workdir is not None and store_path(workdir).exists():
         with VerdictStore(store_path(workdir)) as store:
             verdicts = store.last(options.split)

@@ -296,8 +296,10 @@ def write(path: pathlib.Path, detector: FittedDetector) -> None:
         "format": _FORMAT,
         "about": dict(detector.about),
         "features": list(FEATURES),
+        "slope": detector.slope,
+        "offset": detector.offset,
+        "log_loss": detector.log_loss,
         "baseline": detector.trees.baseline,
-        **{name: getattr(detector, name) for name in ("slope", "offset", "log_loss")},
     }
     for owner, names in ((detector, _TABLE), (detector.trees, _ARRAYS)):
         values |= {name: getattr(owner, name).tolist() for name in names}
