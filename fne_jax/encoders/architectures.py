@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 
 from fne_jax.encoders.dual_encoder import CHECKPOINT, DualEncoder
-from fne_jax.encoders.layouts import LAYOUTS, MODELS
+from fne_jax.encoders.model_types import MODELS
 from fne_jax.encoders.transformer import ACTIVATIONS, Tower
 from fne_jax.errors import UserError
 
@@ -54,7 +54,7 @@ def _parse_config(fields, where):
 
 
 def _build_tower(tower, config, where) -> Tower:
-    layout = LAYOUTS[tower]
+    layout = tower.layout
     for field, value in layout.fixed.items():
         if getattr(config, field, value) != value:
             raise UserError(
@@ -107,7 +107,7 @@ def config_json(module: nn.Module) -> str:
 
     model_type = model_type_of(module)
     parts = [
-        {field: getattr(tower, ours) for ours, field in LAYOUTS[type(tower)].fields.items()}
+        {field: getattr(tower, ours) for ours, field in tower.layout.fields.items()}
         for tower in towers_of(module).values()
     ]
     if len(parts) == 1:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
 
+from fne_jax.encoders.layouts import DENSE, NORM, TABLE, TEXT_SIZES, Layout
 from fne_jax.encoders.transformer import EncoderOutput, TextTower, layer_norm
 
 
@@ -17,18 +17,39 @@ class Bert(TextTower):
 
     segments: int = 2
 
-    @nn.compact
-    def __call__(
-        self, input_ids: jax.Array, attention_mask: jax.Array, *, deterministic: bool = True
-    ) -> EncoderOutput:
-        """Encodes [batch, tokens] token ids; the mask, of the same shape, is 0 at padding.
+    pre_norm = False
+    after_layers = ()
 
-        Raises:
-          ValueError: if the sequence is longer than `max_length`.
-        """
+    layout = Layout(
+        fields={**TEXT_SIZES, "segments": "type_vocab_size"},
+        fixed={"position_embedding_type": "absolute", "is_decoder": False},
+        weights=(
+            ("word_embedding", "embeddings.word_embeddings", TABLE),
+            ("position_embedding", "embeddings.position_embeddings", TABLE),
+            ("segment_embedding", "embeddings.token_type_embeddings", TABLE),
+            ("embedding_norm", "embeddings.LayerNorm", NORM),
+        ),
+        layer="encoder.layer.{}.",
+        layer_weights=(
+            ("attention/query", "attention.self.query", DENSE),
+            ("attention/key", "attention.self.key", DENSE),
+            ("attention/value", "attention.self.value", DENSE),
+            ("attention/output", "attention.output.dense", DENSE),
+            ("attention_norm", "attention.output.LayerNorm", NORM),
+            ("mlp_in", "intermediate.dense", DENSE),
+            ("mlp_out", "output.dense", DENSE),
+            ("mlp_norm", "output.LayerNorm", NORM),
+        ),
+    )
+
+    def embed(self, inputs: jax.Array) -> jax.Array:
+        """Returns the [batch, tokens, width] normalised embeddings of [batch, tokens] token ids."""
         # Normalised right away, so that only the relative scale of the embeddings matters.
-        hidden = self.embed_tokens(input_ids)
+        hidden = self.embed_tokens(inputs)
         hidden += self.table("segment_embedding", self.segments)[None, :1]
-        hidden = layer_norm(self.norm_epsilon, self.dtype, "embedding_norm")(hidden)
-        mask = attention_mask.astype(bool)
-        return EncoderOutput(self.run_layers(hidden, mask, deterministic, pre_norm=False))
+        return layer_norm(self.norm_epsilon, self.dtype, "embedding_norm")(hidden)
+
+    def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
+        """Returns the hidden states as they are."""
+        del inputs
+        return EncoderOutput(hidden)

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fne_jax.encoders.layouts import (
+    DENSE,
+    IMAGE_SIZES,
+    NORM,
+    PATCH_KERNEL,
+    POSITIONS,
+    PRODUCT,
+    TABLE,
+    TEXT_SIZES,
+    VECTOR,
+    Layout,
+)
 from fne_jax.encoders.transformer import EncoderOutput, TextTower, dense, layer_norm
 from fne_jax.encoders.vision_transformer import VisionTower
 
+LAYER = (
+    ("attention_norm", "layer_norm1", NORM),
+    ("attention/query", "self_attn.q_proj", DENSE),
+    ("attention/key", "self_attn.k_proj", DENSE),
+    ("attention/value", "self_attn.v_proj", DENSE),
+    ("attention/output", "self_attn.out_proj", DENSE),
+    ("mlp_norm", "layer_norm2", NORM),
+    ("mlp_in", "mlp.fc1", DENSE),
+    ("mlp_out", "mlp.fc2", DENSE),
+)
 # The end token's id that configs of OpenAI's checkpoints name, though their tokenizer's is 49407.
 _LEGACY_EOS = 2
 
@@ -24,24 +45,41 @@ class ClipVision(VisionTower, kw_only=True):
     activation: str = "quick_gelu"
     norm_epsilon: float = 1e-5
 
+    after_layers = ("final_norm", "projection")
+
+    layout = Layout(
+        fields={**IMAGE_SIZES, "projection_dim": "projection_dim"},
+        fixed={"num_channels": 3},
+        weights=(
+            ("class_token", "vision_model.embeddings.class_embedding", VECTOR),
+            ("position_embedding", "vision_model.embeddings.position_embedding", POSITIONS),
+            ("patch_embedding", "vision_model.embeddings.patch_embedding", PATCH_KERNEL),
+            # Spelt so in their files.
+            ("embedding_norm", "vision_model.pre_layrnorm", NORM),
+            ("final_norm", "vision_model.post_layernorm", NORM),
+            ("projection", "visual_projection", PRODUCT),
+        ),
+        layer="vision_model.encoder.layers.{}.",
+        layer_weights=LAYER,
+    )
+
     @property
     def pooled_dim(self) -> int:
         """The dimension of `pooled`."""
         return self.projection_dim
 
-    @nn.compact
-    def __call__(self, pixels: jax.Array, *, deterministic: bool = True) -> EncoderOutput:
-        """Encodes [batch, height, width, 3] normalised pixels; token 0 is the class token.
+    def embed(self, inputs: jax.Array) -> jax.Array:
+        """Returns the [batch, tokens, width] normalised embeddings of pixels, class token first."""
+        hidden = self.embed_patches(inputs, class_token=True, patch_bias=False)
+        return layer_norm(self.norm_epsilon, self.dtype, "embedding_norm")(hidden)
+
+    def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
+        """Returns the hidden states, and `pooled` of the class token.
 
         `last_hidden_state` is taken before the last LayerNorm, which is applied to the class token
-        alone, for `pooled`.
-
-        Raises:
-          ValueError: if the pixels are not `image_size` square.
+        alone.
         """
-        hidden = self.embed_patches(pixels, class_token=True, patch_bias=False)
-        hidden = layer_norm(self.norm_epsilon, self.dtype, "embedding_norm")(hidden)
-        hidden = self.run_layers(hidden, None, deterministic, pre_norm=True)
+        del inputs
         pooled = layer_norm(self.norm_epsilon, jnp.float32, "final_norm")(hidden[:, 0])
         return EncoderOutput(hidden, _project(pooled, self.projection_dim))
 
@@ -60,30 +98,40 @@ class ClipText(TextTower, kw_only=True):
     activation: str = "quick_gelu"
     norm_epsilon: float = 1e-5
 
+    causal = True
+    after_layers = ("final_norm", "projection")
+
+    layout = Layout(
+        fields={
+            **TEXT_SIZES,
+            "projection_dim": "projection_dim",
+            "eos_token_id": "eos_token_id",
+        },
+        fixed={},
+        weights=(
+            ("word_embedding", "text_model.embeddings.token_embedding", TABLE),
+            ("position_embedding", "text_model.embeddings.position_embedding", TABLE),
+            ("final_norm", "text_model.final_layer_norm", NORM),
+            ("projection", "text_projection", PRODUCT),
+        ),
+        layer="text_model.encoder.layers.{}.",
+        layer_weights=LAYER,
+    )
+
     @property
     def pooled_dim(self) -> int:
         """The dimension of `pooled`."""
         return self.projection_dim
 
-    @nn.compact
-    def __call__(
-        self,
-        input_ids: jax.Array,
-        attention_mask: jax.Array | None = None,
-        *,
-        deterministic: bool = True,
-    ) -> EncoderOutput:
-        """Encodes [batch, tokens] token ids; the mask, of the same shape, is 0 at padding.
+    def embed(self, inputs: jax.Array) -> jax.Array:
+        """Returns the [batch, tokens, width] embeddings of [batch, tokens] token ids."""
+        return self.embed_tokens(inputs).astype(self.dtype)
 
-        Raises:
-          ValueError: if the sequence is longer than `max_length`.
-        """
-        mask = None if attention_mask is None else attention_mask.astype(bool)
-        hidden = self.embed_tokens(input_ids).astype(self.dtype)
-        hidden = self.run_layers(hidden, mask, deterministic, pre_norm=True, causal=True)
+    def finish(self, hidden: jax.Array, inputs: jax.Array) -> EncoderOutput:
+        """Returns the hidden states, and `pooled` of the token that ends each text."""
         hidden = layer_norm(self.norm_epsilon, self.dtype, "final_norm")(hidden)
         legacy = self.eos_token_id == _LEGACY_EOS
-        end = jnp.argmax(input_ids if legacy else input_ids == self.eos_token_id, axis=1)
+        end = jnp.argmax(inputs if legacy else inputs == self.eos_token_id, axis=1)
         pooled = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
         return EncoderOutput(hidden, _project(pooled, self.projection_dim))
 

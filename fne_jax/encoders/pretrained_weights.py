@@ -33,7 +33,8 @@ from fne_jax.encoders.hub_files import (
     read_tensors,
     weight_files,
 )
-from fne_jax.encoders.layouts import IGNORED, LAYOUTS, MODELS, VALUE, Transform
+from fne_jax.encoders.layouts import IGNORED, VALUE, Transform
+from fne_jax.encoders.model_types import MODELS
 from fne_jax.encoders.position_interpolation import resize_positions
 from fne_jax.encoders.rematerialization import NONE, check_remat
 from fne_jax.encoders.vision_transformer import VisionTower
@@ -147,7 +148,7 @@ def _names(module) -> dict[str, tuple[list[str], Transform]]:
     """Maps each tensor of the module's file to the paths of its parts and their transform."""
     entries = [(name, name, VALUE) for name in MODELS[model_type_of(module)].scalars]
     for begin, tower in towers_of(module).items():
-        layout = LAYOUTS[type(tower)]
+        layout = tower.layout
         entries += [(begin + ours, theirs, kind) for ours, theirs, kind in layout.weights]
         entries += [
             (f"{begin}encoder/layer_{layer}/{ours}", layout.layer.format(layer) + theirs, kind)

@@ -9,6 +9,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fne_jax.encoders.clip import LAYER
+from fne_jax.encoders.layouts import (
+    DENSE,
+    IMAGE_SIZES,
+    JOINT,
+    NORM,
+    PATCHES,
+    POSITIONS,
+    TABLE,
+    TEXT_SIZES,
+    VALUE,
+    Layout,
+)
 from fne_jax.encoders.transformer import (
     KERNEL_INIT,
     Attention,
@@ -27,22 +40,42 @@ class SiglipVision(VisionTower, kw_only=True):
     activation: str = "gelu_pytorch_tanh"
     norm_epsilon: float = 1e-6
 
+    after_layers = ("final_norm", "head")
+
+    layout = Layout(
+        fields=IMAGE_SIZES,
+        fixed={"num_channels": 3, "vision_use_head": True},
+        weights=(
+            ("position_embedding", "vision_model.embeddings.position_embedding", POSITIONS),
+            ("patch_embedding", "vision_model.embeddings.patch_embedding", PATCHES),
+            ("final_norm", "vision_model.post_layernorm", NORM),
+            ("head/probe", "vision_model.head.probe", VALUE),
+            ("head/attention/query", "vision_model.head.attention.in_proj", JOINT),
+            ("head/attention/key", "vision_model.head.attention.in_proj", JOINT),
+            ("head/attention/value", "vision_model.head.attention.in_proj", JOINT),
+            ("head/attention/output", "vision_model.head.attention.out_proj", DENSE),
+            ("head/norm", "vision_model.head.layernorm", NORM),
+            ("head/mlp_in", "vision_model.head.mlp.fc1", DENSE),
+            ("head/mlp_out", "vision_model.head.mlp.fc2", DENSE),
+        ),
+        layer="vision_model.encoder.layers.{}.",
+        layer_weights=LAYER,
+    )
+
     @property
     def pooled_dim(self) -> int:
         """The dimension of `pooled`."""
         return self.width
 
-    @nn.compact
-    def __call__(self, pixels: jax.Array, *, deterministic: bool = True) -> EncoderOutput:
-        """Encodes [batch, height, width, 3] normalised pixels; tokens are patches.
+    def embed(self, inputs: jax.Array) -> jax.Array:
+        """Returns the [batch, patches, width] embeddings of pixels."""
+        return self.embed_patches(inputs, class_token=False)
 
-        Raises:
-          ValueError: if the pixels are not `image_size` square.
-        """
-        hidden = self.embed_patches(pixels, class_token=False)
-        hidden = self.run_layers(hidden, None, deterministic, pre_norm=True)
+    def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
+        """Returns the hidden states after the last LayerNorm, and `pooled` by the probe."""
+        del inputs
         hidden = layer_norm(self.norm_epsilon, self.dtype, "final_norm")(hidden)
-        head = _AttentionPooling(
+        head = AttentionPooling(
             self.heads,
             self.mlp_width,
             self.activation,
@@ -68,33 +101,39 @@ class SiglipText(TextTower, kw_only=True):
     activation: str = "gelu_pytorch_tanh"
     norm_epsilon: float = 1e-6
 
+    after_layers = ("final_norm", "head")
+
+    layout = Layout(
+        fields={**TEXT_SIZES, "projection_dim": "projection_size"},
+        fixed={},
+        weights=(
+            ("word_embedding", "text_model.embeddings.token_embedding", TABLE),
+            ("position_embedding", "text_model.embeddings.position_embedding", TABLE),
+            ("final_norm", "text_model.final_layer_norm", NORM),
+            ("head", "text_model.head", DENSE),
+        ),
+        layer="text_model.encoder.layers.{}.",
+        layer_weights=LAYER,
+    )
+
     @property
     def pooled_dim(self) -> int:
         """The dimension of `pooled`."""
         return self.projection_dim
 
-    @nn.compact
-    def __call__(
-        self,
-        input_ids: jax.Array,
-        attention_mask: jax.Array | None = None,
-        *,
-        deterministic: bool = True,
-    ) -> EncoderOutput:
-        """Encodes [batch, tokens] token ids; a mask, of the same shape, hides where it is 0.
+    def embed(self, inputs: jax.Array) -> jax.Array:
+        """Returns the [batch, tokens, width] embeddings of [batch, tokens] token ids."""
+        return self.embed_tokens(inputs).astype(self.dtype)
 
-        Raises:
-          ValueError: if the sequence is longer than `max_length`.
-        """
-        mask = None if attention_mask is None else attention_mask.astype(bool)
-        hidden = self.embed_tokens(input_ids).astype(self.dtype)
-        hidden = self.run_layers(hidden, mask, deterministic, pre_norm=True)
+    def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
+        """Returns the hidden states after the last LayerNorm, and `pooled` of the last token."""
+        del inputs
         hidden = layer_norm(self.norm_epsilon, self.dtype, "final_norm")(hidden)
         head = dense(self.projection_dim, jnp.float32, "head")
         return EncoderOutput(hidden, head(hidden[:, -1].astype(jnp.float32)))
 
 
-class _AttentionPooling(nn.Module):
+class AttentionPooling(nn.Module):
     """One learned query that attends over all tokens, and an MLP with a residual.
 
     Attributes:

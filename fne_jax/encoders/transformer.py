@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from fne_jax.encoders.attention import AUTO, attend, precision_of
+from fne_jax.encoders.layouts import Layout
+from fne_jax.encoders.low_rank import LowRankDense
 from fne_jax.encoders.rematerialization import NONE, rematerialized
 from fne_jax.errors import UserError
 
@@ -20,6 +22,10 @@ from fne_jax.errors import UserError
 KERNEL_INIT = nn.initializers.xavier_uniform()
 # Name of a tower's stack of layers.
 STACK = "encoder"
+# Names in a scanned stack of its layers' parameters, and of those that are frozen at the bottom.
+LAYERS, FROZEN_LAYERS = "layers", "frozen_layers"
+# `Tower.frozen_layers` of a tower that is frozen as a whole.
+ALL = "all"
 
 
 def _quick_gelu(x):
@@ -54,17 +60,21 @@ class EncoderOutput:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with biases on all four projections.
+    """Multi-head attention.
 
     Attributes:
       heads: Number of heads; it must divide the width.
       dtype: Compute dtype. The softmax is float32 in any case.
       attend: What mixes the values: `attend`, with its options set.
+      key_bias: Whether a bias is added to the keys, as it is to the three other products.
+      lora_rank: Rank of the learned changes of the kernels; 0 for none.
     """
 
     heads: int
     dtype: Any = jnp.float32
     attend: Callable[..., jax.Array] = attend
+    key_bias: bool = True
+    lora_rank: int = 0
 
     @nn.compact
     def __call__(
@@ -86,14 +96,18 @@ class Attention(nn.Module):
         width = hidden.shape[-1]
         queries = hidden if queries is None else queries
 
-        def heads_of(x, name):
-            out = dense(width, self.dtype, name)(x)
+        def product(x, name, **options):
+            return dense(width, self.dtype, name, lora_rank=self.lora_rank, **options)(x)
+
+        def heads_of(x, name, **options):
+            out = product(x, name, **options)
             return out.reshape(*x.shape[:2], self.heads, width // self.heads)
 
         query = heads_of(queries, "query")
-        key, value = heads_of(hidden, "key"), heads_of(hidden, "value")
+        key = heads_of(hidden, "key", use_bias=self.key_bias)
+        value = heads_of(hidden, "value")
         mixed = self.attend(query, key, value, mask).reshape(queries.shape)
-        return dense(width, self.dtype, "output")(mixed)
+        return product(mixed, "output")
 
 
 class TransformerLayer(nn.Module):
@@ -108,6 +122,10 @@ class TransformerLayer(nn.Module):
       dropout: Dropout rate on the output of each part.
       dtype: Compute dtype.
       attend: What mixes the values: `attend`, with its options set.
+      key_bias: Whether a bias is added to the keys of the attention.
+      layer_scale: Whether the output of each part is multiplied by a learned vector (Touvron et al.
+        2021, arXiv 2103.17239).
+      lora_rank: Rank of the learned changes of the kernels; 0 for none.
     """
 
     heads: int
@@ -118,6 +136,9 @@ class TransformerLayer(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     attend: Callable[..., jax.Array] = attend
+    key_bias: bool = True
+    layer_scale: bool = False
+    lora_rank: int = 0
 
     @nn.compact
     def __call__(
@@ -131,15 +152,22 @@ class TransformerLayer(nn.Module):
           deterministic: whether dropout is off.
         """
 
+        attention = Attention(
+            self.heads, self.dtype, self.attend, self.key_bias, self.lora_rank, name="attention"
+        )
+
         def mix(x):
-            return Attention(self.heads, self.dtype, self.attend, name="attention")(x, mask)
+            return attention(x, mask)
 
         def transform(x):
-            return mlp(x, self.mlp_width, self.activation, self.dtype)
+            return mlp(x, self.mlp_width, self.activation, self.dtype, self.lora_rank)
 
-        for part, name in ((mix, "attention_norm"), (transform, "mlp_norm")):
-            norm = layer_norm(self.norm_epsilon, self.dtype, name)
+        for part, name in ((mix, "attention"), (transform, "mlp")):
+            norm = layer_norm(self.norm_epsilon, self.dtype, f"{name}_norm")
             out = part(norm(hidden) if self.pre_norm else hidden)
+            if self.layer_scale:
+                scale = self.param(f"{name}_scale", nn.initializers.ones, (hidden.shape[-1],))
+                out *= scale.astype(self.dtype)
             out = nn.Dropout(self.dropout)(out, deterministic=deterministic)
             hidden = hidden + out if self.pre_norm else norm(hidden + out)
         return hidden, None
@@ -150,62 +178,60 @@ class TransformerStack(nn.Module):
 
     Attributes:
       layers: Number of layers.
-      heads: Number of attention heads.
-      mlp_width: Width of the MLPs' hidden layers.
-      pre_norm: Whether the input of each part is normalised, rather than the sum after it.
-      norm_epsilon: Epsilon of the LayerNorms.
-      activation: Activation of the MLPs, a key of `ACTIVATIONS`.
-      dropout: Dropout rate on the output of each part.
-      dtype: Compute dtype.
-      attend: What mixes the values: `attend`, with its options set.
+      layer_options: The attributes of each `TransformerLayer`.
       scan_layers: Whether the layers' parameters are stacked along a leading axis, under one name,
         so that one layer is compiled and looped over.
       remat: What a layer keeps for its backward pass, a key of `REMATS`.
+      frozen: How many of the layers, from the bottom, are frozen. They have no dropout, and their
+        stacked parameters a name of their own.
     """
 
     layers: int
-    heads: int
-    mlp_width: int
-    pre_norm: bool
-    norm_epsilon: float
-    activation: str = "gelu"
-    dropout: float = 0.0
-    dtype: Any = jnp.float32
-    attend: Callable[..., jax.Array] = attend
+    layer_options: Mapping[str, Any]
     scan_layers: bool = False
     remat: str | bool = NONE
+    frozen: int = 0
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, mask: jax.Array | None, deterministic: bool) -> jax.Array:
-        """Returns the [batch, tokens, width] hidden states after all layers.
+    def __call__(
+        self,
+        hidden: jax.Array,
+        mask: jax.Array | None,
+        deterministic: bool,
+        *,
+        lower: bool = True,
+        upper: bool = True,
+    ) -> jax.Array:
+        """Returns the [batch, tokens, width] hidden states after the layers.
 
         Args:
           hidden: [batch, tokens, width] hidden states.
           mask: [batch, tokens] bool, False where no token must look; or None.
           deterministic: whether dropout is off.
+          lower: whether to run the frozen layers.
+          upper: whether to run the others.
         """
-        layer = rematerialized(TransformerLayer, self.remat, scanned=self.scan_layers)
-        sizes = (
-            self.heads,
-            self.mlp_width,
-            self.pre_norm,
-            self.norm_epsilon,
-            self.activation,
-            self.dropout,
-            self.dtype,
-            self.attend,
-        )
-        if self.scan_layers:
-            scanned = nn.scan(
-                layer,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, nn.broadcast),
-                length=self.layers,
-            )
-            return scanned(*sizes, name="layers")(hidden, mask, deterministic)[0]
-        for index in range(self.layers):
-            hidden, _ = layer(*sizes, name=f"layer_{index}")(hidden, mask, deterministic)
+        kind = rematerialized(TransformerLayer, self.remat, scanned=self.scan_layers)
+        first, last = 0 if lower else self.frozen, self.layers if upper else self.frozen
+        if not self.scan_layers:
+            for index in range(first, last):
+                off = deterministic or index < self.frozen
+                layer = kind(**self.layer_options, name=f"layer_{index}")
+                hidden, _ = layer(hidden, mask, off)
+            return hidden
+        for name, count, off in (
+            (FROZEN_LAYERS, self.frozen - first, True),
+            (LAYERS, last - self.frozen, deterministic),
+        ):
+            if count:
+                scanned = nn.scan(
+                    kind,
+                    variable_axes={"params": 0},
+                    split_rngs={"params": True, "dropout": True},
+                    in_axes=(nn.broadcast, nn.broadcast),
+                    length=count,
+                )
+                hidden, _ = scanned(**self.layer_options, name=name)(hidden, mask, off)
         return hidden
 
 
@@ -229,7 +255,7 @@ def cast_kernels(params: Any, dtype: Any) -> Any:
 
 
 class Tower(nn.Module, kw_only=True):
-    """Sizes and options that every encoder has.
+    """An encoder: `embed`, a stack of layers, and `finish`, of which its kind has its own.
 
     Attributes:
       width: Dimension of a token's hidden state.
@@ -246,6 +272,10 @@ class Tower(nn.Module, kw_only=True):
       scan_layers: Whether the layers' parameters are stacked along a leading axis, under one name,
         so that one layer is compiled and looped over.
       remat: What a layer keeps for its backward pass, a key of `REMATS`.
+      frozen_layers: How many layers are frozen, from the bottom, the embeddings with them; "all"
+        for all parameters, None for none. What is frozen has no dropout.
+      lora_rank: Rank of the learned changes of the layers' kernels, all else being frozen; 0 for
+        none.
     """
 
     width: int
@@ -260,51 +290,101 @@ class Tower(nn.Module, kw_only=True):
     mesh: jax.sharding.Mesh | None = None
     scan_layers: bool = False
     remat: str | bool = NONE
+    frozen_layers: int | str | None = None
+    lora_rank: int = 0
+
+    # Whether the input of each part of a layer is normalised, rather than the sum after it.
+    pre_norm: ClassVar[bool] = True
+    # Whether tokens must not look at later ones.
+    causal: ClassVar[bool] = False
+    # Whether a bias is added to the keys of the attention.
+    key_bias: ClassVar[bool] = True
+    # Whether a learned vector scales the output of each part of a layer.
+    layer_scale: ClassVar[bool] = False
+    # What Hugging Face calls its sizes and weights.
+    layout: ClassVar[Layout]
+    # The names of the parameters that `finish` uses.
+    after_layers: ClassVar[tuple[str, ...]] = ("final_norm",)
 
     @property
     def pooled_dim(self) -> int:
         """The dimension of the encoder's own `pooled`; 0 where it has none."""
         return 0
 
-    def attend(self, *, causal: bool = False) -> Callable[..., jax.Array]:
+    @property
+    def frozen_depth(self) -> int:
+        """How many layers are frozen, from the bottom."""
+        return self.layers if self.frozen_layers == ALL else self.frozen_layers or 0
+
+    def attend(self) -> Callable[..., jax.Array]:
         """Returns what mixes the values of query, key, value and mask, as the tower computes it."""
         return functools.partial(
-            attend, causal=causal, implementation=self.attention, mesh=self.mesh
+            attend, causal=self.causal, implementation=self.attention, mesh=self.mesh
         )
 
-    def run_layers(
+    def embed(self, inputs: jax.Array) -> jax.Array:
+        """Returns the [batch, tokens, width] embeddings of pixels or token ids."""
+        raise NotImplementedError
+
+    def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
+        """Returns what the encoder makes of the [batch, tokens, width] hidden states."""
+        raise NotImplementedError
+
+    @nn.compact
+    def __call__(
         self,
-        hidden: jax.Array,
-        mask: jax.Array | None,
-        deterministic: bool,
+        inputs: jax.Array | None,
+        mask: jax.Array | None = None,
         *,
-        pre_norm: bool,
-        causal: bool = False,
-    ) -> jax.Array:
-        """Returns the [batch, tokens, width] hidden states after dropout and all layers.
+        deterministic: bool = True,
+        hidden: jax.Array | None = None,
+        lower: bool = False,
+    ) -> Any:
+        """Encodes normalised pixels or token ids, or goes on from the frozen layers' hidden states.
 
         Args:
-          hidden: [batch, tokens, width] embeddings.
-          mask: [batch, tokens] bool, False where no token must look; or None.
+          inputs: [batch, height, width, 3] pixels, or [batch, tokens] int32 ids. An image tower
+            needs none with `hidden`.
+          mask: [batch, tokens], 0 at padding; None where there is none.
           deterministic: whether dropout is off.
-          pre_norm: whether the input of each part is normalised, rather than the sum after it.
-          causal: whether tokens must not look at later ones.
+          hidden: What this returned with `lower`; None to begin with the inputs.
+          lower: whether to stop after the frozen layers.
+
+        Returns:
+          An `EncoderOutput`; with `lower` the [batch, tokens, width] hidden states after the frozen
+          layers, in the compute dtype.
+
+        Raises:
+          ValueError: if the pixels are not `image_size` square, or there are more ids than
+            `max_length`.
         """
-        hidden = nn.Dropout(self.dropout)(hidden, deterministic=deterministic)
-        return TransformerStack(
+        mask = None if mask is None else mask.astype(bool)
+        begun = hidden is not None
+        if not begun:
+            off = deterministic or self.frozen_layers is not None
+            hidden = nn.Dropout(self.dropout)(self.embed(inputs), deterministic=off)
+        stack = TransformerStack(
             layers=self.layers,
-            heads=self.heads,
-            mlp_width=self.mlp_width,
-            pre_norm=pre_norm,
-            norm_epsilon=self.norm_epsilon,
-            activation=self.activation,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            attend=self.attend(causal=causal),
+            layer_options={
+                "heads": self.heads,
+                "mlp_width": self.mlp_width,
+                "pre_norm": self.pre_norm,
+                "norm_epsilon": self.norm_epsilon,
+                "activation": self.activation,
+                "dropout": self.dropout,
+                "dtype": self.dtype,
+                "attend": self.attend(),
+                "key_bias": self.key_bias,
+                "layer_scale": self.layer_scale,
+                "lora_rank": self.lora_rank,
+            },
             scan_layers=self.scan_layers,
             remat=self.remat,
+            frozen=self.frozen_depth,
             name=STACK,
-        )(hidden, mask, deterministic)
+        )
+        hidden = stack(hidden, mask, deterministic, lower=not begun, upper=not lower)
+        return hidden if lower else self.finish(hidden, inputs)
 
 
 class TextTower(Tower):
@@ -338,7 +418,9 @@ class TextTower(Tower):
         return self.param(name, nn.initializers.normal(0.02), (rows, self.width))
 
 
-def mlp(x: jax.Array, hidden_width: int, activation: str, dtype: Any) -> jax.Array:
+def mlp(
+    x: jax.Array, hidden_width: int, activation: str, dtype: Any, lora_rank: int = 0
+) -> jax.Array:
     """Applies the two dense layers `mlp_in` and `mlp_out` of the module that calls this.
 
     Args:
@@ -346,6 +428,7 @@ def mlp(x: jax.Array, hidden_width: int, activation: str, dtype: Any) -> jax.Arr
       hidden_width: Number of outputs of the first layer.
       activation: A key of `ACTIVATIONS`.
       dtype: Compute dtype.
+      lora_rank: Rank of the learned changes of the kernels; 0 for none.
 
     Returns:
       A [..., width] array in the compute dtype.
@@ -355,8 +438,8 @@ def mlp(x: jax.Array, hidden_width: int, activation: str, dtype: Any) -> jax.Arr
     """
     if activation not in ACTIVATIONS:
         raise UserError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    hidden = ACTIVATIONS[activation](dense(hidden_width, dtype, "mlp_in")(x))
-    return dense(x.shape[-1], dtype, "mlp_out")(hidden)
+    hidden = ACTIVATIONS[activation](dense(hidden_width, dtype, "mlp_in", lora_rank=lora_rank)(x))
+    return dense(x.shape[-1], dtype, "mlp_out", lora_rank=lora_rank)(hidden)
 
 
 def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
@@ -364,13 +447,17 @@ def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def dense(width: int, dtype: Any, name: str | None = None, *, use_bias: bool = True) -> nn.Dense:
+def dense(
+    width: int, dtype: Any, name: str | None = None, *, use_bias: bool = True, lora_rank: int = 0
+) -> nn.Module:
     """Returns a dense layer whose products have all bits of the dtype that they compute in."""
-    return nn.Dense(
-        width,
-        use_bias=use_bias,
-        dtype=dtype,
-        precision=precision_of(dtype),
-        kernel_init=KERNEL_INIT,
-        name=name,
+    options = {
+        "use_bias": use_bias,
+        "dtype": dtype,
+        "precision": precision_of(dtype),
+        "kernel_init": KERNEL_INIT,
+        "name": name,
+    }
+    return (
+        LowRankDense(width, rank=lora_rank, **options) if lora_rank else nn.Dense(width, **options)
     )

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fne_jax.encoders.layouts import DENSE, IMAGE_SIZES, NORM, PATCHES, VALUE, Layout
 from fne_jax.encoders.transformer import EncoderOutput, Tower, dense, layer_norm
 
 
@@ -57,15 +58,35 @@ class VisionTower(Tower):
 class VisionTransformer(VisionTower):
     """Patches, a class token, learned positions, pre-norm layers and a last LayerNorm."""
 
-    @nn.compact
-    def __call__(self, pixels: jax.Array, *, deterministic: bool = True) -> EncoderOutput:
-        """Encodes [batch, height, width, 3] normalised pixels; token 0 is the class token.
+    layout = Layout(
+        fields=IMAGE_SIZES,
+        fixed={"num_channels": 3, "qkv_bias": True},
+        weights=(
+            ("class_token", "embeddings.cls_token", VALUE),
+            ("position_embedding", "embeddings.position_embeddings", VALUE),
+            ("patch_embedding", "embeddings.patch_embeddings.projection", PATCHES),
+            ("final_norm", "layernorm", NORM),
+        ),
+        layer="encoder.layer.{}.",
+        layer_weights=(
+            ("attention_norm", "layernorm_before", NORM),
+            ("attention/query", "attention.attention.query", DENSE),
+            ("attention/key", "attention.attention.key", DENSE),
+            ("attention/value", "attention.attention.value", DENSE),
+            ("attention/output", "attention.output.dense", DENSE),
+            ("mlp_norm", "layernorm_after", NORM),
+            ("mlp_in", "intermediate.dense", DENSE),
+            ("mlp_out", "output.dense", DENSE),
+        ),
+    )
 
-        Raises:
-          ValueError: if the pixels are not `image_size` square.
-        """
-        hidden = self.embed_patches(pixels, class_token=True)
-        hidden = self.run_layers(hidden, None, deterministic, pre_norm=True)
+    def embed(self, inputs: jax.Array) -> jax.Array:
+        """Returns the [batch, tokens, width] embeddings of pixels; token 0 is the class token."""
+        return self.embed_patches(inputs, class_token=True)
+
+    def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
+        """Returns the hidden states after the last LayerNorm."""
+        del inputs
         return EncoderOutput(layer_norm(self.norm_epsilon, self.dtype, "final_norm")(hidden))
 
 

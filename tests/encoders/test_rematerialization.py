@@ -65,10 +65,10 @@ def test_fewer_products_are_computed_again_the_more_is_kept():
     ("remat", "kept"), [("products", True), ("attention", True), ("full", False)]
 )
 def test_results_of_fused_attention_are_kept(remat, kept, capsys):
-    sizes = {"layers": LAYERS, "heads": 3, "mlp_width": 20, "pre_norm": True}
-    stack = TransformerStack(**sizes, norm_epsilon=1e-6, attend=splash_attention, remat=remat)
+    options = {"heads": 3, "mlp_width": 20, "pre_norm": True, "norm_epsilon": 1e-6}
+    stack = TransformerStack(LAYERS, options | {"attend": splash_attention}, remat=remat)
     hidden = jnp.ones((2, 5, 12))
-    plain = stack.clone(attend=xla_attention)
+    plain = stack.clone(layer_options=options | {"attend": xla_attention})
     params = jax.eval_shape(lambda key: plain.init(key, hidden, None, True), jax.random.key(0))
     ad_checkpoint.print_saved_residuals(
         lambda params: stack.apply(params, hidden, None, True).sum(), params

@@ -1,0 +1,47 @@
+"""The model types of Hugging Face's that are known: one row for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from fne_jax.encoders.bert import Bert
+from fne_jax.encoders.clip import ClipText, ClipVision
+from fne_jax.encoders.siglip import SiglipText, SiglipVision
+from fne_jax.encoders.transformer import Tower
+from fne_jax.encoders.vision_transformer import VisionTransformer
+
+
+class Model(NamedTuple):
+    """A model type of Hugging Face's.
+
+    Attributes:
+      architecture: The name of its class in transformers.
+      towers: The types of our towers that it consists of.
+      scalars: Further parameters, with the values that their authors begin with.
+    """
+
+    architecture: str
+    towers: tuple[type[Tower], ...]
+    scalars: Mapping[str, np.ndarray]
+
+
+MODELS = {
+    "vit": Model("ViTModel", (VisionTransformer,), {}),
+    "bert": Model("BertModel", (Bert,), {}),
+    "clip": Model(
+        "CLIPModel",
+        (ClipVision, ClipText),
+        {"logit_scale": np.asarray(np.log(1 / 0.07), np.float32)},
+    ),
+    "siglip": Model(
+        "SiglipModel",
+        (SiglipVision, SiglipText),
+        {
+            "logit_scale": np.asarray([np.log(10)], np.float32),
+            "logit_bias": np.asarray([-10], np.float32),
+        },
+    ),
+}
