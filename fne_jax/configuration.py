@@ -122,6 +122,7 @@ _OPENAI_PIXELS = (
     (0.48145466, 0.4578275, 0.40821073),
     (0.26862954, 0.26130258, 0.27577711),
 )
+_IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class _ModelDefaults(NamedTuple):
@@ -142,9 +143,13 @@ class _ModelDefaults(NamedTuple):
 # For ViT, BERT and towers from random weights. ViT was pretrained with mean and deviation 0.5; the
 # authors fine-tune it with CLIP's values.
 _PAPER = _ModelDefaults("mean", _OPENAI_PIXELS, False)
+_DINO = _ModelDefaults("mean", _IMAGENET_PIXELS, False)
 _DEFAULTS = {
     "clip": _ModelDefaults(CHECKPOINT, _OPENAI_PIXELS, True),
     "siglip": _ModelDefaults(CHECKPOINT, ((0.5,) * 3, (0.5,) * 3), True),
+    "dinov2": _DINO,
+    "dinov2_with_registers": _DINO,
+    "dinov3_vit": _DINO,
 }
 
 

@@ -12,6 +12,12 @@ from fne_jax.encoders.model_types import MODELS
 from fne_jax.encoders.transformer import ACTIVATIONS, Tower
 from fne_jax.errors import UserError
 
+# On types that are taken for others.
+_ADVICE = {
+    "siglip2": ". This is a NaFlex model, for images of any shape; SigLIP 2's models of a fixed "
+    "resolution are of the type siglip",
+}
+
 
 def build_from_architecture(fields: Mapping[str, Any], where: str) -> nn.Module:
     """Returns the module that `load_pretrained` would, from `read_architecture`'s fields alone.
@@ -43,6 +49,7 @@ def _parse_config(fields, where):
     if model_type not in MODELS:
         raise UserError(
             f"{where}: model_type is {model_type!r}; expected one of {', '.join(MODELS)}"
+            + _ADVICE.get(model_type, "")
         )
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -50,7 +57,8 @@ def _parse_config(fields, where):
     try:
         return transformers.CONFIG_MAPPING[model_type].from_dict(dict(fields))
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise UserError(f"{where} is no config of a {model_type}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where} is no config of a {model_type}: {reason}") from error
 
 
 def _build_tower(tower, config, where) -> Tower:
@@ -79,6 +87,8 @@ def _build_tower(tower, config, where) -> Tower:
         raise UserError(
             f"{where}hidden_size is {sizes['width']}, which {sizes['heads']} heads do not divide"
         )
+    for name in layout.ratios:
+        sizes[name] *= sizes["width"]
     return tower(**sizes)
 
 
@@ -106,10 +116,7 @@ def config_json(module: nn.Module) -> str:
     import transformers
 
     model_type = model_type_of(module)
-    parts = [
-        {field: getattr(tower, ours) for ours, field in tower.layout.fields.items()}
-        for tower in towers_of(module).values()
-    ]
+    parts = [_fields_of(tower) for tower in towers_of(module).values()]
     if len(parts) == 1:
         fields = parts[0]
     else:
@@ -120,6 +127,21 @@ def config_json(module: nn.Module) -> str:
         **fields, architectures=[MODELS[model_type].architecture], dtype="float32"
     )
     return config.to_json_string()
+
+
+def _fields_of(tower) -> dict[str, Any]:
+    """Returns the fields of a config.json that state a tower's attributes."""
+    layout = tower.layout
+    fields = {field: getattr(tower, ours) for ours, field in layout.fields.items()}
+    for name in layout.ratios:
+        ratio, rest = divmod(getattr(tower, name), tower.width)
+        if rest:
+            raise UserError(
+                f"{name} is {getattr(tower, name)}; a {type(tower).__name__} is saved with a "
+                f"multiple of its width, {tower.width}, only"
+            )
+        fields[layout.fields[name]] = ratio
+    return fields
 
 
 def towers_of(module: nn.Module) -> dict[str, nn.Module]:

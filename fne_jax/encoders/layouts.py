@@ -58,6 +58,7 @@ class Layout(NamedTuple):
       weights: For each parameter its path in ours, its name in theirs, and its transforms.
       layer: The beginning of the names of layer {} in theirs; in ours it is `encoder/layer_{}`.
       layer_weights: The same as `weights`, relative to a layer.
+      ratios: Our attributes that their field states as a multiple of the width.
     """
 
     fields: Mapping[str, str]
@@ -65,6 +66,7 @@ class Layout(NamedTuple):
     weights: tuple
     layer: str
     layer_weights: tuple
+    ratios: tuple[str, ...] = ()
 
 
 SIZES = {

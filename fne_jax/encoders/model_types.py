@@ -9,6 +9,8 @@ import numpy as np
 
 from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.clip import ClipText, ClipVision
+from fne_jax.encoders.dinov2 import Dinov2, Dinov2WithRegisters
+from fne_jax.encoders.dinov3 import Dinov3
 from fne_jax.encoders.siglip import SiglipText, SiglipVision
 from fne_jax.encoders.transformer import Tower
 from fne_jax.encoders.vision_transformer import VisionTransformer
@@ -30,6 +32,9 @@ class Model(NamedTuple):
 
 MODELS = {
     "vit": Model("ViTModel", (VisionTransformer,), {}),
+    "dinov2": Model("Dinov2Model", (Dinov2,), {}),
+    "dinov2_with_registers": Model("Dinov2WithRegistersModel", (Dinov2WithRegisters,), {}),
+    "dinov3_vit": Model("DINOv3ViTModel", (Dinov3,), {}),
     "bert": Model("BertModel", (Bert,), {}),
     "clip": Model(
         "CLIPModel",

@@ -321,9 +321,11 @@ def _resize_positions(module, weights: dict[str, np.ndarray], image_size: int) -
     if not isinstance(tower, VisionTower) or image_size == tower.image_size:
         return
     _check_image_size(tower, image_size)
-    old, new = tower.image_size // tower.patch_size, image_size // tower.patch_size
     path = f"{begin}position_embedding"
-    weights[path] = resize_positions(weights[path], old, new)
+    if path not in weights:
+        return  # A tower that computes its positions does so for any size.
+    old, new = tower.image_size // tower.patch_size, image_size // tower.patch_size
+    weights[path] = resize_positions(weights[path], old, new, antialias=tower.antialias)
     _log.info(
         "position embeddings interpolated bicubically: %d x %d patches of images of %d pixels, "
         "from %d x %d of %d",

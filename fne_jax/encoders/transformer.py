@@ -167,7 +167,7 @@ class TransformerLayer(nn.Module):
             out = part(norm(hidden) if self.pre_norm else hidden)
             if self.layer_scale:
                 scale = self.param(f"{name}_scale", nn.initializers.ones, (hidden.shape[-1],))
-                out *= scale.astype(self.dtype)
+                out *= scale.astype(self.dtype)[None, None]
             out = nn.Dropout(self.dropout)(out, deterministic=deterministic)
             hidden = hidden + out if self.pre_norm else norm(hidden + out)
         return hidden, None

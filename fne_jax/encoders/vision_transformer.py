@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,16 @@ class VisionTower(Tower):
     image_size: int
     patch_size: int
 
+    # Whether position embeddings are interpolated for another image size with antialiasing.
+    antialias: ClassVar[bool] = False
+
     def embed_patches(
-        self, pixels: jax.Array, *, class_token: bool, patch_bias: bool = True
+        self,
+        pixels: jax.Array,
+        *,
+        class_token: bool,
+        patch_bias: bool = True,
+        positions: bool = True,
     ) -> jax.Array:
         """Returns the embeddings of the patches and of their positions, summed.
 
@@ -30,6 +40,7 @@ class VisionTower(Tower):
           pixels: [batch, image_size, image_size, 3] normalised pixels.
           class_token: whether a learned token comes first.
           patch_bias: whether a bias is added to the patches' embeddings.
+          positions: whether learned embeddings of the positions are added.
 
         Returns:
           A [batch, tokens, width] array in the compute dtype, patches in reading order.
@@ -42,17 +53,33 @@ class VisionTower(Tower):
                 f"pixels: expected [batch, {self.image_size}, {self.image_size}, 3], "
                 f"got {pixels.shape}"
             )
-        token_init = nn.initializers.normal(self.width**-0.5)
         # A product over flattened patches: the gradient of the equal strided convolution is an
         # order of magnitude slower on a CPU.
         embed = dense(self.width, self.dtype, "patch_embedding", use_bias=patch_bias)
         hidden = embed(flatten_patches(pixels.astype(self.dtype), self.patch_size))
         if class_token:
-            first = self.param("class_token", token_init, (1, 1, self.width))
-            first = jnp.broadcast_to(first.astype(self.dtype), (len(pixels), 1, self.width))
+            first = self._learned_tokens("class_token", 1, len(pixels))
             hidden = jnp.concatenate([first, hidden], axis=1)
-        positions = self.param("position_embedding", token_init, (1, *hidden.shape[1:]))
-        return hidden + positions.astype(self.dtype)
+        if positions:
+            hidden += self._learned_tokens("position_embedding", hidden.shape[1])
+        return hidden
+
+    def insert_registers(self, hidden: jax.Array, count: int) -> jax.Array:
+        """Returns [batch, tokens, width] hidden states with learned ones after the first token.
+
+        Darcet et al. 2023, arXiv 2309.16588.
+
+        Args:
+          hidden: [batch, tokens, width] hidden states, the class token's first.
+          count: Number of learned tokens.
+        """
+        registers = self._learned_tokens("register_tokens", count, len(hidden))
+        return jnp.concatenate([hidden[:, :1], registers, hidden[:, 1:]], axis=1)
+
+    def _learned_tokens(self, name: str, count: int, batch: int = 1) -> jax.Array:
+        """Returns [batch, count, width] parameters in the compute dtype, alike for all images."""
+        tokens = self.param(name, nn.initializers.normal(self.width**-0.5), (1, count, self.width))
+        return jnp.broadcast_to(tokens.astype(self.dtype), (batch, count, self.width))
 
 
 class VisionTransformer(VisionTower):

@@ -1,0 +1,75 @@
+"""DINOv2 (Oquab et al. 2023, arXiv 2304.07193), as in Hugging Face's Dinov2Model."""
+
+from __future__ import annotations
+
+import jax
+
+from fne_jax.encoders.layouts import DENSE, IMAGE_SIZES, NORM, PATCHES, VALUE, Layout
+from fne_jax.encoders.transformer import EncoderOutput, layer_norm
+from fne_jax.encoders.vision_transformer import VisionTower
+
+
+class Dinov2(VisionTower, kw_only=True):
+    """A ViT whose layers scale the output of each part by a learned vector."""
+
+    norm_epsilon: float = 1e-6
+
+    layer_scale = True
+
+    layout = Layout(
+        fields={**IMAGE_SIZES, "mlp_width": "mlp_ratio"},
+        ratios=("mlp_width",),
+        fixed={"num_channels": 3, "qkv_bias": True, "use_swiglu_ffn": False},
+        weights=(
+            ("class_token", "embeddings.cls_token", VALUE),
+            ("position_embedding", "embeddings.position_embeddings", VALUE),
+            ("patch_embedding", "embeddings.patch_embeddings.projection", PATCHES),
+            ("final_norm", "layernorm", NORM),
+        ),
+        layer="encoder.layer.{}.",
+        layer_weights=(
+            ("attention_norm", "norm1", NORM),
+            ("attention/query", "attention.attention.query", DENSE),
+            ("attention/key", "attention.attention.key", DENSE),
+            ("attention/value", "attention.attention.value", DENSE),
+            ("attention/output", "attention.output.dense", DENSE),
+            ("attention_scale", "layer_scale1.lambda1", VALUE),
+            ("mlp_norm", "norm2", NORM),
+            ("mlp_in", "mlp.fc1", DENSE),
+            ("mlp_out", "mlp.fc2", DENSE),
+            ("mlp_scale", "layer_scale2.lambda1", VALUE),
+        ),
+    )
+
+    def embed(self, inputs: jax.Array) -> jax.Array:
+        """Returns the [batch, tokens, width] embeddings of pixels; token 0 is the class token."""
+        return self.embed_patches(inputs, class_token=True)
+
+    def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
+        """Returns the hidden states after the last LayerNorm."""
+        del inputs
+        return EncoderOutput(layer_norm(self.norm_epsilon, self.dtype, "final_norm")(hidden))
+
+
+class Dinov2WithRegisters(Dinov2, kw_only=True):
+    """A DINOv2 with register tokens, which have no positions, after the class token.
+
+    Attributes:
+      registers: Number of register tokens.
+    """
+
+    registers: int
+
+    antialias = True
+
+    layout = Dinov2.layout._replace(
+        fields={**Dinov2.layout.fields, "registers": "num_register_tokens"},
+        weights=(
+            *Dinov2.layout.weights,
+            ("register_tokens", "embeddings.register_tokens", VALUE),
+        ),
+    )
+
+    def embed(self, inputs: jax.Array) -> jax.Array:
+        """Returns the [batch, tokens, width] embeddings of pixels: class, registers, patches."""
+        return self.insert_registers(super().embed(inputs), self.registers)
