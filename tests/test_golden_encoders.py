@@ -23,6 +23,10 @@ def vit(module, params, pixels, tokens):
     return {"vit_last_hidden_state": hidden, "image_emb": embed(hidden)}
 
 
+def dinov2(module, params, pixels, tokens):
+    return {"last_hidden_state": module.apply({"params": params}, pixels).last_hidden_state}
+
+
 def bert(module, params, pixels, tokens):
     hidden = module.apply({"params": params}, *tokens).last_hidden_state
     return {"bert_last_hidden_state": hidden, "text_emb_mean_with_padding": embed(hidden)}
@@ -43,6 +47,7 @@ def pair(module, params, pixels, tokens):
 
 MODELS = {
     "encoders/vit": ("encoders/encoders.npz", vit),
+    "dinov2": ("dinov2/outputs.npz", dinov2),
     "encoders/bert": ("encoders/encoders.npz", bert),
     "clip": ("clip/outputs.npz", pair),
     "siglip": ("siglip/outputs.npz", pair),
@@ -54,7 +59,7 @@ def figures_and_ours(golden, model, **options):
     file, run = MODELS[model]
     figures = np.load(golden / file)
     pixels = figures["pixel_values_nchw"].transpose(0, 2, 3, 1)
-    tokens = figures["input_ids"], figures["attention_mask"]
+    tokens = figures.get("input_ids"), figures.get("attention_mask")
     module, params = load_pretrained(golden / model, **options)
     ours = jax.jit(lambda *inputs: run(module, *inputs))(params, pixels, tokens)
     for name, value in ours.items():
@@ -78,6 +83,18 @@ def test_bfloat16_is_close(golden, model):
         np.testing.assert_allclose(
             ours.astype(jnp.float32), figure, atol=HALF_TOLERANCE[kind], rtol=0, err_msg=name
         )
+
+
+def test_dinov2_agrees_at_another_image_size(golden):
+    figures = np.load(golden / "dinov2/outputs.npz")
+    module, params = load_pretrained(golden / "dinov2", image_size=30)
+    pixels = figures["larger_pixel_values_nchw"].transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(
+        module.apply({"params": params}, pixels).last_hidden_state,
+        figures["larger_last_hidden_state"],
+        rtol=TOLERANCE,
+        atol=TOLERANCE,
+    )
 
 
 def test_clip_reads_the_first_end_token_or_where_its_id_is_2_the_highest(golden):

@@ -58,6 +58,8 @@ def test_what_a_config_leaves_open_follows_its_towers(golden):
         assert config.encoder.image.pooling == config.encoder.text.pooling == "checkpoint"
         assert config.data.text_length == 16
         np.testing.assert_allclose(config.image_mean[0], mean)
+    config = pretrained_config(golden / "dinov2", bert, **open_fields)
+    assert config.encoder.image.pooling == "mean" and config.image_std == (0.229, 0.224, 0.225)
     config = pretrained_config(
         vit, bert, image_mean=(0.1, 0.2, 0.3), encoder__image__pooling="first"
     )
@@ -79,6 +81,23 @@ def test_both_kinds_of_encoders_start_from_the_sources(golden, scan_layers):
     }
     jax.tree.map(np.testing.assert_array_equal, dict(state.params), expected)
     jax.tree.map(np.testing.assert_array_equal, dict(state.momentum_params), expected)
+
+
+def test_a_dinov2_starts_from_its_source_at_another_size(golden):
+    source = golden / "dinov2"
+    config = tiny_config(
+        encoder__image__pretrained=str(source),
+        encoder__image__image_size=15,
+        encoder__projection_dim=5,
+    )
+    architectures = read_architectures(config.encoder)
+    module = build_module(config, architectures, 50)
+    model = build_model(config, architectures, None, sharding.create_mesh(), module=module)
+    state = first_state(
+        model, abstract_state(model, learning_rate_schedule(config.optimizer, 3, 6))
+    )
+    expected = fne_jax.load_pretrained(source, image_size=15)[1]
+    jax.tree.map(np.testing.assert_array_equal, dict(state.params["image"]), expected)
 
 
 @pytest.mark.parametrize(
