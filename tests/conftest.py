@@ -42,11 +42,32 @@ def pytest_addoption(parser):
     parser.addoption(
         "--golden", default=str(TOP / "tests" / "golden"), help="folder of golden figures"
     )
+    parser.addoption("--weights", help="folder of published encoders, for tests that need them")
+    parser.addoption("--photographs", help="folder of photographs, for tests that need them")
 
 
 @pytest.fixture(scope="session")
 def golden(request):
     return pathlib.Path(request.config.getoption("--golden"))
+
+
+@pytest.fixture(scope="session")
+def weights(request):
+    """A folder that holds published encoders, each in a folder of its own."""
+    return _given_folder(request, "--weights")
+
+
+@pytest.fixture(scope="session")
+def photographs(request):
+    """A folder of photographs, whose captions are no part of the repository either."""
+    return _given_folder(request, "--photographs")
+
+
+def _given_folder(request, option):
+    folder = request.config.getoption(option)
+    if folder is None:
+        pytest.skip(f"needs {option} FOLDER")
+    return pathlib.Path(folder)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Image encoders against PyTorch's transformers, on random weights of the published layouts."""
 
 import json
+import string
 
 import jax
 import numpy as np
@@ -10,9 +11,11 @@ import transformers
 from safetensors.numpy import load_file
 
 from fne_jax import load_pretrained, save_pretrained
+from fne_jax.data.captions import clean_caption, load_tokenizer, tokenize
 from fne_jax.encoders.dinov3 import Dinov3
 from fne_jax.errors import UserError
 from tests.support.parameters import drawn_parameters
+from tests.support.tiny import tiny_config
 
 TOLERANCE = 1e-5
 SIZES = {
@@ -172,3 +175,89 @@ def test_a_width_that_no_config_states_is_not_saved(published, tmp_path):
     params = drawn_parameters(module, np.zeros((1, 28, 28, 3), np.float32))
     with pytest.raises(UserError, match=r"mlp_width is 50; .* multiple of its width, 24, only"):
         save_pretrained(tmp_path / "new", module, params)
+
+
+def write_siglip2(folder):
+    """Writes a model in the layout of SigLIP 2's at a fixed resolution, and returns it."""
+    shared = {"num_hidden_layers": 2, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
+    text = {
+        "model_type": "siglip_text_model",
+        "hidden_size": 20,
+        "intermediate_size": 44,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 11,
+        "projection_size": 24,
+        "vocab_size": 40,
+    }
+    image = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 24,
+        "intermediate_size": 52,
+        "num_attention_heads": 3,
+        "image_size": 28,
+        "patch_size": 7,
+    }
+    fields = {
+        "architectures": ["SiglipModel"],
+        "initializer_factor": 1.0,
+        "model_type": "siglip",
+        "text_config": {**shared, **text},
+        "vision_config": {**shared, **image},
+    }
+    model = random_model(transformers.SiglipConfig(**fields))
+    model.save_pretrained(folder)
+    # As published, without what transformers adds to it.
+    (folder / "config.json").write_text(json.dumps(fields))
+
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_lowercase]
+    merges = [("d", "o"), ("do", "g"), ("▁", "dog")]
+    pieces += [first + second for first, second in merges]
+    transformers.GemmaTokenizer(
+        vocab={piece: number for number, piece in enumerate(pieces)},
+        merges=merges,
+        add_bos_token=False,
+        add_eos_token=True,
+        padding_side="right",
+        model_input_names=["input_ids"],
+    ).save_pretrained(folder)
+    return model
+
+
+def test_siglip2_at_a_fixed_resolution_reads_what_its_tokenizer_gives(tmp_path):
+    model = write_siglip2(tmp_path)
+    config = tiny_config(
+        encoder__image__pretrained=str(tmp_path),
+        encoder__text__pretrained=str(tmp_path),
+        encoder__image__image_size=28,
+        data__tokenizer="auto",
+        data__text_length=0,
+    )
+    assert config.encoder.text.pooling == "checkpoint" and config.image_mean == (0.5, 0.5, 0.5)
+
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    captions = [clean_caption(text, 30) for text in ("A dog.", "Dogs in a field, and a dog")]
+    ids, mask = tokenize(tokenizer, captions, config.data.text_length)
+    # No token begins a text, and one ends it, whether it is padded or cut.
+    assert tokenizer.convert_ids_to_tokens(ids[0]) == ["a", "▁dog", "<eos>"] + 8 * ["<pad>"]
+    assert ids.shape == (2, 11) and ids[1, -1] == tokenizer.eos_token_id and mask.all()
+
+    module, params = load_pretrained(tmp_path)
+    pixels = pixels_of(28)
+    ours = module.apply({"params": params}, pixels, ids, mask)
+    theirs = model(
+        input_ids=torch.tensor(ids.astype(int)),
+        pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2)),
+    )
+    for embedding, expected in zip(ours, (theirs.image_embeds, theirs.text_embeds), strict=True):
+        np.testing.assert_allclose(embedding, expected.detach(), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image_size", [154, 224])
+def test_a_published_dinov2_agrees(weights, image_size):
+    folder = weights / "dinov2_small"
+    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
+    module, params = load_pretrained(folder, image_size=image_size)
+    pixels = pixels_of(image_size)
+    ours = jax.jit(module.apply)({"params": params}, pixels).last_hidden_state
+    np.testing.assert_allclose(ours, hidden_states(model, pixels).detach(), rtol=0, atol=1e-3)
