@@ -117,9 +117,8 @@ def config_json(module: nn.Module) -> str:
 
     model_type = model_type_of(module)
     parts = [_fields_of(tower) for tower in towers_of(module).values()]
-    if len(parts) == 1:
-        fields = parts[0]
-    else:
+    fields: dict[str, Any] = parts[0]
+    if len(parts) > 1:
         fields = dict(zip(("vision_config", "text_config"), parts, strict=True))
     if model_type == "clip":
         fields["projection_dim"] = module.image.projection_dim
