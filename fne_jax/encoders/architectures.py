@@ -80,12 +80,13 @@ def _build_tower(tower, config, where) -> Tower:
             )
     if sizes["activation"] not in ACTIVATIONS:
         raise UserError(
-            f"{where}hidden_act is {sizes['activation']!r}; "
+            f"{where}{layout.fields['activation']} is {sizes['activation']!r}; "
             f"expected one of {', '.join(ACTIVATIONS)}"
         )
     if sizes["width"] % sizes["heads"]:
         raise UserError(
-            f"{where}hidden_size is {sizes['width']}, which {sizes['heads']} heads do not divide"
+            f"{where}{layout.fields['width']} is {sizes['width']}, "
+            f"which {sizes['heads']} heads do not divide"
         )
     for name in layout.ratios:
         sizes[name] *= sizes["width"]
@@ -104,8 +105,8 @@ def model_type_of(module: nn.Module) -> str:
         if towers == model.towers and not own_projection:
             return name
     raise UserError(
-        "save_pretrained writes a VisionTransformer, a Bert, or a DualEncoder of CLIP's or "
-        "SigLIP's towers without a projection of its own; got "
+        "save_pretrained writes a tower of a model of its own, such as a VisionTransformer or a "
+        "Bert, or a DualEncoder of CLIP's or SigLIP's towers without a projection of its own; got "
         f"{type(module).__name__} of {', '.join(tower.__name__ for tower in towers)}. Save the "
         "towers of other pairs one by one."
     )

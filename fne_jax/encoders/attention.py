@@ -42,11 +42,12 @@ def attend(
     value: jax.Array,
     mask: jax.Array | None,
     *,
+    bias: jax.Array | None = None,
     causal: bool = False,
     implementation: str = AUTO,
     mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
-    """Returns softmax(query key^T / sqrt(dim)) value, with a float32 softmax.
+    """Returns softmax(query key^T / sqrt(dim) + bias) value, with a float32 softmax.
 
     A query that may look nowhere weighs all tokens alike; fused kernels give it some finite value.
 
@@ -55,6 +56,7 @@ def attend(
       key: [batch, tokens, heads, dim] array of the same dtype.
       value: [batch, tokens, heads, dim] array of the same dtype.
       mask: [batch, tokens] bool, False where no query must look; or None.
+      bias: [heads, queries, tokens] float32 array, which "xla" alone can add; or None.
       causal: Whether query i must not look at tokens after token i; there are then as many queries
         as tokens.
       implementation: A key of `ATTENTIONS`, or "auto" for what `resolve` chooses.
@@ -65,8 +67,16 @@ def attend(
       A [batch, queries, heads, dim] array in the dtype of `value`.
 
     Raises:
-      UserError: if there is no such implementation, or it cannot run there.
+      UserError: if there is no such implementation, it cannot run there, or adds no bias.
     """
+    if bias is not None:
+        check_name(implementation, "attention")
+        if implementation not in (AUTO, "xla"):
+            raise UserError(
+                f"attention is {implementation!r}, which cannot add this encoder's bias of "
+                "relative positions; expected auto or xla"
+            )
+        return xla_attention(query, key, value, mask, bias=bias, causal=causal)
     chosen = resolve(implementation, queries=query.shape[1], dtype=query.dtype, mesh=mesh)
     run = functools.partial(ATTENTIONS[chosen], causal=causal)
     if chosen in _FUSED:
@@ -170,6 +180,7 @@ def xla_attention(
     value: jax.Array,
     mask: jax.Array | None,
     *,
+    bias: jax.Array | None = None,
     causal: bool = False,
 ) -> jax.Array:
     """Computes `attend` for all heads at once, as two batched products."""
@@ -180,6 +191,8 @@ def xla_attention(
         "bhqd,bhkd->bhqk", query, key, precision=precision, preferred_element_type=jnp.float32
     )
     scores *= query.shape[-1] ** -0.5
+    if bias is not None:
+        scores += bias[None]
     if seen is not None:
         scores = jnp.where(seen[:, None], scores, _HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)

@@ -12,7 +12,8 @@ class Bert(TextTower):
     """Word, position and segment embeddings, and post-norm layers.
 
     Attributes:
-      segments: Number of segment ("token type") embeddings; every token gets that of segment 0.
+      segments: Number of segment ("token type") embeddings, of which every token gets that of
+        segment 0; 0 for none.
     """
 
     segments: int = 2
@@ -46,7 +47,8 @@ class Bert(TextTower):
         """Returns the [batch, tokens, width] normalised embeddings of [batch, tokens] token ids."""
         # Normalised right away, so that only the relative scale of the embeddings matters.
         hidden = self.embed_tokens(inputs)
-        hidden += self.table("segment_embedding", self.segments)[None, :1]
+        if self.segments:
+            hidden += self.table("segment_embedding", self.segments)[None, :1]
         return layer_norm(self.norm_epsilon, self.dtype, "embedding_norm")(hidden)
 
     def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:

@@ -82,6 +82,7 @@ TEXT_SIZES = {**SIZES, "vocab_size": "vocab_size", "max_length": "max_position_e
 
 # Entries of files that no encoder needs: heads for other tasks, and buffers.
 IGNORED = re.compile(
-    r"(classifier|pooler|cls|decoder|lm_head|qa_outputs)\."
+    r"((pre_)?classifier|pooler|cls|decoder|lm_head|qa_outputs)\."
+    r"|vocab_(transform|layer_norm|projector)\."
     r"|(.*\.)?(position_ids|token_type_ids|mask_token|num_batches_tracked)$"
 )

@@ -11,6 +11,9 @@ from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.clip import ClipText, ClipVision
 from fne_jax.encoders.dinov2 import Dinov2, Dinov2WithRegisters
 from fne_jax.encoders.dinov3 import Dinov3
+from fne_jax.encoders.distilbert import DistilBert
+from fne_jax.encoders.mpnet import MPNet
+from fne_jax.encoders.roberta import Roberta, XlmRoberta
 from fne_jax.encoders.siglip import SiglipText, SiglipVision
 from fne_jax.encoders.transformer import Tower
 from fne_jax.encoders.vision_transformer import VisionTransformer
@@ -23,11 +26,13 @@ class Model(NamedTuple):
       architecture: The name of its class in transformers.
       towers: The types of our towers that it consists of.
       scalars: Further parameters, with the values that their authors begin with.
+      prefix: What its weights' names begin with in models for a task; None for the type.
     """
 
     architecture: str
     towers: tuple[type[Tower], ...]
     scalars: Mapping[str, np.ndarray]
+    prefix: str | None = None
 
 
 MODELS = {
@@ -36,6 +41,10 @@ MODELS = {
     "dinov2_with_registers": Model("Dinov2WithRegistersModel", (Dinov2WithRegisters,), {}),
     "dinov3_vit": Model("DINOv3ViTModel", (Dinov3,), {}),
     "bert": Model("BertModel", (Bert,), {}),
+    "distilbert": Model("DistilBertModel", (DistilBert,), {}),
+    "mpnet": Model("MPNetModel", (MPNet,), {}),
+    "roberta": Model("RobertaModel", (Roberta,), {}),
+    "xlm-roberta": Model("XLMRobertaModel", (XlmRoberta,), {}, prefix="roberta"),
     "clip": Model(
         "CLIPModel",
         (ClipVision, ClipText),

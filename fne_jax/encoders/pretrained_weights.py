@@ -58,10 +58,10 @@ def load_pretrained(
 ) -> tuple[nn.Module, dict]:
     """Returns an encoder, or a pair of them, read from Hugging Face's layout.
 
-    Model types `vit` and `bert` give a `VisionTransformer` and a `Bert`. `clip` and `siglip` give
-    a `DualEncoder` of both towers with pooling "checkpoint"; its params also hold the model's
-    `logit_scale` and, for SigLIP, `logit_bias`, which the module does not read: similarities
-    times exp(logit_scale), plus logit_bias, are the model's own logits. Dropout is 0.
+    Model types `clip` and `siglip` give a `DualEncoder` of both towers with pooling "checkpoint";
+    its params also hold the model's `logit_scale` and, for SigLIP, `logit_bias`, which the module
+    does not read: similarities times exp(logit_scale), plus logit_bias, are the model's own logits.
+    All others of `encoders.model_types.MODELS` give a tower of their own kind. Dropout is 0.
 
     Args:
       path_or_hub_name: A local folder, or a name on the Hugging Face hub; the hub's cache and
@@ -114,8 +114,8 @@ def save_pretrained(path: str | os.PathLike, module: nn.Module, params: Mapping)
 
     Args:
       path: The folder, made if need be; other files in it stay.
-      module: A `VisionTransformer`, a `Bert`, or a `DualEncoder` of CLIP's or SigLIP's towers
-        without a projection of its own.
+      module: A tower of a model of its own, such as a `VisionTransformer` or a `Bert`, or a
+        `DualEncoder` of CLIP's or SigLIP's towers without a projection of its own.
       params: Its parameters, with layers stacked or not.
 
     Raises:
@@ -189,7 +189,7 @@ def params_from_tensors(
     """Returns a module's params from tensors under transformers' names.
 
     Args:
-      module: A `VisionTransformer` or a `Bert`.
+      module: A tower of a model of its own, such as a `VisionTransformer` or a `Bert`.
       tensors: float arrays; those that no encoder needs may be among them.
       where: What holds them, for errors.
 
@@ -243,7 +243,7 @@ def _split(tensor, paths, transform) -> dict[str, np.ndarray]:
 
 def _plain_name(name: str, model_type: str) -> str:
     """Returns a tensor's name without the model's prefix and TensorFlow's words for LayerNorm."""
-    name = name.removeprefix(f"{model_type}.")
+    name = name.removeprefix(f"{MODELS[model_type].prefix or model_type}.")
     return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", name))
 
 

@@ -130,12 +130,12 @@ def build_dual_encoder(
 
 
 def text_positions(encoder: ml_collections.ConfigDict, architecture: Mapping[str, Any]) -> int:
-    """Returns how many tokens a pretrained text tower has positions for.
+    """Returns the most tokens that a pretrained text tower has positions for.
 
     Raises:
       UserError: if the architecture has no text tower.
     """
-    return _tower(encoder, "text", architecture, vocab_size=1).max_length
+    return _tower(encoder, "text", architecture, vocab_size=1).max_tokens
 
 
 def pretrained_params(

@@ -78,7 +78,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: jax.Array, mask: jax.Array | None, queries: jax.Array | None = None
+        self,
+        hidden: jax.Array,
+        mask: jax.Array | None,
+        queries: jax.Array | None = None,
+        bias: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the mixture of tokens that each query attends to.
 
@@ -86,6 +90,7 @@ class Attention(nn.Module):
           hidden: [batch, tokens, width] hidden states.
           mask: [batch, tokens] bool, False where no query must look; or None.
           queries: [batch, queries, width] hidden states that ask; None for the tokens themselves.
+          bias: [heads, queries, tokens] float32 array, added to the scores; or None.
 
         Returns:
           A [batch, queries, width] array in the compute dtype.
@@ -106,7 +111,8 @@ class Attention(nn.Module):
         query = heads_of(queries, "query")
         key = heads_of(hidden, "key", use_bias=self.key_bias)
         value = heads_of(hidden, "value")
-        mixed = self.attend(query, key, value, mask).reshape(queries.shape)
+        biased = {} if bias is None else {"bias": bias}
+        mixed = self.attend(query, key, value, mask, **biased).reshape(queries.shape)
         return product(mixed, "output")
 
 
@@ -142,7 +148,11 @@ class TransformerLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: jax.Array, mask: jax.Array | None, deterministic: bool
+        self,
+        hidden: jax.Array,
+        mask: jax.Array | None,
+        deterministic: bool,
+        bias: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         """Returns the next hidden states and None, the pair that `nn.scan` asks for.
 
@@ -150,6 +160,7 @@ class TransformerLayer(nn.Module):
           hidden: [batch, tokens, width] hidden states.
           mask: [batch, tokens] bool, False where no token must look; or None.
           deterministic: whether dropout is off.
+          bias: [heads, tokens, tokens] float32 array, added to the scores; or None.
         """
 
         attention = Attention(
@@ -157,7 +168,7 @@ class TransformerLayer(nn.Module):
         )
 
         def mix(x):
-            return attention(x, mask)
+            return attention(x, mask, bias=bias)
 
         def transform(x):
             return mlp(x, self.mlp_width, self.activation, self.dtype, self.lora_rank)
@@ -198,6 +209,7 @@ class TransformerStack(nn.Module):
         hidden: jax.Array,
         mask: jax.Array | None,
         deterministic: bool,
+        bias: jax.Array | None = None,
         *,
         lower: bool = True,
         upper: bool = True,
@@ -208,6 +220,7 @@ class TransformerStack(nn.Module):
           hidden: [batch, tokens, width] hidden states.
           mask: [batch, tokens] bool, False where no token must look; or None.
           deterministic: whether dropout is off.
+          bias: [heads, tokens, tokens] float32 array, added to the scores; or None.
           lower: whether to run the frozen layers.
           upper: whether to run the others.
         """
@@ -217,7 +230,7 @@ class TransformerStack(nn.Module):
             for index in range(first, last):
                 off = deterministic or index < self.frozen
                 layer = kind(**self.layer_options, name=f"layer_{index}")
-                hidden, _ = layer(hidden, mask, off)
+                hidden, _ = layer(hidden, mask, off, bias)
             return hidden
         for name, count, off in (
             (FROZEN_LAYERS, self.frozen - first, True),
@@ -228,10 +241,10 @@ class TransformerStack(nn.Module):
                     kind,
                     variable_axes={"params": 0},
                     split_rngs={"params": True, "dropout": True},
-                    in_axes=(nn.broadcast, nn.broadcast),
+                    in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
                     length=count,
                 )
-                hidden, _ = scanned(**self.layer_options, name=name)(hidden, mask, off)
+                hidden, _ = scanned(**self.layer_options, name=name)(hidden, mask, off, bias)
         return hidden
 
 
@@ -322,6 +335,11 @@ class Tower(nn.Module, kw_only=True):
             attend, causal=self.causal, implementation=self.attention, mesh=self.mesh
         )
 
+    def attention_bias(self, tokens: int) -> jax.Array | None:
+        """Returns what all layers add to their scores, [heads, tokens, tokens] float32; or None."""
+        del tokens
+        return None
+
     def embed(self, inputs: jax.Array) -> jax.Array:
         """Returns the [batch, tokens, width] embeddings of pixels or token ids."""
         raise NotImplementedError
@@ -356,7 +374,7 @@ class Tower(nn.Module, kw_only=True):
 
         Raises:
           ValueError: if the pixels are not `image_size` square, or there are more ids than
-            `max_length`.
+            `max_tokens`.
         """
         mask = None if mask is None else mask.astype(bool)
         begun = hidden is not None
@@ -383,7 +401,8 @@ class Tower(nn.Module, kw_only=True):
             frozen=self.frozen_depth,
             name=STACK,
         )
-        hidden = stack(hidden, mask, deterministic, lower=not begun, upper=not lower)
+        bias = self.attention_bias(hidden.shape[1])
+        hidden = stack(hidden, mask, deterministic, bias, lower=not begun, upper=not lower)
         return hidden if lower else self.finish(hidden, inputs)
 
 
@@ -392,11 +411,16 @@ class TextTower(Tower):
 
     Attributes:
       vocab_size: Number of token ids.
-      max_length: Number of tokens that have position embeddings.
+      max_length: Number of position embeddings.
     """
 
     vocab_size: int
     max_length: int
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of a text."""
+        return self.max_length
 
     def embed_tokens(self, input_ids: jax.Array) -> jax.Array:
         """Returns the [batch, tokens, width] float32 sum of word and position embeddings.
@@ -405,13 +429,23 @@ class TextTower(Tower):
           input_ids: [batch, tokens] int32 token ids.
 
         Raises:
-          ValueError: if the sequence is longer than `max_length`.
+          ValueError: if the sequence is longer than `max_tokens`.
         """
         tokens = input_ids.shape[1]
-        if tokens > self.max_length:
-            raise ValueError(f"input_ids: expected at most {self.max_length} tokens, got {tokens}")
+        if tokens > self.max_tokens:
+            raise ValueError(f"input_ids: expected at most {self.max_tokens} tokens, got {tokens}")
         words = self.table("word_embedding", self.vocab_size)[input_ids]
-        return words + self.table("position_embedding", self.max_length)[None, :tokens]
+        positions = self.table("position_embedding", self.max_length)
+        return words + self.place(positions, input_ids)
+
+    def place(self, positions: jax.Array, input_ids: jax.Array) -> jax.Array:
+        """Returns the position embeddings of tokens, [1 or batch, tokens, width].
+
+        Args:
+          positions: [max_length, width] position embeddings.
+          input_ids: [batch, tokens] int32 token ids.
+        """
+        return positions[None, : input_ids.shape[1]]
 
     def table(self, name: str, rows: int) -> jax.Array:
         """Returns the [rows, width] float32 embeddings that are stored under a name."""

@@ -328,10 +328,10 @@ def build_module(
     """
     module = towers.build_dual_encoder(config.encoder, vocab_size, architectures, mesh)
     for part in ("data", "evaluation"):
-        if config[part].text_length > module.text.max_length:
+        if config[part].text_length > module.text.max_tokens:
             raise UserError(
                 f"config.{part}.text_length is {config[part].text_length}, more than the "
-                f"{module.text.max_length} positions of the text encoder"
+                f"{module.text.max_tokens} positions of the text encoder"
             )
     return module
 
