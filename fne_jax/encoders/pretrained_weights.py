@@ -1,4 +1,4 @@
-"""Weights in Hugging Face's layout, read and written: ViT, BERT, CLIP and SigLIP."""
+"""Weights in Hugging Face's layout, read and written."""
 
 from __future__ import annotations
 
