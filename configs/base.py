@@ -3,7 +3,7 @@
 The paper: Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -148,12 +148,14 @@ def get_config() -> ConfigDict:
     # Whether candidates come from the queue as well, or from the batch alone.
     objective.queue = True
     # Divisor of the similarities in infonce, clip, multi_positive and sigmoid (0.1 is where SigLIP
-    # starts).
-    objective.temperature = 0.07
-    # Number that sigmoid adds to the logits.
-    objective.bias = -10.0
+    # starts). 0 for the one that a CLIP or SigLIP learned, where both towers are of it and their
+    # embeddings its own, and 0.07 otherwise (with sigmoid for CLIP too, which learned no bias).
+    objective.temperature = 0.0
+    # Number that sigmoid adds to the logits; None for the one that a SigLIP learned, likewise, and
+    # -10 otherwise.
+    objective.bias = config_dict.placeholder(float)
     # Whether temperature and bias are learned from there on by these objectives, as CLIP and SigLIP
-    # do, within 0.01 to 1; not in the warm-up.
+    # do, within 0.01 to 1, or from 0.001 on if it begins below 0.01; not in the warm-up.
     objective.learn_temperature = False
     # What the truth is used for, where the training split knows it (shapes does), to see how much a
     # perfect detector would gain: none (nothing); drop (whatever matches is neither a negative nor

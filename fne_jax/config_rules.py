@@ -56,10 +56,12 @@ class Number:
     high: float
     whole: bool = False
     multiple: int = 1
-    also: tuple[int, ...] = ()
+    also: tuple[int | None, ...] = ()
 
     def allows(self, value: Any) -> bool:
         """Returns whether a field may have the value."""
+        if value is None:
+            return None in self.also
         kinds = int if self.whole else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds):
             return False
@@ -227,8 +229,8 @@ FIELDS = {
     "queue_size": _whole(1, 2**28),
     "objective.name": Choice(tuple(registry.MAIN)),
     "objective.queue": Flag(),
-    "objective.temperature": Number(1e-4, 100),
-    "objective.bias": Number(-1000, 1000),
+    "objective.temperature": Number(1e-4, 100, also=(0,)),
+    "objective.bias": Number(-1000, 1000, also=(None,)),
     "objective.learn_temperature": Flag(),
     "objective.oracle": Choice(registry.ORACLES),
     "fne.start_epoch": _EPOCHS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pathlib
 import sys
 import traceback
@@ -28,6 +29,7 @@ from fne_jax.encoders import towers
 from fne_jax.encoders.dual_encoder import CHECKPOINT
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
+from fne_jax.objectives.registry import check_learned
 
 FILE_NAME = "config.json"
 _CONFIG_MODULE = "config_config"  # the name under which ml_collections runs config files
@@ -118,6 +120,8 @@ def _in_one_line(error):
 
 # The tokens of a caption, where neither config nor checkpoint says (the paper).
 _TEXT_LENGTH = 30
+# Of objectives without a pretrained pair: MoCo's and ALBEF's temperature, and SigLIP's first bias.
+_TEMPERATURE, _BIAS = 0.07, -10.0
 _OPENAI_PIXELS = (
     (0.48145466, 0.4578275, 0.40821073),
     (0.26862954, 0.26130258, 0.27577711),
@@ -178,15 +182,15 @@ def with_model_defaults(
 ) -> ml_collections.ConfigDict:
     """Returns a config whose fields left open ("auto", 0, ()) are those of its towers' models.
 
-    These are the poolings, the mean and deviation of the pixels, the tokenizer and the length of
-    captions.
+    These are the poolings, the mean and deviation of the pixels, the tokenizer, the length of
+    captions, and the temperature and the bias of the objective.
 
     Args:
       config: As loaded; see configs/base.py.
       architectures: What `encoders.towers.read_architectures` returned.
 
     Raises:
-      UserError: if a pretrained source is no model of that kind.
+      UserError: if a pretrained source is no model of that kind, or what it says does not fit.
     """
     config = copy.deepcopy(config)
     defaults = {}
@@ -209,7 +213,28 @@ def with_model_defaults(
         config.evaluation.text_length = config.data.text_length
     if config.data.tokenizer == "auto":
         config.data.tokenizer = config.encoder.text.pretrained or "train"
+    learned = _scalars_of_pair(config, architectures)
+    if not config.objective.temperature:
+        scale = learned.get("logit_scale")
+        config.objective.temperature = _TEMPERATURE if scale is None else math.exp(-scale)
+    if config.objective.bias is None:
+        config.objective.bias = learned.get("logit_bias", _BIAS)
+    check_learned(config.objective)
     return config
+
+
+def _scalars_of_pair(config, architectures):
+    """Returns what a pair learned beside the two towers, if a run begins with its embeddings."""
+    encoder = config.encoder
+    same = encoder.image.pretrained == encoder.text.pretrained
+    poolings = {encoder.image.pooling, encoder.text.pooling}
+    if not same or poolings != {CHECKPOINT} or encoder.projection_dim:
+        return {}
+    learned = architectures.get("image", {}).get("scalars", {})
+    # A scale without the bias that the loss would need beside it.
+    if config.objective.name == "sigmoid" and "logit_bias" not in learned:
+        return {}
+    return learned
 
 
 def store_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

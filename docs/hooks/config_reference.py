@@ -49,7 +49,9 @@ def read_fields(source: str) -> list[Field]:
             groups[statement.targets[1].id] = f"{name}."
             continue
         parts = [*_above(comments, statement.lineno), behind.get(statement.lineno, "")]
-        fields.append(Field(name, ast.unparse(statement.value), " ".join(filter(None, parts))))
+        # What stands for a number that is left open.
+        default = ast.unparse(statement.value).replace("config_dict.placeholder(float)", "None")
+        fields.append(Field(name, default, " ".join(filter(None, parts))))
     return fields
 
 

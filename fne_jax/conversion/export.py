@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import pathlib
 
+import jax.numpy as jnp
+
+from fne_jax.encoders.architectures import model_type_of
+from fne_jax.encoders.model_types import MODELS
 from fne_jax.encoders.pretrained_weights import save_pretrained
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
 from fne_jax.model.model import restore_model
-from fne_jax.objectives.learned_scalars import towers_of
+from fne_jax.objectives.learned_scalars import LEARNED, bias, temperature, towers_of
 from fne_jax.retrieval.evaluation import read_values
 
 _CARD = """---
@@ -59,7 +63,7 @@ def export(workdir: pathlib.Path, checkpoint: str, out: pathlib.Path) -> list[pa
         )
     if module.image.pooled_dim and module.text.pooled_dim:
         folders = [out]
-        save_pretrained(out, module, towers_of(model.params))
+        save_pretrained(out, module, towers_of(model.params) | _scalars(model))
     else:
         folders = [out / "image", out / "text"]
         save_pretrained(out / "image", module.image, model.params["image"])
@@ -67,6 +71,19 @@ def export(workdir: pathlib.Path, checkpoint: str, out: pathlib.Path) -> list[pa
     model.tokenizer.save_pretrained(folders[-1])
     write_atomically(out / "README.md", _model_card(workdir, model))
     return folders
+
+
+def _scalars(model):
+    """Returns the logit scale and bias of the run's objective by now, as the pair names them."""
+    objective, learned = model.config.get("objective"), model.params.get(LEARNED)
+    if objective is None:  # The first runs' configs have no such group.
+        return {}
+    now = {
+        "logit_scale": -jnp.log(temperature(objective.temperature, learned)),
+        "logit_bias": bias(objective.bias, learned),
+    }
+    scalars = MODELS[model_type_of(model.module)].scalars
+    return {name: jnp.reshape(now[name], start.shape) for name, start in scalars.items()}
 
 
 def _model_card(workdir, model) -> str:

@@ -44,6 +44,8 @@ from fne_jax.files import write_atomically
 _log = logging.getLogger(__name__)
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
+# Glob patterns of what is downloaded.
+_FILES = [CONFIG, "model*.safetensors", INDEX]
 
 
 def load_pretrained(
@@ -87,7 +89,7 @@ def load_pretrained(
     """
     check_name(attention, "attention")
     remat = check_remat(remat, "remat")
-    folder = find_folder(path_or_hub_name, revision, [CONFIG, "model*.safetensors", INDEX])
+    folder = find_folder(path_or_hub_name, revision, _FILES)
     module = build_from_architecture(read_config(folder), str(folder / CONFIG))
     weights = _read_weights(folder, module)
     if image_size is not None:
@@ -104,6 +106,28 @@ def load_pretrained(
     # Copies, because on a CPU an array may otherwise share the memory of NumPy's.
     params = {path: jnp.array(value) for path, value in weights.items()}
     return module, flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def read_scalars(
+    path_or_hub_name: str | os.PathLike, model_type: str | None, revision: str | None = None
+) -> dict[str, float]:
+    """Returns what a CLIP or SigLIP learned beside its towers: `logit_scale`, and `logit_bias`.
+
+    Args:
+      path_or_hub_name: A local folder, or a name on the Hugging Face hub.
+      model_type: What its config.json says; other types have none.
+      revision: Branch, tag or commit on the hub; a local folder has none.
+
+    Raises:
+      UserError: if there is no such model, or its weights are pickled or damaged.
+    """
+    names = MODELS[model_type].scalars if model_type in MODELS else {}
+    if not names:
+        return {}
+    folder = find_folder(path_or_hub_name, revision, _FILES)
+    tensors = read_tensors(weight_files(folder))
+    named = ((_plain_name(name, model_type), read) for name, _, _, read in tensors)
+    return {name: read().item() for name, read in named if name in names}
 
 
 def save_pretrained(path: str | os.PathLike, module: nn.Module, params: Mapping) -> None:

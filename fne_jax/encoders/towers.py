@@ -16,7 +16,7 @@ from fne_jax.encoders.attention import check_name
 from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.dual_encoder import CHECKPOINT, POOLINGS, DualEncoder
 from fne_jax.encoders.hub_files import read_architecture
-from fne_jax.encoders.pretrained_weights import load_pretrained
+from fne_jax.encoders.pretrained_weights import load_pretrained, read_scalars
 from fne_jax.encoders.transformer import TextTower, Tower
 from fne_jax.encoders.vision_transformer import VisionTower, VisionTransformer
 from fne_jax.errors import UserError
@@ -32,6 +32,8 @@ def read_architectures(
     encoder: ml_collections.ConfigDict, workdir: pathlib.Path | None = None
 ) -> dict[str, dict[str, Any]]:
     """Returns the config.json of each pretrained tower: the run's own copy, else the source's.
+
+    That of a CLIP or SigLIP also has `scalars`: what `read_scalars` returns.
 
     Args:
       encoder: `config.encoder`.
@@ -54,7 +56,9 @@ def read_architectures(
 
 def _read_source(field, settings):
     try:
-        return read_architecture(settings.pretrained)
+        architecture = read_architecture(settings.pretrained)
+        scalars = read_scalars(settings.pretrained, architecture.get("model_type"))
+        return architecture | ({"scalars": scalars} if scalars else {})
     except UserError as error:
         raise UserError(f"{field}: {error}") from error
 

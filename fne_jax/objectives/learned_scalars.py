@@ -28,6 +28,9 @@ BIAS_CHANGE = "bias_change"
 # A learned temperature stays within these: logits of cosines are scaled by at most 100, as in CLIP
 # (Radford et al., arXiv 2103.00020, section 2.5), and at least 1, as in open_clip.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 1.0
+# The lowest for one that begins below: SigLIP does not bound its scale (Zhai et al., arXiv
+# 2303.15343, algorithm 1), and published ones are 112 to 118. This only keeps a run from diverging.
+LOWEST_UNCLIPPED = 0.001
 
 
 def initial() -> dict[str, dict[str, jax.Array]]:
@@ -54,4 +57,7 @@ def bias(start: float, learned: Mapping[str, jax.Array] | None) -> float | jax.A
 
 def log_factor_bounds(start: float) -> tuple[float, float]:
     """Returns the least and the largest logarithm of the factor on a temperature."""
-    return math.log(LOWEST_TEMPERATURE / start), math.log(HIGHEST_TEMPERATURE / start)
+    # Files in half precision state CLIP's largest scale as up to 100.2.
+    clipped = start > 0.99 * LOWEST_TEMPERATURE
+    lowest = min(start, LOWEST_TEMPERATURE) if clipped else LOWEST_UNCLIPPED
+    return math.log(lowest / start), math.log(HIGHEST_TEMPERATURE / start)

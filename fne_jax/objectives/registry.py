@@ -354,9 +354,14 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def check_learned(objective: ml_collections.ConfigDict) -> None:
-    """Raises UserError if a temperature that is learned begins where it may not go."""
-    lowest, highest = learned_scalars.LOWEST_TEMPERATURE, learned_scalars.HIGHEST_TEMPERATURE
-    if objective.learn_temperature and not lowest <= objective.temperature <= highest:
+    """Raises UserError if a temperature that is learned begins where it may not go.
+
+    One that is left open (0) is checked when it is known.
+    """
+    lowest, highest = learned_scalars.LOWEST_UNCLIPPED, learned_scalars.HIGHEST_TEMPERATURE
+    if not objective.learn_temperature or not objective.temperature:
+        return
+    if not lowest <= objective.temperature <= highest:
         raise UserError(
             f"config.objective.temperature is {objective.temperature}; with learn_temperature "
             f"expected a number from {lowest} to {highest}"
