@@ -62,9 +62,15 @@ def get_config() -> ConfigDict:
     data.vocab_size = 8000
     # Words kept of a caption.
     data.max_words = 30
+    # What is put before each cleaned caption, e.g. "query: " for E5; auto for the default prompt of
+    # a pretrained text tower of sentence-transformers, and "" with others.
+    data.prompt = "auto"
     # The fixed number of tokens that a caption is padded or truncated to; 0 for that of the
-    # pretrained text tower (CLIP 77, SigLIP 64), and 30 with others.
+    # pretrained text tower (CLIP 77, SigLIP 64), and 30 with others, or max_seq_length if less.
     data.text_length = 0
+    # Whether what the frozen layers make of each image and caption is computed once, kept in
+    # `cache_dir` and read from there. Images that are augmented are not kept.
+    data.keep_frozen = False
     # Batches prepared ahead of the step.
     data.prefetch = 4
 
@@ -92,8 +98,8 @@ def get_config() -> ConfigDict:
 
     config.encoder = encoder = ConfigDict()
     encoder.image = image = ConfigDict()
-    # Hugging Face name or local folder of a ViT, CLIP or SigLIP to start from; "" for random
-    # weights and the sizes below. `image_size` may differ from the source's.
+    # Hugging Face name or local folder of a model to start from, of those that docs/pretrained.md
+    # lists; "" for random weights and the sizes below. `image_size` may differ from the source's.
     image.pretrained = ""
     image.image_size = 384  # pixels of a side
     image.patch_size = 16  # pixels of a side of a patch, which is a token
@@ -105,8 +111,15 @@ def get_config() -> ConfigDict:
     # mean over all tokens, class token included; first (the class token); checkpoint (the
     # embedding of CLIP and SigLIP themselves); or auto (checkpoint where there is one, else mean).
     image.pooling = "auto"
+    # Layers that are frozen, from the bottom, the embeddings with them: "none", "all" (with the
+    # norm and the head after them), or how many, e.g. "6". They have no gradient, no moments, no
+    # momentum copy and no dropout, and run once a step.
+    image.frozen_layers = "none"
+    # Rank of learned changes of the layers' matrices (LoRA), everything else in the tower being
+    # frozen; 0 for none.
+    image.lora_rank = 0
     encoder.text = text = ConfigDict()
-    # As above, of a BERT, CLIP or SigLIP.
+    # As above.
     text.pretrained = ""
     text.max_length = 512  # position embeddings, the most tokens of a caption
     text.width = 768  # dimension of the tokens between layers
@@ -114,13 +127,19 @@ def get_config() -> ConfigDict:
     text.heads = 12  # attention heads of a layer; they divide the width
     text.mlp_width = 3072  # hidden dimension of each layer's MLP
     text.dropout = 0.0  # share of activations dropped while training
-    # mean over real tokens; mean_with_padding over all, as the authors; first; checkpoint; or auto.
+    # mean over real tokens; mean_with_padding over all, as the authors; first; max over real
+    # tokens; checkpoint (of sentence-transformers too, where dense layers follow the pooling); or
+    # auto, with which a folder of sentence-transformers decides.
     text.pooling = "auto"
     # While training: as `pooling` (auto), or mean_to_longest, over as many tokens as the longest
     # caption of the batch has, as the authors.
     text.training_pooling = "auto"
+    text.frozen_layers = "none"  # as of the image tower
+    text.lora_rank = 0  # as of the image tower
     # Dimension of a learned projection after pooling, 0 for none.
     encoder.projection_dim = 0
+    # Width of a hidden layer of these projections, 0 for none.
+    encoder.projection_hidden = 0
     # float32 or bfloat16; parameters, losses and similarities are float32 in any case.
     encoder.compute_dtype = "bfloat16"
     # How attention is computed: auto (what suits the device and the number of tokens), xla
@@ -223,11 +242,14 @@ def get_config() -> ConfigDict:
     optimizer.step_factor = 0.1  # less than 1 lowers the rate
     # Epochs over which the learning rate rises linearly from 0.
     optimizer.warmup_epochs = 0.0
-    # Factors on the learning rate of either tower; 0 freezes it.
+    # Factors on the learning rate of either tower and its projection.
     optimizer.image_factor = 1.0
     optimizer.text_factor = 1.0  # that of the text tower
-    # Factor on the learning rate of temperature and bias, where they are learned; 0 freezes them.
+    # Factor on the learning rate of temperature and bias, where they are learned.
     optimizer.objective_factor = 1.0
+    # Factor on the learning rate from a layer to the one below, the last layer's being this; 1 for
+    # one rate for all layers.
+    optimizer.layer_decay = 1.0
 
     config.evaluation = evaluation = ConfigDict()
     # Validations in an epoch.

@@ -1,6 +1,6 @@
 """Measures speed: python -m fne_jax.benchmark NAME.
 
-NAME is strategy, encoders, step, input, retrieval or search.
+NAME is strategy, encoders, step, frozen, input, retrieval or search.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import pathlib
 import sys
 
 from fne_jax import command_line, configuration
-from fne_jax.benchmarks import cases, retrieval, search, step, step_comparison
+from fne_jax.benchmarks import cases, frozen, retrieval, search, step, step_comparison
 from fne_jax.benchmarks import input as input_benchmark
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
+from fne_jax.planning.published import read_architectures
 from fne_jax.planning.topology import CHIPS
 
 
@@ -36,6 +37,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     _add_strategy(commands)
     _add_encoders(commands)
     _add_step(commands)
+    _add_frozen(commands)
     _add_input(commands)
     _add_retrieval(commands)
     _add_search(commands)
@@ -123,6 +125,22 @@ def _add_step(commands):
         help="interpreter of PyTorch's parts, where its CUDA libraries are others than JAX's",
     )
     parser.set_defaults(measure=lambda o: [_step(o)], overrides=())
+
+
+def _add_frozen(commands):
+    parser = commands.add_parser(
+        "frozen",
+        help="a config's train step with more and more of its encoders frozen, on one device; "
+        "config fields as --config.x=y",
+    )
+    parser.add_argument("--config", required=True, help="config file, e.g. configs/photographs.py")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each")
+    parser.set_defaults(measure=lambda o: [_frozen(o)], overrides=())
+
+
+def _frozen(options):
+    config = configuration.load_config(options.config, options.overrides)
+    return frozen.frozen_steps(config, read_architectures(config.encoder), options.repeats)
 
 
 def _step(options):

@@ -14,7 +14,9 @@ from fne_jax.data.sources.registry import find_source
 from fne_jax.data.sources.shapes_scenes import FACTS, VARIED, vocabulary_of
 from fne_jax.encoders.attention import ATTENTIONS, AUTO
 from fne_jax.encoders.dual_encoder import CHECKPOINT, LONGEST_POOLING, POOLINGS
+from fne_jax.encoders.freezing import NOTHING
 from fne_jax.encoders.rematerialization import OLD_REMATS, REMATS
+from fne_jax.encoders.transformer import ALL
 from fne_jax.errors import UserError
 from fne_jax.objectives import registry
 from fne_jax.objectives.fne_settings import ELIMINATIONS
@@ -30,6 +32,7 @@ RENAMED_FIELDS = {
 # Fields that came later, and the value that says what runs did before; an old run's config.json is
 # read with it.
 ADDED_FIELDS = {
+    "data.prompt": "",
     "data.shapes.facts": VARIED,
     "fne.elimination_tau": 0.0,
     "objective.learn_temperature": False,
@@ -37,6 +40,13 @@ ADDED_FIELDS = {
     "objective.oracle": registry.NO_ORACLE,
     "optimizer.objective_factor": 1.0,
     "logging.also": (),
+    "data.keep_frozen": False,
+    "encoder.image.frozen_layers": NOTHING,
+    "encoder.image.lora_rank": 0,
+    "encoder.text.frozen_layers": NOTHING,
+    "encoder.text.lora_rank": 0,
+    "encoder.projection_hidden": 0,
+    "optimizer.layer_decay": 1.0,
 }
 
 # Fields whose values have other names by now, and which; read likewise.
@@ -140,6 +150,18 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True)
+class FrozenLayers:
+    """The layers of a tower that are frozen."""
+
+    def allows(self, value: Any) -> bool:
+        """Returns whether a field may have the value."""
+        return isinstance(value, str) and (value in (NOTHING, ALL) or value.isdecimal())
+
+    def __str__(self):
+        return f'"{NOTHING}", "{ALL}", or a number of layers in quotes, e.g. "6"'
+
+
+@dataclasses.dataclass(frozen=True)
 class Flag:
     """True or False."""
 
@@ -170,6 +192,8 @@ _TOWER = {
     "mlp_width": _whole(1, 2**20),
     "dropout": Number(0, 0.99),
     "pooling": _POOLINGS,
+    "frozen_layers": FrozenLayers(),
+    "lora_rank": _whole(0, 2**12),
 }
 _EPOCHS = Number(0, 10**6)
 _SEED = _whole(0, 2**32 - 1)
@@ -200,7 +224,9 @@ FIELDS = {
     # Fewer would not spell most words.
     "data.vocab_size": _whole(100, 2**24),
     "data.max_words": _whole(1, 2**16),
+    "data.prompt": Text(),
     "data.text_length": _TEXT_LENGTH_RULE,
+    "data.keep_frozen": Flag(),
     "data.prefetch": _whole(0, 2**10),
     "data.shapes.seed": _SEED,
     "data.shapes.train_images": _whole(1, 10**8),
@@ -221,6 +247,7 @@ FIELDS = {
     "encoder.text.max_length": _whole(3, 2**16),
     "encoder.text.training_pooling": _POOLINGS,
     "encoder.projection_dim": _whole(0, 2**16),
+    "encoder.projection_hidden": _whole(0, 2**16),
     "encoder.compute_dtype": Choice(("float32", "bfloat16")),
     "encoder.attention": Choice((AUTO, *ATTENTIONS)),
     "encoder.scan_layers": Flag(),
@@ -259,9 +286,10 @@ FIELDS = {
     "optimizer.step_epochs": Numbers(_EPOCHS),
     "optimizer.step_factor": Number(0, 1),
     "optimizer.warmup_epochs": _EPOCHS,
-    "optimizer.image_factor": Number(0, 1000),
-    "optimizer.text_factor": Number(0, 1000),
-    "optimizer.objective_factor": Number(0, 1000),
+    "optimizer.image_factor": Number(1e-6, 1000),
+    "optimizer.text_factor": Number(1e-6, 1000),
+    "optimizer.objective_factor": Number(1e-6, 1000),
+    "optimizer.layer_decay": Number(1e-3, 1),
     "evaluation.per_epoch": _whole(1),
     "evaluation.batch_size": _whole(1, 2**24),
     "evaluation.text_length": _TEXT_LENGTH_RULE,
@@ -306,6 +334,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 def _check_together(config):
     """Raises UserError for values that are possible each, but not together."""
+    _check_frozen(config)
     vocabulary_of(config.data.shapes)
     if config.queue_size < config.global_batch_size:
         raise UserError(
@@ -338,6 +367,52 @@ def _check_together(config):
         raise UserError(
             f"config.optimizer.weight_decay is {optimizer.weight_decay}, with which a step at "
             f"learning_rate={optimizer.learning_rate} would take away more than a whole weight"
+        )
+
+
+def _check_frozen(config):
+    """Raises UserError for layers that are frozen and something else that goes not with them."""
+    encoder = config.encoder
+    towers = {"image": encoder.image, "text": encoder.text}
+    for name, tower in towers.items():
+        if tower.frozen_layers == ALL and tower.lora_rank:
+            raise UserError(
+                f"config.encoder.{name}.lora_rank is {tower.lora_rank}, but frozen_layers is "
+                f"{ALL!r}, with which no layer is changed; take a number of layers or {NOTHING!r}"
+            )
+    frozen = {name: tower.frozen_layers != NOTHING for name, tower in towers.items()}
+    whole = all(tower.frozen_layers == ALL for tower in towers.values())
+    if whole and not encoder.projection_dim and not config.objective.learn_temperature:
+        raise UserError(
+            f"config.encoder.image.frozen_layers and text.frozen_layers are {ALL!r}: there is "
+            "nothing to train; set config.encoder.projection_dim, or freeze fewer layers"
+        )
+    if encoder.projection_hidden and not encoder.projection_dim:
+        raise UserError(
+            f"config.encoder.projection_hidden is {encoder.projection_hidden}, but "
+            "config.encoder.projection_dim is 0: there is no projection; set both"
+        )
+    if not config.data.keep_frozen:
+        return
+    augmentation = config.data.augmentation
+    if not (frozen["text"] or (frozen["image"] and augmentation == "none")):
+        raise UserError(
+            "config.data.keep_frozen is True, but there is nothing to keep: "
+            f"config.encoder.image.frozen_layers is {encoder.image.frozen_layers!r} with "
+            f"config.data.augmentation={augmentation}, and config.encoder.text.frozen_layers is "
+            f"{encoder.text.frozen_layers!r}. Freeze layers, and take augmentation=none for images"
+        )
+    pooling, training_pooling = encoder.text.pooling, encoder.text.training_pooling
+    if frozen["text"] and training_pooling not in ("auto", pooling):
+        raise UserError(
+            f"config.encoder.text.training_pooling is {training_pooling!r} and its pooling "
+            f"{pooling!r}: with config.data.keep_frozen captions are pooled in one way; make it "
+            "auto"
+        )
+    if frozen["text"] and pooling == LONGEST_POOLING:
+        raise UserError(
+            f"config.encoder.text.pooling is {pooling!r}, which depends on the other captions of a "
+            "batch, so that nothing can be kept; take another, or config.data.keep_frozen=False"
         )
 
 

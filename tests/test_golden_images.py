@@ -18,7 +18,7 @@ from PIL import Image
 
 from fne_jax.data.images import preprocessing, randaugment
 from fne_jax.data.images.augmentation import ARGUMENTS, OPERATIONS
-from fne_jax.encoders.pixels import normalize_pixels
+from fne_jax.encoders.inputs import normalize_pixels
 from tests.support.plain_operations import FIGURES, PIXELS_MEAN, PIXELS_STD
 
 

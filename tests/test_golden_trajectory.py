@@ -64,13 +64,14 @@ def initial_state(folder, arrays):
     optimizer = base.get_config().optimizer
     optimizer.clip_norm = float(arrays["grad_clip"])
     schedule = optax.constant_schedule(float(arrays["learning_rate"]))
-    tx = build_optimizer(optimizer, schedule)
+    tx = build_optimizer(optimizer, schedule, None)
     size = len(arrays["initial_image_queue"])
     empty = jnp.full(size, -1, jnp.int32)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         apply_fn=module.apply,
         params=params,
+        frozen_params={},
         tx=tx,
         opt_state=tx.init(params),
         momentum_params=params,
@@ -91,6 +92,7 @@ def build_step(arrays, *, warmup):
     margin = float(arrays["margin"])
     layout = StepLayout(one_device())
     settings = StepSettings(
+        module=None,
         passes=WholeBatch(layout),
         layout=layout,
         momentum=float(arrays["momentum"]),

@@ -110,7 +110,7 @@ def jax_step(config: ml_collections.ConfigDict, steps: int, windows: int) -> dic
     schedule = learning_rate_schedule(config.optimizer, _STEPS_PER_EPOCH, timeline.total_steps)
     like = abstract_state(model, schedule)
     batch = sharding.to_devices(made_up_batch(config, ids), mesh)
-    step = jitted_steps(config, timeline, mesh, schedule, like)[Phase.FNE]
+    step = jitted_steps(config, timeline, model, schedule, like)[Phase.FNE]
     start = time.perf_counter()
     compiled = step.lower(like, batch).compile()
     compile_seconds = time.perf_counter() - start

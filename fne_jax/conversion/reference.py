@@ -15,7 +15,7 @@ import optax
 
 from fne_jax import configuration
 from fne_jax.data import captions as caption_lib
-from fne_jax.encoders import towers
+from fne_jax.encoders import freezing, towers
 from fne_jax.encoders.pretrained_weights import params_from_tensors
 from fne_jax.errors import UserError, first_line
 from fne_jax.model.checkpoints import BEST_METRIC
@@ -82,10 +82,13 @@ def convert(path: pathlib.Path, config: ml_collections.ConfigDict, workdir: path
     state = initial_state(model, abstract_state(model, optax.constant_schedule(0.0)))
     replicated = sharding.replicated(mesh)
     step = int(saved["epoch"])
+    own, frozen = freezing.trained_and_frozen(model.module, params[False])
+    momentum, _ = freezing.trained_and_frozen(model.module, params[True])
     state = state.replace(
         step=jax.device_put(jnp.int32(step), replicated),
-        params=jax.device_put(params[False], replicated),
-        momentum_params=jax.device_put(params[True], replicated),
+        params=jax.device_put(own, replicated),
+        frozen_params=jax.device_put(frozen, replicated),
+        momentum_params=jax.device_put(momentum, replicated),
         queue=jax.device_put(queue, replicated),
     )
 

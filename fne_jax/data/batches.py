@@ -89,15 +89,26 @@ def training_batches(
 
     Yields:
       `image` [rows, side, side, 3] uint8, `input_ids` and `attention_mask` [rows, length] int32,
-      `image_id` [rows] int32 and `pair_id` [rows] int32.
+      `image_id` [rows] int32 and `pair_id` [rows] int32. Of what the split keeps, `image_features`
+      in place of `image`, and `text_features`.
 
     Raises:
       UserError: If a record cannot be read or decoded; it names the record.
     """
-    for pair, image in _training_images(dataset, iter(batches), make_image, prefetch):
-        ids, mask = tokens
+    ids, mask = tokens
+    kept_image, kept_text = (dataset.kept.get(tower) for tower in ("image", "text"))
+    if kept_image is None:
+        images = _training_images(dataset, iter(batches), make_image, prefetch)
+        images = ((pair, {"image": image}) for pair, image in images)
+    else:
+        images = (
+            (rows.pair, {"image_features": kept_image[dataset.caption_image[rows.pair]]})
+            for rows in batches
+        )
+    for pair, image in images:
         yield {
-            "image": image,
+            **image,
+            **({} if kept_text is None else {"text_features": kept_text[pair]}),
             "input_ids": ids[pair],
             "attention_mask": mask[pair],
             "image_id": dataset.image_id[dataset.caption_image[pair]],

@@ -6,10 +6,12 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
+from fne_jax.data.feature_rows import FeatureRows
 
 SPLITS = ("train", "val", "test")
 
@@ -64,6 +66,8 @@ class PairDataset:
       caption_id: The [pairs] int64 ids of the captions; COCO's own (its annotations') for COCO.
       source_image_id: The [images] names or numbers by which the source itself knows the images.
       truth: The matches beyond the labelled ones, or None where they are not known.
+      kept: What the frozen part of a tower makes of its items, by the tower's name: of each image
+        ("image") or of each caption ("text"). Where it is there, it is read in their place.
     """
 
     captions: list[str]
@@ -73,6 +77,7 @@ class PairDataset:
     caption_id: np.ndarray
     source_image_id: list[str]
     truth: KnownTruth | None = None
+    kept: Mapping[str, FeatureRows] = dataclasses.field(default_factory=dict)
 
     @property
     def in_memory(self) -> bool:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fne_jax.encoders.transformer import EncoderOutput, dense
+from fne_jax.encoders.transformer import ALL, EncoderOutput, dense
 from fne_jax.errors import UserError
 
 # Floor of the norm that an embedding is divided by, as in PyTorch's `normalize`.
@@ -52,6 +52,12 @@ def pool_first(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     return hidden[:, 0].astype(jnp.float32)
 
 
+def pool_max(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the [batch, dim] float32 maxima over the tokens that are not padding."""
+    # The number that sentence-transformers puts in the place of padding.
+    return jnp.where(mask[..., None] > 0, hidden.astype(jnp.float32), -1e9).max(axis=1)
+
+
 # The pooling of a text that depends on the other texts of its batch.
 LONGEST_POOLING = "mean_to_longest"
 POOLINGS = {
@@ -59,7 +65,10 @@ POOLINGS = {
     "mean_with_padding": pool_mean_with_padding,
     LONGEST_POOLING: pool_mean_to_longest,
     "first": pool_first,
+    "max": pool_max,
 }
+# The poolings that do not look at the hidden states of padding.
+IGNORING_PADDING = ("mean", "first")
 # The pooling that takes a tower's own `EncoderOutput.pooled`.
 CHECKPOINT = "checkpoint"
 
@@ -73,7 +82,8 @@ class DualEncoder(nn.Module):
       image_pooling: A key of `POOLINGS`, or "checkpoint" for the embedding that the tower itself
         gives (CLIP and SigLIP).
       text_pooling: A key of `POOLINGS`, or "checkpoint" for the tower's own embedding.
-      projection_dim: Dimension of a learned bias-free projection after pooling; 0 for none.
+      projection_dim: Dimension of a learned projection after pooling; 0 for none.
+      projection_hidden: Width of the hidden layer of the projections; 0 for bias-free matrices.
     """
 
     image: nn.Module
@@ -81,44 +91,75 @@ class DualEncoder(nn.Module):
     image_pooling: str = "mean"
     text_pooling: str = "mean"
     projection_dim: int = 0
+    projection_hidden: int = 0
 
     def setup(self):
         """Creates the projections, if any."""
         if self.projection_dim:
             self.image_projection, self.text_projection = (
-                dense(self.projection_dim, jnp.float32, use_bias=False) for _ in range(2)
+                Projection(self.projection_dim, self.projection_hidden)
+                if self.projection_hidden
+                else dense(self.projection_dim, jnp.float32, use_bias=False)
+                for _ in range(2)
             )
 
-    def __call__(self, pixels, input_ids, attention_mask, *, deterministic=True):
+    def __call__(
+        self,
+        pixels: jax.Array | None,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        *,
+        deterministic: bool = True,
+        image_features: jax.Array | None = None,
+        text_features: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns the [batch, dim] unit embeddings of images and of captions, float32.
 
         Args:
-          pixels: [batch, height, width, 3] normalised pixels.
+          pixels: [batch, height, width, 3] normalised pixels; None with `image_features`.
           input_ids: [batch, tokens] int32 token ids.
           attention_mask: [batch, tokens] int32, 0 at padding.
           deterministic: whether dropout is off.
+          image_features: What `frozen_image` returned of the pixels.
+          text_features: What `frozen_text` returned of the tokens.
         """
         return (
-            self.encode_image(pixels, deterministic=deterministic),
-            self.encode_text(input_ids, attention_mask, deterministic=deterministic),
+            self.encode_image(pixels, deterministic=deterministic, features=image_features),
+            self.encode_text(
+                input_ids, attention_mask, deterministic=deterministic, features=text_features
+            ),
         )
 
-    def encode_image(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def encode_image(
+        self,
+        pixels: jax.Array | None,
+        *,
+        deterministic: bool = True,
+        features: jax.Array | None = None,
+    ) -> jax.Array:
         """Returns the [batch, dim] unit embeddings of images, float32.
 
         Args:
-          pixels: [batch, height, width, 3] normalised pixels.
+          pixels: [batch, height, width, 3] normalised pixels; None with `features`.
           deterministic: whether dropout is off.
+          features: What `frozen_image` returned of the pixels.
 
         Raises:
           UserError: if the pooling is "checkpoint" and the tower has no embedding of its own.
         """
-        out = self.image(pixels, deterministic=deterministic)
-        pooled = _pool(out, jnp.ones(out.last_hidden_state.shape[:2], bool), self.image_pooling)
-        return unit(self.image_projection(pooled) if self.projection_dim else pooled)
+        if features is None or self.image.frozen_layers != ALL:
+            above = {} if features is None else {"hidden": features}
+            out = self.image(pixels, deterministic=deterministic, **above)
+            features = _pool(out, None, self.image_pooling)
+        return unit(self.image_projection(features) if self.projection_dim else features)
 
     def encode_text(
-        self, input_ids: jax.Array, attention_mask: jax.Array, *, deterministic: bool = True
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        *,
+        deterministic: bool = True,
+        features: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the [batch, dim] unit embeddings of texts, float32.
 
@@ -126,17 +167,56 @@ class DualEncoder(nn.Module):
           input_ids: [batch, tokens] int32 token ids.
           attention_mask: [batch, tokens] int32, 0 at padding.
           deterministic: whether dropout is off.
+          features: What `frozen_text` returned of the tokens.
 
         Raises:
           UserError: if the pooling is "checkpoint" and the tower has no embedding of its own.
         """
-        out = self.text(input_ids, attention_mask, deterministic=deterministic)
-        pooled = _pool(out, attention_mask, self.text_pooling)
-        return unit(self.text_projection(pooled) if self.projection_dim else pooled)
+        if features is None or self.text.frozen_layers != ALL:
+            above = {} if features is None else {"hidden": features}
+            out = self.text(input_ids, attention_mask, deterministic=deterministic, **above)
+            features = _pool(out, attention_mask, self.text_pooling)
+        return unit(self.text_projection(features) if self.projection_dim else features)
+
+    def frozen_image(self, pixels: jax.Array) -> jax.Array:
+        """Returns what the frozen part of the image tower makes of pixels.
+
+        That is [batch, tokens, width] hidden states in the compute dtype; of a tower that is frozen
+        as a whole, its [batch, width] float32 pooled output.
+        """
+        if self.image.frozen_layers == ALL:
+            return _pool(self.image(pixels), None, self.image_pooling)
+        return self.image(pixels, lower=True)
+
+    def frozen_text(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
+        """Returns what the frozen part of the text tower makes of tokens; see `frozen_image`."""
+        if self.text.frozen_layers == ALL:
+            return _pool(self.text(input_ids, attention_mask), attention_mask, self.text_pooling)
+        return self.text(input_ids, attention_mask, lower=True)
 
 
-def _pool(out: EncoderOutput, mask: jax.Array, pooling: str) -> jax.Array:
+class Projection(nn.Module):
+    """A hidden layer and a bias-free matrix, for towers that are frozen.
+
+    Attributes:
+      dim: Dimension of the output.
+      hidden: Width of the hidden layer.
+    """
+
+    dim: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, pooled: jax.Array) -> jax.Array:
+        """Returns the [batch, dim] float32 projection of [batch, width] pooled outputs."""
+        hidden = jax.nn.gelu(dense(self.hidden, jnp.float32, "hidden")(pooled))
+        return dense(self.dim, jnp.float32, "output", use_bias=False)(hidden)
+
+
+def _pool(out: EncoderOutput, mask: jax.Array | None, pooling: str) -> jax.Array:
     if pooling != CHECKPOINT:
+        if mask is None:
+            mask = jnp.ones(out.last_hidden_state.shape[:2], bool)
         return POOLINGS[pooling](out.last_hidden_state, mask)
     if out.pooled is None:
         raise UserError(

@@ -40,7 +40,8 @@ class LowRankDense(nn.Dense):
 
         out = product(inputs, kernel) + product(product(inputs, first), second)
         if self.use_bias:
-            out += self.param("bias", self.bias_init, shape).astype(self.dtype)
+            bias = self.param("bias", self.bias_init, shape).astype(self.dtype)
+            out += bias.reshape((1,) * (out.ndim - 1) + shape)
         return out
 
 

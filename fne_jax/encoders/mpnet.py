@@ -8,7 +8,6 @@ import numpy as np
 
 from fne_jax.encoders.layouts import DENSE, NORM, TABLE, TEXT_SIZES, Layout
 from fne_jax.encoders.roberta import Roberta
-from fne_jax.errors import UserError
 
 # Buckets of distances, half of them for tokens before the query and half for those after; and how
 # many of a half hold a single distance. Hugging Face's model takes no other numbers.
@@ -23,6 +22,8 @@ class MPNet(Roberta, kw_only=True):
     segments: int = 0
     # Whatever the config says.
     pad_token_id: int = 1
+
+    in_all_layers = ("relative_attention_bias",)
 
     layout = Layout(
         fields=TEXT_SIZES,
@@ -47,16 +48,7 @@ class MPNet(Roberta, kw_only=True):
     )
 
     def attention_bias(self, tokens: int) -> jax.Array:
-        """Returns the [heads, tokens, tokens] float32 bias of each query's distance to each token.
-
-        Raises:
-          UserError: if a part of the layers is frozen.
-        """
-        if isinstance(self.frozen_layers, int):
-            raise UserError(
-                f"{self.frozen_layers} layers are frozen, but those of MPNet share a bias that "
-                "the others train; freeze none or all"
-            )
+        """Returns the [heads, tokens, tokens] float32 bias of each query's distance to a token."""
         init = nn.initializers.normal(0.02)
         table = self.param("relative_attention_bias", init, (_BUCKETS, self.heads))
         return table[_bucket_of(tokens)].transpose(2, 0, 1)

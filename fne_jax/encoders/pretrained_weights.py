@@ -16,27 +16,31 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from fne_jax.encoders import sentence_modules
 from fne_jax.encoders.architectures import (
     build_from_architecture,
     change_towers,
     config_json,
     model_type_of,
+    read_architecture,
     towers_of,
 )
 from fne_jax.encoders.attention import AUTO, check_name
+from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.hub_files import (
     CONFIG,
     INDEX,
     WEIGHTS,
     find_folder,
-    read_config,
     read_tensors,
     weight_files,
 )
-from fne_jax.encoders.layouts import IGNORED, VALUE, Transform
+from fne_jax.encoders.layouts import DENSE, IGNORED, PRODUCT, VALUE, Transform
+from fne_jax.encoders.low_rank import merge_factors
 from fne_jax.encoders.model_types import MODELS
 from fne_jax.encoders.position_interpolation import resize_positions
 from fne_jax.encoders.rematerialization import NONE, check_remat
+from fne_jax.encoders.transformer import FROZEN_LAYERS, LAYERS
 from fne_jax.encoders.vision_transformer import VisionTower
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
@@ -45,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
 # Glob patterns of what is downloaded.
-_FILES = [CONFIG, "model*.safetensors", INDEX]
+_FILES = [CONFIG, "model*.safetensors", INDEX, *sentence_modules.FILES, sentence_modules.DENSE]
 
 
 def load_pretrained(
@@ -56,6 +60,7 @@ def load_pretrained(
     attention: str = AUTO,
     scan_layers: bool = False,
     remat: str | bool = NONE,
+    frozen_layers: int | str | None = None,
     revision: str | None = None,
 ) -> tuple[nn.Module, dict]:
     """Returns an encoder, or a pair of them, read from Hugging Face's layout.
@@ -63,7 +68,8 @@ def load_pretrained(
     Model types `clip` and `siglip` give a `DualEncoder` of both towers with pooling "checkpoint";
     its params also hold the model's `logit_scale` and, for SigLIP, `logit_bias`, which the module
     does not read: similarities times exp(logit_scale), plus logit_bias, are the model's own logits.
-    All others of `encoders.model_types.MODELS` give a tower of their own kind. Dropout is 0.
+    All others of `encoders.model_types.MODELS` give a tower of their own kind; from a folder of
+    sentence-transformers that has dense layers, `pooled` is their output. Dropout is 0.
 
     Args:
       path_or_hub_name: A local folder, or a name on the Hugging Face hub; the hub's cache and
@@ -77,6 +83,8 @@ def load_pretrained(
         so that one layer is compiled and looped over.
       remat: What layers keep for the backward pass: "none" (is computed again), "products",
         "attention" or "full", as configs/base.py says. True stands for "full", False for "none".
+      frozen_layers: How many layers are frozen, from the bottom, the embeddings with them; "all"
+        for all parameters, None for none. Scanned, they are stacked under a name of their own.
       revision: Branch, tag or commit on the hub; a local folder has none.
 
     Returns:
@@ -90,7 +98,7 @@ def load_pretrained(
     check_name(attention, "attention")
     remat = check_remat(remat, "remat")
     folder = find_folder(path_or_hub_name, revision, _FILES)
-    module = build_from_architecture(read_config(folder), str(folder / CONFIG))
+    module = build_from_architecture(read_architecture(folder), str(folder / CONFIG))
     weights = _read_weights(folder, module)
     if image_size is not None:
         _resize_positions(module, weights, image_size)
@@ -99,6 +107,7 @@ def load_pretrained(
         "attention": attention,
         "scan_layers": scan_layers,
         "remat": remat,
+        "frozen_layers": frozen_layers,
     }
     module = _with_options(module, image_size, options)
     if scan_layers:
@@ -140,19 +149,24 @@ def save_pretrained(path: str | os.PathLike, module: nn.Module, params: Mapping)
       path: The folder, made if need be; other files in it stay.
       module: A tower of a model of its own, such as a `VisionTransformer` or a `Bert`, or a
         `DualEncoder` of CLIP's or SigLIP's towers without a projection of its own.
-      params: Its parameters, with layers stacked or not.
+      params: Its parameters, with layers stacked or not. Low-rank changes are added to the kernels.
 
     Raises:
-      UserError: if the module is of another kind, the params are not those of the module (all that
-        differ are named), or the path is a file.
+      UserError: if the module is of another kind or ends in dense layers of sentence-transformers,
+        the params are not those of the module (all that differ are named), or the path is a file.
     """
     path = pathlib.Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; give a folder to write {CONFIG} and {WEIGHTS} into")
     model_type = model_type_of(module)
+    if any(_dense_layers(tower) for tower in towers_of(module).values()):
+        raise UserError(
+            f"this {model_type} ends in dense layers of sentence-transformers, which transformers' "
+            "models have no place for"
+        )
     weights = {
         **MODELS[model_type].scalars,
-        **_unstack_layers(flax.traverse_util.flatten_dict(dict(params), sep="/")),
+        **_unstack_layers(flax.traverse_util.flatten_dict(merge_factors(params), sep="/")),
     }
     wrong = _differences({name: np.shape(x) for name, x in weights.items()}, _shapes(module))
     if wrong:
@@ -179,11 +193,21 @@ def _names(module) -> dict[str, tuple[list[str], Transform]]:
             for layer in range(tower.layers)
             for ours, theirs, kind in layout.layer_weights
         ]
+        entries += [
+            (f"{begin}sentence_head/dense_{index}", f"{layer.folder}.linear", kind)
+            for index, layer in enumerate(_dense_layers(tower))
+            for kind in (DENSE if layer.bias else PRODUCT,)
+        ]
     names = {}
     for ours, theirs, kind in entries:
         for our_end, their_end, transform in kind:
             names.setdefault(theirs + their_end, ([], transform))[0].append(ours + our_end)
     return names
+
+
+def _dense_layers(tower) -> tuple[sentence_modules.DenseModule, ...]:
+    head = tower.sentence_head if isinstance(tower, Bert) else None
+    return head.layers if head else ()
 
 
 def _shapes(module) -> dict[str, tuple[int, ...]]:
@@ -194,7 +218,7 @@ def _shapes(module) -> dict[str, tuple[int, ...]]:
             inputs = (jnp.zeros((1, tower.image_size, tower.image_size, 3)),)
         else:
             inputs = (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
-        plain = tower.clone(scan_layers=False, remat=NONE)
+        plain = tower.clone(scan_layers=False, remat=NONE, lora_rank=0)
         variables = jax.eval_shape(plain.init, jax.random.key(0), *inputs)
         flat = flax.traverse_util.flatten_dict(variables["params"], sep="/")
         shapes.update({begin + path: value.shape for path, value in flat.items()})
@@ -232,7 +256,16 @@ def _read_weights(folder, module) -> dict[str, np.ndarray]:
     """Returns the parameters by path, float32, layers unstacked."""
     model_type = model_type_of(module)
     where = f"{folder}: the weights are not those of the {model_type} that {CONFIG} describes"
-    return _collect(module, read_tensors(weight_files(folder)), where)
+    return _collect(module, _tensors_of(folder, module), where)
+
+
+def _tensors_of(folder, module):
+    """Yields what `read_tensors` does, those of dense layers under the names of their folders."""
+    yield from read_tensors(weight_files(folder))
+    for tower in towers_of(module).values():
+        for layer in _dense_layers(tower):
+            for name, *rest in read_tensors(weight_files(folder / layer.folder)):
+                yield f"{layer.folder}.{name}", *rest
 
 
 def _collect(module, entries, where) -> dict[str, np.ndarray]:
@@ -293,10 +326,15 @@ def _stack_layers(weights: Mapping[str, Any], module) -> dict[str, Any]:
     stacked = {k: v for k, v in weights.items() if "encoder/layer_" not in k}
     for begin, tower in towers_of(module).items():
         first = f"{begin}encoder/layer_0/"
+        depth = tower.frozen_depth
         for end in [k.removeprefix(first) for k in weights if k.startswith(first)]:
-            stacked[f"{begin}encoder/layers/{end}"] = np.stack(
-                [weights[f"{begin}encoder/layer_{i}/{end}"] for i in range(tower.layers)]
-            )
+            for name, indices in (
+                (FROZEN_LAYERS, range(depth)),
+                (LAYERS, range(depth, tower.layers)),
+            ):
+                if indices:
+                    layers = [weights[f"{begin}encoder/layer_{i}/{end}"] for i in indices]
+                    stacked[f"{begin}encoder/{name}/{end}"] = np.stack(layers)
     return stacked
 
 
@@ -304,9 +342,12 @@ def _unstack_layers(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parameters with stacked layers taken apart; others stay as they are."""
     unstacked = {}
     for path, value in weights.items():
-        begin, found, end = path.partition("encoder/layers/")
+        begin, found, end = path.partition(f"encoder/{LAYERS}/")
+        first = len(weights.get(f"{begin}encoder/{FROZEN_LAYERS}/{end}", ())) if found else 0
+        if not found:
+            begin, found, end = path.partition(f"encoder/{FROZEN_LAYERS}/")
         layers = (
-            {f"{begin}encoder/layer_{i}/{end}": v for i, v in enumerate(np.asarray(value))}
+            {f"{begin}encoder/layer_{first + i}/{end}": v for i, v in enumerate(np.asarray(value))}
             if found
             else {path: value}
         )

@@ -11,18 +11,17 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from fne_jax.encoders.architectures import build_from_architecture
+from fne_jax.encoders.architectures import build_from_architecture, read_architecture
 from fne_jax.encoders.attention import check_name
 from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.dual_encoder import CHECKPOINT, POOLINGS, DualEncoder
-from fne_jax.encoders.hub_files import read_architecture
+from fne_jax.encoders.freezing import TOWERS, parse_frozen_layers
 from fne_jax.encoders.pretrained_weights import load_pretrained, read_scalars
-from fne_jax.encoders.transformer import TextTower, Tower
+from fne_jax.encoders.transformer import ALL, TextTower, Tower
 from fne_jax.encoders.vision_transformer import VisionTower, VisionTransformer
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
 
-TOWERS = ("image", "text")
 # In a run's workdir, so that it is restored without the hub: the config.json of each pretrained
 # tower's source.
 DIRECTORY = "towers"
@@ -130,6 +129,7 @@ def build_dual_encoder(
         image_pooling=encoder.image.pooling,
         text_pooling=encoder.text.pooling,
         projection_dim=encoder.projection_dim,
+        projection_hidden=encoder.projection_hidden,
     )
 
 
@@ -158,7 +158,12 @@ def pretrained_params(
         if not source:
             continue
         size = encoder.image.image_size if name == "image" else None
-        module, loaded = load_pretrained(source, image_size=size, scan_layers=encoder.scan_layers)
+        module, loaded = load_pretrained(
+            source,
+            image_size=size,
+            scan_layers=encoder.scan_layers,
+            frozen_layers=parse_frozen_layers(encoder[name].frozen_layers),
+        )
         params[name] = loaded[name] if isinstance(module, DualEncoder) else loaded
     return params
 
@@ -172,7 +177,7 @@ def _tower(encoder, name, architecture, vocab_size) -> Tower:
         "remat": encoder.remat,
     }
     if architecture is not None:
-        return _pretrained_tower(name, settings, architecture, shared)
+        return _frozen(name, settings, _pretrained_tower(name, settings, architecture, shared))
     if settings.width % settings.heads:
         raise UserError(
             f"config.encoder.{name}.width is {settings.width}, "
@@ -186,15 +191,28 @@ def _tower(encoder, name, architecture, vocab_size) -> Tower:
         "dropout": settings.dropout,
     }
     if name == "text":
-        return Bert(vocab_size=vocab_size, max_length=settings.max_length, **shared)
+        tower = Bert(vocab_size=vocab_size, max_length=settings.max_length, **shared)
+        return _frozen(name, settings, tower)
     if settings.image_size % settings.patch_size:
         raise UserError(
             f"config.encoder.image.image_size is {settings.image_size}, "
             f"not a multiple of patch_size {settings.patch_size}"
         )
-    return VisionTransformer(
+    tower = VisionTransformer(
         image_size=settings.image_size, patch_size=settings.patch_size, **shared
     )
+    return _frozen(name, settings, tower)
+
+
+def _frozen(name, settings, tower):
+    """Returns a tower with its frozen layers and low-rank changes."""
+    frozen_layers = parse_frozen_layers(settings.frozen_layers)
+    if isinstance(frozen_layers, int) and frozen_layers > tower.layers:
+        raise UserError(
+            f"config.encoder.{name}.frozen_layers is {settings.frozen_layers!r}; expected at most "
+            f"{tower.layers}, the layers of that tower, or {ALL!r}"
+        )
+    return tower.clone(frozen_layers=frozen_layers, lora_rank=settings.lora_rank)
 
 
 def _pretrained_tower(name, settings, architecture, shared) -> Tower:

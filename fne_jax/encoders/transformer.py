@@ -193,8 +193,8 @@ class TransformerStack(nn.Module):
       scan_layers: Whether the layers' parameters are stacked along a leading axis, under one name,
         so that one layer is compiled and looped over.
       remat: What a layer keeps for its backward pass, a key of `REMATS`.
-      frozen: How many of the layers, from the bottom, are frozen. They have no dropout, and their
-        stacked parameters a name of their own.
+      frozen: How many of the layers, from the bottom, are frozen. They have no dropout and no
+        low-rank changes, and their stacked parameters a name of their own.
     """
 
     layers: int
@@ -225,26 +225,24 @@ class TransformerStack(nn.Module):
           upper: whether to run the others.
         """
         kind = rematerialized(TransformerLayer, self.remat, scanned=self.scan_layers)
-        first, last = 0 if lower else self.frozen, self.layers if upper else self.frozen
-        if not self.scan_layers:
-            for index in range(first, last):
-                off = deterministic or index < self.frozen
-                layer = kind(**self.layer_options, name=f"layer_{index}")
-                hidden, _ = layer(hidden, mask, off, bias)
-            return hidden
-        for name, count, off in (
-            (FROZEN_LAYERS, self.frozen - first, True),
-            (LAYERS, last - self.frozen, deterministic),
+        frozen_options = {**self.layer_options, "lora_rank": 0}
+        frozen, others = range(self.frozen if lower else 0), range(self.frozen, self.layers)
+        for name, indices, options, off in (
+            (FROZEN_LAYERS, frozen, frozen_options, True),
+            (LAYERS, others if upper else (), self.layer_options, deterministic),
         ):
-            if count:
+            if not self.scan_layers:
+                for index in indices:
+                    hidden, _ = kind(**options, name=f"layer_{index}")(hidden, mask, off, bias)
+            elif indices:
                 scanned = nn.scan(
                     kind,
                     variable_axes={"params": 0},
                     split_rngs={"params": True, "dropout": True},
                     in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
-                    length=count,
+                    length=len(indices),
                 )
-                hidden, _ = scanned(**self.layer_options, name=name)(hidden, mask, off, bias)
+                hidden, _ = scanned(**options, name=name)(hidden, mask, off, bias)
         return hidden
 
 
@@ -261,7 +259,7 @@ def cast_kernels(params: Any, dtype: Any) -> Any:
     """
 
     def cast(path, leaf):
-        names = [part.key for part in path]
+        names = [getattr(part, "key", None) for part in path]
         return leaf.astype(dtype) if STACK in names and names[-1] == "kernel" else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
@@ -316,6 +314,8 @@ class Tower(nn.Module, kw_only=True):
     layer_scale: ClassVar[bool] = False
     # What Hugging Face calls its sizes and weights.
     layout: ClassVar[Layout]
+    # The names of parameters that all layers use.
+    in_all_layers: ClassVar[tuple[str, ...]] = ()
     # The names of the parameters that `finish` uses.
     after_layers: ClassVar[tuple[str, ...]] = ("final_norm",)
 
@@ -347,6 +347,11 @@ class Tower(nn.Module, kw_only=True):
     def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
         """Returns what the encoder makes of the [batch, tokens, width] hidden states."""
         raise NotImplementedError
+
+    def pool(self, out: EncoderOutput, mask: jax.Array | None) -> EncoderOutput:
+        """Returns the output with what a head makes of all tokens but padding, if there is one."""
+        del mask
+        return out
 
     @nn.compact
     def __call__(
@@ -403,7 +408,7 @@ class Tower(nn.Module, kw_only=True):
         )
         bias = self.attention_bias(hidden.shape[1])
         hidden = stack(hidden, mask, deterministic, bias, lower=not begun, upper=not lower)
-        return hidden if lower else self.finish(hidden, inputs)
+        return hidden if lower else self.pool(self.finish(hidden, inputs), mask)
 
 
 class TextTower(Tower):

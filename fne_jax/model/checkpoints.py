@@ -31,10 +31,8 @@ from fne_jax.parallel import common_end, processes
 DIRECTORY = "checkpoints"
 BEST_METRIC = "rsum"
 ITEMS = ("state", "position")
-# Counts up with each change of what a checkpoint holds. 2 had one fingerprint over all fields, 1
-# neither version nor fingerprint.
-LAYOUT = 3
-READABLE_LAYOUTS = (2, 3)
+# Counts up with each change of what a checkpoint holds.
+LAYOUT = 4
 METRICS = "metrics"  # Orbax's name of the item and of the file within
 # What reading meets in files that are damaged, or not there. Other errors of the operating system
 # tell of the storage, which may give the same files another time.
@@ -178,9 +176,6 @@ def read(
     if worst:
         message = f"{where} was not read; the log of another process tells why"
         raise common_end.FailedElsewhereError(message, worst)
-    if position["layout"] < LAYOUT:
-        _log.warning("%s has an older layout: its arrays are not verified", where)
-        return fields, position
     stored = position.get("fingerprints", {})
     for name, value in fingerprints(fields).items():
         if value != stored.get(name):
@@ -205,7 +200,7 @@ def _read_here(manager, step, like, where):
     if not isinstance(position, dict):
         raise DamagedCheckpoint(f"{where} is damaged: its position is no object")
     layout = position.setdefault("layout", 1)
-    if layout not in READABLE_LAYOUTS:
+    if layout != LAYOUT:
         writer = position.get("fne_jax", "an early version")
         raise UserError(
             f"{where} has layout {layout}, written by fne_jax {writer}; this is fne_jax "

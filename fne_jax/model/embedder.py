@@ -12,8 +12,10 @@ import jax
 import numpy as np
 
 from fne_jax.data.batches import evaluation_images, local_parts, pad_rows
+from fne_jax.data.feature_rows import FeatureRows
 from fne_jax.data.pairs import PairDataset
-from fne_jax.encoders.pixels import normalize_pixels
+from fne_jax.encoders.freezing import is_frozen_below
+from fne_jax.encoders.inputs import FEATURES, frozen_features, normalize_pixels
 from fne_jax.parallel import sharding
 
 # By which the sizes of batches differ, the smallest being one row for each device.
@@ -34,6 +36,11 @@ class Embedder:
       image_size: The pixels of an image's side.
       pixel_statistics: The mean and the standard deviation of each channel, in [0, 1].
       before_batch: Called before each batch; what it raises ends the embedding.
+
+    Attributes:
+      module: The two towers.
+      mesh: The devices.
+      pixel_statistics: The mean and the standard deviation of each channel, in [0, 1].
     """
 
     def __init__(
@@ -46,23 +53,39 @@ class Embedder:
         pixel_statistics: tuple[tuple[float, ...], tuple[float, ...]],
         before_batch: Callable[[], None] = lambda: None,
     ):
-        self._mesh, self._image_size = mesh, image_size
+        self.module, self.mesh, self.pixel_statistics = module, mesh, pixel_statistics
+        self._image_size = image_size
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._before_batch = before_batch
         rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        jit = functools.partial(jax.jit, in_shardings=(None, rows), out_shardings=replicated)
+        jit = functools.partial(jax.jit, in_shardings=(None, rows))
 
-        @jit
         def encode_images(params, batch):
-            pixels = normalize_pixels(batch["image"], *pixel_statistics)
-            return module.apply({"params": params}, pixels, method=module.encode_image)
+            if "image" in batch:
+                pixels = normalize_pixels(batch["image"], *pixel_statistics)
+                return module.apply({"params": params}, pixels, method=module.encode_image)
+            features = batch[FEATURES["image"]]
+            encode = functools.partial(module.apply, method=module.encode_image, features=features)
+            return encode({"params": params}, None)
 
-        @jit
         def encode_texts(params, batch):
             tokens = batch["input_ids"], batch["attention_mask"]
-            return module.apply({"params": params}, *tokens, method=module.encode_text)
+            encode = functools.partial(module.apply, method=module.encode_text)
+            if FEATURES["text"] in batch:
+                encode = functools.partial(encode, features=batch[FEATURES["text"]])
+            return encode({"params": params}, *tokens)
 
-        self._encode_images, self._encode_texts = encode_images, encode_texts
+        def frozen(params, batch):
+            return frozen_features(module.apply, params, batch, pixel_statistics)
+
+        encoders = {"image": encode_images, "text": encode_texts}
+        self._encoders = {
+            n: jit(encode, out_shardings=replicated) for n, encode in encoders.items()
+        }
+        # Once for what is embedded at once, and once for what is kept, which each process needs.
+        self._frozen, self._frozen_whole = (
+            jit(frozen, out_shardings=place) for place in (rows, replicated)
+        )
 
     @property
     def batch_size(self) -> int:
@@ -71,15 +94,61 @@ class Embedder:
 
     def images(self, params: Any, dataset: PairDataset) -> np.ndarray:
         """Returns the [images, dim] float32 embeddings of a split, in order."""
-        local = self._local(self._batch_size)
-        batches = evaluation_images(dataset, self._image_size, self._batch_size, local)
-        batches = ({"image": images} for images in batches)
-        embeddings = self._embed(self._encode_images, params, batches, self._batch_size)
-        return embeddings[: len(dataset.image_id)]
+        count, kept = len(dataset.image_id), dataset.kept.get("image")
+        if kept is None:
+            batches = self._image_batches(dataset, self._batch_size)
+        else:
+            rows = self._rows(count, self._batch_size)
+            batches = ({FEATURES["image"]: kept[part]} for part in rows)
+        return self._embed("image", params, batches, self._batch_size)[:count]
 
-    def captions(self, params: Any, tokens: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        """Returns the [captions, dim] float32 embeddings of a split's ids and masks, in order."""
-        return self._texts(params, tokens, self._batch_size)
+    def captions(
+        self, params: Any, tokens: tuple[np.ndarray, np.ndarray], kept: FeatureRows | None = None
+    ) -> np.ndarray:
+        """Returns the [captions, dim] float32 embeddings of a split's captions, in order.
+
+        Args:
+          params: The parameters of the two towers.
+          tokens: The ids and the masks, [captions, length] int32.
+          kept: What the frozen part makes of each caption, where that is kept.
+        """
+        return self._texts(params, tokens, self._batch_size, kept)
+
+    def frozen_rows(
+        self,
+        tower: str,
+        params: Any,
+        dataset: PairDataset,
+        tokens: tuple[np.ndarray, np.ndarray],
+        batch_size: int,
+    ) -> Iterator[np.ndarray]:
+        """Yields what the frozen part of a tower makes of a split, in order, [rows, ...] at a time.
+
+        Args:
+          tower: "image" or "text".
+          params: The parameters of the two towers.
+          dataset: The split.
+          tokens: The ids and the masks of its captions, [captions, length] int32.
+          batch_size: How many go through at once, over all devices, which divide it.
+        """
+        if tower == "image":
+            left, batches = len(dataset.image_id), self._image_batches(dataset, batch_size)
+        else:
+            left, batches = len(tokens[0]), self._token_batches(tokens, batch_size)
+        for part in self._run(self._frozen_whole, {tower: params[tower]}, batches, batch_size):
+            yield part[:left]
+            left -= len(part)
+
+    def _image_batches(self, dataset, size):
+        local = self._local(size)
+        images = evaluation_images(dataset, self._image_size, size, local)
+        return ({"image": part} for part in images)
+
+    def _token_batches(self, tokens, size, kept=None):
+        ids, mask = tokens
+        for rows in self._rows(len(ids), size):
+            batch = {"input_ids": ids[rows], "attention_mask": mask[rows]}
+            yield batch if kept is None else batch | {FEATURES["text"]: kept[rows]}
 
     def pixels(self, params: Any, parts: Iterable[np.ndarray]) -> np.ndarray:
         """Returns the [images, dim] float32 embeddings of images that are given by themselves.
@@ -93,12 +162,10 @@ class Embedder:
         for part in parts:
             size = self._smallest(len(part))
             batches = ({"image": part[rows]} for rows in self._rows(len(part), size))
-            found.append(self._embed(self._encode_images, params, batches, size)[: len(part)])
+            found.append(self._embed("image", params, batches, size)[: len(part)])
         side = self._image_size
-        example = {"image": np.zeros((self._mesh.size, side, side, 3), np.uint8)}
-        return (
-            np.concatenate(found) if found else self._nothing(self._encode_images, params, example)
-        )
+        example = {"image": np.zeros((self.mesh.size, side, side, 3), np.uint8)}
+        return np.concatenate(found) if found else self._nothing("image", params, example)
 
     def texts(self, params: Any, tokens: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """Returns the [texts, dim] float32 embeddings of texts that are given by themselves.
@@ -109,47 +176,61 @@ class Embedder:
         """
         return self._texts(params, tokens, self._smallest(len(tokens[0])))
 
-    def _texts(self, params, tokens, size):
-        ids, mask = tokens
-        if not len(ids):
-            example = np.zeros((self._mesh.size, *ids.shape[1:]), np.int32)
+    def _texts(self, params, tokens, size, kept=None):
+        count = len(tokens[0])
+        if not count:
+            example = np.zeros((self.mesh.size, *tokens[0].shape[1:]), np.int32)
             batch = {"input_ids": example, "attention_mask": example}
-            return self._nothing(self._encode_texts, params, batch)
-        batches = (
-            {"input_ids": ids[rows], "attention_mask": mask[rows]}
-            for rows in self._rows(len(ids), size)
-        )
-        return self._embed(self._encode_texts, params, batches, size)[: len(ids)]
+            return self._nothing("text", params, batch)
+        batches = self._token_batches(tokens, size, kept)
+        return self._embed("text", params, batches, size)[:count]
 
     def _smallest(self, count):
         """Returns the smallest size of batches that holds so many rows, or else the largest."""
-        size = self._mesh.size
+        size = self.mesh.size
         while size < min(count, self._batch_size):
             size *= _SIZE_STEP
         return min(size, self._batch_size)
 
     def _local(self, size):
-        return sharding.local_rows(self._mesh, size)
+        return sharding.local_rows(self.mesh, size)
 
     def _rows(self, count: int, size: int) -> Iterator[np.ndarray]:
         """Returns this process's rows of each batch of `count`; the last may have fewer or none."""
         return local_parts(count, size, self._local(size))
 
-    def _nothing(self, encode, params, batch):
+    def _nothing(self, tower, params, batch):
         """Returns the [0, dim] embeddings of no rows."""
-        return np.zeros((0, jax.eval_shape(encode, params, batch).shape[-1]), np.float32)
+        shape = jax.eval_shape(functools.partial(self._encode, tower), params, batch).shape
+        return np.zeros((0, shape[-1]), np.float32)
 
-    def _embed(self, encode, params, batches: Iterable[dict[str, np.ndarray]], size):
-        """Returns the rows of all batches of a size; each is given as this process's rows."""
-        parts, running = [], collections.deque()
+    def _encode(self, tower, params, batch):
+        """Returns the embeddings of a batch on the devices."""
+        name = FEATURES[tower]
+        if name not in batch and is_frozen_below(self.module, tower):
+            # By a program of its own, so that what is kept is the same to the bit.
+            features = self._frozen({tower: params[tower]}, batch)
+            batch = {key: value for key, value in batch.items() if key != "image"}
+            batch |= {name: features}
+        return self._encoders[tower](params, batch)
+
+    def _embed(self, tower, params, batches: Iterable[dict[str, np.ndarray]], size):
+        """Returns the embeddings of all batches of a size; each is given as this process's rows."""
+        parts = self._run(functools.partial(self._encode, tower), params, batches, size)
+        return np.concatenate(list(parts))
+
+    def _run(self, encode, params, batches, size):
+        """Yields the rows that a program makes of each batch of a size."""
+        running = collections.deque()
         for batch in batches:
             self._before_batch()
             padded = {
                 name: pad_rows(array, len(self._local(size))) for name, array in batch.items()
             }
             # Replicated by `out_shardings`, so that each process can fetch all of it.
-            running.append(encode(params, sharding.to_devices(padded, self._mesh)))
+            running.append(encode(params, sharding.to_devices(padded, self.mesh)))
             # Two stay in flight: more would hold the devices' memory, and back what stops this.
             if len(running) > 2:
-                parts.append(jax.device_get(running.popleft()))
-        return np.concatenate([*parts, *jax.device_get(list(running))])
+                yield jax.device_get(running.popleft())
+        while running:
+            yield jax.device_get(running.popleft())

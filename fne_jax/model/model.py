@@ -31,11 +31,11 @@ from fne_jax.data.loading import load_split
 from fne_jax.data.pairs import PairDataset, with_captions_per_image
 from fne_jax.data.preparation.single_images import AnyImage, evaluation_pixels
 from fne_jax.data.sources import listing
-from fne_jax.encoders import towers
+from fne_jax.encoders import freezing, towers
 from fne_jax.errors import UserError
 from fne_jax.index import engines, gallery
 from fne_jax.index.search_index import Encoders, SearchIndex, build_index
-from fne_jax.model import checkpoints, tokenizers
+from fne_jax.model import checkpoints, kept_features, tokenizers
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.embedder import Embedder
 from fne_jax.objectives import learned_scalars
@@ -113,11 +113,11 @@ class Model:
         Raises:
           UserError: naming the images or captions whose embeddings are not finite.
         """
+        tokens = self.tokenize(dataset.captions, self.config.evaluation.text_length)
+        dataset = self.with_kept(dataset, tokens)
         split = EmbeddedSplit(
             self.embedder.images(self.params, dataset),
-            self.embedder.captions(
-                self.params, self.tokenize(dataset.captions, self.config.evaluation.text_length)
-            ),
+            self.embedder.captions(self.params, tokens, dataset.kept.get("text")),
             dataset.caption_image,
             dataset.image_id,
             dataset.caption_id,
@@ -131,6 +131,32 @@ class Model:
                     f"{bad[:10].tolist()}; its training diverged, or an image is damaged"
                 )
         return split
+
+    def with_kept(
+        self,
+        dataset: PairDataset,
+        tokens: tuple[np.ndarray, np.ndarray],
+        *,
+        training: bool = False,
+    ) -> PairDataset:
+        """Returns a split with what the frozen parts of the encoders make of it, where it is kept.
+
+        With `config.data.keep_frozen` it is computed once and read from then on.
+
+        Args:
+          dataset: The split.
+          tokens: The ids and the masks of its captions, both [captions, length] int32.
+          training: Whether the split is trained on, rather than evaluated.
+
+        Raises:
+          UserError: If the folder of prepared data cannot hold it, or what is kept is damaged.
+        """
+        if dataset.kept:
+            return dataset
+        kept = kept_features.keep(
+            self.embedder, self.params, self.config, dataset, tokens, training=training
+        )
+        return dataclasses.replace(dataset, kept=kept) if kept else dataset
 
     def embed_images(self, images: AnyImage | Iterable[AnyImage]) -> np.ndarray:
         """Returns the [images, dim] float32 unit embeddings of images of any size.
@@ -238,6 +264,7 @@ class Model:
         config, data = self.config, self.config.data
         parts = [config.encoder.to_json_best_effort(), config.image_mean, config.image_std]
         parts += [data.get("resize_to", 0), data.max_words, config.evaluation.text_length]
+        parts += [data.prompt] if data.prompt else []
         return {
             "step": self.step,
             "params": checkpoints.fingerprints({"params": self.params})["params"],
@@ -379,7 +406,9 @@ def restore_model(
     with checkpoints.reader(workdir) as manager:
         step = checkpoints.find_step(manager, str(checkpoint))
         fields, _ = checkpoints.read(manager, step, abstract_fields(model))
-    return dataclasses.replace(model, step=step, **fields)
+    frozen = fields.pop("frozen_params")
+    whole = {name: freezing.merge(fields[name], frozen) for name in ("params", "momentum_params")}
+    return dataclasses.replace(model, step=step, **fields | whole)
 
 
 def stored_model(
@@ -441,8 +470,7 @@ def pretrained_model(config: ml_collections.ConfigDict) -> Model:
     mesh = sharding.create_mesh()
     tokenizer = caption_lib.load_tokenizer(config.data.tokenizer)
     model = build_model(config, architectures, tokenizer, mesh)
-    params = towers.pretrained_params(config.encoder, {})
-    return model.with_params(params)
+    return model.with_params(towers.pretrained_params(config.encoder, {}))
 
 
 def abstract_fields(model: Model) -> dict[str, Any]:
@@ -451,8 +479,10 @@ def abstract_fields(model: Model) -> dict[str, Any]:
 
     def create(rng):
         params, dim = initial_params(model.module, config, rng)
+        params, frozen_params = freezing.trained_and_frozen(model.module, params)
         return {
             "params": params,
+            "frozen_params": frozen_params,
             "momentum_params": params,
             "queue": MemoryQueue.create(rng, config.queue_size, dim),
             "stats": SimilarityStatistics.create(),

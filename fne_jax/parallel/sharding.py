@@ -1,10 +1,10 @@
 """The device mesh, and where each array lives on it: the one place that decides.
 
 - The rows of a batch are sharded over both axes.
-- Parameters, momentum parameters and Adam's moments are sharded over both axes too, so that no
-  device updates what another does (ZeRO; Rajbhandari et al. 2020, arXiv 1910.02054, and Xu et al.
-  2020, arXiv 2004.13336); small arrays are replicated. A step gathers the parameters once for each
-  encoder, and sums gradients into the parts that their devices keep.
+- Parameters (frozen ones, too), momentum parameters and Adam's moments are sharded over both axes,
+  so that no device updates what another does (ZeRO; Rajbhandari et al. 2020, arXiv 1910.02054, and
+  Xu et al. 2020, arXiv 2004.13336); small arrays are replicated. A step gathers the parameters once
+  for each encoder, and sums gradients into the parts that their devices keep.
 - All else of the train state (queue, statistics, step, key) is replicated, so that each device
   finds the keys of its own anchors without asking another.
 """
@@ -28,7 +28,7 @@ DATA_AXIS = "data"
 FSDP_AXIS = "fsdp"
 BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
 # The fields of the train state that are sharded.
-SHARDED_FIELDS = ("params", "momentum_params", "opt_state")
+SHARDED_FIELDS = ("params", "frozen_params", "momentum_params", "opt_state")
 # Elements below which an array is replicated: biases and norms, also those of stacked layers, whose
 # gathering would cost more than the memory that it saves.
 MIN_SHARDED_SIZE = 2**16
@@ -233,21 +233,25 @@ class StepLayout:
         specs = self._specs(params)
         return self._by_hand(on_device, (specs, _ROWS, _WHOLE), _ROWS)(params, rows, rng)
 
-    def sum_on_rows(self, fn: Callable, params: Any, rows: Any, rng: jax.Array) -> Any:
-        """Returns the sums over the devices of a tree shaped as the parameters, sharded as they.
+    def sum_on_rows(self, fn: Callable, params: Any, frozen: Any, rows: Any, rng: jax.Array) -> Any:
+        """Returns the sums over the devices of a tree shaped as `params`, sharded as they.
 
         Args:
-          fn: Maps whole parameters, `cast`, a device's rows and its key to what is summed.
+          fn: Maps both trees of whole parameters, `cast`, a device's rows and its key to what is
+            summed.
           params: Parameters, sharded as `parameter_sharding` says.
+          frozen: Further ones.
           rows: Arrays of which each device holds its rows.
           rng: A key, of which each device gets one of its own.
         """
 
-        def on_device(params, rows, rng):
-            return _summed(fn(_gathered(params, specs, self.cast), rows, self._own(rng)), specs)
+        def on_device(trees, rows, rng):
+            whole = _gathered(trees, specs, self.cast)
+            return _summed(fn(*whole, rows, self._own(rng)), specs[0])
 
-        specs = self._specs(params)
-        return self._by_hand(on_device, (specs, _ROWS, _WHOLE), specs)(params, rows, rng)
+        specs = self._specs((params, frozen))
+        by_hand = self._by_hand(on_device, (specs, _ROWS, _WHOLE), specs[0])
+        return by_hand((params, frozen), rows, rng)
 
     def _specs(self, params):
         return jax.tree.map(lambda leaf: parameter_sharding(self.mesh, leaf.shape).spec, params)

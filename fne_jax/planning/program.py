@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
 from fne_jax import config_rules, configuration
+from fne_jax.encoders.freezing import is_frozen_below
 from fne_jax.errors import UserError
+from fne_jax.model.kept_features import kept_towers
 from fne_jax.model.model import build_model, build_module
 from fne_jax.objectives.registry import NO_ORACLE, uses_matches
 from fne_jax.parallel import sharding
 from fne_jax.planning.published import read_architectures
 from fne_jax.planning.topology import GPU, Topology
-from fne_jax.planning.useful import matrix_flops
-from fne_jax.training.compiled_steps import jitted_steps
+from fne_jax.planning.useful import PASSES, matrix_flops
+from fne_jax.training.compiled_steps import abstract_batch, jitted_steps
 from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.timeline import Phase, Timeline
 from fne_jax.training.train_state import TrainState, abstract_state
@@ -50,7 +52,7 @@ class Program:
       fits: Whether the compiler could place it.
       limit: Bytes that it may take, if the compiler said so.
       text: The program as text; None if it does not fit.
-      forward_flops: Operations of the matrix products in both towers' forward pass over one pair.
+      useful_flops: Operations of the matrix products that training on a pair cannot do without.
     """
 
     config: ml_collections.ConfigDict
@@ -62,7 +64,7 @@ class Program:
     fits: bool
     limit: int | None
     text: str | None
-    forward_flops: int
+    useful_flops: int
 
 
 def compile_step(
@@ -96,9 +98,11 @@ def compile_step(
         resolved.optimizer, timeline.steps_per_epoch, timeline.total_steps
     )
     state = abstract_state(model, schedule)
-    batch = _abstract_batch(resolved, mesh)
-    forward = _forward_flops(resolved, architectures, state.params)
-    lowered = jitted_steps(resolved, timeline, mesh, schedule, state)[Phase.FNE].lower(state, batch)
+    batch = abstract_batch(model)
+    useful = _useful_flops(resolved, architectures, state.all_params)
+    lowered = jitted_steps(resolved, timeline, model, schedule, state)[Phase.FNE].lower(
+        state, batch
+    )
     try:
         gpu = topology.devices[0].platform == GPU
         compiled = lowered.compile(compiler_options=_GPU_OPTIONS if gpu else None)
@@ -106,7 +110,7 @@ def compile_step(
         found = out_of_memory(str(error))
         if found is None:
             raise
-        return Program(resolved, mesh, state, batch, found[0], None, False, found[1], None, forward)
+        return Program(resolved, mesh, state, batch, found[0], None, False, found[1], None, useful)
     sizes = compiled.memory_analysis()
     memory = (
         sizes.argument_size_in_bytes
@@ -116,7 +120,7 @@ def compile_step(
     )
     scratch = sizes.temp_size_in_bytes
     text = compiled.as_text()
-    return Program(resolved, mesh, state, batch, memory, scratch, True, None, text, forward)
+    return Program(resolved, mesh, state, batch, memory, scratch, True, None, text, useful)
 
 
 def out_of_memory(message: str) -> tuple[int, int] | None:
@@ -135,35 +139,34 @@ def out_of_memory(message: str) -> tuple[int, int] | None:
     return needed, limit
 
 
-def _forward_flops(config, architectures, params):
-    """Returns the operations of the forward pass over one pair, its caption of full length."""
+def _useful_flops(config, architectures, params):
+    """Returns the useful operations on one pair, its caption of full length.
+
+    What is frozen runs forwards once, or not at all where its output is kept.
+    """
     config = config.copy_and_resolve_references()
     config.encoder.attention = "xla"  # plain products, neither padded nor hidden in a kernel
     module = build_module(config, architectures, _vocabulary(config))
     side, tokens = config.encoder.image.image_size, (1, config.data.text_length)
     shapes = ((1, side, side, 3), jnp.float32), (tokens, jnp.int32), (tokens, jnp.int32)
-    pair = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
-    return matrix_flops(module.apply, {"params": params}, *pair)
+    pixels, *texts = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    whole = matrix_flops(module.apply, {"params": params}, pixels, *texts)
+    frozen = {
+        tower: matrix_flops(
+            functools.partial(module.apply, method=method), {"params": params}, *own
+        )
+        for tower, method, own in (
+            ("image", "frozen_image", [pixels]),
+            ("text", "frozen_text", texts),
+        )
+        if is_frozen_below(module, tower)
+    }
+    kept = kept_towers(module, config, training=True)
+    once = sum(flops for tower, flops in frozen.items() if tower not in kept)
+    return PASSES * (whole - sum(frozen.values())) + once
 
 
 def _vocabulary(config):
     """Returns the ids of the tokenizer: at most as many as the pretrained text tower has."""
     # A fitted tokenizer has no more than this; a pretrained tower has its own.
     return 1 if config.encoder.text.pretrained else config.data.vocab_size
-
-
-def _abstract_batch(config, mesh) -> dict[str, Any]:
-    batch, side = config.global_batch_size, config.encoder.image.image_size
-    tokens = (batch, config.data.text_length)
-    shapes = {
-        "image": ((batch, side, side, 3), jnp.uint8),
-        "input_ids": (tokens, jnp.int32),
-        "attention_mask": (tokens, jnp.int32),
-        "image_id": ((batch,), jnp.int32),
-        "pair_id": ((batch,), jnp.int32),
-    }
-    rows = sharding.batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-        for name, (shape, dtype) in shapes.items()
-    }

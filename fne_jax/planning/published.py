@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from fne_jax.encoders.hub_files import read_architecture
+from fne_jax.encoders.architectures import read_architecture
 from fne_jax.encoders.towers import TOWERS
 from fne_jax.errors import UserError
 
@@ -28,6 +28,28 @@ PUBLISHED = {
         "patch_size": 16,
         "num_channels": 3,
         "qkv_bias": True,
+    },
+    # Oquab et al. 2023 (arXiv 2304.07193, table 17).
+    "facebook/dinov2-small": {
+        **_BASE,
+        "model_type": "dinov2",
+        "hidden_size": 384,
+        "num_attention_heads": 6,
+        "mlp_ratio": 4,
+        "layer_norm_eps": 1e-6,
+        "image_size": 518,
+        "patch_size": 14,
+    },
+    # Wang et al. 2020 (arXiv 2002.10957), whose student of six layers it is.
+    "sentence-transformers/all-MiniLM-L6-v2": {
+        **_BASE,
+        "model_type": "bert",
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "intermediate_size": 1536,
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
     },
     "bert-base-uncased": {
         **_BASE,

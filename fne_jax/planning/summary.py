@@ -12,10 +12,13 @@ from fne_jax.planning.accounting import account
 from fne_jax.planning.operations import TPU_FLOAT32
 from fne_jax.planning.program import Program
 from fne_jax.planning.topology import Topology
-from fne_jax.planning.useful import PASSES
 from fne_jax.training import train_step
 
-ENCODERS = (train_step.ONLINE_ENCODERS, train_step.MOMENTUM_ENCODERS)
+ENCODERS = (
+    train_step.FROZEN_ENCODERS,
+    train_step.ONLINE_ENCODERS,
+    train_step.MOMENTUM_ENCODERS,
+)
 SCOPES = (
     *ENCODERS,
     train_step.OPTIMIZER,
@@ -66,6 +69,7 @@ def summarize(
     state = program.state
     kinds = {
         "parameters": state.params,
+        "frozen": state.frozen_params,
         "momentum": state.momentum_params,
         "adam": state.opt_state,
         "queue": state.queue,
@@ -87,8 +91,7 @@ def summarize(
         "training_pairs": pairs,
         "steps_per_epoch": steps_per_epoch,
         "epochs": config.num_epochs,
-        "useful_flops_per_chip": PASSES
-        * program.forward_flops
+        "useful_flops_per_chip": program.useful_flops
         * (config.global_batch_size // len(topology.devices)),
         **dict.fromkeys(_COUNTED),
     }

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-# Forward passes' worth of work on a pair: the online encoders' forward, twice as much backward, and
-# the momentum encoders' forward.
+# Forward passes' worth of work on a pair by what is trained: the online encoders' forward, twice as
+# much backward, and the momentum encoders' forward.
 PASSES = 4
 
 

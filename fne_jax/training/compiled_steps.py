@@ -11,7 +11,10 @@ import ml_collections
 import numpy as np
 import optax
 
+from fne_jax.encoders.inputs import FEATURES, READ, frozen_features
 from fne_jax.encoders.transformer import cast_kernels
+from fne_jax.model.kept_features import kept_towers
+from fne_jax.model.model import Model, initial_params
 from fne_jax.objectives import registry
 from fne_jax.objectives.known_matches import KnownMatches
 from fne_jax.parallel import sharding
@@ -24,7 +27,7 @@ from fne_jax.training.train_step import StepSettings, train_step
 def jitted_steps(
     config: ml_collections.ConfigDict,
     timeline: Timeline,
-    mesh: jax.sharding.Mesh,
+    model: Model,
     schedule: optax.Schedule,
     state: TrainState,
 ) -> dict[Phase, Callable]:
@@ -35,13 +38,14 @@ def jitted_steps(
     Args:
       config: The resolved config.
       timeline: The step counts of the run.
-      mesh: The devices.
+      model: The model to be trained.
       schedule: The learning rate as a function of the updates already applied.
       state: Concrete or abstract, for the structure and the shardings of its arrays.
 
     Raises:
       UserError: if the config names an objective that there is not.
     """
+    mesh = model.mesh
     replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     placed = sharding.state_shardings(mesh, state)
     cast = functools.partial(cast_kernels, dtype=jnp.dtype(config.encoder.compute_dtype))
@@ -50,6 +54,7 @@ def jitted_steps(
     if config.micro_batches > 1:
         passes = MicroBatches(layout, config.micro_batches)
     settings = StepSettings(
+        module=model.module,
         passes=passes,
         layout=layout,
         momentum=config.momentum,
@@ -74,6 +79,38 @@ def jitted_steps(
             donate_argnums=0,
         )
         for phase, step in steps.items()
+    }
+
+
+def abstract_batch(model: Model) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes, dtypes and shardings of a batch of a run's train steps.
+
+    Args:
+      model: The model to be trained.
+    """
+    config, module = model.config, model.module
+    batch, side = config.global_batch_size, config.encoder.image.image_size
+    tokens = (batch, config.data.text_length)
+    shapes = {
+        "image": ((batch, side, side, 3), jnp.uint8),
+        "input_ids": (tokens, jnp.int32),
+        "attention_mask": (tokens, jnp.int32),
+        "image_id": ((batch,), jnp.int32),
+        "pair_id": ((batch,), jnp.int32),
+    }
+    arrays = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    params, _ = jax.eval_shape(lambda: initial_params(module, config, jax.random.key(0)))
+    statistics = config.image_mean, config.image_std
+    for tower in kept_towers(module, config, training=True):
+        own = {name: arrays[name] for name in READ[tower]}
+        run = functools.partial(frozen_features, module.apply, pixel_statistics=statistics)
+        arrays[FEATURES[tower]] = jax.eval_shape(run, params, own)
+        if tower == "image":
+            del arrays["image"]
+    rows = sharding.batch_sharding(model.mesh)
+    return {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows)
+        for name, array in arrays.items()
     }
 
 

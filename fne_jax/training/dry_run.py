@@ -53,12 +53,12 @@ def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
     find_source_run(config, state)
     tokens = model.tokenize(train.captions, config.data.text_length)
     batch = next(batches_of(config, train, tokens, order, range(1), mesh))
-    step = jitted_steps(config, timeline, mesh, schedule, state)[Phase.FNE]
+    step = jitted_steps(config, timeline, model, schedule, state)[Phase.FNE]
     rows = sharding.to_devices(batch, mesh)
     compiled = step.lower(state, rows, *known.tables).compile()
     first = int(batch["pair_id"][0])
     lines = [
-        *_parameter_lines(state.params),
+        *_parameter_lines(state.all_params),
         f"mesh: {dict(mesh.shape)} on {mesh.size} {jax.default_backend()} device(s)",
         _memory_line(compiled.memory_analysis()),
         f"steps: {timeline.steps_per_epoch} an epoch, {timeline.total_steps} in all, "

@@ -23,8 +23,8 @@ from fne_jax.objectives.learned_scalars import LEARNED
 from fne_jax.parallel.sharding import StepLayout
 
 # Of whole parameters, a device's rows of the inputs and a dropout key (None for no dropout) to the
-# [rows, dim] embeddings of images and of captions.
-Encode = Callable[[Any, Any, jax.Array | None], tuple[jax.Array, jax.Array]]
+# [rows, dim] embeddings of images and of captions, or to what else there is one of for each row.
+Encode = Callable[[Any, Any, jax.Array | None], Any]
 # Of both embeddings, and of what the objective learns (empty for nothing), to the [] loss and
 # whatever else is wanted of it.
 LossOfEmbeddings = Callable[[jax.Array, jax.Array, dict[str, jax.Array]], tuple[jax.Array, Any]]
@@ -33,13 +33,22 @@ LossOfEmbeddings = Callable[[jax.Array, jax.Array, dict[str, jax.Array]], tuple[
 class EncoderPasses(Protocol):
     """What a train step asks of the encoders."""
 
-    def embed(self, encode: Encode, params: Any, inputs: Any) -> tuple[jax.Array, jax.Array]:
-        """Returns the [batch, dim] embeddings without dropout."""
+    def embed(self, encode: Encode, params: Any, inputs: Any) -> Any:
+        """Returns what `encode` makes of all rows without dropout."""
 
     def loss_and_gradients(
-        self, encode: Encode, params: Any, inputs: Any, rng: jax.Array, loss_fn: LossOfEmbeddings
+        self,
+        encode: Encode,
+        params: Any,
+        frozen: Any,
+        inputs: Any,
+        rng: jax.Array,
+        loss_fn: LossOfEmbeddings,
     ) -> tuple[tuple[jax.Array, Any], Any]:
-        """Returns loss_fn's result and the loss's gradients with respect to the parameters."""
+        """Returns loss_fn's result and the loss's gradients with respect to `params`.
+
+        `encode` is given both trees of parameters as a pair.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +65,11 @@ class WholeBatch:
         """See `EncoderPasses`."""
         return self.layout.on_rows(encode, params, inputs, None)
 
-    def loss_and_gradients(self, encode, params, inputs, rng, loss_fn):
+    def loss_and_gradients(self, encode, params, frozen, inputs, rng, loss_fn):
         """See `EncoderPasses`."""
 
         def loss_of(params):
-            embeddings = self.layout.on_rows(encode, params, inputs, rng)
+            embeddings = self.layout.on_rows(encode, (params, frozen), inputs, rng)
             return loss_fn(*embeddings, params.get(LEARNED, {}))
 
         return jax.value_and_grad(loss_of, has_aux=True)(params)
@@ -82,27 +91,27 @@ class MicroBatches:
         """See `EncoderPasses`."""
         return self._embed(encode, params, inputs, None)
 
-    def loss_and_gradients(self, encode, params, inputs, rng, loss_fn):
+    def loss_and_gradients(self, encode, params, frozen, inputs, rng, loss_fn):
         """See `EncoderPasses`; each part has dropout of its own, the same in both of its passes.
 
         The gradients of all parts are summed in float32.
         """
 
-        def gradients_of_rows(params, rows, rng):
+        def gradients_of_rows(params, frozen, rows, rng):
             def add(total, part):
                 (inputs, cotangents), rng = part
-                _, pullback = jax.vjp(lambda params: encode(params, inputs, rng), params)
+                _, pullback = jax.vjp(lambda params: encode((params, frozen), inputs, rng), params)
                 return jax.tree.map(jnp.add, total, *pullback(cotangents)), None
 
             start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
             return jax.lax.scan(add, start, (self._split(rows), self._keys(rng)))[0]
 
-        embeddings = self._embed(encode, params, inputs, rng)
+        embeddings = self._embed(encode, (params, frozen), inputs, rng)
         learned = params.get(LEARNED, {})
         differentiate = jax.value_and_grad(loss_fn, (0, 1, 2), has_aux=True)
         result, (*cotangents, of_learned) = differentiate(*embeddings, learned)
         rows = inputs, tuple(cotangents)
-        gradients = self.layout.sum_on_rows(gradients_of_rows, params, rows, rng)
+        gradients = self.layout.sum_on_rows(gradients_of_rows, params, frozen, rows, rng)
         # The encoders do not use these.
         return result, gradients | ({LEARNED: of_learned} if learned else {})
 

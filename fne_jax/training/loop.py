@@ -104,9 +104,13 @@ def _train(config, workdir, warmup_only, module):
         config.optimizer, timeline.steps_per_epoch, timeline.total_steps
     )
     abstract = abstract_state(model, schedule)
-    jitted = jitted_steps(config, timeline, mesh, schedule, abstract)
-    count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-    _log.info("model: %.1f M parameters on %d devices", count / 1e6, mesh.size)
+    jitted = jitted_steps(config, timeline, model, schedule, abstract)
+    trained, frozen = (
+        sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
+        for params in (abstract.params, abstract.frozen_params)
+    )
+    share = f", {frozen:.1f} M of them frozen," if frozen else ""
+    _log.info("model: %.1f M parameters%s on %d devices", trained + frozen, share, mesh.size)
     state = None if begun else first_state(model, abstract)
 
     # Nothing is written before here, where all that may be wrong has shown.
@@ -125,6 +129,13 @@ def _train(config, workdir, warmup_only, module):
         if first_step >= last_step and validated:
             _log.info("the run is complete: %d steps are done", first_step)
             return
+
+        # What frozen encoders make of the data, once for all steps, where it is kept.
+        tokens = model.tokenize(train.captions, config.data.text_length)
+        frozen = model.with_params(state.all_params)
+        train = frozen.with_kept(train, tokens, training=True)
+        val = frozen.with_kept(val, model.tokenize(val.captions, config.evaluation.text_length))
+        del frozen
 
         # What watches over the run.
         supervisor = Supervisor(
@@ -146,7 +157,6 @@ def _train(config, workdir, warmup_only, module):
 
         # Loop. Each phase is compiled before a signal is held back, and before an hour of training
         # can be lost to a program of a later phase that does not fit the devices.
-        tokens = model.tokenize(train.captions, config.data.text_length)
         steps = range(first_step, last_step)
         first_batch, batches = peeked(batches_of(config, train, tokens, order, steps, mesh))
         phases = {timeline.phase(step) for step in steps}

@@ -1,9 +1,11 @@
-"""Adam, its learning-rate schedule, clipping, decay and per-tower factors, all optax."""
+"""Adam, its learning-rate schedule, clipping, decay and factors on the rate, all optax."""
 
 from __future__ import annotations
 
 import collections
+import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -13,8 +15,7 @@ from fne_jax.config_rules import SCHEDULES
 from fne_jax.errors import UserError
 from fne_jax.objectives import learned_scalars
 from fne_jax.objectives.learned_scalars import LEARNED, LOG_TEMPERATURE_FACTOR
-
-TOWERS = ("image", "text")
+from fne_jax.training.rate_factors import learning_rate_factors
 
 
 def learning_rate_schedule(
@@ -55,30 +56,35 @@ def learning_rate_schedule(
 def build_optimizer(
     optimizer: ml_collections.ConfigDict,
     schedule: optax.Schedule,
+    module: nn.Module,
     temperature: float | None = None,
 ) -> optax.GradientTransformation:
-    """Returns the update rule: freeze, clip, Adam, decay, learning rate, factors, bounds.
-
-    A frozen tower's gradients are dropped before clipping, so that they do not shrink the other's.
+    """Returns the update rule: clip, Adam, decay, learning rate, factors, bounds.
 
     Args:
       optimizer: `config.optimizer`, see configs/base.py.
       schedule: The learning rate as a function of the updates already applied.
+      module: The two towers, for the depth of their layers.
       temperature: Where a temperature that is learned begins; None if none is.
     """
-    factors = {"image": optimizer.image_factor, "text": optimizer.text_factor}
-    factors[LEARNED] = optimizer.objective_factor
-    frozen = [tower for tower, factor in factors.items() if factor == 0]
-    scaled = {tower: factor for tower, factor in factors.items() if factor not in (0, 1)}
+    factors = functools.partial(
+        learning_rate_factors,
+        module,
+        {
+            "image": optimizer.image_factor,
+            "text": optimizer.text_factor,
+            LEARNED: optimizer.objective_factor,
+        },
+        optimizer.layer_decay,
+    )
     return optax.chain(
-        *(optax.masked(optax.set_to_zero(), _tower_mask(tower)) for tower in frozen),
         optax.clip_by_global_norm(optimizer.clip_norm),
         optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps),
         optax.add_decayed_weights(optimizer.weight_decay, _is_matrix),
         optax.scale_by_learning_rate(schedule),
-        *(optax.masked(optax.scale(value), _tower_mask(tower)) for tower, value in scaled.items()),
-        # Decay moves weights without gradients too.
-        *(optax.masked(optax.set_to_zero(), _tower_mask(tower)) for tower in frozen),
+        optax.stateless(
+            lambda updates, params: jax.tree.map(jnp.multiply, updates, factors(params))
+        ),
         *(() if temperature is None else (_bounded_temperature(temperature),)),
     )
 
@@ -96,15 +102,16 @@ def _bounded_temperature(start):
     return optax.stateless(within)
 
 
-def _tower_mask(tower):
-    """Returns a function from parameters to a tree that is true in the tower and its projection."""
-
-    def mask(params):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: path[0].key.startswith(tower), params
-        )
-
-    return mask
+# Names of parameters of rank 1, or of tokens.
+_NO_MATRICES = (
+    "bias",
+    "scale",
+    "attention_scale",
+    "mlp_scale",
+    "class_token",
+    "register_tokens",
+    "position_embedding",
+)
 
 
 def _is_matrix(params):
@@ -112,6 +119,6 @@ def _is_matrix(params):
     def decayed(path, _):
         if path[0].key == LEARNED:
             return False
-        return path[-1].key not in ("bias", "scale", "class_token", "position_embedding")
+        return path[-1].key not in _NO_MATRICES
 
     return jax.tree_util.tree_map_with_path(decayed, params)

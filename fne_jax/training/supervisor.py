@@ -108,7 +108,7 @@ class Supervisor:
     def validate(self, state: TrainState, step: int) -> dict[str, float] | None:
         """Returns the metrics of the validation split, or None if a signal came first."""
         try:
-            split = self.model.with_params(state.params).embed_split(self.val)
+            split = self.model.with_params(state.all_params).embed_split(self.val)
         except Stopped:
             return None
         metrics, samples = score_split(split)

@@ -16,7 +16,8 @@ import optax
 from flax.training import train_state
 
 from fne_jax import files
-from fne_jax.encoders import towers
+from fne_jax.encoders import freezing, towers
+from fne_jax.encoders.low_rank import FACTORS
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints
 from fne_jax.model.model import Model, abstract_fields, initial_params, stored_model
@@ -27,24 +28,40 @@ from fne_jax.parallel import sharding
 from fne_jax.training.optimizer import build_optimizer
 
 # The fields that a checkpoint holds; the others (`apply_fn`, `tx`) follow from the config.
-STORED_FIELDS = ("step", "params", "opt_state", "momentum_params", "queue", "stats", "key")
+STORED_FIELDS = (
+    "step",
+    "params",
+    "frozen_params",
+    "opt_state",
+    "momentum_params",
+    "queue",
+    "stats",
+    "key",
+)
 _log = logging.getLogger(__name__)
 
 
 class TrainState(train_state.TrainState):
-    """flax's TrainState and what FNE adds.
+    """flax's TrainState, whose `params` are those that are trained, and what FNE adds.
 
     Attributes:
+      frozen_params: The parameters that are not trained, of online and momentum encoders alike.
       momentum_params: The parameters of the momentum encoders, shaped as `params`.
       queue: The queue of momentum embeddings.
       stats: The similarity statistics.
       key: [] PRNG key; each step folds its number and a purpose into it.
     """
 
+    frozen_params: Any
     momentum_params: Any
     queue: MemoryQueue
     stats: SimilarityStatistics
     key: jax.Array
+
+    @property
+    def all_params(self) -> dict[str, Any]:
+        """All parameters of the online encoders."""
+        return freezing.merge(self.params, self.frozen_params)
 
     def stored(self) -> dict[str, Any]:
         """Returns the fields that a checkpoint holds, by name."""
@@ -64,21 +81,25 @@ def create_train_state(
     Args:
       rng: A typed PRNG key.
       weights: `params` and `momentum_params` of both towers to begin with, or `params` of some
-        parts of the model; the rest of `params` is random, and of `momentum_params` a copy of it.
+        parts of the model, frozen ones among them; the rest of `params` is random, and of
+        `momentum_params` a copy of it.
       model: The model to be trained; its parameters, if it has any, are not used.
       apply_fn: The function of parameters and inputs that training calls.
       tx: The optimizer.
     """
     params_rng, queue_rng, key = jax.random.split(rng, 3)
     params, dim = initial_params(model.module, model.config, params_rng)
-    params = params | weights.get("params", {})
+    split = functools.partial(freezing.trained_and_frozen, model.module)
+    params, frozen_params = split(freezing.merge(params, weights.get("params", {})))
+    momentum_params, _ = split(weights.get("momentum_params", {}))
     # A copy: a donated state must not hold one buffer twice.
-    momentum_params = jax.tree.map(jnp.copy, params) | weights.get("momentum_params", {})
+    momentum_params = freezing.merge(jax.tree.map(jnp.copy, params), momentum_params)
     return TrainState(
         # An array rather than flax's 0, so that the first and later steps compile alike.
         step=jnp.zeros((), jnp.int32),
         apply_fn=apply_fn,
         params=params,
+        frozen_params=frozen_params,
         tx=tx,
         opt_state=tx.init(params),
         momentum_params=momentum_params,
@@ -98,7 +119,7 @@ def abstract_state(model: Model, learning_rate: optax.Schedule) -> TrainState:
     config = model.config
     module = model.module.clone(text_pooling=config.encoder.text.training_pooling)
     temperature = config.objective.temperature if config.objective.learn_temperature else None
-    tx = build_optimizer(config.optimizer, learning_rate, temperature)
+    tx = build_optimizer(config.optimizer, learning_rate, module, temperature)
     create = functools.partial(create_train_state, model=model, apply_fn=module.apply, tx=tx)
     state = jax.eval_shape(create, jax.random.key(config.seed), {})
     return sharding.abstract_on(model.mesh, state)
@@ -139,10 +160,11 @@ def first_state(model: Model, like: TrainState) -> TrainState:
         source = find_source_run(config, like)
         with checkpoints.reader(source.workdir) as manager:
             weights, _ = checkpoints.read(manager, source.step, source.weights)
-        weights = {name: towers_of(params) for name, params in weights.items()}
+        frozen = weights.pop("frozen_params")
+        weights = {n: freezing.merge(towers_of(own), frozen) for n, own in weights.items()}
         _log.info("weights: from step %d of %s", source.step, source.workdir)
     elif any(config.encoder[tower].pretrained for tower in towers.TOWERS):
-        weights = {"params": _pretrained_towers(config.encoder, like.params)}
+        weights = {"params": _pretrained_towers(config.encoder, model.mesh)}
     return initial_state(model, like, weights)
 
 
@@ -153,7 +175,8 @@ class SourceRun:
     Attributes:
       workdir: Its folder.
       step: The step of its best checkpoint.
-      weights: The abstract `params` and `momentum_params` of both encoders, on the new run's mesh.
+      weights: The abstract `params`, `momentum_params` and `frozen_params` of both encoders, on the
+        new run's mesh.
     """
 
     workdir: pathlib.Path
@@ -181,8 +204,11 @@ def find_source_run(config: ml_collections.ConfigDict, like: TrainState) -> Sour
     except UserError as error:
         raise UserError(f"config.init_from={config.init_from}: {error}") from error
     fields = abstract_fields(other)
-    ours, theirs = _shapes(towers_of(like.params)), _shapes(towers_of(fields["params"]))
-    if ours != theirs:
+    ours = _shapes(towers_of(like.all_params))
+    theirs = _shapes(freezing.merge(towers_of(fields["params"]), fields["frozen_params"]))
+    # Low-rank changes start at nothing where the other run has none.
+    added = [n for n in ours.keys() - theirs.keys() if any(factor in n for factor in FACTORS)]
+    if {n: shape for n, shape in ours.items() if n not in added} != theirs:
         different = [
             f"{name}: {theirs.get(name)} there, {ours.get(name)} here"
             for name in sorted(ours.keys() | theirs.keys())
@@ -191,14 +217,14 @@ def find_source_run(config: ml_collections.ConfigDict, like: TrainState) -> Sour
         raise UserError(
             f"config.init_from={workdir}: the weights do not fit:\n  " + "\n  ".join(different)
         )
-    weights = {name: fields[name] for name in ("params", "momentum_params")}
+    weights = {name: fields[name] for name in ("params", "momentum_params", "frozen_params")}
     return SourceRun(workdir, step, sharding.abstract_on(other.mesh, weights))
 
 
-def _pretrained_towers(encoder, like):
-    """Returns the params of the pretrained towers, placed as those in `like`."""
+def _pretrained_towers(encoder, mesh):
+    """Returns the params of the pretrained towers, placed as a state's are."""
     loaded = towers.pretrained_params(encoder, {})
-    shardings = {name: jax.tree.map(lambda leaf: leaf.sharding, like[name]) for name in loaded}
+    shardings = jax.tree.map(lambda leaf: sharding.parameter_sharding(mesh, leaf.shape), loaded)
     # Copied: what is donated must not share a buffer with the arrays that were read.
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
     return copy(jax.tree.map(sharding.place, loaded, shardings))

@@ -6,11 +6,14 @@ import dataclasses
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from fne_jax.encoders.pixels import normalize_pixels
+from fne_jax.encoders import freezing
+from fne_jax.encoders import inputs as encoder_inputs
+from fne_jax.encoders.inputs import FEATURES, READ
 from fne_jax.objectives.features import Features, Matches, RowSplit
 from fne_jax.objectives.known_matches import KnownMatches, matches_of_step
 from fne_jax.objectives.learned_scalars import BIAS_CHANGE, LEARNED, LOG_TEMPERATURE_FACTOR
@@ -24,6 +27,7 @@ from fne_jax.training.train_state import TrainState
 
 # Scopes that name each part's operations in the compiled program; what lies neither in the encoders
 # nor in the optimizer is the cost of the training strategy (fne_jax/planning).
+FROZEN_ENCODERS = "frozen_encoders"
 ONLINE_ENCODERS = "online_encoders"
 MOMENTUM_ENCODERS = "momentum_encoders"
 OPTIMIZER = "optimizer"
@@ -39,6 +43,7 @@ class StepSettings:
     """What all steps of a run have in common.
 
     Attributes:
+      module: The two towers, parts of which may be frozen.
       passes: How a batch goes through the encoders.
       layout: Where the step's arrays live on the devices.
       momentum: The momentum m of the update m * momentum_params + (1 - m) * params.
@@ -47,6 +52,7 @@ class StepSettings:
       learning_rate: The learning rate by step, for the log; the optimizer has its own.
     """
 
+    module: nn.Module
     passes: EncoderPasses
     layout: StepLayout
     momentum: float
@@ -74,7 +80,8 @@ def train_step(
     Args:
       state: The state before the step; the jitted form donates it.
       batch: `image` [batch, side, side, 3] uint8, `input_ids` and `attention_mask` [batch, length]
-        int32, `image_id` and `pair_id` [batch] int32.
+        int32, `image_id` and `pair_id` [batch] int32. What frozen parts make of image and caption
+        may stand there already, as `image_features` (in place of `image`) and `text_features`.
       known: The table of the training split's known matches, on the devices; None uses none.
       settings: What all steps of the run have in common.
       objective: The loss in this phase of the run.
@@ -106,18 +113,15 @@ def train_step(
     matches = _known_matches(known, pair_id, state.queue, layout)
 
     def encode(params, inputs, dropout_rng):
-        return state.apply_fn(
-            {"params": params},
-            normalize_pixels(inputs["image"], *settings.pixel_statistics),
-            inputs["input_ids"],
-            inputs["attention_mask"],
-            deterministic=dropout_rng is None,
-            rngs=None if dropout_rng is None else {"dropout": dropout_rng},
-        )
+        params = freezing.merge(*params)
+        statistics = settings.pixel_statistics
+        return encoder_inputs.embed(state.apply_fn, params, inputs, statistics, dropout_rng)
 
-    inputs = {name: batch[name] for name in ("image", "input_ids", "attention_mask")}
+    with jax.named_scope(FROZEN_ENCODERS):
+        inputs = _frozen_features(state, batch, settings)
+    base = freezing.split(settings.module, state.frozen_params)[freezing.Part.BASE]
     with jax.named_scope(MOMENTUM_ENCODERS):
-        momentum_embeddings = passes.embed(encode, momentum_params, inputs)
+        momentum_embeddings = passes.embed(encode, (momentum_params, base), inputs)
     with jax.named_scope(QUEUE):
         momentum_image, momentum_text = layout.replicated(momentum_embeddings)
 
@@ -134,7 +138,7 @@ def train_step(
 
     with jax.named_scope(ONLINE_ENCODERS):
         (loss, (stats, aux)), grads = passes.loss_and_gradients(
-            encode, state.params, inputs, dropout_rng, loss_fn
+            encode, state.params, base, inputs, dropout_rng, loss_fn
         )
     with jax.named_scope(OPTIMIZER):
         gradient_norm = optax.tree.norm(grads)
@@ -162,6 +166,33 @@ def train_step(
     }
     key_pair_id = jnp.concatenate([pair_id, state.queue.pair_id])
     return new, scalars, {} if aux is None else _negative_pairs(aux, key_pair_id)
+
+
+def _frozen_features(state, batch, settings):
+    """Returns what the encoders read of a batch, frozen parts having read what is theirs.
+
+    They run once for the online and the momentum encoders, and have no dropout.
+    """
+    inputs = {
+        name: batch[name]
+        for name in (*READ["image"], *READ["text"], *FEATURES.values())
+        if name in batch
+    }
+
+    def run(params, rows, rng):
+        del rng
+        statistics = settings.pixel_statistics
+        return encoder_inputs.frozen_features(state.apply_fn, params, rows, statistics)
+
+    for tower, name in FEATURES.items():
+        if name not in inputs and freezing.is_frozen_below(settings.module, tower):
+            own = {key: inputs[key] for key in READ[tower]}
+            features = settings.passes.embed(run, {tower: state.frozen_params[tower]}, own)
+            # Kept features come of a program of their own, and are to be the same to the bit.
+            inputs[name] = jax.lax.optimization_barrier(features)
+    if FEATURES["image"] in inputs:
+        inputs.pop("image", None)
+    return inputs
 
 
 def learned_scalars_of(params: Any) -> dict[str, jax.Array]:

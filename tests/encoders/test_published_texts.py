@@ -12,6 +12,8 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from fne_jax import load_pretrained, save_pretrained
+from fne_jax.encoders import freezing
+from fne_jax.encoders.dual_encoder import DualEncoder
 from fne_jax.encoders.pretrained_weights import params_from_tensors
 from fne_jax.errors import UserError
 
@@ -169,9 +171,18 @@ def test_a_bias_needs_attention_that_adds_it(models):
         hidden_of(module, params, ids, mask),
         hidden_of(module.clone(attention="xla"), params, ids, mask),
     )
+    # Layers above frozen ones add the bias that those have.
     frozen = module.clone(frozen_layers=1)
-    with pytest.raises(UserError, match=r"share a bias .*; freeze none or all"):
-        jax.eval_shape(frozen.apply, {"params": params}, ids, mask)
+    lower = frozen.apply({"params": params}, ids, mask, lower=True)
+    np.testing.assert_allclose(
+        frozen.apply({"params": params}, None, mask, hidden=lower).last_hidden_state,
+        hidden_of(module, params, ids, mask),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    pair = DualEncoder(image=None, text=frozen)
+    parts = freezing.split(pair, {"text": params})
+    assert list(parts[freezing.Part.BASE]["text"]) == ["relative_attention_bias"]
 
 
 @pytest.mark.parametrize(

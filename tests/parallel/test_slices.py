@@ -49,7 +49,8 @@ def batches_of(process, mesh, size, ids, patch):
 
     seen = []
 
-    def encode(_, batch):
+    def encode(tower, _, batch):
+        assert tower == "text"
         seen.append(batch["input_ids"])
         return np.zeros((size, 1))
 
@@ -60,7 +61,7 @@ def batches_of(process, mesh, size, ids, patch):
     patch.setitem(vars(mesh), "local_devices", local)
     embedder = embedder_on(mesh, size)
     assert embedder.batch_size == size
-    patch.setattr(embedder, "_encode_texts", encode)
+    patch.setattr(embedder, "_encode", encode)
     embedder.captions(None, (ids, np.ones_like(ids)))
     return np.concatenate(seen)
 
@@ -94,8 +95,8 @@ def test_the_compiled_towers_take_the_rows_in_that_order_and_give_all_to_each_de
     params = jax.eval_shape(module.init, jax.random.key(0), image, tokens, tokens)["params"]
     params = sharding.abstract_on(mesh, {"params": params})["params"]
     for encode, batch in (
-        (embedder._encode_images, {"image": image}),
-        (embedder._encode_texts, {"input_ids": tokens, "attention_mask": tokens}),
+        (embedder._encoders["image"], {"image": image}),
+        (embedder._encoders["text"], {"input_ids": tokens, "attention_mask": tokens}),
     ):
         compiled = encode.lower(params, batch).compile()
         for name, place in compiled.input_shardings[0][1].items():

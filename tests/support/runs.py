@@ -7,6 +7,7 @@ from fne_jax import configuration
 from fne_jax.model import checkpoints, tokenizers
 from fne_jax.model.model import build_model
 from fne_jax.parallel import sharding
+from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.train_state import abstract_state, initial_state
 
 
@@ -19,6 +20,12 @@ def new_state(config, module, mesh, schedule):
     """Returns the state before the first step."""
     model = build_model(config, {}, None, mesh, module=module)
     return initial_state(model, abstract_state(model, schedule))
+
+
+def new_steps(config, timeline, module, mesh, schedule, state):
+    """Returns the train step of each phase, jitted."""
+    model = build_model(config, {}, None, mesh, module=module)
+    return jitted_steps(config, timeline, model, schedule, state)
 
 
 def stored_state(workdir, checkpoint="latest", *, mesh=None, module=None):

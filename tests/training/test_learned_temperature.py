@@ -23,12 +23,11 @@ from fne_jax.objectives.learned_scalars import (
 )
 from fne_jax.parallel import sharding
 from fne_jax.training import loop
-from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from fne_jax.training.timeline import Timeline
 from fne_jax.training.train_state import abstract_state, find_source_run, first_state
 from tests.support.fne import make_batch
-from tests.support.runs import mesh_of, new_state, stored_state
+from tests.support.runs import mesh_of, new_state, new_steps, stored_state
 from tests.support.tiny import LinearTowers, tiny_config
 
 LEARNING = {"objective__learn_temperature": True}
@@ -42,7 +41,7 @@ def run_steps(config, mesh, steps=9):
     tokens = np.arange(len(train.captions), dtype=np.int32)[:, None] + np.arange(8, dtype=np.int32)
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
     state = new_state(config, LinearTowers(), mesh, schedule)
-    jitted = jitted_steps(config, plan, mesh, schedule, state)
+    jitted = new_steps(config, plan, LinearTowers(), mesh, schedule, state)
     batches = training_batches(
         train,
         (tokens % 30, np.ones_like(tokens)),
@@ -93,20 +92,6 @@ def test_steps_learn_after_the_warm_up(learning):
     np.testing.assert_allclose(scalars["temperature_factor"], expected, rtol=1e-6)
 
 
-def test_frozen_ones_train_the_towers_as_fixed_ones_do():
-    fields = {"objective__name": "clip", "optimizer__objective_factor": 0.0}
-    frozen = run_steps(tiny_config(**fields, **LEARNING), mesh_of(1))[-1]
-    fixed = run_steps(tiny_config(**fields), mesh_of(1))[-1]
-    assert not any(jax.tree.leaves(frozen[0][LEARNED]))
-    for tower in ("image", "text"):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-            frozen[0][tower],
-            fixed[0][tower],
-        )
-    assert LEARNED not in fixed[0] and "temperature_factor" not in fixed[1]
-
-
 @pytest.mark.parametrize(("parts", "data", "fsdp"), [(1, 4, 2), (2, 1, 1)])
 def test_devices_and_micro_batches_learn_the_same(learning, parts, data, fsdp):
     config = tiny_config(objective__name="sigmoid", micro_batches=parts, **LEARNING)
@@ -120,7 +105,7 @@ def test_devices_and_micro_batches_learn_the_same(learning, parts, data, fsdp):
 
 def test_the_temperature_stays_within_its_bounds_and_is_not_decayed():
     optimizer = tiny_config(optimizer__weight_decay=0.1).optimizer
-    tx = build_optimizer(optimizer, optax.constant_schedule(1.0), 0.07)
+    tx = build_optimizer(optimizer, optax.constant_schedule(1.0), None, 0.07)
     params = {"image": {"kernel": jnp.ones((2, 2))}, **initial()}
     for sign, expected in ((1, 0.01), (-1, 1.0)):
         state, moved = tx.init(params), params

@@ -20,13 +20,12 @@ from fne_jax.planning.program import compile_step
 from fne_jax.planning.summary import SCOPES
 from fne_jax.planning.topology import Topology
 from fne_jax.training import dry_run, loop
-from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.matches import known_matches, read_matches
 from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.step_results import true_false_negative_rates
 from fne_jax.training.timeline import Phase, Timeline
 from fne_jax.training.train_step import OBJECTIVE
-from tests.support.runs import mesh_of, new_state, stored_state
+from tests.support.runs import mesh_of, new_state, new_steps, stored_state
 from tests.support.tiny import LinearTowers, smooth_config, tiny_config
 
 
@@ -70,7 +69,7 @@ def run_steps(config, mesh, steps=12):
     tokens = np.arange(len(train.captions), dtype=np.int32)[:, None] + np.arange(8, dtype=np.int32)
     schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
     state = new_state(config, LinearTowers(), mesh, schedule)
-    jitted = jitted_steps(config, plan, mesh, schedule, state)
+    jitted = new_steps(config, plan, LinearTowers(), mesh, schedule, state)
     known = known_matches(config, train, mesh).tables
     batches = training_batches(
         train,
@@ -221,7 +220,9 @@ def test_devices_look_up_their_own_anchors_only():
         "image_id": np.arange(16, dtype=np.int32),
         "pair_id": np.arange(16, dtype=np.int32),
     }
-    step = jitted_steps(config, Timeline.of(config, 7), mesh, schedule, state)[Phase.FNE]
+    step = new_steps(config, Timeline.of(config, 7), LinearTowers(), mesh, schedule, state)[
+        Phase.FNE
+    ]
     rows = sharding.to_devices(batch, mesh)
     known = known_matches(config, train, mesh).tables
     text = step.lower(state, rows, *known).compile().as_text()

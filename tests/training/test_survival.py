@@ -34,7 +34,7 @@ from fne_jax.training.step_results import StepResults
 from fne_jax.training.supervisor import Supervisor
 from fne_jax.training.timeline import Phase, Timeline
 from tests.support import TOP, soak_kill
-from tests.support.runs import content_of, new_state, stored_state
+from tests.support.runs import content_of, new_state, new_steps, stored_state
 from tests.support.tiny import LinearTowers, tiny_config
 from tests.support.xla_flags import xla_flags
 
@@ -274,7 +274,7 @@ def test_another_layout_is_named(own_run):
     values = json.loads(position.read_text())
     del values["layout"], values["fne_jax"]
     position.write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"layout 1, written by fne_jax an early .* reads layout 3"):
+    with pytest.raises(UserError, match=r"layout 1, written by fne_jax an early .* reads layout 4"):
         train(own_run)
     assert steps_of(own_run)[-1] == 14, "it is not damaged"
 
@@ -341,7 +341,7 @@ def test_a_bad_batch_changes_nothing_but_the_step(monkeypatch):
     poison(monkeypatch, [100])
     state = fresh_state(config, schedule)
     mesh = sharding.create_mesh()
-    step = compiled_steps.jitted_steps(config, timeline, mesh, schedule, state)[Phase.FNE]
+    step = new_steps(config, timeline, LinearTowers(), mesh, schedule, state)[Phase.FNE]
     batch = random_batch()
     state, scalars, _ = step(state, batch)
     assert bool(scalars["applied"])
@@ -362,7 +362,7 @@ def test_statistics_begin_anew_with_an_epoch_whose_first_batch_is_bad(monkeypatc
     timeline, schedule = Timeline.of(config, 2), optax.constant_schedule(0.0)
     poison(monkeypatch, [100])
     state, mesh = fresh_state(config, schedule), sharding.create_mesh()
-    step = compiled_steps.jitted_steps(config, timeline, mesh, schedule, state)[Phase.WARMUP]
+    step = new_steps(config, timeline, LinearTowers(), mesh, schedule, state)[Phase.WARMUP]
     batch = random_batch() | {"image_id": np.arange(16, dtype=np.int32) + 85}  # holds 100
     counts = []
     for _ in range(4):  # epochs of two steps

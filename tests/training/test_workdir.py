@@ -208,7 +208,7 @@ def test_a_run_that_begins_with_weights_never_holds_two_states(whole_run, tmp_pa
         before = sum(array.nbytes for array in jax.live_arrays())
         run(tmp_path, config)
     ((fields, live),) = seen
-    assert fields == {"params", "momentum_params"}
+    assert fields == {"params", "momentum_params", "frozen_params"}
     assert live - before < 1000, "no state is there yet"
     ours, theirs = (stored_state(w, module=LinearTowers()) for w in (tmp_path, whole_run))
     jax.tree.map(

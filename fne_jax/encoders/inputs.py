@@ -1,0 +1,87 @@
+"""A batch through the two towers: all of them, or their frozen parts alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# The keys of a batch that each tower reads, and the key of what its frozen part makes of them.
+READ = {"image": ("image",), "text": ("input_ids", "attention_mask")}
+FEATURES = {"image": "image_features", "text": "text_features"}
+PixelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def normalize_pixels(
+    image: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
+) -> jax.Array:
+    """Returns pixels normalised by channel.
+
+    Args:
+      image: [batch, side, side, 3] uint8.
+      mean: The mean of each channel, with pixels in [0, 1].
+      std: The standard deviation of each channel, with pixels in [0, 1].
+
+    Returns:
+      [batch, side, side, 3] float32.
+    """
+    mean, std = (jnp.array(values).reshape(1, 1, 1, 3) for values in (mean, std))
+    return (image.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def embed(
+    apply_fn: Callable,
+    params: Any,
+    inputs: Mapping[str, jax.Array],
+    pixel_statistics: PixelStatistics,
+    dropout_rng: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the [batch, dim] embeddings of images and of captions.
+
+    Args:
+      apply_fn: The `apply` of the two towers.
+      params: The parameters that are used: without those of the frozen parts for which `inputs`
+        holds the features.
+      inputs: `image` [batch, side, side, 3] uint8 or `image_features`; `input_ids` and
+        `attention_mask` [batch, length] int32, and maybe `text_features`.
+      pixel_statistics: The mean and the standard deviation of each channel, in [0, 1].
+      dropout_rng: A key; None for no dropout.
+    """
+    features = {name: inputs[name] for name in FEATURES.values() if name in inputs}
+    image = inputs.get("image")
+    return apply_fn(
+        {"params": params},
+        None if image is None else normalize_pixels(image, *pixel_statistics),
+        inputs["input_ids"],
+        inputs["attention_mask"],
+        deterministic=dropout_rng is None,
+        rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+        **features,
+    )
+
+
+def frozen_features(
+    apply_fn: Callable,
+    params: Any,
+    inputs: Mapping[str, jax.Array],
+    pixel_statistics: PixelStatistics,
+) -> jax.Array:
+    """Returns what the frozen part of a tower makes of its inputs.
+
+    Args:
+      apply_fn: The `apply` of the two towers.
+      params: The parameters of the frozen parts.
+      inputs: Those keys of a batch that one tower reads, and no others.
+      pixel_statistics: The mean and the standard deviation of each channel, in [0, 1].
+
+    Returns:
+      [batch, tokens, width] hidden states in the compute dtype, or, of a tower that is frozen as a
+      whole, its [batch, width] float32 pooled output.
+    """
+    if "image" in inputs:
+        pixels = normalize_pixels(inputs["image"], *pixel_statistics)
+        return apply_fn({"params": params}, pixels, method="frozen_image")
+    tokens = inputs["input_ids"], inputs["attention_mask"]
+    return apply_fn({"params": params}, *tokens, method="frozen_text")
