@@ -128,7 +128,7 @@ def build_step(arrays, *, warmup):
             settings=settings,
             objective=objective,
             statistics_rule=StatisticsRule(ema_decay=1.0, steps_per_epoch=None),
-            write_queue=not warmup,
+            use_keys=not warmup,
         )
 
     return step

@@ -70,6 +70,7 @@ class Entry:
       main: How it is built for what follows the warm-up, or None if it cannot follow one.
       warmup: How it is built for the warm-up, or None if it cannot warm up.
       takes_positives: Whether an anchor may have several positives.
+      uses_keys: Whether it compares anchors with momentum embeddings, after the warm-up.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Entry:
     main: Role | None = None
     warmup: Role | None = None
     takes_positives: bool = False
+    uses_keys: bool = True
 
 
 def own_positives(features: Features) -> jax.Array:
@@ -243,6 +245,12 @@ def _sigmoid(config):
     )
 
 
+def uses_keys(config: ml_collections.ConfigDict) -> bool:
+    """Returns whether the objective after the warm-up reads momentum embeddings and the queue."""
+    online = config.objective.name == "hardest" and not config.objective.queue
+    return OBJECTIVES[config.objective.name].uses_keys and not online
+
+
 def uses_matches(config: ml_collections.ConfigDict) -> bool:
     """Returns whether a run's steps take a table of known matches."""
     return config.objective.oracle != NO_ORACLE or bool(config.data.matches)
@@ -309,6 +317,7 @@ OBJECTIVES: dict[str, Entry] = {
             source="SigLIP",
             main=Role(_sigmoid, ("objective.temperature", "objective.bias", *_MATCHES_FIELDS)),
             takes_positives=True,
+            uses_keys=False,
         ),
         Entry(
             name="clip",
@@ -316,6 +325,7 @@ OBJECTIVES: dict[str, Entry] = {
             source="CLIP",
             main=Role(_clip, ("objective.temperature",)),
             warmup=Role(_clip_warmup, ("warmup.temperature",)),
+            uses_keys=False,
         ),
         Entry(
             name="multi_positive",
@@ -323,6 +333,7 @@ OBJECTIVES: dict[str, Entry] = {
             source="SupCon",
             main=Role(_multi_positive, ("objective.temperature", *_MATCHES_FIELDS)),
             takes_positives=True,
+            uses_keys=False,
         ),
     )
 }

@@ -65,10 +65,11 @@ def jitted_steps(
     rule = registry.statistics_rule(config.fne, timeline.steps_per_epoch)
     common = {"settings": settings, "statistics_rule": rule}
     warmup, main = registry.warmup_objective(config), registry.main_objective(config)
+    use_keys = registry.uses_keys(config)
     steps = {
-        Phase.WARMUP: functools.partial(_warmup_step, objective=warmup, write_queue=False),
-        Phase.WARMUP_FILLING: functools.partial(_warmup_step, objective=warmup, write_queue=True),
-        Phase.FNE: functools.partial(train_step, objective=main, write_queue=True),
+        Phase.WARMUP: functools.partial(_warmup_step, objective=warmup, use_keys=False),
+        Phase.WARMUP_FILLING: functools.partial(_warmup_step, objective=warmup, use_keys=True),
+        Phase.FNE: functools.partial(train_step, objective=main, use_keys=use_keys),
     }
     known = (replicated,) if registry.uses_matches(config) else ()
     return {

@@ -69,7 +69,7 @@ def train_step(
     settings: StepSettings,
     objective: Objective,
     statistics_rule: StatisticsRule,
-    write_queue: bool,
+    use_keys: bool,
 ) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
     """Updates momentum encoders, statistics, weights and queue with one batch.
 
@@ -86,7 +86,9 @@ def train_step(
       settings: What all steps of the run have in common.
       objective: The loss in this phase of the run.
       statistics_rule: How the batch enters the similarity statistics.
-      write_queue: Whether the batch's momentum embeddings enter the queue.
+      use_keys: Whether the momentum encoders embed the batch, for the objective and the queue.
+        Without it neither is there for the objective; the momentum encoders are updated all the
+        same.
 
     Returns:
       The new state; scalars for the log, `applied` being 0 where the batch was not; and the
@@ -120,14 +122,15 @@ def train_step(
     with jax.named_scope(FROZEN_ENCODERS):
         inputs = _frozen_features(state, batch, settings)
     base = freezing.split(settings.module, state.frozen_params)[freezing.Part.BASE]
-    with jax.named_scope(MOMENTUM_ENCODERS):
-        momentum_embeddings = passes.embed(encode, (momentum_params, base), inputs)
-    with jax.named_scope(QUEUE):
-        momentum_image, momentum_text = layout.replicated(momentum_embeddings)
+    momentum = None, None
+    if use_keys:
+        with jax.named_scope(MOMENTUM_ENCODERS):
+            momentum = passes.embed(encode, (momentum_params, base), inputs)
+        with jax.named_scope(QUEUE):
+            momentum = layout.replicated(momentum)
 
     @jax.named_scope(OBJECTIVE)
     def loss_fn(image, text, learned):
-        momentum = momentum_image, momentum_text
         split = RowSplit(layout.mesh.size, layout.rows)
         features = Features(
             image, text, *momentum, image_id, same_image, matches, learned or None, split
@@ -143,12 +146,12 @@ def train_step(
     with jax.named_scope(OPTIMIZER):
         gradient_norm = optax.tree.norm(grads)
         applied = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-        applied &= jnp.isfinite(momentum_image).all() & jnp.isfinite(momentum_text).all()
+        for rows in momentum if use_keys else ():
+            applied &= jnp.isfinite(rows).all()
     queue = state.queue
-    if write_queue:
+    if use_keys:
         with jax.named_scope(QUEUE):
-            rows = momentum_image, momentum_text, image_id, pair_id
-            queue = queue.enqueue(*rows, where=applied)
+            queue = queue.enqueue(*momentum, image_id, pair_id, where=applied)
     with jax.named_scope(OPTIMIZER):
         new = state.apply_gradients(
             grads=grads, momentum_params=momentum_params, stats=stats, queue=queue

@@ -457,3 +457,31 @@ def test_a_profile_marks_its_five_steps(tmp_path):
         events = json.load(file)["traceEvents"]
     marked = [int(e["args"]["step_num"]) for e in events if e.get("name") == "train"]
     assert marked == [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(("name", "used"), [("clip", False), ("infonce", True)])
+def test_momentum_encoders_embed_only_what_is_compared(name, used):
+    config = tiny_config(objective__name=name, warmup__objective="hardest", fne__start_epoch=1.0)
+    mesh, schedule = mesh_of(1), optax.constant_schedule(0.1)
+    state = new_state(config, LinearTowers(), mesh, schedule)
+    steps = new_steps(config, Timeline.of(config, 7), LinearTowers(), mesh, schedule, state)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    batch = {
+        "image": jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.uint8),
+        **{n: jax.ShapeDtypeStruct((16, 8), jnp.int32) for n in ("input_ids", "attention_mask")},
+        **{n: jax.ShapeDtypeStruct((16,), jnp.int32) for n in ("image_id", "pair_id")},
+    }
+    embeds = {
+        phase: "/momentum_encoders/" in step.lower(like, batch).compile().as_text()
+        for phase, step in steps.items()
+    }
+    assert embeds == {Phase.WARMUP: False, Phase.WARMUP_FILLING: True, Phase.FNE: used}
+    rows = {
+        name: np.zeros(array.shape, array.dtype) + (array.dtype == jnp.int32)
+        for name, array in batch.items()
+    }
+    before = jax.tree.map(np.asarray, state.momentum_params)
+    state, _, _ = steps[Phase.FNE](state, sharding.to_devices(rows, mesh))
+    state, scalars, _ = steps[Phase.FNE](state, sharding.to_devices(rows, mesh))
+    assert (np.asarray(state.momentum_params["text"]["kernel"]) != before["text"]["kernel"]).any()
+    assert (scalars["queue_filled"] > 0) == used
