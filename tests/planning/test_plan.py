@@ -10,8 +10,10 @@ from jax.sharding import PartitionSpec
 
 from fne_jax import config_rules, configuration, plan
 from fne_jax.errors import UserError
+from fne_jax.model.model import build_model
 from fne_jax.planning import program, published, summary, topology, useful
 from fne_jax.planning.accounting import Collective, account
+from fne_jax.training import train_state
 from tests.support import TOP
 from tests.support.runs import mesh_of
 from tests.support.tiny import tiny_config
@@ -291,9 +293,10 @@ def test_the_plan_of_a_tiny_run(tiny_plan):
     assert sizes["queue"] == 40 * (2 * 16 + 2) * 4 + 4
     assert sizes["batch"] == (16 // 4) * (8 * 8 * 3 + 2 * 8 * 4 + 2 * 4)
     assert found["hbm_bytes_per_chip"] >= sum(sizes.values()) * 0.9
-    shares = [found["work_per_chip"][s]["flops"] / found["flops_per_chip"] for s in summary.SCOPES]
+    scopes = [scope for scope in summary.SCOPES if scope != "frozen_encoders"]  # nothing is frozen
+    shares = [found["work_per_chip"][s]["flops"] / found["flops_per_chip"] for s in scopes]
     np.testing.assert_allclose(sum(shares), 1, atol=0.02)
-    assert found["strategy_flop_share"] == pytest.approx(sum(shares[4:]), abs=0.02)
+    assert found["strategy_flop_share"] == pytest.approx(sum(shares[3:]), abs=0.02)
     assert found["flops"] == 4 * found["flops_per_chip"]
 
     def tower(tokens):  # four projections, two of the MLP, scores and their product with values
@@ -328,8 +331,8 @@ metadata={op_name="jit(step)/momentum_encoders/mine/pallas_call"}
     assert found["roofline_bound_by"] == "memory"
     seconds = found["hbm_traffic_bytes_per_chip"] / 1e6
     assert found["roofline_step_seconds"] == seconds
-    # Four forward passes over each pair of the batch of 16.
-    assert found["roofline_mfu"] == pytest.approx(4 * 500 * 16 / (1e9 * seconds))
+    # Useful operations on each pair of the batch of 16.
+    assert found["roofline_mfu"] == pytest.approx(500 * 16 / (1e9 * seconds))
     assert found["roofline_pairs_per_second"] == pytest.approx(16 / seconds)
     assert found["roofline_hours"] == pytest.approx(2 * 3 * seconds / 3600)
     mine = {"kernel": "mine", "scope": "momentum_encoders", "count": 1, "flops": None}
@@ -339,13 +342,35 @@ metadata={op_name="jit(step)/momentum_encoders/mine/pallas_call"}
     assert "unknown FLOPs  mine" in rendered and "roofline_mfu" in rendered
 
 
+def test_frozen_layers_are_useful_once_and_kept_ones_never():
+    def useful(**fields):
+        layers = {"encoder__image__layers": 2, "encoder__text__layers": 2}
+        config = tiny_config(data__augmentation="none", **layers, **fields)
+        model = build_model(config, {}, range(config.data.vocab_size), mesh_of(1))
+        state = train_state.abstract_state(model, lambda _: 0.0)
+        return program._useful_flops(config, {}, state.all_params)
+
+    def layer(tokens):  # four projections, two of the MLP, scores and their product with values
+        return 2 * tokens * 16 * (4 * 16 + 2 * 16) + 2 * (2 * tokens * tokens * 16)
+
+    patches = 2 * 4 * 48 * 16
+    image, text = 2 * layer(5) + patches, 2 * layer(8)
+    assert useful() == 4 * (image + text)
+    half = {"encoder__image__frozen_layers": "1"}
+    assert useful(**half) == 4 * (layer(5) + text) + layer(5) + patches
+    assert useful(**half, data__keep_frozen=True) == 4 * (layer(5) + text)
+    projected = 2 * 2 * 16 * 12
+    whole = {"encoder__text__frozen_layers": "all", "encoder__projection_dim": 12}
+    assert useful(**whole) == 4 * (image + projected) + text
+
+
 def program_state():
     """A train state without arrays, whose sizes do not matter."""
     from fne_jax.training.train_state import TrainState
 
     return TrainState(
-        step=None, apply_fn=None, params={}, tx=None, opt_state=(), momentum_params={}, queue=None,
-        stats=None, key=None,
+        step=None, apply_fn=None, params={}, tx=None, opt_state=(), frozen_params={},
+        momentum_params={}, queue=None, stats=None, key=None,
     )  # fmt: skip
 
 
