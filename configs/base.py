@@ -119,7 +119,7 @@ def get_config() -> ConfigDict:
     # frozen; 0 for none.
     image.lora_rank = 0
     encoder.text = text = ConfigDict()
-    # As above.
+    # As above, or of a folder of sentence-transformers.
     text.pretrained = ""
     text.max_length = 512  # position embeddings, the most tokens of a caption
     text.width = 768  # dimension of the tokens between layers

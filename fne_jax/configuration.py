@@ -26,6 +26,7 @@ from fne_jax.config_rules import (
     validate,
 )
 from fne_jax.encoders import towers
+from fne_jax.encoders.architectures import SENTENCE_MODULES
 from fne_jax.encoders.dual_encoder import CHECKPOINT
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
@@ -182,8 +183,8 @@ def with_model_defaults(
 ) -> ml_collections.ConfigDict:
     """Returns a config whose fields left open ("auto", 0, ()) are those of its towers' models.
 
-    These are the poolings, the mean and deviation of the pixels, the tokenizer, the length of
-    captions, and the temperature and the bias of the objective.
+    These are the poolings, the mean and deviation of the pixels, the tokenizer, the prompt and the
+    length of captions, and the temperature and the bias of the objective.
 
     Args:
       config: As loaded; see configs/base.py.
@@ -199,18 +200,26 @@ def with_model_defaults(
         defaults[tower] = _DEFAULTS.get(model_type, _PAPER)
         if config.encoder[tower].pooling == "auto":
             config.encoder[tower].pooling = defaults[tower].pooling
+            modules = architectures.get(tower, {}).get(SENTENCE_MODULES)
+            if modules:
+                own = CHECKPOINT if modules["dense"] else modules["pooling"]
+                config.encoder[tower].pooling = own
     if config.encoder.text.training_pooling == "auto":
         config.encoder.text.training_pooling = config.encoder.text.pooling
     if not config.image_mean:
         config.image_mean = defaults["image"].pixels[0]
     if not config.image_std:
         config.image_std = defaults["image"].pixels[1]
+    modules = architectures.get("text", {}).get(SENTENCE_MODULES, {})
     if not config.data.text_length:
-        config.data.text_length = _TEXT_LENGTH
+        config.data.text_length = min(_TEXT_LENGTH, modules.get("max_seq_length") or _TEXT_LENGTH)
         if defaults["text"].full_length:
             config.data.text_length = towers.text_positions(config.encoder, architectures["text"])
     if not config.evaluation.text_length:
         config.evaluation.text_length = config.data.text_length
+    _check_text_lengths(config, modules.get("max_seq_length"))
+    if config.data.prompt == "auto":
+        config.data.prompt = modules.get("prompt", "")
     if config.data.tokenizer == "auto":
         config.data.tokenizer = config.encoder.text.pretrained or "train"
     learned = _scalars_of_pair(config, architectures)
@@ -221,6 +230,15 @@ def with_model_defaults(
         config.objective.bias = learned.get("logit_bias", _BIAS)
     check_learned(config.objective)
     return config
+
+
+def _check_text_lengths(config, most):
+    for part in ("data", "evaluation") if most else ():
+        if config[part].text_length > most:
+            raise UserError(
+                f"config.{part}.text_length is {config[part].text_length}, more than the {most} "
+                f"tokens that {config.encoder.text.pretrained} takes (its max_seq_length)"
+            )
 
 
 def _scalars_of_pair(config, architectures):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 
+from fne_jax.encoders import sentence_modules
+from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.dual_encoder import CHECKPOINT, DualEncoder
+from fne_jax.encoders.hub_files import CONFIG, find_folder, read_config
 from fne_jax.encoders.model_types import MODELS
 from fne_jax.encoders.transformer import ACTIVATIONS, Tower
 from fne_jax.errors import UserError
@@ -19,11 +23,31 @@ _ADVICE = {
 }
 
 
+# The key of what is no part of a config.json, but of the folder around it.
+SENTENCE_MODULES = "sentence_transformers"
+
+
+def read_architecture(
+    path_or_hub_name: str | os.PathLike, revision: str | None = None
+) -> dict[str, Any]:
+    """Returns the content of a model's config.json, from a local folder or the hub.
+
+    For a folder of sentence-transformers it also has, under `SENTENCE_MODULES`, what `read_modules`
+    returns.
+
+    Raises:
+      UserError: if there is no such model.
+    """
+    folder = find_folder(path_or_hub_name, revision, [CONFIG, *sentence_modules.FILES])
+    modules = sentence_modules.read_modules(folder)
+    return read_config(folder) | ({SENTENCE_MODULES: modules} if modules else {})
+
+
 def build_from_architecture(fields: Mapping[str, Any], where: str) -> nn.Module:
     """Returns the module that `load_pretrained` would, from `read_architecture`'s fields alone.
 
     Args:
-      fields: The content of a config.json.
+      fields: What `read_architecture` returned.
       where: The file's name, for errors.
 
     Raises:
@@ -32,7 +56,16 @@ def build_from_architecture(fields: Mapping[str, Any], where: str) -> nn.Module:
     config = _parse_config(fields, where)
     towers = MODELS[config.model_type].towers
     if len(towers) == 1:
-        return _build_tower(towers[0], config, f"{where}: ")
+        tower = _build_tower(towers[0], config, f"{where}: ")
+        modules = fields.get(SENTENCE_MODULES)
+        if not modules:
+            return tower
+        if not isinstance(tower, Bert):
+            raise UserError(
+                f"{where} is of type {config.model_type}, which is no encoder of texts, but there "
+                f"are modules of sentence-transformers beside it ({sentence_modules.MODULES})"
+            )
+        return tower.clone(sentence_head=sentence_modules.head_of(modules))
     image, text = (
         _build_tower(tower, getattr(config, part), f"{where}: {part}.")
         for tower, part in zip(towers, ("vision_config", "text_config"), strict=True)

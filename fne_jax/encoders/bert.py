@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from fne_jax.encoders.layouts import DENSE, NORM, TABLE, TEXT_SIZES, Layout
+from fne_jax.encoders.sentence_modules import SentenceEmbedding, SentenceHead
 from fne_jax.encoders.transformer import EncoderOutput, TextTower, layer_norm
 
 
@@ -14,12 +15,15 @@ class Bert(TextTower):
     Attributes:
       segments: Number of segment ("token type") embeddings, of which every token gets that of
         segment 0; 0 for none.
+      sentence_head: What makes an embedding of a text in a folder of sentence-transformers, if
+        there is more than pooling; None for none.
     """
 
     segments: int = 2
+    sentence_head: SentenceHead | None = None
 
     pre_norm = False
-    after_layers = ()
+    after_layers = ("sentence_head",)
 
     layout = Layout(
         fields={**TEXT_SIZES, "segments": "type_vocab_size"},
@@ -43,6 +47,11 @@ class Bert(TextTower):
         ),
     )
 
+    @property
+    def pooled_dim(self) -> int:
+        """The dimension of `pooled`; 0 without a head."""
+        return self.sentence_head.layers[-1].features if self.sentence_head else 0
+
     def embed(self, inputs: jax.Array) -> jax.Array:
         """Returns the [batch, tokens, width] normalised embeddings of [batch, tokens] token ids."""
         # Normalised right away, so that only the relative scale of the embeddings matters.
@@ -55,3 +64,10 @@ class Bert(TextTower):
         """Returns the hidden states as they are."""
         del inputs
         return EncoderOutput(hidden)
+
+    def pool(self, out: EncoderOutput, mask: jax.Array | None) -> EncoderOutput:
+        """Returns the hidden states, and `pooled` by the head if there is one."""
+        if self.sentence_head is None:
+            return out
+        head = SentenceEmbedding(self.sentence_head, name="sentence_head")
+        return out.replace(pooled=head(out.last_hidden_state, mask))

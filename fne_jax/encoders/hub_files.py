@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -22,16 +23,6 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-def read_architecture(path_or_hub_name: str | os.PathLike, revision: str | None = None) -> dict:
-    """Returns the content of a model's config.json, from a local folder or the hub.
-
-    Raises:
-      UserError: if there is no such model.
-    """
-    folder = find_folder(path_or_hub_name, revision, [CONFIG])
-    return read_config(folder)
 
 
 def find_folder(
@@ -74,16 +65,22 @@ def read_config(folder: pathlib.Path) -> dict:
     path = folder / CONFIG
     if not path.exists():
         raise UserError(f"{folder} holds no {CONFIG}; give the folder of a Hugging Face model")
-    return _read_json(path)
+    return read_json(path)
 
 
-def _read_json(path):
+def read_json(path: pathlib.Path, kind: type = dict) -> Any:
+    """Returns the content of a file of a model, a dict or what `kind` says.
+
+    Raises:
+      UserError: if the file is not there, or damaged.
+    """
     try:
         content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (no JSON object); fetch it again")
+    if not isinstance(content, kind):
+        name = "object" if kind is dict else "array"
+        raise UserError(f"{path} is damaged (no JSON {name}); fetch it again")
     return content
 
 
@@ -122,7 +119,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if (folder / INDEX).exists():
-        index = _read_json(folder / INDEX)
+        index = read_json(folder / INDEX)
         paths = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
         absent = [path.name for path in paths if not path.exists()]
         if absent or not paths:

@@ -178,7 +178,7 @@ def test_dropout_is_off_unless_asked_for(pixels):
         ("image.heads", 5, "encoder.image.width is 768, which 5 heads"),
         ("image.image_size", 100, "not a multiple of patch_size 16"),
         ("text.width", 384, "the towers' widths differ"),
-        ("text.pooling", "max", "expected one of mean, mean_with_padding, mean_to_longest, first"),
+        ("text.pooling", "last", "expected one of mean, mean_with_padding, mean_to_longest, first"),
         ("compute_dtype", "float16", "expected float32 or bfloat16"),
         (
             "attention",

@@ -205,8 +205,24 @@ def test_names_go_to_the_hub(golden, monkeypatch, tmp_path):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     load_pretrained("some/vit", revision="v2")
-    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-    assert asked == [("some/vit", {"revision": "v2", "allow_patterns": patterns})]
+    assert asked == [
+        (
+            "some/vit",
+            {
+                "revision": "v2",
+                "allow_patterns": [
+                    "config.json",
+                    "model*.safetensors",
+                    "model.safetensors.index.json",
+                    "modules.json",
+                    "config_sentence_transformers.json",
+                    "sentence_*_config.json",
+                    "*/config.json",
+                    "*_Dense/model.safetensors",
+                ],
+            },
+        )
+    ]
 
 
 def interpolated(grid, new):
