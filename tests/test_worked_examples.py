@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fne_jax
-from fne_jax.encoders import layouts
+from fne_jax.encoders import model_types, pretrained_weights
 from fne_jax.encoders.architectures import build_from_architecture
 from fne_jax.errors import UserError
 from fne_jax.objectives.features import Features
@@ -55,7 +55,7 @@ def test_every_example_is_followed():
     assert headings == [
         "An objective: soft-margin triplets",
         "A source: captions in text files",
-        "An encoder: RoBERTa",
+        "An encoder: ELECTRA",
     ]
 
 
@@ -111,47 +111,44 @@ def test_the_source(follow, tmp_path):
 
 
 @pytest.fixture
-def roberta(follow, monkeypatch):
-    """Lets the package know RoBERTa, as the example says; returns a tiny one's config.json."""
-    modules = follow("### An encoder: RoBERTa")
-    tower, changed = modules["roberta.py"].Roberta, modules["layouts.py"]
-    monkeypatch.setitem(layouts.LAYOUTS, tower, changed.LAYOUTS[tower])
-    monkeypatch.setitem(layouts.MODELS, "roberta", changed.MODELS["roberta"])
+def electra(follow, monkeypatch):
+    """Lets the package know ELECTRA, as the example says; returns a tiny one's config.json."""
+    modules = follow("### An encoder: ELECTRA")
+    monkeypatch.setitem(model_types.MODELS, "electra", modules["model_types.py"].MODELS["electra"])
+    monkeypatch.setattr(pretrained_weights, "IGNORED", modules["layouts.py"].IGNORED)
     return {
-        "model_type": "roberta",
+        "model_type": "electra",
         "vocab_size": 30,
+        "embedding_size": 6,
         "hidden_size": 8,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 12,
         "max_position_embeddings": 9,
-        "type_vocab_size": 1,
-        "pad_token_id": 1,
     }
 
 
-def test_the_encoder_is_built_from_its_config(roberta):
-    module = build_from_architecture(roberta, "config.json")
+def test_the_encoder_is_built_from_its_config(electra):
+    module = build_from_architecture(electra, "config.json")
     ids = jnp.ones((2, 7), int)
     shapes = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
-    assert shapes["segment_embedding"].shape == (1, 8)
-    with pytest.raises(ValueError, match="at most 7 tokens, got 8"):
-        jax.eval_shape(module.apply, {"params": shapes}, jnp.ones((2, 8), int), ids)
+    assert shapes["word_embedding"].shape == (30, 6)
+    assert shapes["embedding_projection"]["kernel"].shape == (6, 8)
 
 
 @pytest.mark.slow
-def test_the_encoder_agrees_with_transformers(roberta, tmp_path):
+def test_the_encoder_agrees_with_transformers(electra, tmp_path):
     torch = importlib.import_module("torch")
     transformers = importlib.import_module("transformers")
     torch.manual_seed(0)
-    theirs = transformers.RobertaModel(transformers.RobertaConfig(**roberta)).eval()
+    theirs = transformers.ElectraForPreTraining(transformers.ElectraConfig(**electra)).eval()
     theirs.save_pretrained(tmp_path / "theirs")
-    ids = np.array([[5, 7, 9, 11], [6, 8, 1, 1]])
-    mask = (ids != 1).astype(int)
+    ids = np.array([[5, 7, 9, 11], [6, 8, 0, 0]])
+    mask = (ids != 0).astype(int)
     with torch.no_grad():
-        expected = theirs(torch.tensor(ids), torch.tensor(mask)).last_hidden_state.numpy()
+        expected = theirs.electra(torch.tensor(ids), torch.tensor(mask)).last_hidden_state.numpy()
     module, params = fne_jax.load_pretrained(tmp_path / "theirs")
-    assert type(module).__name__ == "Roberta"
+    assert type(module).__name__ == "Electra"
     hidden = module.apply({"params": params}, jnp.array(ids), jnp.array(mask)).last_hidden_state
     np.testing.assert_allclose(
         np.where(mask[..., None], hidden, 0), np.where(mask[..., None], expected, 0), atol=2e-6
