@@ -108,8 +108,9 @@ def get_config() -> ConfigDict:
     image.heads = 12  # attention heads of a layer; they divide the width
     image.mlp_width = 3072  # hidden dimension of each layer's MLP
     image.dropout = 0.0  # share of activations dropped while training
-    # mean over all tokens, class token included; first (the class token); checkpoint (the
-    # embedding of CLIP and SigLIP themselves); or auto (checkpoint where there is one, else mean).
+    # mean over all tokens, class token included; first (the class token); first_and_mean (it beside
+    # the mean of the others, twice as wide); checkpoint (the embedding of CLIP and SigLIP
+    # themselves); or auto (checkpoint where there is one, else mean).
     image.pooling = "auto"
     # Layers that are frozen, from the bottom, the embeddings with them: "none", "all" (with the
     # norm and the head after them), or how many, e.g. "6". They have no gradient, no moments, no

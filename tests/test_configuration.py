@@ -253,7 +253,7 @@ def builds(config):
     schedule = learning_rate_schedule(config.optimizer, 7, timeline.total_steps)
     assert all(np.isfinite(schedule(step)) for step in (0, 1, timeline.total_steps))
     state = abstract_state(model, schedule)
-    jitted_steps(config, timeline, mesh, schedule, state)
+    jitted_steps(config, timeline, model, schedule, state)
     assert timeline.phase(0) and state.step.shape == ()
 
 
@@ -289,7 +289,7 @@ def test_no_allowed_optimizer_makes_weights_other_than_finite(name):
     rule = config_rules.FIELDS[f"optimizer.{name}"]
     for value in (float(rule.low), float(rule.high)):
         optimizer[name] = value
-        update = build_optimizer(optimizer, optax.constant_schedule(1.0))
+        update = build_optimizer(optimizer, optax.constant_schedule(1.0), None)
         params = {"image": {"kernel": jnp.array([0.0, 1.0, -1e18, 1e-38])}}
         state = update.init(params)
         for gradient in (0.0, 1e-45, 1.0, 1e18, 0.0):

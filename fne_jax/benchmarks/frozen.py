@@ -119,7 +119,9 @@ def _step(model: Model):
     memory = compiled.memory_analysis()
     return run, {
         "scratch_bytes": memory.temp_size_in_bytes,
-        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(like.stored())),
+        "state_bytes": sum(
+            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like.stored())
+        ),
     }
 
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fne_jax.encoders.transformer import ALL, EncoderOutput, dense
+from fne_jax.encoders.transformer import ALL, EncoderOutput, dense, layer_norm
 from fne_jax.errors import UserError
 
 # Floor of the norm that an embedding is divided by, as in PyTorch's `normalize`.
@@ -58,17 +58,33 @@ def pool_max(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask[..., None] > 0, hidden.astype(jnp.float32), -1e9).max(axis=1)
 
 
+def pool_first_and_mean(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the first token beside the mean of the others, as DINOv2 is read by linear layers.
+
+    Args:
+      hidden: [batch, tokens, dim] hidden states.
+      mask: [batch, tokens], 0 at padding.
+
+    Returns:
+      [batch, 2 * dim] float32.
+    """
+    return jnp.concatenate([pool_first(hidden, mask), pool_mean(hidden[:, 1:], mask[:, 1:])], -1)
+
+
 # The pooling of a text that depends on the other texts of its batch.
 LONGEST_POOLING = "mean_to_longest"
+# The pooling that is twice as wide as a token.
+FIRST_AND_MEAN = "first_and_mean"
 POOLINGS = {
     "mean": pool_mean,
     "mean_with_padding": pool_mean_with_padding,
     LONGEST_POOLING: pool_mean_to_longest,
     "first": pool_first,
     "max": pool_max,
+    FIRST_AND_MEAN: pool_first_and_mean,
 }
 # The poolings that do not look at the hidden states of padding.
-IGNORING_PADDING = ("mean", "first")
+IGNORING_PADDING = ("mean", "first", "max", FIRST_AND_MEAN)
 # The pooling that takes a tower's own `EncoderOutput.pooled`.
 CHECKPOINT = "checkpoint"
 
@@ -196,7 +212,7 @@ class DualEncoder(nn.Module):
 
 
 class Projection(nn.Module):
-    """A hidden layer and a bias-free matrix, for towers that are frozen.
+    """A LayerNorm, a hidden layer and a bias-free matrix, for towers that are frozen.
 
     Attributes:
       dim: Dimension of the output.
@@ -209,7 +225,9 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, pooled: jax.Array) -> jax.Array:
         """Returns the [batch, dim] float32 projection of [batch, width] pooled outputs."""
-        hidden = jax.nn.gelu(dense(self.hidden, jnp.float32, "hidden")(pooled))
+        # The epsilon of ViT's and BERT's.
+        normed = layer_norm(1e-12, jnp.float32, "norm")(pooled)
+        hidden = jax.nn.gelu(dense(self.hidden, jnp.float32, "hidden")(normed))
         return dense(self.dim, jnp.float32, "output", use_bias=False)(hidden)
 
 

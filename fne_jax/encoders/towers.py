@@ -14,7 +14,7 @@ import ml_collections
 from fne_jax.encoders.architectures import build_from_architecture, read_architecture
 from fne_jax.encoders.attention import check_name
 from fne_jax.encoders.bert import Bert
-from fne_jax.encoders.dual_encoder import CHECKPOINT, POOLINGS, DualEncoder
+from fne_jax.encoders.dual_encoder import CHECKPOINT, FIRST_AND_MEAN, POOLINGS, DualEncoder
 from fne_jax.encoders.freezing import TOWERS, parse_frozen_layers
 from fne_jax.encoders.pretrained_weights import load_pretrained, read_scalars
 from fne_jax.encoders.transformer import ALL, TextTower, Tower
@@ -115,7 +115,7 @@ def build_dual_encoder(
                 f"config.encoder.{field} is {pooling!r}; expected one of {', '.join(known)}"
             )
     widths = tuple(
-        tower.pooled_dim if encoder[name].pooling == CHECKPOINT else tower.width
+        _pooled_width(tower, encoder[name].pooling)
         for name, tower in (("image", image), ("text", text))
     )
     if widths[0] != widths[1] and not encoder.projection_dim:
@@ -131,6 +131,12 @@ def build_dual_encoder(
         projection_dim=encoder.projection_dim,
         projection_hidden=encoder.projection_hidden,
     )
+
+
+def _pooled_width(tower, pooling):
+    if pooling == CHECKPOINT:
+        return tower.pooled_dim
+    return 2 * tower.width if pooling == FIRST_AND_MEAN else tower.width
 
 
 def text_positions(encoder: ml_collections.ConfigDict, architecture: Mapping[str, Any]) -> int:

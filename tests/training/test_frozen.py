@@ -10,6 +10,7 @@ from fne_jax import config_rules
 from fne_jax.data.batches import BatchOrder
 from fne_jax.data.loading import load_split
 from fne_jax.encoders import freezing
+from fne_jax.encoders.dual_encoder import POOLINGS, Projection
 from fne_jax.encoders.low_rank import LowRankDense, merge_factors
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.encoders.transformer import TransformerLayer
@@ -382,3 +383,33 @@ def test_augmented_images_are_not_kept_but_captions_are(tmp_path):
     # The validation split's images are not augmented.
     assert names == ["image", "text", "text"]
     assert BatchOrder(0, 120, 16).steps_per_epoch == int(stored_state(tmp_path / "run").step)
+
+
+def test_a_class_token_is_pooled_beside_the_mean_of_the_others():
+    hidden = jax.random.normal(jax.random.key(0), (2, 5, 3))
+    mask = jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    pooled = POOLINGS["first_and_mean"](hidden, mask)
+    expected = [
+        np.concatenate([row[0], row[1 : 1 + others].mean(axis=0)])
+        for row, others in zip(np.asarray(hidden), (2, 4), strict=True)
+    ]
+    np.testing.assert_allclose(pooled, expected, rtol=1e-6)
+    config = tiny_config(encoder__image__pooling="first_and_mean")
+    with pytest.raises(UserError, match=r"widths differ \(32 and 16\)"):
+        build_dual_encoder(config.encoder, 30)
+
+
+def test_a_projection_may_have_a_hidden_layer():
+    x = jax.random.normal(jax.random.key(0), (4, 7))
+    head = Projection(dim=3, hidden=11)
+    params = head.init(jax.random.key(1), x)["params"]
+    assert jax.tree.map(jnp.shape, params) == {
+        "norm": {"scale": (7,), "bias": (7,)},
+        "hidden": {"kernel": (7, 11), "bias": (11,)},
+        "output": {"kernel": (11, 3)},
+    }
+    normed = (x - x.mean(axis=1, keepdims=True)) / x.std(axis=1, keepdims=True)
+    hidden = jax.nn.gelu(normed @ params["hidden"]["kernel"])
+    np.testing.assert_allclose(
+        head.apply({"params": params}, x), hidden @ params["output"]["kernel"], rtol=1e-4, atol=1e-5
+    )
