@@ -75,9 +75,9 @@ class Features:
     Attributes:
       image: [batch, dim] online image embeddings.
       text: [batch, dim] online text embeddings of the matching captions.
-      momentum_image: [batch, dim] the momentum encoder's embeddings of the same images; None for an
-        objective that compares online embeddings alone.
-      momentum_text: [batch, dim] the momentum encoder's embeddings of the same captions, or None.
+      momentum_image: [batch, dim] the momentum encoder's embeddings of the same images. A train step
+        leaves both out for objectives that do not use keys, as the registry says.
+      momentum_text: [batch, dim] the momentum encoder's embeddings of the same captions.
       image_id: [batch] integer ids of the images.
       same_image: [batch, batch] bool, true where two pairs count as one image in losses and
         statistics within the batch; None leaves only the diagonal out.
@@ -89,8 +89,8 @@ class Features:
 
     image: jax.Array
     text: jax.Array
-    momentum_image: jax.Array | None
-    momentum_text: jax.Array | None
+    momentum_image: jax.Array
+    momentum_text: jax.Array
     image_id: jax.Array
     same_image: jax.Array | None = None
     matches: Matches | None = None
