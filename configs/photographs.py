@@ -13,8 +13,8 @@ from configs import base
 
 def get_config():
     config = base.get_config()
-    config.num_epochs = 3.0
-    config.global_batch_size = 128
+    config.num_epochs = 2.5
+    config.global_batch_size = 256
     config.momentum = 0.99
     config.queue_size = 4096
 
@@ -25,8 +25,8 @@ def get_config():
     image.frozen_layers = "all"
     text.pretrained = "sentence-transformers/all-MiniLM-L6-v2"
     text.frozen_layers = "2"
-    config.encoder.projection_dim = 384
-    config.encoder.projection_hidden = 1024
+    config.encoder.projection_dim = 1024
+    config.encoder.projection_hidden = 2048
     config.encoder.compute_dtype = "float32"
 
     # The image tower runs once over each image, and its output is read from a file from then on.
@@ -35,13 +35,13 @@ def get_config():
     config.data.text_length = 20
 
     config.objective.name = "clip"
-    config.objective.temperature = 0.05
-    config.warmup.objective = "clip"
-    config.fne.start_epoch = 0.0
+    config.objective.temperature = 0.1
+    config.fne.start_epoch = 0.0  # no warm-up
     config.evaluation.per_epoch = 1
 
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.text_factor = 0.2
+    config.optimizer.text_factor = 0.3
+    config.optimizer.layer_decay = 0.65
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_epochs = 0.2
     config.optimizer.weight_decay = 0.05

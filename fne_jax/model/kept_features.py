@@ -86,7 +86,7 @@ def keep(
         batch_size = embedder.batch_size
         if training:
             batch_size = config.global_batch_size // config.micro_batches
-        about = _about(embedder, params, tower, dataset, tokens, batch_size)
+        about = _about(embedder, params, tower, dataset, tokens, batch_size, config.data.resize_to)
         mask = None if tower == "image" else _mask(module, tokens[1])
         count = len(dataset.image_id if tower == "image" else dataset.captions)
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -114,7 +114,7 @@ def _cache(config):
     return pathlib.Path(files.expand_home(config.data.cache_dir))
 
 
-def _about(embedder, params, tower, dataset, tokens, batch_size) -> dict[str, Any]:
+def _about(embedder, params, tower, dataset, tokens, batch_size, resize_to) -> dict[str, Any]:
     """Returns all that the rows depend on, to the last bit."""
     module, mesh = embedder.module, embedder.mesh
     encoder = getattr(module, tower)
@@ -128,7 +128,8 @@ def _about(embedder, params, tower, dataset, tokens, batch_size) -> dict[str, An
     if encoder.frozen_layers == ALL:
         about["pooling"] = getattr(module, f"{tower}_pooling")
     if tower == "image":
-        return about | {"pixels": embedder.pixel_statistics}
+        # The checksum of the data is that of its sources.
+        return about | {"pixels": embedder.pixel_statistics, "resize_to": resize_to}
     return about | {"tokens": hashlib.sha256(b"".join(map(np.ndarray.tobytes, tokens))).hexdigest()}
 
 

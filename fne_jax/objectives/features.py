@@ -75,8 +75,8 @@ class Features:
     Attributes:
       image: [batch, dim] online image embeddings.
       text: [batch, dim] online text embeddings of the matching captions.
-      momentum_image: [batch, dim] the momentum encoder's embeddings of the same images. A train step
-        leaves both out for objectives that do not use keys, as the registry says.
+      momentum_image: [batch, dim] the momentum encoder's embeddings of the same images. Train steps
+        leave both out for objectives that use no keys, as the registry says.
       momentum_text: [batch, dim] the momentum encoder's embeddings of the same captions.
       image_id: [batch] integer ids of the images.
       same_image: [batch, batch] bool, true where two pairs count as one image in losses and

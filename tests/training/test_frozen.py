@@ -225,7 +225,13 @@ def test_kept_features_are_of_their_weights_their_data_and_their_program(tmp_pat
 
     first = kept()
     assert len(first) == 1 and kept() == first
-    for other in ({"seed": 1}, {"batch": 8}, {"data__synthetic__seed": 1}):
+    for other in (
+        {"seed": 1},
+        {"batch": 8},
+        {"data__synthetic__seed": 1},
+        {"data__resize_to": 6},
+        {"image_mean": (0.4, 0.5, 0.6)},
+    ):
         more = kept(**other)
         assert len(more) == len(first) + 1
         first = more
