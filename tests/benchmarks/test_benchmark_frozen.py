@@ -1,5 +1,7 @@
 """The benchmark of frozen layers: its variants, timed in turns on a tiny config."""
 
+import pytest
+
 from fne_jax.benchmarks import frozen
 from tests.support.tiny import tiny_config
 
@@ -14,6 +16,7 @@ def test_variants_freeze_ever_more():
     }
 
 
+@pytest.mark.slow
 def test_what_is_frozen_takes_less_memory():
     config = tiny_config(encoder__image__layers=3, encoder__text__layers=2, data__vocab_size=100)
     found = frozen.frozen_steps(config, {}, 1)["variants"]

@@ -112,7 +112,7 @@ def test_a_dinov2_starts_from_its_source_at_another_size(golden):
             "clip",
             "clip",
             {"encoder__image__pooling": "median"},
-            "mean_to_longest, first, max, checkpoint",
+            "mean_to_longest, first, max, first_and_mean, checkpoint",
         ),
         ("nowhere", "clip", {}, "neither a local folder nor a model"),
     ],

@@ -116,7 +116,7 @@ def test_whole_towers_and_low_rank_changes_are_parted():
     assert jax.tree.structure(freezing.merge(trained, frozen)) == jax.tree.structure(dict(params))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_is_trained_gets_the_gradient_that_it_gets_with_nothing_frozen(parts):
     # SGD: with Adam's moments a difference of rounding would show.
     fields = {"optimizer__eps": 1.0, "optimizer__clip_norm": 1e6, "micro_batches": parts, **THREE}
@@ -132,6 +132,7 @@ def test_what_is_trained_gets_the_gradient_that_it_gets_with_nothing_frozen(part
             assert (moved[path] != freezing.flatten(start.params)[path]).any(), path
 
 
+@pytest.mark.slow
 def test_devices_agree():
     fields = {"optimizer__eps": 1.0, "encoder__text__lora_rank": 2, **THREE, **LOWER}
     _, one, _ = stepped(tiny_config(**fields), mesh_of(1))
@@ -165,14 +166,17 @@ def bits(state):
     "fields",
     [
         {**THREE, **LOWER},
-        {
-            **THREE,
-            "encoder__image__frozen_layers": "all",
-            "encoder__text__frozen_layers": "2",
-            "encoder__scan_layers": True,
-            "encoder__projection_hidden": 20,
-            "micro_batches": 2,
-        },
+        pytest.param(
+            {
+                **THREE,
+                "encoder__image__frozen_layers": "all",
+                "encoder__text__frozen_layers": "2",
+                "encoder__scan_layers": True,
+                "encoder__projection_hidden": 20,
+                "micro_batches": 2,
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["lower layers", "all, in micro-batches"],
 )
@@ -242,6 +246,7 @@ def test_kept_features_are_of_their_weights_their_data_and_their_program(tmp_pat
         kept()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_identical(tmp_path):
     fields = {**THREE, **LOWER, "data__keep_frozen": True}
     whole = trained(tmp_path, "whole", **fields)
@@ -256,6 +261,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path):
     assert bits(stored_state(tmp_path / "parts")) == bits(whole)
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_one_that_froze_less(tmp_path):
     source = trained(tmp_path, "source", **THREE)
     config = tiny_config(
@@ -376,6 +382,7 @@ def test_more_layers_than_there_are_cannot_be_frozen():
         build_dual_encoder(config.encoder, 30)
 
 
+@pytest.mark.slow
 def test_augmented_images_are_not_kept_but_captions_are(tmp_path):
     config = tiny_config(
         data__keep_frozen=True,

@@ -362,7 +362,7 @@ def test_statistics_begin_anew_with_an_epoch_whose_first_batch_is_bad(monkeypatc
     timeline, schedule = Timeline.of(config, 2), optax.constant_schedule(0.0)
     poison(monkeypatch, [100])
     state, mesh = fresh_state(config, schedule), sharding.create_mesh()
-    step = new_steps(config, timeline, LinearTowers(), mesh, schedule, state)[Phase.WARMUP]
+    step = new_steps(config, timeline, LinearTowers(), mesh, schedule, state)[Phase.FNE]
     batch = random_batch() | {"image_id": np.arange(16, dtype=np.int32) + 85}  # holds 100
     counts = []
     for _ in range(4):  # epochs of two steps

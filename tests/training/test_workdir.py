@@ -61,7 +61,7 @@ def whole_run(tmp_path_factory, one_device):
         ({"optimizer__schedule": "linear"}, "optimizer.schedule"),
         ({"encoder__compute_dtype": "float8"}, "encoder.compute_dtype"),
         ({"encoder__attention": "flash"}, "encoder.attention"),
-        ({"encoder__text__pooling": "max"}, "encoder.text.pooling"),
+        ({"encoder__text__pooling": "median"}, "encoder.text.pooling"),
         ({"encoder__text__width": 17}, "encoder.text.width"),
         ({"encoder__image__patch_size": 3}, "encoder.image.image_size"),
         ({"data__tokenizer": "no/such"}, "data.tokenizer"),
