@@ -2,6 +2,8 @@
 
 python -m fne_jax.train --config=configs/photographs_fne.py --workdir=runs/photographs_fne \\
     --config.data.dir=DIR
+
+No run of it to the end has been timed or scored yet.
 """
 
 from configs import photographs
