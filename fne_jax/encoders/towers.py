@@ -120,7 +120,9 @@ def build_dual_encoder(
     )
     if widths[0] != widths[1] and not encoder.projection_dim:
         raise UserError(
-            f"the towers' widths differ ({widths[0]} and {widths[1]}); make them equal or set "
+            f"the towers' widths differ ({widths[0]} and {widths[1]}, with "
+            f"config.encoder.image.pooling={encoder.image.pooling} and "
+            f"config.encoder.text.pooling={encoder.text.pooling}); make them equal or set "
             "config.encoder.projection_dim"
         )
     return DualEncoder(

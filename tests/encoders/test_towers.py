@@ -105,7 +105,7 @@ def test_a_dinov2_starts_from_its_source_at_another_size(golden):
     [
         ("encoders/bert", "encoders/bert", {}, "is of type bert, which has no image encoder"),
         ("encoders/vit", "encoders/vit", {}, "is of type vit, which has no text encoder"),
-        ("encoders/vit", "clip", {}, r"widths differ \(48 and 32\)"),
+        ("encoders/vit", "clip", {}, r"widths differ \(48 and 32, "),
         ("encoders/vit", "encoders/bert", {"encoder__image__image_size": 30}, "not a multiple"),
         ("encoders/vit", "encoders/bert", {"data__text_length": 99}, "text_length is 99, more"),
         (

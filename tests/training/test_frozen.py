@@ -408,7 +408,7 @@ def test_a_class_token_is_pooled_beside_the_mean_of_the_others():
     ]
     np.testing.assert_allclose(pooled, expected, rtol=1e-6)
     config = tiny_config(encoder__image__pooling="first_and_mean")
-    with pytest.raises(UserError, match=r"widths differ \(32 and 16\)"):
+    with pytest.raises(UserError, match=r"32 and 16, .*image.pooling=first_and_mean"):
         build_dual_encoder(config.encoder, 30)
 
 
