@@ -5,11 +5,10 @@ from __future__ import annotations
 import jax
 
 from fne_jax.encoders.layouts import DENSE, IMAGE_SIZES, NORM, PATCHES, VALUE, Layout
-from fne_jax.encoders.transformer import EncoderOutput, layer_norm
-from fne_jax.encoders.vision_transformer import VisionTower
+from fne_jax.encoders.vision_transformer import VisionTransformer
 
 
-class Dinov2(VisionTower, kw_only=True):
+class Dinov2(VisionTransformer, kw_only=True):
     """A ViT whose layers scale the output of each part by a learned vector."""
 
     norm_epsilon: float = 1e-6
@@ -40,15 +39,6 @@ class Dinov2(VisionTower, kw_only=True):
             ("mlp_scale", "layer_scale2.lambda1", VALUE),
         ),
     )
-
-    def embed(self, inputs: jax.Array) -> jax.Array:
-        """Returns the [batch, tokens, width] embeddings of pixels; token 0 is the class token."""
-        return self.embed_patches(inputs, class_token=True)
-
-    def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
-        """Returns the hidden states after the last LayerNorm."""
-        del inputs
-        return EncoderOutput(layer_norm(self.norm_epsilon, self.dtype, "final_norm")(hidden))
 
 
 class Dinov2WithRegisters(Dinov2, kw_only=True):
