@@ -132,10 +132,11 @@ def _train(config, workdir, warmup_only, module):
 
         # What frozen encoders make of the data, once for all steps, where it is kept.
         tokens = model.tokenize(train.captions, config.data.text_length)
-        frozen = model.with_params(state.all_params)
-        train = frozen.with_kept(train, tokens, training=True)
-        val = frozen.with_kept(val, model.tokenize(val.captions, config.evaluation.text_length))
-        del frozen
+        if config.data.keep_frozen:
+            whole = model.with_params(state.all_params)
+            train = whole.with_kept(train, tokens, training=True)
+            val = whole.with_kept(val, model.tokenize(val.captions, config.evaluation.text_length))
+            del whole  # its parameters may be the state's own, which is donated
 
         # What watches over the run.
         supervisor = Supervisor(
