@@ -18,15 +18,14 @@ from fne_jax.encoders.layouts import (
     VALUE,
     Layout,
 )
-from fne_jax.encoders.transformer import EncoderOutput, layer_norm
-from fne_jax.encoders.vision_transformer import VisionTower
+from fne_jax.encoders.vision_transformer import VisionTransformer
 from fne_jax.errors import UserError
 
 # The base of the wavelengths of rotary positions.
 _ROPE_THETA = 100.0
 
 
-class Dinov3(VisionTower, kw_only=True):
+class Dinov3(VisionTransformer, kw_only=True):
     """A ViT with register tokens whose attention rotates the patches by their places.
 
     The random shift, jitter and scale of the places in its pretraining are left out.
@@ -85,11 +84,6 @@ class Dinov3(VisionTower, kw_only=True):
         """Returns the [batch, tokens, width] embeddings of pixels: class, registers, patches."""
         hidden = self.embed_patches(inputs, class_token=True, positions=False)
         return self.insert_registers(hidden, self.registers)
-
-    def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
-        """Returns the hidden states after the last LayerNorm."""
-        del inputs
-        return EncoderOutput(layer_norm(self.norm_epsilon, self.dtype, "final_norm")(hidden))
 
 
 def _attend_in_place(attend, angles, query, key, value, mask):
