@@ -2,7 +2,7 @@
 
 `python -m tests.support.plain_operations` writes tests/golden/images.npz from them: rendered images
 in the layout of the authors' figures. Theirs are of photographs that may not be distributed;
-`pytest --golden DIR` compares with them.
+`pytest --golden=DIR` compares with them.
 """
 
 import math
