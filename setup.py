@@ -16,7 +16,7 @@ setuptools.setup(
     package_data={
         "fne_jax": ["py.typed"],
         "fne_jax.report": ["templates/*"],
-        "fne_jax.review_app": ["templates/*.html", "static/*"],
+        "fne_jax.false_negatives.review_app": ["templates/*.html", "static/*"],
     },
     install_requires=[
         "jax>=0.10.2",

@@ -5,10 +5,10 @@ nor a config. Start at `fne_triplet_loss`.
 """
 
 import importlib
-import warnings
 from typing import TYPE_CHECKING
 
 from fne_jax.encoders.pretrained_weights import load_pretrained, save_pretrained
+from fne_jax.evaluation.metrics import retrieval_metrics
 from fne_jax.objectives.contrastive import clip_loss, infonce_loss, sigmoid_loss
 from fne_jax.objectives.features import Matches
 from fne_jax.objectives.fne_loss import fne_triplet_loss, fne_triplet_loss_from_uniform
@@ -31,15 +31,16 @@ from fne_jax.objectives.similarity_statistics import (
     update_similarity_statistics,
 )
 from fne_jax.objectives.triplet_loss import hardest_negative_triplet_loss
-from fne_jax.retrieval.metrics import retrieval_metrics
 
 if TYPE_CHECKING:
-    from fne_jax.model.model import load_workdir  # see `_LATE`
+    from fne_jax.index.search_index import build_index  # these two: see `_LATE`
+    from fne_jax.model.model import load_workdir
 
 __all__ = [
     "Matches",
     "MemoryQueue",
     "SimilarityStatistics",
+    "build_index",
     "clip_loss",
     "false_negative_posterior",
     "fne_triplet_loss",
@@ -62,20 +63,14 @@ __all__ = [
     "update_similarity_statistics",
 ]
 
-_RENAMED = {
-    "hardest_key": "hardest_negative",
-    "random_key": "random_negative",
-    "semi_hard_key": "semi_hard_negative",
-}
 # Imported on first use, because Orbax and transformers are behind it, which the losses do without.
-_LATE = {"load_workdir": "fne_jax.model.model"}
+_LATE = {
+    "build_index": "fne_jax.index.search_index",
+    "load_workdir": "fne_jax.model.model",
+}
 
 
 def __getattr__(name):
     if name in _LATE:
         return getattr(importlib.import_module(_LATE[name]), name)
-    if name in _RENAMED:
-        new = _RENAMED[name]
-        warnings.warn(f"fne_jax.{name} is now fne_jax.{new}", DeprecationWarning, stacklevel=2)
-        return globals()[new]
     raise AttributeError(f"module 'fne_jax' has no attribute {name!r}")

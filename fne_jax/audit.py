@@ -12,10 +12,10 @@ import pathlib
 
 from fne_jax import command_line, configuration
 from fne_jax.data import match_files
-from fne_jax.data.verdict_store import VerdictStore, store_path
 from fne_jax.errors import UserError
-from fne_jax.report import audit_pages, suspect_options, suspects, verdict_fitting
-from fne_jax.retrieval.likely_matches import LEAST_PROBABILITY
+from fne_jax.false_negatives import audit_pages, suspect_options, suspects, verdict_fitting
+from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY
+from fne_jax.false_negatives.verdict_store import VerdictStore, store_path
 
 # Pairs of each caption and of each image that are looked at for training.
 _MATCHES_PER_QUERY = 100

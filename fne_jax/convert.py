@@ -14,8 +14,8 @@ from fne_jax import command_line, configuration
 from fne_jax.conversion.export import export
 from fne_jax.conversion.reference import convert
 from fne_jax.errors import UserError
+from fne_jax.evaluation import embedding_files
 from fne_jax.model.model import load_evaluation_split
-from fne_jax.retrieval import embedding_files
 
 REFERENCE_CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "flickr30k_reference.py"
 

@@ -20,16 +20,17 @@ import ml_collections
 
 from fne_jax import command_line, configuration
 from fne_jax.data.pairs import PairDataset
-from fne_jax.data.verdict_store import read_any
 from fne_jax.errors import UserError
+from fne_jax.evaluation import embedding_files, protocols, results
+from fne_jax.false_negatives import judged_evaluation
+from fne_jax.false_negatives.suspects import judged_by_embeddings
+from fne_jax.false_negatives.verdict_store import read_any
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import Model, pretrained_model, restore_model
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.parallel import processes
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.report.in_words import what_was_learnt
-from fne_jax.report.suspects import judged_by_embeddings
-from fne_jax.retrieval import embedding_files, evaluation, judged_evaluation, protocols
 from fne_jax.training import metric_log
 
 # Where the model comes from; the options that each of these takes.
@@ -267,13 +268,13 @@ def _report(scored: _Scored, path: pathlib.Path | None, options: argparse.Namesp
     about |= {"images": len(split.image_emb), "captions": len(split.text_emb)}
     where = f"step {about['step']}, {about['split']}" if "step" in about else about["embeddings"]
     print(f"{where}: {about['images']} images, {about['captions']} captions\n")
-    print(evaluation.format_table(measured))
+    print(results.format_table(measured))
     if left_out:
         print("\nleft out: " + "\n          ".join(left_out.values()))
     if options.dump is not None:
         print(f"\nembeddings written to {options.dump}")
     if path is not None:
-        evaluation.write_report(path, measured, about)
+        results.write_report(path, measured, about)
         print(f"\nwritten to {path}")
     return measured
 

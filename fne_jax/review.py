@@ -20,17 +20,17 @@ from collections.abc import Sequence
 from fne_jax import command_line
 from fne_jax.data import verdicts as verdicts_lib
 from fne_jax.data.pairs import PairDataset
-from fne_jax.data.verdict_store import VerdictStore, store_path
 from fne_jax.errors import Interrupted, UserError
+from fne_jax.false_negatives import suspect_options, suspects
+from fne_jax.false_negatives.judged_evaluation import FIRST, EvaluationSample
+from fne_jax.false_negatives.review_app.evaluation_questions import kept_path, pool_of
+from fne_jax.false_negatives.review_app.questions import Question, Questions
+from fne_jax.false_negatives.review_app.sample_questions import questions_of_sample
+from fne_jax.false_negatives.review_app.suspect_questions import questions_of
+from fne_jax.false_negatives.verdict_store import VerdictStore, store_path
+from fne_jax.index.split_search import SplitSearch
 from fne_jax.model.model import load_evaluation_split, restore_model, stored_model
 from fne_jax.parallel.compile_cache import use_compile_cache
-from fne_jax.report import suspect_options, suspects
-from fne_jax.retrieval.judged_evaluation import FIRST, EvaluationSample
-from fne_jax.review_app.evaluation_questions import kept_path, pool_of
-from fne_jax.review_app.questions import Question, Questions
-from fne_jax.review_app.sample_questions import questions_of_sample
-from fne_jax.review_app.searching import SplitSearch
-from fne_jax.review_app.suspect_questions import questions_of
 from fne_jax.training.interruption import stop_signals
 
 
@@ -178,8 +178,8 @@ def _import(store: pathlib.Path, path: pathlib.Path, workdir: pathlib.Path) -> N
 def _serve(options: argparse.Namespace, workdir: pathlib.Path, path: pathlib.Path) -> None:
     try:
         # Kept out of the module's imports: the extra `review` may be missing.
-        from fne_jax.review_app import serving
-        from fne_jax.review_app.app import Review, create_app
+        from fne_jax.false_negatives.review_app import serving
+        from fne_jax.false_negatives.review_app.app import Review, create_app
     except ImportError as error:
         raise UserError(
             f"review needs {error.name}: pip install 'fne-jax[review]', or {error.name} by itself"

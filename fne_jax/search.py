@@ -20,7 +20,7 @@ from fne_jax.data.sources import listing
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.index import engines
 from fne_jax.index.gallery import AnyPath, label_of
-from fne_jax.index.search_index import RECALL_AT, Hit, SearchIndex
+from fne_jax.index.search_index import RECALL_AT, Hit, SearchIndex, build_index
 from fne_jax.model.model import restore_model
 from fne_jax.parallel.compile_cache import use_compile_cache
 
@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> None:
         model = model.momentum()
     folder = pathlib.Path(options.index_dir or workdir) / _folder_name(options)
     try:
-        index = model.index(
-            options.images, texts=options.texts, folder=folder, engine=options.index
+        index = build_index(
+            model, options.images, texts=options.texts, folder=folder, engine=options.index
         )
         _print_recall(index, options.index)
         for text in options.query:

@@ -19,13 +19,13 @@ from fne_jax import audit, evaluate, prepare, review, search, train
 from fne_jax.configuration import read_config
 from fne_jax.data.verdicts import Verdict, read_verdicts, write_verdicts
 from fne_jax.errors import UserError
+from fne_jax.evaluation.embedding_files import read_embeddings_of
+from fne_jax.evaluation.results import read_values
+from fne_jax.false_negatives import audit_pages, suspects
+from fne_jax.false_negatives.judged_evaluation import EvaluationSample
+from fne_jax.false_negatives.review_app.evaluation_questions import pool_of
+from fne_jax.false_negatives.review_app.questions import Question
 from fne_jax.model.model import load_evaluation_split
-from fne_jax.report import audit_pages, suspects
-from fne_jax.retrieval.embedding_files import read_embeddings_of
-from fne_jax.retrieval.evaluation import read_values
-from fne_jax.retrieval.judged_evaluation import EvaluationSample
-from fne_jax.review_app.evaluation_questions import pool_of
-from fne_jax.review_app.questions import Question
 from tests.support import TOP
 from tests.support.embeddings import statistics
 from tests.support.tiny import write_karpathy

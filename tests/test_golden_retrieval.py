@@ -3,7 +3,7 @@
 import numpy as np
 
 from fne_jax import retrieval_metrics
-from fne_jax.retrieval.ranks import match_ranks
+from fne_jax.evaluation.ranks import match_ranks
 
 
 def test_agrees_exactly(golden):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fne_jax import evaluate, load_workdir, train
-from fne_jax.retrieval.evaluation import read_values
+from fne_jax.evaluation.results import read_values
 from tests.support import TOP
 
 SPLITS = {"train": 300, "val": 40, "test": 60}

@@ -15,7 +15,8 @@ from PIL import Image
 
 from fne_jax import search
 from fne_jax.errors import Interrupted, UserError
-from fne_jax.model.model import Model, restore_model
+from fne_jax.index.search_index import build_index
+from fne_jax.model.model import restore_model
 from fne_jax.training import loop
 from tests.support import TOP
 from tests.support.tiny import LinearTowers, tiny_config
@@ -107,7 +108,7 @@ def test_a_text_that_the_model_cannot_read_is_warned_of_once(run, model, caplog,
     ]
     caplog.clear()
     model.embed_texts(texts)
-    model.index(texts=texts).search("red six")
+    build_index(model, texts=texts).search("red six")
     assert log not in [each.name for each in caplog.records if each.levelno > logging.INFO]
 
 
@@ -256,7 +257,7 @@ def test_ctrl_c_is_told_with_what_is_kept(run, photos, monkeypatch, caplog):
     def interrupted(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Model, "index", interrupted)
+    monkeypatch.setattr(search, "build_index", interrupted)
     with pytest.raises(Interrupted, match="the same command goes on") as stop:
         search.main([f"--workdir={run}", f"--images={photos}"])
     assert stop.value.exit_code == 130

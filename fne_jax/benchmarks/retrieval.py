@@ -10,9 +10,9 @@ import numpy as np
 
 from fne_jax.benchmarks.timing import machine, median_seconds, peak_memory_bytes
 from fne_jax.errors import UserError
+from fne_jax.evaluation.blocks import BLOCK_ROWS
+from fne_jax.evaluation.metrics import retrieval_metrics
 from fne_jax.objectives.similarity_statistics import cosine
-from fne_jax.retrieval.blocks import BLOCK_ROWS
-from fne_jax.retrieval.metrics import retrieval_metrics
 
 
 def retrieval(images: int, captions: int, dim: int, repeats: int) -> dict[str, Any]:

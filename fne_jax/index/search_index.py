@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import logging
+import os
 import pathlib
 import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from fne_jax.data.preparation.single_images import AnyImage, evaluation_pixels
+from fne_jax.data.preparation.single_images import AnyImage, read_ahead
 from fne_jax.data.sources import listing
 from fne_jax.errors import UserError
-from fne_jax.files import write_atomically
+from fne_jax.files import expand_home, write_atomically
 from fne_jax.index import engines, exact
-from fne_jax.index.gallery import Gallery
+from fne_jax.index.gallery import AnyPath, Gallery, images_of, texts_of
 from fne_jax.index.kept_rows import KeptRows, Part, held
+from fne_jax.model.model import Model
 from fne_jax.progress import Progress
 
 # What is embedded is kept after so many rows or seconds; a process that is killed loses less.
@@ -37,33 +35,6 @@ _RECALL_QUERIES = 200
 RECALL_AT = 10
 _SHOWN = 20
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoders:
-    """What an index needs of a model.
-
-    Attributes:
-      identity: What tells the model from others, as JSON has it; with `step`.
-      image_size: The pixels of a side of what `embed_images` takes.
-      resize_to: `config.data.resize_to`.
-      batch_size: How many items are embedded at once.
-      embed_images: Returns [images, dim] float32 unit rows of [images, side, side, 3] uint8 pixels.
-      embed_texts: Returns [texts, dim] float32 unit rows of sentences.
-      unread: Returns in words what `embed_texts` leaves out of a sentence; "" where it reads all.
-    """
-
-    identity: Mapping[str, Any]
-    image_size: int
-    resize_to: int
-    batch_size: int
-    embed_images: Callable[[np.ndarray], np.ndarray]
-    embed_texts: Callable[[Sequence[str]], np.ndarray]
-    unread: Callable[[str], str]
-
-    def read(self, image: AnyImage, name: str) -> np.ndarray:
-        """Returns the pixels of an image of any kind; UserError if it cannot be used."""
-        return evaluation_pixels(image, self.image_size, resize_to=self.resize_to, name=name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +62,7 @@ class SearchIndex:
     Args:
       gallery: The items.
       part: The embeddings of those that could be used, in the gallery's order.
-      encoders: The model.
+      model: The model.
       engine: What finds the nearest.
 
     Attributes:
@@ -101,10 +72,10 @@ class SearchIndex:
         `{"text_to_image": 0.93, "image_to_image": 0.99}`; {} for the exact one.
     """
 
-    def __init__(self, gallery: Gallery, part: Part, encoders: Encoders, engine: engines.Engine):
+    def __init__(self, gallery: Gallery, part: Part, model: Model, engine: engines.Engine):
         self.names, self.rows = part.names, part.open_rows()
         self.recall: dict[str, float] = {}
-        self._gallery, self._encoders, self._engine = gallery, encoders, engine
+        self._gallery, self._model, self._engine = gallery, model, engine
         used = set(part.names)
         self._items = [n for n, name in enumerate(gallery.names) if name in used]
 
@@ -129,14 +100,14 @@ class SearchIndex:
         if (text is None) == (image is None):
             raise UserError("search by either a text or an image")
         if image is not None:
-            query = self._encoders.embed_images(self._encoders.read(image, "the image")[None])
+            query = _embedded(self._model, [self._model.read_image(image, "the image")])
         elif not isinstance(text, str) or not text.strip():
             raise UserError(f"the text to search by is {text!r:.60}; expected a sentence")
         else:
             listing.check_text("the text to search by", text)
-            if unread := self._encoders.unread(text):
+            if unread := self._model.unread(text):
                 _log.warning("%s: %s", f"{text!r:.60}", unread)
-            query = self._encoders.embed_texts([text])
+            query = self._model.embed_texts([text])
         rows, scores = self.nearest(query, top)
         return [
             self._hit(rank, row, score)
@@ -191,46 +162,56 @@ def _ordered(rows, queries, found):
 
 
 def build_index(
-    gallery: Gallery,
-    encoders: Encoders,
-    folder: pathlib.Path | None = None,
+    model: Model,
+    images: AnyPath | Sequence[AnyPath] | None = None,
     *,
+    texts: AnyPath | Sequence[str] | None = None,
+    folder: str | os.PathLike | None = None,
     engine: str = engines.EXACT,
-    other_queries: Callable[[], np.ndarray | None] = lambda: None,
 ) -> SearchIndex:
-    """Returns the index of a gallery; only what is not kept yet is embedded.
+    """Returns an index of images or texts, which is searched by texts, images or embeddings.
 
     Images that cannot be read are left out and named in the log. What was embedded before an error
     or Ctrl-C is kept.
 
     Args:
-      gallery: The items.
-      encoders: The model.
-      folder: Where embeddings are kept; None for a temporary folder, which goes with the index.
-      engine: `exact`, `faiss:FACTORY` or `qdrant:WHERE`.
-      other_queries: Returns [queries, dim] embeddings of the other kind than the gallery's, texts
-        for images, that the recall of an engine is measured with; None where there are none.
+      model: What `load_workdir` returns.
+      images: What `gallery.images_of` takes: a folder, a table (.csv, .tsv, .jsonl), a split
+        ("train", "val", "test"), or a list of files.
+      texts: Instead of images, what `gallery.texts_of` takes: the captions of a table or a split, a
+        file with a sentence a line, or a list of sentences.
+      folder: Where embeddings are kept, so that a later call embeds only what is new or changed;
+        None for a temporary folder, which goes with the index.
+      engine: `exact`, `faiss:FACTORY` or `qdrant:WHERE`; docs/search.md has more.
 
     Raises:
-      UserError: If no item can be used, the folder cannot be written to, or there is no such
-        engine.
+      UserError: If not one of both is given, nothing of it can be used, the folder cannot be
+        written to, or there is no such engine.
     """
+    if (images is None) == (texts is None):
+        raise UserError("build_index: give either images or texts")
     engines.check_spec(engine)
+    if images is not None:
+        items = images_of(images, model.load_split)
+    else:
+        items = texts_of(texts, model.load_split)
     temporary = folder is None
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="fne_jax_index_")) if temporary else folder
+    place = pathlib.Path(
+        tempfile.mkdtemp(prefix="fne_jax_index_") if folder is None else expand_home(folder)
+    )
     try:
-        with _told(folder), held(folder):
-            part = _update(folder, gallery, encoders)
+        with _told(place), held(place):
+            part = _update(place, items, model)
             made = engines.create_engine(engine, part)
-            index = SearchIndex(gallery, part, encoders, made)
+            index = SearchIndex(items, part, model, made)
             if engine != engines.EXACT:
-                index.recall = _kept_recall(made, part, gallery.kind, other_queries)
+                index.recall = _kept_recall(made, part, items, model)
     except BaseException:
         if temporary:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
         raise
     if temporary:
-        weakref.finalize(index, shutil.rmtree, folder, ignore_errors=True)
+        weakref.finalize(index, shutil.rmtree, place, ignore_errors=True)
     return index
 
 
@@ -248,9 +229,9 @@ def _told(folder):
         ) from error
 
 
-def _update(folder, gallery, encoders):
+def _update(folder, gallery, model):
     """Embeds what a folder lacks, and returns the part of all that can be used."""
-    kept = KeptRows(folder, encoders.identity)
+    kept = KeptRows(folder, model.identity())
     if kept.is_complete(gallery.names, gallery.stamps):
         count = len(gallery.names)
         _log.info("%d %s of %s: 0 embedded now, all kept", count, gallery.kind, gallery.where)
@@ -261,7 +242,7 @@ def _update(folder, gallery, encoders):
         for n, (name, stamp) in enumerate(zip(gallery.names, gallery.stamps, strict=True))
         if name not in places or places[name][0] != stamp
     ]
-    skipped = _embed(kept, gallery, missing, encoders)
+    skipped = _embed(kept, gallery, missing, model)
     used = [n for n in range(len(gallery.names)) if n not in skipped]
     if not used:
         raise UserError(
@@ -285,7 +266,7 @@ def _update(folder, gallery, encoders):
     return part
 
 
-def _embed(kept, gallery, missing, encoders):
+def _embed(kept, gallery, missing, model):
     """Embeds and keeps items; returns the reasons why some could not be used, by their index."""
     skipped: dict[int, str] = {}
     if not missing:
@@ -294,7 +275,7 @@ def _embed(kept, gallery, missing, encoders):
     embedded = _images if gallery.kind == "images" else _texts
     with (
         Progress(f"embedding {gallery.kind}", len(missing)) as progress,
-        contextlib.closing(embedded(gallery, missing, encoders, skipped)) as batches,
+        contextlib.closing(embedded(gallery, missing, model, skipped)) as batches,
     ):
         try:
             for items, rows in batches:
@@ -343,60 +324,60 @@ class _Waiting:
         self._batches, self._stored, self._since = [], self.total, time.monotonic()
 
 
-def _texts(gallery, missing, encoders, skipped):
+def _texts(gallery, missing, model, skipped):
     """Yields some items at a time and their [items, dim] rows."""
     del skipped
-    for items in _batches(missing, encoders.batch_size):
-        yield items, encoders.embed_texts([gallery.content(n) for n in items])
+    size = model.embedder.batch_size
+    for start in range(0, len(missing), size):
+        items = missing[start : start + size]
+        yield items, model.embed_texts([gallery.content(n) for n in items])
 
 
-def _images(gallery, missing, encoders, skipped):
+def _images(gallery, missing, model, skipped):
     """Yields some items at a time and their rows; those of a next batch are read meanwhile."""
-    read = functools.partial(_read, gallery, encoders)
-    parts = _batches(missing, encoders.batch_size)
-    readers = concurrent.futures.ThreadPoolExecutor()
-    ahead: collections.deque = collections.deque()
-    try:
-        while True:
-            for items in itertools.islice(parts, 2 - len(ahead)):
-                ahead.append([(item, readers.submit(read, item)) for item in items])
-            if not ahead:
-                return
-            usable, pixels = [], []
-            for item, reading in ahead.popleft():
-                try:
-                    pixels.append(reading.result())
-                    usable.append(item)
-                except UserError as error:
-                    skipped[item] = str(error)
-            rows = encoders.embed_images(np.stack(pixels)) if usable else np.zeros((0, 0))
-            yield usable, rows
-    finally:
-        readers.shutdown(cancel_futures=True)
+
+    def read(item):
+        return model.read_image(gallery.content(item), gallery.names[item])
+
+    with contextlib.closing(read_ahead(read, missing, model.embedder.batch_size)) as batches:
+        for batch in batches:
+            usable = {item: found for item, found in batch if not isinstance(found, UserError)}
+            skipped |= {item: str(found) for item, found in batch if item not in usable}
+            if usable:
+                yield list(usable), _embedded(model, list(usable.values()))
 
 
-def _read(gallery, encoders, item):
-    return encoders.read(gallery.content(item), gallery.names[item])
+def _embedded(model, pixels):
+    return model.embedder.pixels(model.params, [np.stack(pixels)])
 
 
-def _batches(items: Sequence[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(items), size):
-        yield list(items[start : start + size])
-
-
-def _kept_recall(engine, part, kind, other_queries):
+def _kept_recall(engine, part, gallery, model):
     """Returns the recall of an engine on a part, measured once for both."""
     path = engines.recall_path(engine.spec, part)
     with contextlib.suppress(OSError, ValueError):
         return dict(json.loads(path.read_text()))
-    one, other = ("image", "text") if kind == "images" else ("text", "image")
+    one, other = ("image", "text") if gallery.kind == "images" else ("text", "image")
     rows = part.open_rows()
     recall = {f"{one}_to_{one}": _recall_of_own(engine, rows)}
-    queries = other_queries()
+    queries = _other_queries(gallery, model)
     if queries is not None and len(queries):
         recall = {f"{other}_to_{one}": recall_at(engine, rows, queries)} | recall
     write_atomically(path, json.dumps(recall) + "\n")
     return recall
+
+
+def _other_queries(gallery, model):
+    """Returns embeddings of the other kind, texts for images; None where none are known."""
+    try:
+        if gallery.kind == "images":
+            texts = gallery.some_captions(_RECALL_QUERIES)
+            return model.embed_texts(texts or model.load_split("val").captions[:_RECALL_QUERIES])
+        images = images_of("val", model.load_split)
+        count = min(_RECALL_QUERIES, len(images.names))
+        return model.embed_images(images.content(n) for n in range(count))
+    except UserError as error:
+        _log.warning("recall across images and texts is not measured: %s", error)
+        return None
 
 
 def recall_at(engine: engines.Engine, rows: np.ndarray, queries: np.ndarray) -> float:

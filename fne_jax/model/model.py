@@ -6,12 +6,9 @@ from pretrained towers as they are (`pretrained_model`); and it embeds images, t
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
+import contextlib
 import dataclasses
-import functools
 import hashlib
-import itertools
 import logging
 import os
 import pathlib
@@ -29,12 +26,10 @@ from fne_jax import configuration, files
 from fne_jax.data import captions as caption_lib
 from fne_jax.data.loading import load_split
 from fne_jax.data.pairs import PairDataset, with_captions_per_image
-from fne_jax.data.preparation.single_images import AnyImage, evaluation_pixels
+from fne_jax.data.preparation.single_images import AnyImage, evaluation_pixels, read_ahead
 from fne_jax.data.sources import listing
 from fne_jax.encoders import freezing, towers
 from fne_jax.errors import UserError
-from fne_jax.index import engines, gallery
-from fne_jax.index.search_index import Encoders, SearchIndex, build_index
 from fne_jax.model import checkpoints, kept_features, tokenizers
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.embedder import Embedder
@@ -43,8 +38,6 @@ from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.parallel import sharding
 
-# Queries that measure the recall of an engine across images and texts.
-_RECALL_QUERIES = 200
 _log = logging.getLogger(__name__)
 
 
@@ -174,27 +167,23 @@ class Model:
         several = isinstance(images, np.ndarray) and images.ndim == 4
         if isinstance(images, AnyImage) and not several:
             images = [images]
-        return self.embedder.pixels(self.params, self._pixels(images))
+        with contextlib.closing(
+            read_ahead(
+                lambda row: self.read_image(row[1], f"images[{row[0]}]"),
+                enumerate(images),
+                self.embedder.batch_size,
+            )
+        ) as batches:
+            return self.embedder.pixels(self.params, map(_stacked, batches))
 
-    def _pixels(self, images):
-        """Yields the pixels of images, [batch, side, side, 3] uint8, the next batch being read."""
-        read = functools.partial(
-            evaluation_pixels,
-            size=self.config.encoder.image.image_size,
-            resize_to=self.config.data.get("resize_to", 0),
-        )
-        rows = enumerate(images)
-        with concurrent.futures.ThreadPoolExecutor() as readers:
-            ahead = collections.deque()
-            try:
-                while part := list(itertools.islice(rows, self.embedder.batch_size)):
-                    ahead.append([readers.submit(read, i, name=f"images[{n}]") for n, i in part])
-                    if len(ahead) > 1:
-                        yield np.stack([image.result() for image in ahead.popleft()])
-                if ahead:
-                    yield np.stack([image.result() for image in ahead.popleft()])
-            finally:
-                readers.shutdown(cancel_futures=True)  # after an error, too
+    def read_image(self, image: AnyImage, name: str) -> np.ndarray:
+        """Returns the [side, side, 3] uint8 pixels of an image, as the image tower takes them.
+
+        Raises:
+          UserError: If it cannot be read; `name` is what it calls an image that is no file.
+        """
+        size, resize_to = self.config.encoder.image.image_size, self.config.data.get("resize_to", 0)
+        return evaluation_pixels(image, size, resize_to=resize_to, name=name)
 
     def embed_texts(self, texts: str | Iterable[str]) -> np.ndarray:
         """Returns the [texts, dim] float32 unit embeddings of sentences.
@@ -213,51 +202,9 @@ class Model:
         tokens = self.tokenize(texts, self.config.evaluation.text_length)
         return self.embedder.texts(self.params, tokens)
 
-    def index(
-        self,
-        images: gallery.AnyPath | Sequence[gallery.AnyPath] | None = None,
-        *,
-        texts: gallery.AnyPath | Sequence[str] | None = None,
-        folder: str | os.PathLike | None = None,
-        engine: str = engines.EXACT,
-    ) -> SearchIndex:
-        """Returns an index of images or texts, which is searched by texts, images or embeddings.
-
-        Args:
-          images: What `index.gallery.images_of` takes: a folder, a table (.csv, .tsv, .jsonl), a
-            split ("train", "val", "test"), or a list of files.
-          texts: Instead of images, what `index.gallery.texts_of` takes: the captions of a table or
-            a split, a file with a sentence a line, or a list of sentences.
-          folder: Where embeddings are kept, so that a later call embeds only what is new or
-            changed; None for a temporary folder.
-          engine: `exact`, `faiss:FACTORY` or `qdrant:WHERE`; docs/search.md has more.
-
-        Raises:
-          UserError: If not one of both is given, nothing of it can be used, the folder cannot be
-            written to, or there is no such engine.
-        """
-        if (images is None) == (texts is None):
-            raise UserError("index: give either images or texts")
-        engines.check_spec(engine)
-        if images is not None:
-            items = gallery.images_of(images, self.load_split)
-        else:
-            items = gallery.texts_of(texts, self.load_split)
-        return build_index(
-            items,
-            Encoders(
-                self.identity(),
-                self.config.encoder.image.image_size,
-                self.config.data.get("resize_to", 0),
-                self.embedder.batch_size,
-                self.embed_images,
-                self.embed_texts,
-                functools.partial(tokenizers.unread, self.config, self.tokenizer),
-            ),
-            None if folder is None else pathlib.Path(files.expand_home(folder)),
-            engine=engine,
-            other_queries=functools.partial(self._recall_queries, items),
-        )
+    def unread(self, text: str) -> str:
+        """Returns in words what `embed_texts` leaves out of a sentence; "" where it reads all."""
+        return tokenizers.unread(self.config, self.tokenizer, text)
 
     def identity(self) -> dict[str, Any]:
         """Returns what tells the model's embeddings from another's, as JSON has it."""
@@ -271,19 +218,13 @@ class Model:
             "config": hashlib.sha256(repr(parts).encode()).hexdigest()[:16],
         }
 
-    def _recall_queries(self, items: gallery.Gallery) -> np.ndarray | None:
-        """Returns embeddings of the other kind, texts for images; None where none are known."""
-        try:
-            if items.kind == "images":
-                texts = items.some_captions(_RECALL_QUERIES)
-                texts = texts or self.load_split("val").captions[:_RECALL_QUERIES]
-                return self.embed_texts(texts)
-            images = gallery.images_of("val", self.load_split)
-            count = min(_RECALL_QUERIES, len(images.names))
-            return self.embed_images(images.content(n) for n in range(count))
-        except UserError as error:
-            _log.warning("recall across images and texts is not measured: %s", error)
-            return None
+
+def _stacked(batch):
+    """Returns the pixels of a batch; raises the first error of its reading."""
+    for _, read in batch:
+        if isinstance(read, UserError):
+            raise read
+    return np.stack([read for _, read in batch])
 
 
 def load_evaluation_split(config: ml_collections.ConfigDict, name: str) -> PairDataset:

@@ -227,6 +227,12 @@ def false_negative_posterior(
     return jnp.where(trusted, jax.nn.sigmoid(log_odds), jnp.float32(prior))
 
 
+def can_suspect(stats: SimilarityStatistics, min_count: int) -> bool:
+    """Returns whether statistics on the host have seen as many pairs as the loss asks for."""
+    count = stats.positive.count
+    return bool(count > min_count and min(count, stats.negative.count) >= 2)
+
+
 def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns the [n, m] float32 products of the rows of [n, dim] and [m, dim].
 

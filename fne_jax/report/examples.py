@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fne_jax.evaluation.blocks import by_blocks
 from fne_jax.objectives.fne_settings import FNESettings
 from fne_jax.objectives.negative_mining import hardest_negative
 from fne_jax.objectives.negative_sampling import candidate_weight, sample_negatives
@@ -17,7 +18,6 @@ from fne_jax.objectives.similarity_statistics import (
     false_negative_posterior,
 )
 from fne_jax.objectives.triplet_loss import rowwise_cosine
-from fne_jax.retrieval.blocks import by_blocks
 
 
 @dataclasses.dataclass(frozen=True)

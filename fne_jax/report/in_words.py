@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fne_jax.retrieval.metric_names import COMPLETE, WARMUP
+from fne_jax.evaluation.metric_names import COMPLETE, WARMUP
 
 _SAMPLED, _HARDEST = "sampled_false_negative_rate", "hardest_false_negative_rate"
 

@@ -14,14 +14,13 @@ import jax
 import matplotlib  # noqa: F401  imported late in figures; without it there is no page
 import ml_collections
 
-from fne_jax import configuration, figures
+from fne_jax import configuration
 from fne_jax.data.pairs import PairDataset
+from fne_jax.evaluation.chance import chance_levels
+from fne_jax.evaluation.metric_names import COMPLETE, DIRECTIONS, JUDGED, RETRIEVAL
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.objectives.similarity_statistics import SimilarityStatistics
-from fne_jax.report import example_cards, html
-from fne_jax.report.suspects import can_suspect
-from fne_jax.retrieval.chance import chance_levels
-from fne_jax.retrieval.metric_names import COMPLETE, DIRECTIONS, JUDGED, RETRIEVAL
+from fne_jax.objectives.similarity_statistics import SimilarityStatistics, can_suspect
+from fne_jax.report import example_cards, figures, html
 
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers"),
@@ -107,7 +106,7 @@ def _of_statistics(evaluated: Evaluated) -> dict[str, Any]:
     return {
         "statistics": _statistics_values(stats),
         "figures_of_statistics": _labelled(figures.statistics_figures(stats, config.fne)),
-        "suspects": can_suspect(stats, config.fne),
+        "suspects": can_suspect(stats, config.fne.min_count),
         "fne": config.fne,
         "objective": config.objective.name,
     }
@@ -120,7 +119,7 @@ def _of_examples(evaluated: Evaluated) -> dict[str, Any]:
     embedded = evaluated.embedded
     directions = example_cards.directions(dataset, embedded.image_emb, embedded.text_emb)
     galleries = []
-    if config is not None and stats is not None and can_suspect(stats, config.fne):
+    if config is not None and stats is not None and can_suspect(stats, config.fne.min_count):
         galleries = [
             example_cards.gallery(direction, config.seed, stats, config.fne)
             for direction in directions

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from fne_jax.errors import UserError
+from fne_jax.false_negatives import fitted_detector, verdict_samples
+from fne_jax.false_negatives.detection_quality import RECALL, ranking_scores
+from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY
+from fne_jax.false_negatives.pair_features import SplitInputs, features
+from fne_jax.false_negatives.verdict_samples import Density
 from fne_jax.model.model import restore_model
-from fne_jax.retrieval import fitted_detector, verdict_samples
-from fne_jax.retrieval.detection_quality import RECALL, ranking_scores
-from fne_jax.retrieval.likely_matches import LEAST_PROBABILITY
-from fne_jax.retrieval.pair_features import SplitInputs, features
-from fne_jax.retrieval.verdict_samples import Density
 from fne_jax.studies import detector
 from fne_jax.studies.cells import Run
 from fne_jax.studies.summary import Estimate, over_seeds

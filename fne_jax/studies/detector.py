@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from fne_jax.data.pairs import PairDataset
+from fne_jax.false_negatives import detection_quality, detectors
+from fne_jax.false_negatives.detection_quality import HARDEST, Candidates, detection_scores
+from fne_jax.false_negatives.pair_features import SplitInputs
+from fne_jax.false_negatives.unlabelled import hardest_candidates
 from fne_jax.model.model import Model
 from fne_jax.objectives.similarity_statistics import cosine, false_negative_posterior
-from fne_jax.retrieval import detection_quality, detectors
-from fne_jax.retrieval.detection_quality import HARDEST, Candidates, detection_scores
-from fne_jax.retrieval.pair_features import SplitInputs
-from fne_jax.retrieval.unlabelled import hardest_candidates
 
 # Training images, with a caption of each, whose candidates are judged.
 ANCHORS = 256

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from fne_jax import configuration
+from fne_jax.evaluation import generality
+from fne_jax.evaluation.metrics import complete_metrics, retrieval_metrics
 from fne_jax.files import whole_folder, write_atomically
 from fne_jax.model.model import restore_model
-from fne_jax.retrieval import generality
-from fne_jax.retrieval.metrics import complete_metrics, retrieval_metrics
 from fne_jax.studies import detector, match_lists, pretraining
 from fne_jax.studies.cells import Cell, Run
 from fne_jax.training.loop import train_and_evaluate

@@ -6,8 +6,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from fne_jax.figures import BLUE, GREEN, GREY, ORANGE, style
-from fne_jax.retrieval.metric_names import describe
+from fne_jax.evaluation.metric_names import describe
+from fne_jax.report.figures import BLUE, GREEN, GREY, ORANGE, style
 from fne_jax.studies.summary import Results, estimate, is_known
 
 _ACROSS = 3  # panels in a row

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from fne_jax.data import match_files
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
+from fne_jax.false_negatives import detectors, fitted_detector, pair_features, verdict_samples
+from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY, write_likely_matches
 from fne_jax.model.model import restore_model
-from fne_jax.retrieval import detectors, fitted_detector, pair_features, verdict_samples
-from fne_jax.retrieval.likely_matches import LEAST_PROBABILITY, write_likely_matches
 from fne_jax.studies import detector
 
 # What finds the matches: detectors that ask nobody, and one that is fitted to so many verdicts.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from fne_jax.retrieval.metric_names import COMPLETE, CONTROLLED, WEIGHT, describe
+from fne_jax.evaluation.metric_names import COMPLETE, CONTROLLED, WEIGHT, describe
 from fne_jax.studies.cells import Cell
 
 # Of the intervals of differences, in percent.

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from fne_jax.evaluation.metric_names import DIRECTIONS
+from fne_jax.evaluation.ranked_lists import top_lists
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import restore_model
-from fne_jax.retrieval.metric_names import DIRECTIONS
-from fne_jax.retrieval.ranked_lists import top_lists
 from fne_jax.studies.cells import Run
 from fne_jax.studies.summary import Estimate, over_seeds
 

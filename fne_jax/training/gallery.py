@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fne_jax.data.images.small_images import small_jpeg
 from fne_jax.data.pairs import PairDataset
+from fne_jax.evaluation.ranked_lists import top_lists
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.retrieval.ranked_lists import top_lists
 
 _QUERIES, _RESULTS = 6, 5
 # Pixels: of a side of a result's square, of its frame, and of the line above for the caption.

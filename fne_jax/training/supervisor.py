@@ -12,11 +12,11 @@ import ml_collections
 
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import Interrupted, UserError
-from fne_jax.figures import statistics_images
+from fne_jax.evaluation.metric_names import WARMUP
+from fne_jax.evaluation.results import score_split
 from fne_jax.model.model import Model
 from fne_jax.progress import Progress
-from fne_jax.retrieval.evaluation import score_split
-from fne_jax.retrieval.metric_names import WARMUP
+from fne_jax.report.figures import statistics_images
 from fne_jax.training.checkpointing import Checkpoints
 from fne_jax.training.data_clock import DataClock
 from fne_jax.training.gallery import gallery_image

@@ -21,8 +21,8 @@ from fne_jax.data import captions
 from fne_jax.data.loading import load_split
 from fne_jax.encoders.dual_encoder import pool_mean_to_longest
 from fne_jax.errors import UserError
+from fne_jax.evaluation.results import read_values
 from fne_jax.model.model import restore_model
-from fne_jax.retrieval.evaluation import read_values
 from fne_jax.training.timeline import Phase, Timeline
 from tests.support.tiny import tiny_config
 

@@ -10,7 +10,6 @@ import pytest
 from fne_jax.data import verdicts as verdicts_lib
 from fne_jax.data.pairs import PairDataset
 from fne_jax.data.spreadsheet import cell_text, safe_cell
-from fne_jax.data.verdict_store import VerdictStore, read_any
 from fne_jax.data.verdicts import (
     FIELDS,
     Verdict,
@@ -20,6 +19,7 @@ from fne_jax.data.verdicts import (
     write_verdicts,
 )
 from fne_jax.errors import UserError
+from fne_jax.false_negatives.verdict_store import VerdictStore, read_any
 
 CAPTIONS = ["=1+1", 'a "dog",\r\nrunning', "-5 Grad, Schnee \N{SNOWFLAKE}", "'=x", "nul \0 here"]
 DATASET = PairDataset(

@@ -6,6 +6,7 @@ import logging
 import shutil
 import sqlite3
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -194,20 +195,24 @@ def test_recall_across_images_and_texts_is_told_apart_and_kept(tmp_path):
         write_image(tmp_path / "photos" / f"{number:02d}.png", number)
     model, asked = Model(), []
 
-    def other_queries():
-        asked.append(1)
-        return model.texts(["a dog", "a cat"])
+    def load_split(name):
+        asked.append(name)
+        return types.SimpleNamespace(captions=["a dog", "a cat"])
 
-    def indexed(**more):
-        return build(tmp_path / "photos", tmp_path / "index", engine="faiss:Flat", **more)
+    def no_split(name):
+        raise UserError("there is no such dataset any more")
+
+    def indexed(load_split):
+        model.load_split = load_split
+        return build(tmp_path / "photos", tmp_path / "index", model, engine="faiss:Flat")
 
     for _ in range(2):
-        index = indexed(other_queries=other_queries)
-        assert index.recall == {"text_to_image": 1, "image_to_image": 1} and asked == [1]
+        index = indexed(load_split)
+        assert index.recall == {"text_to_image": 1, "image_to_image": 1} and asked == ["val"]
     (path,) = (tmp_path / "index").glob("part-*/recall-*.json")
     assert json.loads(path.read_text()) == index.recall
     path.unlink()
-    assert indexed(other_queries=lambda: None).recall == {"image_to_image": 1}
+    assert indexed(no_split).recall == {"image_to_image": 1}
     assert build(tmp_path / "photos", tmp_path / "index").recall == {}
 
 

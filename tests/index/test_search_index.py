@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from fne_jax.errors import UserError
-from fne_jax.index import gallery, kept_rows, search_index
+from fne_jax.index import kept_rows, search_index
 from fne_jax.index.search_index import build_index
-from tests.support.index import Model, build, no_split, pixels_of, unit, write_image
+from tests.support.index import Model, build, pixels_of, unit, write_image
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_text_finds_what_its_embedding_is_nearest_to(photos, tmp_path):
     index = build(photos, tmp_path / "index", model)
     assert len(index) == 11 and index.rows.dtype == np.float16
     hits = index.search("a dog", top=4)
-    products = index.rows.astype(np.float64) @ model.texts(["a dog"])[0]
+    products = index.rows.astype(np.float64) @ model.embed_texts(["a dog"])[0]
     order = np.argsort(-products)[:4]
     assert [hit.name for hit in hits] == [index.names[row] for row in order]
     assert [hit.rank for hit in hits] == [1, 2, 3, 4]
@@ -274,7 +274,7 @@ def test_wrong_questions(photos):
 def test_texts_are_searched_by_text_and_by_image(photos):
     model = Model()
     texts = ["a dog", "a cat", "a dog", "two birds"]
-    index = build_index(gallery.texts_of(texts, no_split), model.encoders())
+    index = build_index(model, texts=texts)
     assert index.names == ["a dog", "a cat", "two birds"]
     assert index.search("a cat", top=1)[0].name == "a cat"
     products = index.rows.astype(np.float64) @ model.images(pixels_of(7)[None])[0]

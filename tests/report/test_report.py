@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fne_jax import evaluate, figures
+from fne_jax import evaluate
+from fne_jax.evaluation import blocks
+from fne_jax.evaluation.chance import chance_levels
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.objectives.fne_settings import FNESettings
 from fne_jax.objectives.similarity_statistics import (
     SimilarityStatistics,
     false_negative_posterior,
 )
-from fne_jax.report import examples, run_report
-from fne_jax.retrieval import blocks
-from fne_jax.retrieval.chance import chance_levels
+from fne_jax.report import examples, figures, run_report
 from fne_jax.training.metric_log import MetricLog, read_metrics
 from tests.support.embeddings import statistics, unit_rows
 from tests.support.pages import HOSTILE, Page, assert_safe_and_complete, hostile_split

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from fne_jax.retrieval import verdict_samples
-from fne_jax.retrieval.verdict_samples import Density
+from fne_jax.false_negatives import verdict_samples
+from fne_jax.false_negatives.verdict_samples import Density
 from fne_jax.studies import calibration_curves
 from fne_jax.studies.calibration_curves import Calibration, OfRun, markdown, of_split
 from tests.support.planted import is_true, planted_split, unlabelled

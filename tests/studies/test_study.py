@@ -12,11 +12,11 @@ import scipy.stats
 
 from fne_jax import study
 from fne_jax.errors import Interrupted, UserError
+from fne_jax.evaluation import generality
 from fne_jax.model import checkpoints
 from fne_jax.model import model as model_lib
 from fne_jax.model.model import restore_model
 from fne_jax.objectives import registry
-from fne_jax.retrieval import generality
 from fne_jax.studies import cells, detector, execution, match_lists, schedule, summary
 from fne_jax.studies.cells import Cell
 from fne_jax.training.loop import train_and_evaluate

@@ -7,8 +7,8 @@ import signal
 import numpy as np
 from PIL import Image
 
-from fne_jax.index import gallery
-from fne_jax.index.search_index import Encoders, build_index
+from fne_jax.data.preparation.single_images import evaluation_pixels
+from fne_jax.index.search_index import build_index
 from tests.support.faults import KILL, Operations
 
 DIM = 16
@@ -28,21 +28,33 @@ class Model:
     def __init__(self, step=1, batch_size=4):
         self.embedded = []
         self._projection = np.random.default_rng(step).standard_normal((8 * 8 * 3, DIM))
-        self._step, self._batch_size = step, batch_size
+        self._step, self.batch_size = step, batch_size
+
+        self.params, self.embedder = None, self
+
+    def identity(self):
+        return {"step": self._step}
+
+    def read_image(self, image, name):
+        return evaluation_pixels(image, 8, name=name)
+
+    def pixels(self, params, parts):
+        return np.concatenate([self.images(part) for part in parts])
 
     def images(self, pixels):
         self.embedded.append(len(pixels))
         return unit(pixels.reshape(len(pixels), -1) / 255 @ self._projection)
 
-    def texts(self, texts):
+    def embed_texts(self, texts):
         self.embedded.append(len(texts))
         seeds = [int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) for text in texts]
         return unit(np.stack([np.random.default_rng(s).standard_normal(DIM) for s in seeds]))
 
-    def encoders(self):
-        identity = {"step": self._step}
-        embedding = self.images, self.texts
-        return Encoders(identity, 8, 0, self._batch_size, *embedding, unread=lambda text: "")
+    def unread(self, text):
+        return ""
+
+    def load_split(self, name):
+        return no_split(name)
 
 
 def pixels_of(number):
@@ -63,7 +75,7 @@ def no_split(name):
 def build(photos, folder, model=None, **more):
     """Returns the index of a folder of images."""
     model = Model() if model is None else model
-    return build_index(gallery.images_of(photos, no_split), model.encoders(), folder, **more)
+    return build_index(model, photos, folder=folder, **more)
 
 
 class Killed(BaseException):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fne_jax.retrieval.pair_features import SplitInputs
+from fne_jax.false_negatives.pair_features import SplitInputs
 from tests.support.embeddings import unit_rows
 
 

@@ -7,8 +7,8 @@ import pathlib
 
 from fne_jax import command_line
 from fne_jax.errors import Interrupted
-from fne_jax.review_app import serving
-from fne_jax.review_app.app import create_app
+from fne_jax.false_negatives.review_app import serving
+from fne_jax.false_negatives.review_app.app import create_app
 from fne_jax.training.interruption import stop_signals
 from tests.support.pages import hostile_split
 from tests.support.reviews import some_review

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from fne_jax.data.verdict_store import VerdictStore
+from fne_jax.false_negatives.review_app.app import Review
+from fne_jax.false_negatives.review_app.questions import Question, Questions
+from fne_jax.false_negatives.verdict_store import VerdictStore
+from fne_jax.index.split_search import SplitSearch
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.review_app.app import Review
-from fne_jax.review_app.questions import Question, Questions
-from fne_jax.review_app.searching import SplitSearch
 from tests.support.embeddings import unit_rows
 
 

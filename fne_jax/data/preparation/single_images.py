@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
+import itertools
 import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 from etils import epath
@@ -13,6 +18,7 @@ from fne_jax.data.preparation.image_check import UnusableImage, usable_pixels
 from fne_jax.errors import UserError
 from fne_jax.files import expand_home
 
+Item = TypeVar("Item")
 AnyImage = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 # Arrays that PIL takes as an image: grey, grey of 16 bits, and RGB with transparency.
@@ -55,6 +61,35 @@ def evaluation_pixels(
         return evaluation_image(usable_pixels(image, resize_to), size)
     except UnusableImage as fault:
         raise UserError(f"{name}: cannot be used as an image: {fault}") from fault
+
+
+def read_ahead(
+    read: Callable[[Item], np.ndarray], items: Iterable[Item], batch_size: int
+) -> Iterator[list[tuple[Item, np.ndarray | UserError]]]:
+    """Yields a batch of items at a time with what reading each gave, pixels or its error.
+
+    Several threads read the next batch meanwhile, so that memory holds two. Close the iterator to
+    end them.
+    """
+    rest, ahead = iter(items), collections.deque()
+    with concurrent.futures.ThreadPoolExecutor() as readers:
+        try:
+            while True:
+                for _ in range(2 - len(ahead)):
+                    if batch := list(itertools.islice(rest, batch_size)):
+                        ahead.append([(item, readers.submit(read, item)) for item in batch])
+                if not ahead:
+                    return
+                yield [(item, _outcome(reading)) for item, reading in ahead.popleft()]
+        finally:
+            readers.shutdown(cancel_futures=True)  # after an error, too
+
+
+def _outcome(reading):
+    try:
+        return reading.result()
+    except UserError as error:
+        return error
 
 
 def _content(path):

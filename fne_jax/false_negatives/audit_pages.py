@@ -1,0 +1,211 @@
+"""An audit's pairs as CSV, as JSON lines and as pages to browse."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fne_jax.data.pairs import PairDataset
+from fne_jax.data.spreadsheet import safe_cell
+from fne_jax.errors import UserError
+from fne_jax.false_negatives import suspects as suspects_lib
+from fne_jax.false_negatives.detectors import DETECTORS, Judgement
+from fne_jax.false_negatives.suspects import RANKINGS, JudgedSplit, Suspects
+from fne_jax.false_negatives.unlabelled import UnlabelledPairs
+from fne_jax.report import example_cards, html
+
+CSV_NAME, JSONL_NAME = "likely_false_negatives.csv", "likely_false_negatives.jsonl"
+# How good the detectors are; written where the truth is known.
+QUALITY_NAME = "detectors.json"
+# Pairs after which a page ends, with the last of them all pairs of its image.
+_ROWS_A_PAGE = 50
+# Pairs of an image that are shown before one asks for more.
+_ROWS_SHOWN = 4
+
+Row = dict[str, Any]
+
+
+def write_audit(
+    folder: pathlib.Path,
+    judged: JudgedSplit,
+    suspects: Suspects,
+    limit: int,
+    quality: Mapping[str, Any],
+) -> int:
+    """Writes the first pairs of an audit, and returns how many these are.
+
+    Args:
+      folder: The folder to write into; it is created if need be.
+      judged: The split.
+      suspects: All its suspects.
+      limit: The most pairs that are written.
+      quality: What `detector_quality` returned; an older audit's goes where it is empty.
+
+    Raises:
+      UserError: if a file cannot be written.
+    """
+    about = {
+        "run": judged.name,
+        "step": judged.step,
+        "split": judged.split_name,
+        "suspected": len(suspects.pairs.caption),
+        "least": suspects.least,
+        "per_query": suspects.per_query,
+        "rank_by": RANKINGS[suspects.rank_by],
+        "detector": suspects.detector,
+        "description": DETECTORS[suspects.detector].description,
+        "score": DETECTORS[suspects.detector].score,
+        "prior": judged.config.fne.prior,
+        "precision": suspects_lib.precision(judged, suspects),
+        "refuted": suspects.refuted,
+        "of_run": judged.step is not None,
+    }
+    listed = rows(
+        judged.dataset, suspects.pairs[:limit], suspects.judgement[:limit], suspects.detector
+    )
+    for row in listed:
+        row["confirmed"] = (row["caption_index"], row["image_index"]) in suspects.confirmed
+    write(folder, judged.dataset, listed, about)
+    if quality:
+        html.write_text(folder / QUALITY_NAME, json.dumps(quality, indent=2) + "\n")
+    else:
+        (folder / QUALITY_NAME).unlink(missing_ok=True)
+    return len(listed)
+
+
+def rows(
+    dataset: PairDataset, pairs: UnlabelledPairs, judgement: Judgement, detector: str
+) -> list[Row]:
+    """Returns a row for each pair, as CSV and JSON lines hold it.
+
+    Args:
+      dataset: The split.
+      pairs: Pairs of its captions and images.
+      judgement: What the detector finds of them.
+      detector: Its name.
+    """
+    own = dataset.caption_image[pairs.caption]
+    in_truth = None
+    if dataset.truth is not None:
+        in_truth = dataset.truth.is_true(pairs.caption, pairs.image)
+    found = []
+    for index, (caption, image) in enumerate(zip(pairs.caption, pairs.image, strict=True)):
+        row = {
+            "rank": index + 1,
+            # Digits rather than decimals: with a prior of 1e-4 most are tiny.
+            "probability": float(f"{judgement.probability[index]:.6g}"),
+            "score": round(float(judgement.score[index]), 6),
+            "detector": detector,
+            "similarity": round(float(pairs.similarity[index]), 6),
+            "labelled_similarity": round(float(pairs.own_similarity[index]), 6),
+            "caption_index": int(caption),
+            "caption_id": int(dataset.caption_id[caption]),
+            "caption": dataset.captions[caption],
+            "image_index": int(image),
+            "image_id": int(dataset.image_id[image]),
+            "source_image_id": dataset.source_image_id[image],
+            "labelled_image_index": int(own[index]),
+            "labelled_image_id": int(dataset.image_id[own[index]]),
+            "labelled_source_image_id": dataset.source_image_id[own[index]],
+        }
+        if judgement.evidence is not None:
+            nearest = int(judgement.evidence[index])
+            row["nearest_own_caption"] = dataset.captions[nearest] if nearest >= 0 else ""
+        if in_truth is not None:
+            row["in_truth"] = bool(in_truth[index])
+        found.append(row)
+    return found
+
+
+def write(
+    folder: pathlib.Path, dataset: PairDataset, found: Sequence[Row], about: Mapping[str, Any]
+) -> None:
+    """Writes the CSV, the JSON lines and the pages; pages of a longer audit before it go.
+
+    Args:
+      folder: The folder to write into; it is created if need be.
+      dataset: The split, for its images.
+      found: What `rows` returned.
+      about: What the pages' heading tells, by the template's names.
+
+    Raises:
+      UserError: if a file cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created: {error}") from error
+    # With a byte order mark, without which Excel reads UTF-8 as the system's own encoding.
+    html.write_text(folder / CSV_NAME, "\N{BYTE ORDER MARK}" + _csv_text(found))
+    html.write_text(folder / JSONL_NAME, "".join(json.dumps(row) + "\n" for row in found))
+    pages = _pages(found)
+    names = [page_name(number) for number in range(1, len(pages) + 1)]
+    for number, groups in enumerate(pages, start=1):
+        values = {
+            **about,
+            "groups": [_group(dataset, group) for group in groups],
+            "total": len(found),
+            "page": number,
+            "names": names,
+            "csv": CSV_NAME,
+            "jsonl": JSONL_NAME,
+        }
+        html.write_text(folder / page_name(number), html.render("audit.html", values))
+    for old in folder.glob("page_*.html"):
+        number = old.stem.removeprefix("page_")
+        if number.isdigit() and int(number) > len(pages):
+            old.unlink()
+
+
+def _pages(found: Sequence[Row]) -> list[list[list[Row]]]:
+    """Returns the pages, each a list of groups of rows that suspect the same image.
+
+    The groups come in the order of their first rows, so that an image that many captions seem to
+    fit is looked at once.
+    """
+    groups: dict[int, list[Row]] = {}
+    for row in found:
+        groups.setdefault(row["image_index"], []).append(row)
+    pages: list[list[list[Row]]] = [[]]
+    for group in groups.values():
+        if sum(map(len, pages[-1])) >= _ROWS_A_PAGE:
+            pages.append([])
+        pages[-1].append(group)
+    return pages
+
+
+def page_name(number: int) -> str:
+    """Returns the file name of a page, from 1."""
+    return "index.html" if number == 1 else f"page_{number}.html"
+
+
+def _group(dataset, rows):
+    cards = [
+        {
+            **row,
+            "labelled": example_cards.show_image(dataset, row["labelled_image_index"]),
+            "in_truth": row.get("in_truth"),
+            "confirmed": row.get("confirmed", False),
+            "nearest_own_caption": row.get("nearest_own_caption", ""),
+        }
+        for row in rows
+    ]
+    return {
+        "image": example_cards.show_image(dataset, rows[0]["image_index"]),
+        "source_image_id": rows[0]["source_image_id"],
+        "first": cards[:_ROWS_SHOWN],
+        "further": cards[_ROWS_SHOWN:],
+    }
+
+
+def _csv_text(found):
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    if found:
+        writer.writerow(found[0])
+        writer.writerows([safe_cell(value) for value in row.values()] for row in found)
+    return stream.getvalue()

@@ -1,0 +1,154 @@
+"""All pairs of a split that a detector takes for matches, for training: `config.data.matches`."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fne_jax.data.match_files import KnownPairs, write_match_list
+from fne_jax.data.pairs import PairDataset
+from fne_jax.evaluation.blocks import by_blocks
+from fne_jax.false_negatives.detectors import Evidence, Judgement, PairsToJudge, present
+from fne_jax.false_negatives.own_captions import OwnCaptions
+from fne_jax.objectives.similarity_statistics import cosine
+
+# Of pairs that training is to take for matches. In trials with the truth in hand, finds of which 4
+# in 5 were right were worth most of what the truth is worth, those of which half were, nothing.
+LEAST_PROBABILITY = 0.8
+# Captions whose candidates are judged at once.
+_CAPTIONS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class LikelyMatches:
+    """Unlabelled pairs that are likely matches, in the order of their captions.
+
+    Attributes:
+      caption: [pairs] int64 index.
+      image: [pairs] int64 index.
+      probability: [pairs] float32 by the detector.
+    """
+
+    caption: np.ndarray
+    image: np.ndarray
+    probability: np.ndarray
+
+
+def likely_matches(
+    judge: Callable[[PairsToJudge], Judgement],
+    image_emb: np.ndarray,
+    text_emb: np.ndarray,
+    caption_bank: np.ndarray,
+    caption_image: np.ndarray,
+    *,
+    per_caption: int,
+    least: float,
+) -> LikelyMatches:
+    """Returns the pairs of a probability of `least` or more among each caption's candidates.
+
+    The candidates are the images most similar to the caption, and those with an own caption most
+    similar to it. All other pairs are left out, whatever the detector would say of them.
+
+    Args:
+      judge: What `detectors.fitted` returned.
+      image_emb: [images, dim] L2-normalised embeddings.
+      text_emb: [captions, dim] L2-normalised embeddings.
+      caption_bank: [captions, dim] L2-normalised embeddings by which captions are compared.
+      caption_image: [captions] index of each caption's own image.
+      per_caption: How many images of either kind are judged of each caption.
+      least: The least probability.
+    """
+    images = len(image_emb)
+    own = OwnCaptions.of(caption_image, images)
+    # [most, images] the captions of each image, its last one again where others have more.
+    number = np.minimum(np.arange(own.count.max())[:, None], np.maximum(own.count - 1, 0))
+    of_images = own.order[np.minimum(own.first + number, len(own.order) - 1)]
+    everything = jax.device_put((image_emb, caption_bank[of_images], own.count > 0))
+    count = min(per_caption, images)
+
+    def nearest(part: slice):
+        scores = jax.device_get(_scores(text_emb[part], caption_bank[part], *everything))
+        # On CPUs several times faster than XLA's top_k, which sorts.
+        best = [np.argpartition(-score, count - 1, axis=1)[:, :count] for score in scores]
+        image = np.concatenate(best, axis=1).astype(np.int32)
+        return image, np.take_along_axis(scores[0], image, axis=1)
+
+    image, similarity = by_blocks(len(text_emb), nearest)
+    found = []
+    for start in range(0, len(image), _CAPTIONS):
+        part = slice(start, start + _CAPTIONS)
+        caption = start + np.arange(len(image[part]))
+        pair = caption[:, None] * images + image[part]
+        pair, first = np.unique(pair, return_index=True)
+        caption, other = np.divmod(pair, images)
+        unlabelled = caption_image[caption] != other
+        pairs = PairsToJudge(
+            caption[unlabelled], other[unlabelled], similarity[part].ravel()[first][unlabelled]
+        )
+        probability = judge(pairs).probability
+        kept = probability >= least
+        found.append((pairs.caption[kept], pairs.image[kept], probability[kept]))
+    return LikelyMatches(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+
+def write_likely_matches(
+    path: pathlib.Path,
+    dataset: PairDataset,
+    evidence: Evidence,
+    judge: Callable[[PairsToJudge], Judgement],
+    *,
+    per_caption: int,
+    least: float,
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Writes `likely_matches` as a file for `config.data.matches`, and returns what describes it.
+
+    Args:
+      path: The file, which ends in `.npz`.
+      dataset: The split.
+      evidence: What is known of it, with embeddings of images and captions and a bank of captions.
+      judge: What judges pairs, such as `detectors.fitted` returns.
+      per_caption: How many images of either kind are judged of each caption.
+      least: The least probability.
+      about: What else is to describe the file, such as the detector.
+
+    Returns:
+      `about` with the least probability, the number of `matches`, and, where the truth is known,
+      their `precision` (None of no matches).
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
+    found = likely_matches(
+        judge,
+        present(evidence.image_emb),
+        present(evidence.text_emb),
+        present(evidence.caption_bank),
+        evidence.caption_image,
+        per_caption=per_caption,
+        least=least,
+    )
+    count = len(found.caption)
+    about = {**about, "least_probability": least, "matches": count}
+    if dataset.truth is not None:
+        right = dataset.truth.is_true(found.caption, found.image)
+        about["precision"] = float(right.mean()) if count else None
+    pairs = KnownPairs(found.caption, found.image)
+    write_match_list(path, dataset, pairs, found.probability, about)
+    return about
+
+
+@jax.jit
+def _scores(text_emb, bank_rows, image_emb, banks, has_captions):
+    """Returns [rows, images] how near captions are to images, and to the nearest of their own."""
+    lowest = jnp.full((len(bank_rows), len(image_emb)), -jnp.inf)
+    by_captions, _ = jax.lax.scan(
+        lambda so_far, bank: (jnp.maximum(so_far, cosine(bank_rows, bank)), None), lowest, banks
+    )
+    return cosine(text_emb, image_emb), jnp.where(has_captions, by_captions, -jnp.inf)

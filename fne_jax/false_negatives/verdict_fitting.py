@@ -1,0 +1,224 @@
+"""What is learnt from verdicts on a split: a fitted detector, and how many pairs match at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from fne_jax.data.verdicts import MATCH, Verdict, agreed, rows_of
+from fne_jax.errors import UserError
+from fne_jax.false_negatives import fitted_detector
+from fne_jax.false_negatives.fitted_detector import FittedDetector
+from fne_jax.false_negatives.pair_features import SplitInputs, features
+from fne_jax.false_negatives.suspects import JudgedSplit, Suspects
+from fne_jax.false_negatives.verdict_samples import density
+from fne_jax.false_negatives.verdict_store import read_any
+
+# Of which the threshold is told.
+_PRECISIONS = (0.5, 0.8, 0.9)
+# First pairs of an audit whose precision is told, and the verdicts among them that this takes.
+_RANKS, _LEAST_VERDICTS = (100, 1000, 10_000), 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """What most reviewers say of unlabelled pairs of a split.
+
+    Attributes:
+      caption: [n] int64 row of each pair's caption.
+      image: [n] int64 row of each pair's image.
+      is_match: [n] bool.
+      weight: [n] float64, how many unlabelled pairs each stands for; NaN where no sample drew it.
+      samples: The names of the samples that drew some of them.
+    """
+
+    caption: np.ndarray
+    image: np.ndarray
+    is_match: np.ndarray
+    weight: np.ndarray
+    samples: list[str]
+
+
+def said_of(judged: JudgedSplit, verdicts: Sequence[Verdict]) -> Said:
+    """Returns what most reviewers say.
+
+    Args:
+      judged: The split.
+      verdicts: Each reviewer's last verdict on each of its pairs.
+
+    Raises:
+      UserError: if a verdict is of another dataset.
+    """
+    kept = agreed(verdicts)
+    caption, image = rows_of(kept, judged.dataset)
+    other = judged.dataset.caption_image[caption] != image
+    kept = [verdict for verdict, unlabelled in zip(kept, other, strict=True) if unlabelled]
+    return Said(
+        caption[other],
+        image[other],
+        np.array([verdict.verdict == MATCH for verdict in kept], bool),
+        weights(kept),
+        sorted({verdict.sample for verdict in kept if verdict.sample}),
+    )
+
+
+def read_said(judged: JudgedSplit, path: pathlib.Path) -> Said:
+    """Returns `said_of` the verdicts of a file: a store, or a `.csv` or `.jsonl`.
+
+    Raises:
+      UserError: if the verdicts cannot be read.
+    """
+    return said_of(judged, read_any(path, judged.dataset, judged.split_name))
+
+
+def fit_and_write(judged: JudgedSplit, said: Said, path: pathlib.Path) -> JudgedSplit:
+    """Fits a detector to verdicts, tells how good it is, and returns the split with it.
+
+    Args:
+      judged: The split.
+      said: What is said of its pairs.
+      path: Where to write the detector.
+
+    Raises:
+      UserError: if the verdicts are too few, or the detector cannot be written.
+    """
+    detector = fit_detector(judged, said)
+    fitted_detector.write(path, detector)
+    print(describe(detector))
+    print(f"written to {path}")
+    return dataclasses.replace(judged, fitted=detector)
+
+
+def split_inputs(judged: JudgedSplit) -> SplitInputs:
+    """Returns what features are taken from, of a split."""
+    return SplitInputs(
+        judged.embedded.image_emb,
+        judged.embedded.text_emb,
+        judged.caption_bank,
+        judged.dataset.captions,
+        judged.dataset.caption_image,
+    )
+
+
+def fit_detector(judged: JudgedSplit, said: Said, seed: int = 0) -> FittedDetector:
+    """Returns a detector fitted to verdicts.
+
+    Args:
+      judged: The split.
+      said: What is said of its pairs.
+      seed: The seed of the folds.
+
+    Raises:
+      UserError: if the verdicts are too few.
+    """
+    about = {"run": judged.name, "step": judged.step, "split": judged.split_name}
+    about["samples"] = said.samples
+    found = _density(said)
+    if found is not None:
+        about["density"] = dataclasses.asdict(found)
+    table = features(split_inputs(judged), said.caption, said.image)
+    return fitted_detector.fit(table, said.is_match, said.weight, seed, about)
+
+
+def _density(said, among=None):
+    """Returns the share of matches among unlabelled pairs, or a mask's; None of no verdict."""
+    drawn = np.isfinite(said.weight)
+    if among is not None:
+        drawn &= among
+    return density(said.is_match[drawn], said.weight[drawn]) if drawn.any() else None
+
+
+def describe_density(said: Said) -> str:
+    """Returns how many pairs match at all, by the verdicts on random samples, as a line."""
+    found = _density(said)
+    if found is None:
+        return (
+            "no verdict is of a random sample, so how many pairs match is not known; "
+            "`review --sample` asks of one"
+        )
+    if found.low == found.value or found.high == found.value:  # so many agree
+        return (
+            f"{found.value:.0%} of all unlabelled pairs match by all {found.verdicts:,} verdicts "
+            f"({found.low:.2%} to {found.high:.2%}, 95 % interval): too few to tell "
+            "config.fne.prior; judge more of `review --sample`"
+        )
+    return (
+        f"{found.value:.2%} of all unlabelled pairs match ({found.low:.2%} to {found.high:.2%}, "
+        f"95 % interval, {found.verdicts:,} verdicts): what config.fne.prior should be"
+    )
+
+
+def describe_precision(said: Said, suspects: Suspects, fitted_to_them: bool) -> str:
+    """Returns which share of an audit's first pairs match, by the verdicts on random samples.
+
+    Args:
+      said: What is said of the split's pairs.
+      suspects: The audit's pairs, before any is left out for a verdict.
+      fitted_to_them: Whether it is these verdicts that the audit's detector was fitted to.
+
+    Returns:
+      A line for the first pairs of each number that holds enough verdicts; "" where none does.
+    """
+    rank = {
+        pair: number
+        for number, pair in enumerate(
+            zip(suspects.pairs.caption.tolist(), suspects.pairs.image.tolist(), strict=True)
+        )
+    }
+    of_said = zip(said.caption.tolist(), said.image.tolist(), strict=True)
+    ranks = np.array([rank.get(pair, len(rank)) for pair in of_said], int)
+    lines = []
+    for first in (*(number for number in _RANKS if number < len(rank)), len(rank)):
+        found = _density(said, ranks < first)
+        if found is not None and found.verdicts >= _LEAST_VERDICTS:
+            lines.append(
+                f"of the first {first:,} pairs {found.value:.0%} match ({found.low:.0%} to "
+                f"{found.high:.0%}, 95 % interval, {found.verdicts:,} verdicts)"
+            )
+    if lines and fitted_to_them:
+        lines.append(
+            "the detector was fitted to these verdicts, so it does a little worse on other pairs"
+        )
+    return "\n".join(lines)
+
+
+def weights(verdicts: Sequence[Verdict]) -> np.ndarray:
+    """Returns [n] float64, how many unlabelled pairs each verdict stands for; NaN if not known.
+
+    Each of several samples stands for all pairs by itself. Together each stands for its share.
+    """
+    drawn = [verdict.sample if verdict.weight is not None else None for verdict in verdicts]
+    number = Counter(drawn)
+    total = len(verdicts) - number[None]
+    return np.array(
+        [
+            np.nan if sample is None else verdict.weight * number[sample] / total
+            for verdict, sample in zip(verdicts, drawn, strict=True)
+        ]
+    )
+
+
+def describe(detector: FittedDetector) -> str:
+    """Returns what a detector was fitted to and how good it is, as lines for a terminal."""
+    about = detector.about
+    step = "" if about.get("step") is None else f", step {about['step']}"
+    lines = [
+        f"fitted to {about['verdicts']:,} verdicts on {about['split']}, {about['matches']:,} of "
+        f"them matches, by the embeddings of {about['run']}{step}",
+    ]
+    for precision in _PRECISIONS:
+        try:
+            least = detector.threshold(precision)
+        except UserError:
+            lines.append(f"precision {precision:.0%}: not reached by these verdicts")
+            continue
+        recall = detector.recall[np.searchsorted(-detector.least, -least, side="right") - 1]
+        lines.append(
+            f"precision {precision:.0%} from probability {least:.3f} on, with {recall:.0%} of the "
+            "matches, by verdicts held out"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,94 @@
+"""Groups, filters and the way from one group to the next, against plain versions."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from fne_jax.data.verdicts import Verdict
+from fne_jax.false_negatives.review_app import questions as lib
+from fne_jax.false_negatives.review_app.questions import Question, Questions
+from tests.support.pages import hostile_split
+
+# Of captions 3, 0 and 5, and of images 1, 4 and 6.
+PAIRS = [(3, 4), (0, 1), (3, 6), (5, 4), (0, 4), (3, 2)]
+SPLIT = hostile_split()
+
+
+def said(pair, verdict, reviewer="anna"):
+    caption, image = pair
+    return Verdict("train", int(SPLIT.image_id[image]), int(SPLIT.caption_id[caption]), "", "",
+                   verdict, reviewer)  # fmt: skip
+
+
+@pytest.fixture
+def asked():
+    return Questions(SPLIT, [Question(*pair) for pair in PAIRS])
+
+
+VERDICTS = [
+    said((0, 1), "match"),
+    said((0, 4), "no_match"),
+    said((3, 6), "match"),
+    said((3, 6), "no_match", "bert"),
+    said((5, 4), "match", "bert"),
+    said((1, 1), "match"),  # of another list
+]
+
+
+def test_what_is_judged_is_what_the_reviewer_judged(asked):
+    answered = asked.answered(VERDICTS, "anna")
+    assert lib.counts(answered) == {
+        "unjudged": 3, "all": 6, "match": 2, "no_match": 1, "unsure": 0, "disputed": 1,
+    }  # fmt: skip
+    assert lib.counts(asked.answered(VERDICTS, "bert"))["unjudged"] == 4
+    assert lib.counts(asked.answered(VERDICTS, "carl"))["unjudged"] == 6
+    assert asked.find(0, 1) and asked.find(1, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("by", "show", "groups"),
+    [
+        ("caption", "all", {3: [(3, 4), (3, 6), (3, 2)], 0: [(0, 1), (0, 4)], 5: [(5, 4)]}),
+        ("image", "all", {4: [(3, 4), (5, 4), (0, 4)], 1: [(0, 1)], 6: [(3, 6)], 2: [(3, 2)]}),
+        ("caption", "unjudged", {3: [(3, 4), (3, 2)], 5: [(5, 4)]}),
+        ("image", "unjudged", {4: [(3, 4), (5, 4)], 2: [(3, 2)]}),
+        ("caption", "match", {3: [(3, 6)], 0: [(0, 1)]}),
+        ("caption", "disputed", {3: [(3, 6)]}),
+        ("image", "unsure", {}),
+    ],
+)
+def test_groups_in_order(asked, by, show, groups):
+    answered = asked.answered(VERDICTS, "anna")
+    seen, row = {}, None
+    for number in itertools.count(1):
+        page = asked.page(answered, by, show, row)
+        if page is None:
+            break
+        assert (page.number, page.groups) == (number, len(groups))
+        assert page.previous == (list(seen)[-1] if seen else None)
+        seen[page.row] = [(one.question.caption, one.question.image) for one in page.answered]
+        row = page.following
+        if row is None:
+            break
+    assert seen == groups and list(seen) == list(groups)
+
+
+def test_a_group_that_is_done_leads_to_the_next(asked):
+    def page(by, show, row):
+        return asked.page(asked.answered(VERDICTS, "anna"), by, show, row).row
+
+    assert page("caption", "unjudged", 0) == 5  # which follows 0
+    assert page("image", "unjudged", 6) == 2
+    assert page("image", "match", 2) == 6  # nothing follows: the last
+    assert page("caption", "all", 11) == 3  # of another list: the first
+
+
+def test_a_sample_is_answered_by_what_it_asked_alone():
+    drawn = [Question(3, 4, sample="strata", weight=2.5), Question(0, 1, sample="evaluation")]
+    asked = Questions(SPLIT, drawn)
+    elsewhere = [said((3, 4), "match"), said((0, 1), "match")]
+    answered = asked.answered(elsewhere, "anna")
+    assert answered[3, 4].own is None and answered[0, 1].own is not None
+    within = dataclasses.replace(elsewhere[0], sample="strata", weight=2.5)
+    assert asked.answered([within], "anna")[3, 4].own == within

@@ -1,0 +1,169 @@
+"""From a file of verdicts to an audit by the detector that was fitted to them."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+from fne_jax import audit, configuration
+from fne_jax.data import match_files
+from fne_jax.data.verdicts import Verdict, write_verdicts
+from fne_jax.errors import UserError
+from fne_jax.evaluation.embedding_files import write_embeddings
+from fne_jax.false_negatives import audit_pages, fitted_detector, verdict_fitting
+from fne_jax.false_negatives.pair_features import SplitInputs
+from fne_jax.false_negatives.verdict_samples import sample
+from fne_jax.model.embedded_split import EmbeddedSplit
+from fne_jax.model.model import load_evaluation_split
+from tests.support.planted import is_true, planted_split
+
+CONFIG = """
+from tests.support.tiny import tiny_config
+
+def get_config():
+    return tiny_config(data__synthetic__images=60, global_batch_size=8).lock()
+"""
+
+
+@pytest.fixture
+def written(tmp_path):
+    """The arguments of an audit of anyone's embeddings, and the verdicts on a sample of pairs."""
+    config = tmp_path / "tiny.py"
+    config.write_text(CONFIG)
+    dataset = load_evaluation_split(configuration.load_config(str(config), []), "val")
+    planted, topic = planted_split(60, 2, topics=12, noise=0.8)
+    # The planted captions are shuffled, those of the dataset are not.
+    order = np.argsort(planted.caption_image, kind="stable")
+    text_emb = planted.text_emb[order]
+    rows = dataset.caption_image, dataset.image_id, dataset.caption_id
+    np.testing.assert_array_equal(rows[0], planted.caption_image[order])
+    write_embeddings(tmp_path / "theirs", EmbeddedSplit(planted.image_emb, text_emb, *rows), None)
+    split = SplitInputs(planted.image_emb, text_emb, text_emb, dataset.captions, rows[0])
+    drawn = sample(split, 500, 0)
+    said = np.where(is_true(split, topic, drawn.caption, drawn.image), "match", "no_match")
+    verdicts = [
+        Verdict("val", int(dataset.image_id[i]), int(dataset.caption_id[c]), "",
+                dataset.captions[c], str(word), "ann", sample="first", weight=float(weight))
+        for c, i, word, weight in zip(drawn.caption, drawn.image, said, drawn.weight, strict=True)
+    ]  # fmt: skip
+    arguments = [f"--embeddings={tmp_path / 'theirs'}", f"--config={config}", "--split=val"]
+    return [*arguments, f"--out={tmp_path / 'out'}"], verdicts, (split, topic)
+
+
+def test_an_audit_by_verdicts(written, tmp_path, capsys, caplog):
+    arguments, verdicts, (split, topic) = written
+    write_verdicts(tmp_path / "said.csv", verdicts)
+    fitted = f"--fitted={tmp_path / 'fitted.json'}"
+    audit.main([*arguments, f"--verdicts={tmp_path / 'said.csv'}", fitted])
+    told = capsys.readouterr().out
+    assert "fitted to 500 verdicts on val" in told and "by the embeddings of theirs" in told
+    assert "what config.fne.prior should be" in told and "precision 90% from probability" in told
+    assert "\ndetector fitted: trees" in told  # it is preferred to the others
+    lines = (tmp_path / "out" / audit_pages.JSONL_NAME).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["detector"] for row in rows] == ["fitted"] * len(rows)
+    pairs = np.array([(row["caption_index"], row["image_index"]) for row in rows[:50]]).T
+    assert is_true(split, topic, *pairs).mean() > 0.9
+
+    detector = fitted_detector.read(tmp_path / "fitted.json")
+    about = detector.about
+    assert (about["run"], about["split"], about["samples"]) == ("theirs", "val", ["first"])
+    true = np.mean([one.verdict == "match" for one in verdicts])
+    assert about["density"]["low"] < about["density"]["value"] < true
+    # Told once, where it is so: of the verdicts that it was fitted to.
+    assert "the detector was fitted to these verdicts" in told
+    # The file does for the next audit.
+    audit.main([*arguments, fitted])
+    again = (tmp_path / "out" / audit_pages.JSONL_NAME).read_text().splitlines()
+    assert again == lines
+    assert "detector fitted" in capsys.readouterr().out
+    assert "not calibrated here" not in caplog.text
+    # And for a list to train with, of the precision by verdicts rather than of the probability.
+    audit.main([*arguments[:3], fitted, f"--matches={tmp_path / 'matches.npz'}"])
+    assert f"probability {detector.threshold(0.8):g} or more" in capsys.readouterr().out
+    dataset = load_evaluation_split(configuration.load_config(str(tmp_path / "tiny.py"), []), "val")
+    listed = match_files.read_match_list(tmp_path / "matches.npz", dataset)
+    assert len(listed.caption) > 100
+    assert is_true(split, topic, listed.caption, listed.image).mean() > 0.7
+
+
+def test_verdicts_measure_an_audit_by_any_detector(written, tmp_path, capsys):
+    arguments, verdicts, (split, topic) = written
+    write_verdicts(tmp_path / "said.csv", verdicts)
+    measuring = ["--detector=similarity", "--min-probability=0", "--per-query=30"]
+    audit.main([*arguments, *measuring, f"--verdicts={tmp_path / 'said.csv'}"])
+    told = capsys.readouterr().out
+    assert "of all unlabelled pairs match" in told and "500 verdicts)" in told
+    (whole,) = re.findall(r"of the first ([\d,]+) pairs (\d+)% match \((\d+)% to (\d+)%", told)[-1:]
+    lines = (tmp_path / "out" / audit_pages.JSONL_NAME).read_text().splitlines()
+    for first, share, low, high in re.findall(
+        r"of the first ([\d,]+) pairs (\d+)% match \((\d+)% to (\d+)%", told
+    ):
+        rows = [json.loads(line) for line in lines[: int(first.replace(",", ""))]]
+        pairs = np.array([(row["caption_index"], row["image_index"]) for row in rows]).T
+        if len(rows) == int(first.replace(",", "")):
+            assert int(low) - 1 <= 100 * is_true(split, topic, *pairs).mean() <= int(high) + 1
+        assert int(low) <= int(share) <= int(high)
+    assert int(whole[0].replace(",", "")) > 1000
+    assert "was fitted to these" not in told
+    # Verdicts that no sample drew measure nothing.
+    plain = [dataclasses.replace(one, sample="", weight=None) for one in verdicts]
+    write_verdicts(tmp_path / "plain.csv", plain)
+    audit.main([*arguments, *measuring, f"--verdicts={tmp_path / 'plain.csv'}"])
+    told = capsys.readouterr().out
+    assert "no verdict is of a random sample" in told and "of the first" not in told
+
+
+def test_mistakes(written, tmp_path, capsys):
+    arguments, verdicts, _ = written
+    for more, message in (
+        (["--detector=fitted"], "--detector=fitted takes --fitted"),
+        ([f"--verdicts={tmp_path}/said.csv"], "said.csv: cannot be read"),
+        ([f"--fitted={tmp_path}/none.json"], "none.json: cannot be read"),
+        ([f"--fitted={tmp_path}/said.csv"], "said.csv: expected a name that ends in .json"),
+    ):
+        with pytest.raises(UserError, match=message):
+            audit.main([*arguments, *more])
+    write_verdicts(tmp_path / "few.jsonl", verdicts[:25])
+    fitting = [f"--verdicts={tmp_path}/few.jsonl", f"--fitted={tmp_path}/few.json"]
+    with pytest.raises(UserError, match="a detector is fitted to at least 20"):
+        audit.main([*arguments, *fitting])
+    assert "25 verdicts): what config.fne.prior should be" in capsys.readouterr().out
+    assert not (tmp_path / "few.json").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_detector_of_other_embeddings_is_told(written, tmp_path, caplog):
+    arguments, verdicts, _ = written
+    write_verdicts(tmp_path / "said.csv", verdicts)
+    fitted = f"--fitted={tmp_path / 'fitted.json'}"
+    audit.main([*arguments, f"--verdicts={tmp_path / 'said.csv'}", fitted])
+    assert "not calibrated here" not in caplog.text
+    (tmp_path / "theirs").rename(tmp_path / "others")
+    audit.main([f"--embeddings={tmp_path / 'others'}", *arguments[1:], fitted])
+    assert (
+        "learnt from verdicts on the split val by theirs, not on the split val by others: its "
+        "probabilities are not calibrated here"
+    ) in caplog.text
+
+
+def test_a_density_by_verdicts_that_all_agree_is_no_prior():
+    said = verdict_fitting.Said(
+        *(np.arange(30), np.arange(30), np.zeros(30, bool)), np.full(30, 9.0), ["first"]
+    )
+    told = verdict_fitting.describe_density(said)
+    assert told.startswith("0% of all unlabelled pairs match by all 30 verdicts (0.00% to 9.50%")
+    assert "too few to tell config.fne.prior" in told
+
+
+def test_samples_together_stand_for_all_pairs_once():
+    def verdict(name, weight):
+        return Verdict("val", 1, 2, "", "x", "match", sample=name, weight=weight)
+
+    verdicts = [verdict("a", 30.0), verdict("b", 10.0), verdict("", None), verdict("b", 10.0)]
+    verdicts += [verdict("b", 10.0)]
+    np.testing.assert_allclose(
+        verdict_fitting.weights(verdicts), [30 / 4, 30 / 4, np.nan, 30 / 4, 30 / 4]
+    )
+    assert np.isnan(verdict_fitting.weights(verdicts[2:3])).all()
