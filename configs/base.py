@@ -112,6 +112,8 @@ def get_config() -> ConfigDict:
     # the mean of the others, twice as wide); checkpoint (the embedding of CLIP and SigLIP
     # themselves); or auto (checkpoint where there is one, else mean).
     image.pooling = "auto"
+    # How many of the last layers are pooled, beside each other; DINOv2's linear evaluation takes 4.
+    image.pooled_layers = 1
     # Layers that are frozen, from the bottom, the embeddings with them: "none", "all" (with the
     # norm and the head after them), or how many, e.g. "6". They have no gradient, no moments, no
     # momentum copy and no dropout, and run once a step.
@@ -135,6 +137,7 @@ def get_config() -> ConfigDict:
     # While training: as `pooling` (auto), or mean_to_longest, over as many tokens as the longest
     # caption of the batch has, as the authors.
     text.training_pooling = "auto"
+    text.pooled_layers = 1  # as of the image tower
     text.frozen_layers = "none"  # as of the image tower
     text.lora_rank = 0  # as of the image tower
     # Dimension of a learned projection after pooling, 0 for none.

@@ -194,6 +194,7 @@ _TOWER = {
     "pooling": _POOLINGS,
     "frozen_layers": FrozenLayers(),
     "lora_rank": _whole(0, 2**12),
+    "pooled_layers": _whole(1, 2**8),
 }
 _EPOCHS = Number(0, 10**6)
 _SEED = _whole(0, 2**32 - 1)

@@ -11,10 +11,10 @@ from fne_jax.encoders.architectures import model_type_of
 from fne_jax.encoders.model_types import MODELS
 from fne_jax.encoders.pretrained_weights import save_pretrained
 from fne_jax.errors import UserError
+from fne_jax.evaluation.results import read_values
 from fne_jax.files import write_atomically
 from fne_jax.model.model import restore_model
 from fne_jax.objectives.learned_scalars import LEARNED, bias, temperature, towers_of
-from fne_jax.retrieval.evaluation import read_values
 
 _CARD = """---
 library_name: transformers
@@ -86,12 +86,17 @@ def _scalars(model):
     return {name: jnp.reshape(now[name], start.shape) for name, start in scalars.items()}
 
 
+def _pooling(tower):
+    of = f" of the last {tower.pooled_layers} layers" if tower.pooled_layers > 1 else ""
+    return f"{tower.pooling}{of}"
+
+
 def _model_card(workdir, model) -> str:
     config = model.config
     about = (
         f"Step {model.step}. An embedding is the pooled last hidden state divided by its L2 "
-        f"norm; pooling: images {config.encoder.image.pooling}, texts "
-        f"{config.encoder.text.pooling}. Pixels in [0, 1] are resized to "
+        f"norm; pooling: images {_pooling(config.encoder.image)}, texts "
+        f"{_pooling(config.encoder.text)}. Pixels in [0, 1] are resized to "
         f"{config.encoder.image.image_size} x {config.encoder.image.image_size} (bicubic) and "
         f"normalised with mean {tuple(config.image_mean)} and deviation "
         f"{tuple(config.image_std)}; texts have {config.data.text_length} tokens."

@@ -114,6 +114,8 @@ def build_dual_encoder(
             raise UserError(
                 f"config.encoder.{field} is {pooling!r}; expected one of {', '.join(known)}"
             )
+    for name, tower in (("image", image), ("text", text)):
+        _check_pooled_layers(f"config.encoder.{name}.pooled_layers", tower)
     widths = tuple(
         _pooled_width(tower, encoder[name].pooling)
         for name, tower in (("image", image), ("text", text))
@@ -138,7 +140,22 @@ def build_dual_encoder(
 def _pooled_width(tower, pooling):
     if pooling == CHECKPOINT:
         return tower.pooled_dim
-    return 2 * tower.width if pooling == FIRST_AND_MEAN else tower.width
+    return tower.pooled_layers * tower.width * (2 if pooling == FIRST_AND_MEAN else 1)
+
+
+def _check_pooled_layers(field, tower):
+    count = tower.pooled_layers
+    if count > 1 and tower.pooled_dim:
+        raise UserError(
+            f"{field} is {count}, but that tower has an embedding of its own, of its last layer; "
+            "expected 1"
+        )
+    above = 0 if tower.frozen_layers == ALL else tower.frozen_depth
+    if count > tower.layers - above:
+        raise UserError(
+            f"{field} is {count}; expected at most {tower.layers - above}, the layers of that "
+            "tower" + (" that are not frozen" if above else "")
+        )
 
 
 def text_positions(encoder: ml_collections.ConfigDict, architecture: Mapping[str, Any]) -> int:
@@ -220,7 +237,11 @@ def _frozen(name, settings, tower):
             f"config.encoder.{name}.frozen_layers is {settings.frozen_layers!r}; expected at most "
             f"{tower.layers}, the layers of that tower, or {ALL!r}"
         )
-    return tower.clone(frozen_layers=frozen_layers, lora_rank=settings.lora_rank)
+    return tower.clone(
+        frozen_layers=frozen_layers,
+        lora_rank=settings.lora_rank,
+        pooled_layers=settings.pooled_layers,
+    )
 
 
 def _pretrained_tower(name, settings, architecture, shared) -> Tower:

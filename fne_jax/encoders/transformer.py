@@ -50,7 +50,7 @@ class EncoderOutput:
     """What an encoder computes.
 
     Attributes:
-      last_hidden_state: [batch, tokens, width] hidden states in the compute dtype.
+      last_hidden_state: [batch, tokens, pooled_layers * width] hidden states in the compute dtype.
       pooled: [batch, dim] float32 embedding that the encoder was trained to give, not normalised;
         None for encoders that have none of their own (ViT and BERT).
     """
@@ -132,6 +132,7 @@ class TransformerLayer(nn.Module):
       layer_scale: Whether the output of each part is multiplied by a learned vector (Touvron et al.
         2021, arXiv 2103.17239).
       lora_rank: Rank of the learned changes of the kernels; 0 for none.
+      returned: Whether the hidden states are returned a second time, for a scan to collect.
     """
 
     heads: int
@@ -145,6 +146,7 @@ class TransformerLayer(nn.Module):
     key_bias: bool = True
     layer_scale: bool = False
     lora_rank: int = 0
+    returned: bool = False
 
     @nn.compact
     def __call__(
@@ -153,8 +155,8 @@ class TransformerLayer(nn.Module):
         mask: jax.Array | None,
         deterministic: bool,
         bias: jax.Array | None = None,
-    ) -> tuple[jax.Array, None]:
-        """Returns the next hidden states and None, the pair that `nn.scan` asks for.
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the next hidden states twice or with None, the pair that `nn.scan` asks for.
 
         Args:
           hidden: [batch, tokens, width] hidden states.
@@ -181,7 +183,7 @@ class TransformerLayer(nn.Module):
                 out *= scale.astype(self.dtype)[None, None]
             out = nn.Dropout(self.dropout)(out, deterministic=deterministic)
             hidden = hidden + out if self.pre_norm else norm(hidden + out)
-        return hidden, None
+        return hidden, hidden if self.returned else None
 
 
 class TransformerStack(nn.Module):
@@ -195,6 +197,8 @@ class TransformerStack(nn.Module):
       remat: What a layer keeps for its backward pass, a key of `REMATS`.
       frozen: How many of the layers, from the bottom, are frozen. They have no dropout and no
         low-rank changes, and their stacked parameters a name of their own.
+      returned: How many of the last layers have their hidden states returned, joined along the
+        tokens.
     """
 
     layers: int
@@ -202,6 +206,7 @@ class TransformerStack(nn.Module):
     scan_layers: bool = False
     remat: str | bool = NONE
     frozen: int = 0
+    returned: int = 1
 
     @nn.compact
     def __call__(
@@ -214,7 +219,7 @@ class TransformerStack(nn.Module):
         lower: bool = True,
         upper: bool = True,
     ) -> jax.Array:
-        """Returns the [batch, tokens, width] hidden states after the layers.
+        """Returns the [batch, returned * tokens, width] hidden states after the last layers.
 
         Args:
           hidden: [batch, tokens, width] hidden states.
@@ -222,18 +227,23 @@ class TransformerStack(nn.Module):
           deterministic: whether dropout is off.
           bias: [heads, tokens, tokens] float32 array, added to the scores; or None.
           lower: whether to run the frozen layers.
-          upper: whether to run the others.
+          upper: whether to run the others; without, the hidden states after the frozen layers are
+            returned, [batch, tokens, width].
         """
+        states, several = [], self.returned > 1 and upper
         kind = rematerialized(TransformerLayer, self.remat, scanned=self.scan_layers)
-        frozen_options = {**self.layer_options, "lora_rank": 0}
+        all_options = {**self.layer_options, "returned": several}
+        frozen_options = {**all_options, "lora_rank": 0}
         frozen, others = range(self.frozen if lower else 0), range(self.frozen, self.layers)
         for name, indices, options, off in (
             (FROZEN_LAYERS, frozen, frozen_options, True),
-            (LAYERS, others if upper else (), self.layer_options, deterministic),
+            (LAYERS, others if upper else (), all_options, deterministic),
         ):
             if not self.scan_layers:
                 for index in indices:
-                    hidden, _ = kind(**options, name=f"layer_{index}")(hidden, mask, off, bias)
+                    layer = kind(**options, name=f"layer_{index}")
+                    hidden, state = layer(hidden, mask, off, bias)
+                    states.append(state)
             elif indices:
                 scanned = nn.scan(
                     kind,
@@ -242,8 +252,9 @@ class TransformerStack(nn.Module):
                     in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
                     length=len(indices),
                 )
-                hidden, _ = scanned(**options, name=name)(hidden, mask, off, bias)
-        return hidden
+                hidden, every = scanned(**options, name=name)(hidden, mask, off, bias)
+                states += [] if every is None else list(every)
+        return jnp.concatenate(states[-self.returned :], axis=1) if several else hidden
 
 
 def cast_kernels(params: Any, dtype: Any) -> Any:
@@ -287,6 +298,8 @@ class Tower(nn.Module, kw_only=True):
         for all parameters, None for none. What is frozen has no dropout.
       lora_rank: Rank of the learned changes of the layers' kernels, all else being frozen; 0 for
         none.
+      pooled_layers: How many of the last layers are pooled: `last_hidden_state` has their hidden
+        states beside each other. More than 1 suits towers without a `pooled` of their own.
     """
 
     width: int
@@ -303,6 +316,7 @@ class Tower(nn.Module, kw_only=True):
     remat: str | bool = NONE
     frozen_layers: int | str | None = None
     lora_rank: int = 0
+    pooled_layers: int = 1
 
     # Whether the input of each part of a layer is normalised, rather than the sum after it.
     pre_norm: ClassVar[bool] = True
@@ -404,11 +418,18 @@ class Tower(nn.Module, kw_only=True):
             scan_layers=self.scan_layers,
             remat=self.remat,
             frozen=self.frozen_depth,
+            returned=self.pooled_layers,
             name=STACK,
         )
         bias = self.attention_bias(hidden.shape[1])
         hidden = stack(hidden, mask, deterministic, bias, lower=not begun, upper=not lower)
-        return hidden if lower else self.pool(self.finish(hidden, inputs), mask)
+        if lower:
+            return hidden
+        out = self.finish(hidden, inputs)
+        if self.pooled_layers > 1:
+            layers = jnp.split(out.last_hidden_state, self.pooled_layers, axis=1)
+            out = out.replace(last_hidden_state=jnp.concatenate(layers, axis=-1))
+        return self.pool(out, mask)
 
 
 class TextTower(Tower):

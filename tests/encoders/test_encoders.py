@@ -10,7 +10,7 @@ import pytest
 from fne_jax.configuration import with_model_defaults
 from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.clip import ClipText, ClipVision
-from fne_jax.encoders.dual_encoder import DualEncoder, pool_mean
+from fne_jax.encoders.dual_encoder import POOLINGS, DualEncoder, pool_mean
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.encoders.vision_transformer import VisionTransformer, flatten_patches
 from fne_jax.errors import UserError
@@ -32,10 +32,10 @@ def tokens():
     return jnp.where(mask, ids, 0), mask.astype(jnp.int32)
 
 
-def stacked(params):
+def stacked(params, count=2):
     """Moves the parameters of layer_0, layer_1, ... into the layout of scanned layers."""
     layers = dict(params["encoder"])
-    inner = jax.tree.map(lambda *x: jnp.stack(x), *(layers[f"layer_{i}"] for i in range(2)))
+    inner = jax.tree.map(lambda *x: jnp.stack(x), *(layers[f"layer_{i}"] for i in range(count)))
     return {**params, "encoder": {"layers": inner}}
 
 
@@ -143,6 +143,26 @@ def test_an_unknown_activation_is_refused(pixels):
         module.init(jax.random.key(0), pixels)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_the_last_layers_lie_beside_each_other(tower, scan, pixels, tokens):
+    inputs = (pixels,) if tower == "image" else tokens
+    three = TOWERS[tower](scan_layers=scan).clone(layers=3)
+    params = drawn_parameters(three.clone(scan_layers=False), *inputs)
+
+    def states(layers, **options):
+        held = {f"layer_{index}": params["encoder"][f"layer_{index}"] for index in range(layers)}
+        module = three.clone(layers=layers, scan_layers=False, **options)
+        return module.apply({"params": {**params, "encoder": held}}, *inputs).last_hidden_state
+
+    given = stacked(params, 3) if scan else params
+    joined = three.clone(pooled_layers=2, remat="full").apply({"params": given}, *inputs)
+    expected = np.concatenate([states(2), states(3)], axis=-1)
+    np.testing.assert_allclose(joined.last_hidden_state, expected, atol=1e-5)
+    pooled = POOLINGS["first_and_mean"](joined.last_hidden_state, jnp.ones(expected.shape[:2]))
+    assert pooled.shape == (len(expected), 2 * 2 * SIZES["width"])
+
+
 def test_mean_pooling_is_over_real_tokens():
     hidden = jnp.arange(24.0).reshape(2, 3, 4)
     mask = jnp.array([[1, 1, 0], [1, 0, 0]])
@@ -179,6 +199,8 @@ def test_dropout_is_off_unless_asked_for(pixels):
         ("image.image_size", 100, "not a multiple of patch_size 16"),
         ("text.width", 384, "the towers' widths differ"),
         ("text.pooling", "last", "expected one of mean, mean_with_padding, mean_to_longest, first"),
+        ("image.pooled_layers", 13, r"pooled_layers is 13; expected at most 12"),
+        ("image.pooled_layers", 2, r"widths differ \(1536 and 768"),
         ("compute_dtype", "float16", "expected float32 or bfloat16"),
         (
             "attention",
@@ -193,4 +215,13 @@ def test_sizes_that_do_not_fit_are_named(field, value, message):
     encoder = with_model_defaults(base.get_config(), architectures={}).encoder
     encoder.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
+        build_dual_encoder(encoder, 100)
+
+
+def test_layers_that_are_pooled_lie_above_the_frozen_ones():
+    from configs import base
+
+    encoder = with_model_defaults(base.get_config(), architectures={}).encoder
+    encoder.text.update(frozen_layers="10", pooled_layers=3)
+    with pytest.raises(UserError, match=r"text.pooled_layers is 3; .* 2, .* that are not frozen"):
         build_dual_encoder(encoder, 100)

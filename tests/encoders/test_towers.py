@@ -15,9 +15,9 @@ from fne_jax.data import captions
 from fne_jax.data.loading import load_split
 from fne_jax.encoders.towers import read_architectures
 from fne_jax.errors import UserError
+from fne_jax.evaluation.results import read_values
 from fne_jax.model.model import build_model, build_module
 from fne_jax.parallel import sharding
-from fne_jax.retrieval.evaluation import read_values
 from fne_jax.training import loop
 from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.train_state import abstract_state, first_state

@@ -170,6 +170,7 @@ def bits(state):
             {
                 **THREE,
                 "encoder__image__frozen_layers": "all",
+                "encoder__image__pooled_layers": 2,
                 "encoder__text__frozen_layers": "2",
                 "encoder__scan_layers": True,
                 "encoder__projection_hidden": 20,
