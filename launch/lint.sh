@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the test extras; then linter, formatter, floors and types. Changes nothing.
+# Installs the test extras; then linter, formatter, import layers and types. Changes nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
