@@ -1,5 +1,10 @@
 """Frozen layers: not trained, run once a step, and kept on disk if asked."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +27,11 @@ from fne_jax.training import loop
 from fne_jax.training.rate_factors import learning_rate_factors
 from fne_jax.training.timeline import Phase, Timeline
 from fne_jax.training.train_state import abstract_state
+from tests.support import TOP
+from tests.support.ports import free_port
 from tests.support.runs import mesh_of, new_state, new_steps, stored_state
 from tests.support.tiny import tiny_config
+from tests.support.xla_flags import xla_flags
 
 THREE = {"encoder__image__layers": 3, "encoder__text__layers": 2, "encoder__projection_dim": 12}
 LOWER = {"encoder__image__frozen_layers": "2", "encoder__text__frozen_layers": "1"}
@@ -427,3 +435,37 @@ def test_a_projection_may_have_a_hidden_layer():
     np.testing.assert_allclose(
         head.apply({"params": params}, x), hidden @ params["output"]["kernel"], rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.slow
+def test_two_processes_on_kept_features_are_bit_identical_to_two_that_keep_none(tmp_path):
+    (tmp_path / "config.py").write_text(
+        textwrap.dedent(
+            f"""
+            from tests.support.tiny import tiny_config
+
+            def get_config():
+                return tiny_config(
+                    data__cache_dir={str(tmp_path / "cache")!r}, fne__start_epoch=1.0,
+                    **{THREE | LOWER | PLAIN_IMAGES}
+                )
+            """
+        )
+    )
+    states = []
+    for name, flags in (("plain", []), ("kept", ["--config.data.keep_frozen=True"])):
+        command = [
+            *(sys.executable, "-m", "fne_jax.train", f"--config={tmp_path / 'config.py'}"),
+            *(f"--workdir={tmp_path / name}", f"--coordinator=localhost:{free_port()}"),
+            *("--processes=2", *flags),
+        ]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(2)}
+        begun = [
+            subprocess.Popen([*command, f"--process-index={index}"], cwd=TOP, env=environment)
+            for index in range(2)
+        ]
+        assert [process.wait(300) for process in begun] == [0, 0]
+        states.append(stored_state(tmp_path / name))
+    assert bits(states[0]) == bits(states[1])
+    folders = {path.name.partition("-")[0] for path in (tmp_path / "cache" / "frozen").iterdir()}
+    assert folders == {"image", "text"}
