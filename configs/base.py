@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     # a pretrained text tower of sentence-transformers, and "" with others.
     data.prompt = "auto"
     # The fixed number of tokens that a caption is padded or truncated to; 0 for that of the
-    # pretrained text tower (CLIP 77, SigLIP 64), and 30 with others, or max_seq_length if less.
+    # pretrained text tower (CLIP 77, SigLIP 64), and 30 with others, or what they take if less.
     data.text_length = 0
     # Whether what the frozen layers make of each image and caption is computed once, kept in
     # `cache_dir` and read from there. Images that are augmented are not kept.

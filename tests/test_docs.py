@@ -10,7 +10,7 @@ import pytest
 
 from configs import base
 from fne_jax import configuration
-from fne_jax.config_rules import flatten
+from fne_jax.configuration import flatten
 from tests.support import TOP, pages_of_docs
 
 PAGES = pages_of_docs.pages()

@@ -12,8 +12,7 @@ import numpy as np
 import optax
 
 from fne_jax.benchmarks.timing import machine, median_seconds
-from fne_jax.config_rules import validate
-from fne_jax.configuration import with_model_defaults
+from fne_jax.configuration import validate, with_model_defaults
 from fne_jax.model.model import Model, build_model, build_module
 from fne_jax.parallel import sharding
 from fne_jax.parallel.compile_cache import use_compile_cache

@@ -158,8 +158,14 @@ def _check_pooled_layers(field, tower):
         )
 
 
-def text_positions(encoder: ml_collections.ConfigDict, architecture: Mapping[str, Any]) -> int:
-    """Returns the most tokens that a pretrained text tower has positions for.
+def text_positions(
+    encoder: ml_collections.ConfigDict, architecture: Mapping[str, Any] | None
+) -> int:
+    """Returns the most tokens that the text tower has positions for.
+
+    Args:
+      encoder: `config.encoder`.
+      architecture: The text tower's, of `read_architectures`; None if it is not pretrained.
 
     Raises:
       UserError: if the architecture has no text tower.

@@ -262,7 +262,7 @@ def build_model(
       before_batch: Called before each batch that is embedded; what it raises ends the embedding.
 
     Raises:
-      UserError: if sources, sizes, tokenizer and caption length do not fit together.
+      UserError: if sources, sizes and tokenizer do not fit together.
     """
     if module is None:
         module = build_module(config, architectures, len(tokenizer), mesh)
@@ -292,16 +292,9 @@ def build_module(
       mesh: The devices to spread batches over; None for the default device alone.
 
     Raises:
-      UserError: if sources, sizes, tokenizer and caption length do not fit together.
+      UserError: if sources, sizes and tokenizer do not fit together.
     """
-    module = towers.build_dual_encoder(config.encoder, vocab_size, architectures, mesh)
-    for part in ("data", "evaluation"):
-        if config[part].text_length > module.text.max_tokens:
-            raise UserError(
-                f"config.{part}.text_length is {config[part].text_length}, more than the "
-                f"{module.text.max_tokens} positions of the text encoder"
-            )
-    return module
+    return towers.build_dual_encoder(config.encoder, vocab_size, architectures, mesh)
 
 
 def initial_params(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from fne_jax import config_rules, configuration
+from fne_jax import configuration
 from fne_jax.encoders.freezing import is_frozen_below
 from fne_jax.errors import UserError
 from fne_jax.model.kept_features import kept_towers
@@ -87,7 +87,7 @@ def compile_step(
             "and add to a device's memory a bit for each image and caption of the training split "
             "(oracle) or 4 bytes for each match (matches)"
         )
-    config_rules.check_batches(config, len(topology.devices))
+    configuration.check_batches(config, len(topology.devices))
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, topology.devices)
     architectures = read_architectures(config.encoder)
     resolved = configuration.with_model_defaults(config, architectures)

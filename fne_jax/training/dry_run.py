@@ -7,7 +7,7 @@ import pathlib
 import jax
 import ml_collections
 
-from fne_jax import config_rules, configuration
+from fne_jax import configuration
 from fne_jax.data.loading import load_split
 from fne_jax.model.model import build_model
 from fne_jax.model.tokenizers import run_tokenizer
@@ -37,7 +37,7 @@ def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
     if begun:
         run_folder.check_begun(workdir, config)
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
-    config_rules.check_batches(config, mesh.size)
+    configuration.check_batches(config, mesh.size)
     train = load_split(config.data, config.encoder.image.image_size, "train")
     known = known_matches(config, train, mesh)
     if begun:

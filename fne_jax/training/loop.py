@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import ml_collections
 
-from fne_jax import config_rules, configuration
+from fne_jax import configuration
 from fne_jax.data.batches import Batch, BatchOrder, training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.loading import load_split
@@ -75,7 +75,7 @@ def _train(config, workdir, warmup_only, module):
         check_installed(config.logging.also)
     use_compile_cache(config.compile_cache)
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
-    config_rules.check_batches(config, mesh.size)
+    configuration.check_batches(config, mesh.size)
 
     # Data.
     train, val, known = _load(config, mesh)

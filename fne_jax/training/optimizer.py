@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from fne_jax.config_rules import SCHEDULES
-from fne_jax.errors import UserError
 from fne_jax.objectives import learned_scalars
 from fne_jax.objectives.learned_scalars import LEARNED, LOG_TEMPERATURE_FACTOR
 from fne_jax.training.rate_factors import learning_rate_factors
@@ -27,9 +25,6 @@ def learning_rate_schedule(
       optimizer: `config.optimizer`, see configs/base.py.
       steps_per_epoch: updates in an epoch.
       total_steps: updates in the run.
-
-    Raises:
-      UserError: if the schedule is unknown.
     """
     warmup_steps = round(optimizer.warmup_epochs * steps_per_epoch)
     peak = optimizer.learning_rate
@@ -40,13 +35,8 @@ def learning_rate_schedule(
             step = max(round(epoch * steps_per_epoch) - warmup_steps, 0)
             factors[step] *= optimizer.step_factor
         after = optax.piecewise_constant_schedule(peak, dict(factors))
-    elif optimizer.schedule == "cosine":
+    else:  # cosine
         after = optax.cosine_decay_schedule(peak, max(total_steps - warmup_steps, 1))
-    else:
-        raise UserError(
-            f"config.optimizer.schedule is {optimizer.schedule!r}; "
-            f"expected one of {', '.join(SCHEDULES)}"
-        )
     if not warmup_steps:
         return after
     rise = optax.linear_schedule(0.0, peak, warmup_steps)

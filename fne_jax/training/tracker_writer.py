@@ -13,7 +13,7 @@ from typing import Any
 import ml_collections
 from clu.metric_writers import MetricWriter
 
-from fne_jax.config_rules import flatten
+from fne_jax.configuration import flatten
 
 PROJECT = "fne-jax"
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class TrackerWriter(MetricWriter):
     What fails there does not end the training: it is told once, and nothing more is written.
 
     Args:
-      name: The tracker, one of `config_rules.TRACKERS`.
+      name: The tracker, one that `config.logging.also` may name.
       label: The name of the remote run; it is gone on with where it exists.
       workdir: The folder of the run, for what the tracker keeps locally.
       config: The resolved config, which the remote run shows.

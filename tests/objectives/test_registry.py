@@ -4,7 +4,7 @@ import ml_collections
 import pytest
 
 from configs import base
-from fne_jax import config_rules
+from fne_jax import configuration
 from fne_jax.errors import UserError
 from fne_jax.objectives import registry
 from fne_jax.studies import cells
@@ -78,12 +78,12 @@ def test_positives_are_for_losses_that_take_several():
         config = config_with(objective__name=name, objective__oracle="positives")
         if name in able:
             registry.check(config)
-            config_rules.validate(config)
+            configuration.validate(config)
             continue
-        for function in (registry.check, config_rules.validate):
+        for function in (registry.check, configuration.validate):
             with pytest.raises(UserError, match=rf"config.objective.oracle is .*name={name} takes"):
                 function(config)
-        config_rules.validate(config_with(objective__name=name, objective__oracle="drop"))
+        configuration.validate(config_with(objective__name=name, objective__oracle="drop"))
 
 
 def test_the_study_compares_what_the_registry_has():

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import fne_jax
-from fne_jax import config_rules, configuration
+from fne_jax import configuration
 from fne_jax.encoders.dual_encoder import pool_mean_to_longest
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import UserError
@@ -283,4 +283,4 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch():
 )
 def test_settings_that_cannot_be(fields, message):
     with pytest.raises(UserError, match=message):
-        config_rules.validate(tiny_config(**fields))
+        configuration.validate(tiny_config(**fields))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from fne_jax import config_rules, configuration, plan
+from fne_jax import configuration, plan
 from fne_jax.errors import UserError
 from fne_jax.model.model import build_model
 from fne_jax.planning import program, published, summary, topology, useful
@@ -436,8 +436,8 @@ def test_published_towers_need_no_hub_and_coco_divides_its_slices():
         )  # fmt: skip
         assert resolved.data.text_length == 30
     for devices in (8, 16, 64, 256):
-        config_rules.check_batches(
+        configuration.check_batches(
             configuration.load_config(str(TOP / "configs" / "coco.py"), []), devices
         )
     with pytest.raises(UserError, match="global_batch_size is 32, which the 64 devices do not"):
-        config_rules.check_batches(config, 64)
+        configuration.check_batches(config, 64)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from fne_jax import config_rules
+from fne_jax import configuration
 from fne_jax.data.batches import BatchOrder
 from fne_jax.data.loading import load_split
 from fne_jax.encoders import freezing
@@ -382,7 +382,7 @@ def test_lower_layers_learn_slower(scan_layers):
 )
 def test_settings_that_cannot_be(fields, message):
     with pytest.raises(UserError, match=message):
-        config_rules.validate(tiny_config(**fields))
+        configuration.validate(tiny_config(**fields))
 
 
 def test_more_layers_than_there_are_cannot_be_frozen():

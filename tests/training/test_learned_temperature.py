@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from configs import base
-from fne_jax import config_rules
+from fne_jax import configuration
 from fne_jax.data.batches import training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.loading import load_split
@@ -126,7 +126,7 @@ def test_a_start_out_of_bounds_is_refused():
     config = tiny_config()
     with config.unlocked():
         config.objective.update(learn_temperature=True, temperature=3.0)
-    for check in (config_rules.validate, registry.check):
+    for check in (configuration.validate, registry.check):
         with pytest.raises(UserError, match=r"config.objective.temperature is 3.0; with learn_"):
             check(config)
 

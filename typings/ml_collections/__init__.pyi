@@ -1,7 +1,7 @@
 """Types of ml_collections for pyright.
 
 Its own annotations say of each field that it may hold anything that any field may, so that no use
-of one passes; here fields are not typed. What they may be is in fne_jax/config_rules.py.
+of one passes; here fields are not typed. What they may be is in fne_jax/configuration/rules.py.
 """
 
 from collections.abc import Iterator, Mapping

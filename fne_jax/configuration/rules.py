@@ -2,201 +2,115 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import ml_collections
 
 from fne_jax.data.images.augmentation import AUGMENTATIONS
 from fne_jax.data.sources.registry import find_source
-from fne_jax.data.sources.shapes_scenes import FACTS, VARIED, vocabulary_of
+from fne_jax.data.sources.shapes_scenes import FACTS, vocabulary_of
 from fne_jax.encoders.attention import ATTENTIONS, AUTO
 from fne_jax.encoders.dual_encoder import CHECKPOINT, LONGEST_POOLING, POOLINGS
 from fne_jax.encoders.freezing import NOTHING
-from fne_jax.encoders.rematerialization import OLD_REMATS, REMATS
+from fne_jax.encoders.rematerialization import REMATS
 from fne_jax.encoders.transformer import ALL
 from fne_jax.errors import UserError
 from fne_jax.objectives import registry
 from fne_jax.objectives.fne_settings import ELIMINATIONS
 from fne_jax.objectives.key_blocks import BLOCK
 
-# Fields that have another name by now, and which; an old run's config.json is read under the new.
-RENAMED_FIELDS = {
-    "fne.decay": "fne.tau",
-    "fne.statistics_keep": "fne.ema_decay",
-    "objective.memory": "objective.queue",
-}
-
-# Fields that came later, and the value that says what runs did before; an old run's config.json is
-# read with it.
-ADDED_FIELDS = {
-    "data.prompt": "",
-    "data.shapes.facts": VARIED,
-    "fne.elimination_tau": 0.0,
-    "objective.learn_temperature": False,
-    "data.matches": "",
-    "objective.oracle": registry.NO_ORACLE,
-    "optimizer.objective_factor": 1.0,
-    "logging.also": (),
-    "data.keep_frozen": False,
-    "encoder.image.frozen_layers": NOTHING,
-    "encoder.image.lora_rank": 0,
-    "encoder.text.frozen_layers": NOTHING,
-    "encoder.text.lora_rank": 0,
-    "encoder.projection_hidden": 0,
-    "optimizer.layer_decay": 1.0,
-}
-
-# Fields whose values have other names by now, and which; read likewise.
-RENAMED_VALUES = {"encoder.remat": OLD_REMATS}
-
-# Fields that are gone: the value that a stored config may still have, and why they went.
-REMOVED_FIELDS = {"data.augment_on": ("host", "images are augmented on the host")}
-# The last commit that reads other values of them.
-BEFORE_REMOVAL = "67ae0d0"
-
-
-@dataclasses.dataclass(frozen=True)
-class Number:
-    """A number from `low` to `high`, or one of `also`; `whole` and a multiple of `multiple`."""
-
-    low: float
-    high: float
-    whole: bool = False
-    multiple: int = 1
-    also: tuple[int | None, ...] = ()
-
-    def allows(self, value: Any) -> bool:
-        """Returns whether a field may have the value."""
-        if value is None:
-            return None in self.also
-        kinds = int if self.whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            return False
-        if value in self.also:
-            return True
-        return self.low <= value <= self.high and (not self.whole or value % self.multiple == 0)
-
-    def __str__(self):
-        kind = "a whole number" if self.whole else "a number"
-        kind = f"a multiple of {self.multiple}" if self.multiple > 1 else kind
-        also = "".join(f", or {value}" for value in self.also)
-        ends = f"from {self.low} to {self.high}" if self.high < _ANY else f"of at least {self.low}"
-        return f"{kind} {ends}{also}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Numbers:
-    """Several numbers, each as `each`: one of `counts` of them, or any number without counts."""
-
-    each: Number
-    counts: tuple[int, ...] = ()
-
-    def allows(self, value: Any) -> bool:
-        """Returns whether a field may have the value."""
-        if not isinstance(value, list | tuple) or (self.counts and len(value) not in self.counts):
-            return False
-        return all(self.each.allows(number) for number in value)
-
-    def __str__(self):
-        counts = f"{' or '.join(map(str, self.counts))} of them" if self.counts else "any of them"
-        return f"a tuple of numbers, {counts}, each {self.each}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """One of several names."""
-
-    names: tuple[str, ...]
-
-    def allows(self, value: Any) -> bool:
-        """Returns whether a field may have the value."""
-        return value in self.names
-
-    def __str__(self):
-        return f"one of {', '.join(self.names)}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Choices:
-    """Any of several names, each at most once."""
-
-    names: tuple[str, ...]
-
-    def allows(self, value: Any) -> bool:
-        """Returns whether a field may have the value."""
-        if not isinstance(value, list | tuple):
-            return False
-        return all(name in self.names for name in value) and len(set(value)) == len(value)
-
-    def __str__(self):
-        return f"a tuple of any of {', '.join(self.names)}, each once"
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A name or a path, or, if it is optional, nothing."""
-
-    optional: bool = True
-
-    def allows(self, value: Any) -> bool:
-        """Returns whether a field may have the value."""
-        return isinstance(value, str) and "\0" not in value and bool(value or self.optional)
-
-    def __str__(self):
-        return "a text" if self.optional else "a text that is not empty"
-
-
-@dataclasses.dataclass(frozen=True)
-class FrozenLayers:
-    """The layers of a tower that are frozen."""
-
-    def allows(self, value: Any) -> bool:
-        """Returns whether a field may have the value."""
-        return isinstance(value, str) and (value in (NOTHING, ALL) or value.isdecimal())
-
-    def __str__(self):
-        return f'"{NOTHING}", "{ALL}", or a number of layers in quotes, e.g. "6"'
-
-
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    """True or False."""
-
-    def allows(self, value: Any) -> bool:
-        """Returns whether a field may have the value."""
-        return isinstance(value, bool)
-
-    def __str__(self):
-        return "True or False"
-
-
 _ANY = 10**9  # stands for no upper bound
 
 
-def _whole(low, high=_ANY, **options):
-    return Number(low, high, whole=True, **options)
+class Rule(NamedTuple):
+    """What a field may be.
+
+    Attributes:
+      words: What is expected, in words.
+      allows: Returns whether a field may have a value.
+      values: The ends of a range, or the names to choose from.
+    """
+
+    words: str
+    allows: Callable[[Any], bool]
+    values: tuple = ()
 
 
-SCHEDULES = ("step", "cosine")
-TRACKERS = ("wandb", "trackio")  # what `config.logging.also` may name
-_POOLINGS = Choice(("auto", *POOLINGS, CHECKPOINT))
+def _number(low, high, *, whole=False, multiple=1, also=()) -> Rule:
+    """Returns the rule for a number from `low` to `high`, or one of `also`."""
+
+    def allows(value):
+        if value is None:
+            return None in also
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            return False
+        return value in also or (low <= value <= high and (not whole or value % multiple == 0))
+
+    kind = "a whole number" if whole else "a number"
+    kind = f"a multiple of {multiple}" if multiple > 1 else kind
+    ends = f"from {low} to {high}" if high < _ANY else f"of at least {low}"
+    return Rule(f"{kind} {ends}{''.join(f', or {x}' for x in also)}", allows, (low, high))
+
+
+def _whole(low, high=_ANY, **options) -> Rule:
+    return _number(low, high, whole=True, **options)
+
+
+def _numbers(each: Rule, count: int | None = None) -> Rule:
+    """Returns the rule for several numbers: so many or none, or without a count any number."""
+
+    def allows(value):
+        if not isinstance(value, list | tuple) or (count and len(value) not in (0, count)):
+            return False
+        return all(each.allows(number) for number in value)
+
+    how_many = f"0 or {count}" if count else "any"
+    return Rule(f"a tuple of numbers, {how_many} of them, each {each.words}", allows)
+
+
+def _choice(*names: str) -> Rule:
+    return Rule(f"one of {', '.join(names)}", lambda value: value in names, names)
+
+
+def _choices(*names: str) -> Rule:
+    """Returns the rule for any of several names, each at most once."""
+
+    def allows(value):
+        if not isinstance(value, list | tuple):
+            return False
+        return all(name in names for name in value) and len(set(value)) == len(value)
+
+    return Rule(f"a tuple of any of {', '.join(names)}, each once", allows)
+
+
+def _is_text(value):
+    return isinstance(value, str) and "\0" not in value
+
+
+_FLAG = Rule("True or False", lambda value: isinstance(value, bool))
+_TEXT = Rule("a text", _is_text)
+_NAME = Rule("a text that is not empty", lambda value: _is_text(value) and value != "")
+_FROZEN_LAYERS = Rule(
+    f'"{NOTHING}", "{ALL}", or a number of layers in quotes, e.g. "6"',
+    lambda value: isinstance(value, str) and (value in (NOTHING, ALL) or value.isdecimal()),
+)
+_POOLINGS = _choice("auto", *POOLINGS, CHECKPOINT)
 _SIZE = _whole(1, 2**16)
 _TOWER = {
-    "pretrained": Text(),
+    "pretrained": _TEXT,
     "width": _SIZE,
     "layers": _whole(1, 256),
     "heads": _SIZE,
     "mlp_width": _whole(1, 2**20),
-    "dropout": Number(0, 0.99),
+    "dropout": _number(0, 0.99),
     "pooling": _POOLINGS,
-    "frozen_layers": FrozenLayers(),
+    "frozen_layers": _FROZEN_LAYERS,
     "lora_rank": _whole(0, 2**12),
     "pooled_layers": _whole(1, 2**8),
 }
-_EPOCHS = Number(0, 10**6)
+_EPOCHS = _number(0, 10**6)
 _SEED = _whole(0, 2**32 - 1)
 # [CLS], a piece of a word and [SEP] are the least that a caption has.
 _TEXT_LENGTH_RULE = _whole(3, 2**16, also=(0,))
@@ -206,28 +120,28 @@ _TEXT_LENGTH_RULE = _whole(3, 2**16, also=(0,))
 # float32, and no update of a clipped gradient reaches float32's largest number.
 FIELDS = {
     "seed": _SEED,
-    "num_epochs": Number(1e-6, 10**6),
+    "num_epochs": _number(1e-6, 10**6),
     "global_batch_size": _whole(1, 2**24),
     "micro_batches": _whole(1, 2**24),
-    "init_from": Text(),
+    "init_from": _TEXT,
     "max_bad_steps": _whole(1),
-    "compile_cache": Text(),
+    "compile_cache": _TEXT,
     "mesh.data": _whole(1, 2**24, also=(-1,)),
     "mesh.fsdp": _whole(1, 2**24, also=(-1,)),
-    "data.source": Text(optional=False),
-    "data.dir": Text(),
-    "data.cache_dir": Text(optional=False),
+    "data.source": _NAME,
+    "data.dir": _TEXT,
+    "data.cache_dir": _NAME,
     "data.resize_to": _whole(0, 2**16),
     "data.max_skipped": _whole(0),
-    "data.matches": Text(),
-    "data.augmentation": Choice(("none", *AUGMENTATIONS)),
-    "data.tokenizer": Text(optional=False),
+    "data.matches": _TEXT,
+    "data.augmentation": _choice("none", *AUGMENTATIONS),
+    "data.tokenizer": _NAME,
     # Fewer would not spell most words.
     "data.vocab_size": _whole(100, 2**24),
     "data.max_words": _whole(1, 2**16),
-    "data.prompt": Text(),
+    "data.prompt": _TEXT,
     "data.text_length": _TEXT_LENGTH_RULE,
-    "data.keep_frozen": Flag(),
+    "data.keep_frozen": _FLAG,
     "data.prefetch": _whole(0, 2**10),
     "data.shapes.seed": _SEED,
     "data.shapes.train_images": _whole(1, 10**8),
@@ -236,11 +150,11 @@ FIELDS = {
     "data.shapes.shapes": _whole(1, 8),
     "data.shapes.colours": _whole(1, 10),
     "data.shapes.max_objects": _whole(1, 3),
-    "data.shapes.facts": Choice(FACTS),
+    "data.shapes.facts": _choice(*FACTS),
     "data.synthetic.seed": _SEED,
     "data.synthetic.images": _whole(1, 10**8),
-    "image_mean": Numbers(Number(0, 1), (0, 3)),
-    "image_std": Numbers(Number(1e-3, 1), (0, 3)),
+    "image_mean": _numbers(_number(0, 1), 3),
+    "image_std": _numbers(_number(1e-3, 1), 3),
     **{f"encoder.image.{name}": rule for name, rule in _TOWER.items()},
     "encoder.image.image_size": _whole(1, 2**14),
     "encoder.image.patch_size": _whole(1, 2**14),
@@ -249,48 +163,48 @@ FIELDS = {
     "encoder.text.training_pooling": _POOLINGS,
     "encoder.projection_dim": _whole(0, 2**16),
     "encoder.projection_hidden": _whole(0, 2**16),
-    "encoder.compute_dtype": Choice(("float32", "bfloat16")),
-    "encoder.attention": Choice((AUTO, *ATTENTIONS)),
-    "encoder.scan_layers": Flag(),
-    "encoder.remat": Choice(tuple(REMATS)),
-    "momentum": Number(0, 0.999999),
+    "encoder.compute_dtype": _choice("float32", "bfloat16"),
+    "encoder.attention": _choice(AUTO, *ATTENTIONS),
+    "encoder.scan_layers": _FLAG,
+    "encoder.remat": _choice(*REMATS),
+    "momentum": _number(0, 0.999999),
     "queue_size": _whole(1, 2**28),
-    "objective.name": Choice(tuple(registry.MAIN)),
-    "objective.queue": Flag(),
-    "objective.temperature": Number(1e-4, 100, also=(0,)),
-    "objective.bias": Number(-1000, 1000, also=(None,)),
-    "objective.learn_temperature": Flag(),
-    "objective.oracle": Choice(registry.ORACLES),
+    "objective.name": _choice(*registry.MAIN),
+    "objective.queue": _FLAG,
+    "objective.temperature": _number(1e-4, 100, also=(0,)),
+    "objective.bias": _number(-1000, 1000, also=(None,)),
+    "objective.learn_temperature": _FLAG,
+    "objective.oracle": _choice(*registry.ORACLES),
     "fne.start_epoch": _EPOCHS,
-    "fne.margin": Number(0, 10),
-    "fne.tau": Number(0, 10**6),
-    "fne.elimination_tau": Number(0, 10**6),
-    "fne.prior": Number(1e-12, 0.9999),
-    "fne.posterior_threshold": Number(0, 1),
+    "fne.margin": _number(0, 10),
+    "fne.tau": _number(0, 10**6),
+    "fne.elimination_tau": _number(0, 10**6),
+    "fne.prior": _number(1e-12, 0.9999),
+    "fne.posterior_threshold": _number(0, 1),
     "fne.min_count": _whole(0, 2**31 - 1),
-    "fne.mask_same_image": Flag(),
-    "fne.elimination": Choice(ELIMINATIONS),
-    "fne.cut_down": Flag(),
-    "fne.monotone": Flag(),
-    "fne.ema_decay": Number(1e-6, 1),
+    "fne.mask_same_image": _FLAG,
+    "fne.elimination": _choice(*ELIMINATIONS),
+    "fne.cut_down": _FLAG,
+    "fne.monotone": _FLAG,
+    "fne.ema_decay": _number(1e-6, 1),
     "fne.key_chunk": _whole(0, 2**28, multiple=BLOCK),
-    "warmup.objective": Choice(tuple(registry.WARMUP)),
-    "warmup.temperature": Number(1e-4, 100),
-    "warmup.fill_queue": Flag(),
-    "optimizer.learning_rate": Number(1e-20, 1),
-    "optimizer.b1": Number(0, 0.9999),
-    "optimizer.b2": Number(0, 0.999999),
-    "optimizer.eps": Number(1e-20, 1),
-    "optimizer.weight_decay": Number(0, 10**6),
-    "optimizer.clip_norm": Number(1e-6, 10**6),
-    "optimizer.schedule": Choice(SCHEDULES),
-    "optimizer.step_epochs": Numbers(_EPOCHS),
-    "optimizer.step_factor": Number(0, 1),
+    "warmup.objective": _choice(*registry.WARMUP),
+    "warmup.temperature": _number(1e-4, 100),
+    "warmup.fill_queue": _FLAG,
+    "optimizer.learning_rate": _number(1e-20, 1),
+    "optimizer.b1": _number(0, 0.9999),
+    "optimizer.b2": _number(0, 0.999999),
+    "optimizer.eps": _number(1e-20, 1),
+    "optimizer.weight_decay": _number(0, 10**6),
+    "optimizer.clip_norm": _number(1e-6, 10**6),
+    "optimizer.schedule": _choice("step", "cosine"),
+    "optimizer.step_epochs": _numbers(_EPOCHS),
+    "optimizer.step_factor": _number(0, 1),
     "optimizer.warmup_epochs": _EPOCHS,
-    "optimizer.image_factor": Number(1e-6, 1000),
-    "optimizer.text_factor": Number(1e-6, 1000),
-    "optimizer.objective_factor": Number(1e-6, 1000),
-    "optimizer.layer_decay": Number(1e-3, 1),
+    "optimizer.image_factor": _number(1e-6, 1000),
+    "optimizer.text_factor": _number(1e-6, 1000),
+    "optimizer.objective_factor": _number(1e-6, 1000),
+    "optimizer.layer_decay": _number(1e-3, 1),
     "evaluation.per_epoch": _whole(1),
     "evaluation.batch_size": _whole(1, 2**24),
     "evaluation.text_length": _TEXT_LENGTH_RULE,
@@ -298,8 +212,8 @@ FIELDS = {
     "checkpoint.keep_latest": _whole(1),
     "checkpoint.every_steps": _whole(0),
     "logging.every_steps": _whole(1),
-    "logging.also": Choices(TRACKERS),
-    "logging.progress_seconds": Number(0, _ANY),
+    "logging.also": _choices("wandb", "trackio"),
+    "logging.progress_seconds": _number(0, _ANY),
     "logging.profile_step": _whole(0),
 }
 
@@ -328,7 +242,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         check_field(name, FIELDS)
         rule = FIELDS[name]
         if not rule.allows(value):
-            raise UserError(f"config.{name} is {value!r}; expected {rule}")
+            raise UserError(f"config.{name} is {value!r}; expected {rule.words}")
     find_source(config.data.source)
     _check_together(config)
 
@@ -355,13 +269,6 @@ def _check_together(config):
             f"config.micro_batches is {config.micro_batches}, but config.encoder.text's pooling, "
             f"{LONGEST_POOLING}, looks at the whole batch; make micro_batches 1 or take another"
         )
-    if not config.encoder.text.pretrained:
-        for part in ("data", "evaluation"):
-            if config[part].text_length > config.encoder.text.max_length:
-                raise UserError(
-                    f"config.{part}.text_length is {config[part].text_length}, more than "
-                    f"config.encoder.text.max_length, {config.encoder.text.max_length}"
-                )
     optimizer = config.optimizer
     factor = max(optimizer.image_factor, optimizer.text_factor, 1.0)
     if optimizer.learning_rate * optimizer.weight_decay * factor > 1:
@@ -432,10 +339,6 @@ def check_field(name: str, fields: Collection[str]) -> None:
     """Raises UserError, with the nearest names, unless a config has a field of this dotted name."""
     if name in fields:
         return
-    if name in REMOVED_FIELDS:
-        raise UserError(f"config.{name} was removed: {REMOVED_FIELDS[name][1]}")
-    if name in RENAMED_FIELDS:
-        raise UserError(f"config.{name} is now config.{RENAMED_FIELDS[name]}")
     if any(field.startswith(name + ".") for field in fields):
         raise UserError(f"config.{name} is a group of fields; set one of its fields")
     near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5)

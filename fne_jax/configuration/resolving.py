@@ -1,0 +1,127 @@
+"""What a config leaves open, filled in from its pretrained towers."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from fne_jax.configuration.rules import validate
+from fne_jax.encoders import towers
+from fne_jax.encoders.architectures import SENTENCE_MODULES
+from fne_jax.encoders.dual_encoder import CHECKPOINT
+from fne_jax.errors import UserError
+from fne_jax.objectives.registry import check_learned
+
+# The tokens of a caption, where neither config nor checkpoint says (the paper).
+_TEXT_LENGTH = 30
+# Of objectives without a pretrained pair: MoCo's and ALBEF's temperature, and SigLIP's first bias.
+_TEMPERATURE, _BIAS = 0.07, -10.0
+# The types that end in an embedding of their own, which is taken, of captions with all the tokens
+# that there are positions for, as in their pretraining.
+_PAIRS = ("clip", "siglip")
+# The mean and the standard deviation of each channel, with pixels in [0, 1], by the type of the
+# image tower. ViT was pretrained with 0.5; the authors fine-tune it with CLIP's values.
+_CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_IMAGENET_PIXELS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_PIXELS = {
+    "siglip": ((0.5,) * 3, (0.5,) * 3),
+    "dinov2": _IMAGENET_PIXELS,
+    "dinov2_with_registers": _IMAGENET_PIXELS,
+    "dinov3_vit": _IMAGENET_PIXELS,
+}
+
+
+def resolve(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path | None = None
+) -> tuple[ml_collections.ConfigDict, dict[str, dict[str, Any]]]:
+    """Returns a config with nothing left open, and its pretrained towers' architectures.
+
+    Every command does this once, before it reads data or writes anything.
+
+    Args:
+      config: As loaded, or resolved already, which changes nothing.
+      workdir: The folder of the run, whose own copies of the architectures come first.
+
+    Raises:
+      UserError: If a value cannot be, or a pretrained source is not there, or is no model of that
+        kind.
+    """
+    validate(config)
+    architectures = towers.read_architectures(config.encoder, workdir)
+    return with_model_defaults(config, architectures), architectures
+
+
+def with_model_defaults(
+    config: ml_collections.ConfigDict, architectures: Mapping[str, Mapping[str, Any]]
+) -> ml_collections.ConfigDict:
+    """Returns a config whose fields left open ("auto", 0, ()) are those of its towers' models.
+
+    These are the poolings, the mean and deviation of the pixels, the tokenizer, the prompt and the
+    length of captions, and the temperature and the bias of the objective.
+
+    Args:
+      config: As loaded; see configs/base.py.
+      architectures: What `encoders.towers.read_architectures` returned.
+
+    Raises:
+      UserError: if a pretrained source is no model of that kind, or captions are longer than it
+        takes.
+    """
+    config = copy.deepcopy(config)
+    types = {tower: architectures.get(tower, {}).get("model_type") for tower in towers.TOWERS}
+    for tower, model_type in types.items():
+        if config.encoder[tower].pooling == "auto":
+            pooling = CHECKPOINT if model_type in _PAIRS else "mean"
+            modules = architectures.get(tower, {}).get(SENTENCE_MODULES)
+            if modules:
+                pooling = CHECKPOINT if modules["dense"] else modules["pooling"]
+            config.encoder[tower].pooling = pooling
+    if config.encoder.text.training_pooling == "auto":
+        config.encoder.text.training_pooling = config.encoder.text.pooling
+    mean, std = _PIXELS.get(types["image"], _CLIP_PIXELS)
+    config.image_mean = config.image_mean or mean
+    config.image_std = config.image_std or std
+    modules = architectures.get("text", {}).get(SENTENCE_MODULES, {})
+    most = towers.text_positions(config.encoder, architectures.get("text"))
+    most = min(most, modules.get("max_seq_length") or most)
+    if not config.data.text_length:
+        config.data.text_length = most if types["text"] in _PAIRS else min(_TEXT_LENGTH, most)
+    if not config.evaluation.text_length:
+        config.evaluation.text_length = config.data.text_length
+    for part in ("data", "evaluation"):
+        if config[part].text_length > most:
+            raise UserError(
+                f"config.{part}.text_length is {config[part].text_length}, more than the {most} "
+                "tokens that the text encoder takes"
+            )
+    if config.data.prompt == "auto":
+        config.data.prompt = modules.get("prompt", "")
+    if config.data.tokenizer == "auto":
+        config.data.tokenizer = config.encoder.text.pretrained or "train"
+    learned = _scalars_of_pair(config, architectures)
+    if not config.objective.temperature:
+        scale = learned.get("logit_scale")
+        config.objective.temperature = _TEMPERATURE if scale is None else math.exp(-scale)
+    if config.objective.bias is None:
+        config.objective.bias = learned.get("logit_bias", _BIAS)
+    check_learned(config.objective)
+    return config
+
+
+def _scalars_of_pair(config, architectures):
+    """Returns what a pair learned beside the two towers, if a run begins with its embeddings."""
+    encoder = config.encoder
+    same = encoder.image.pretrained == encoder.text.pretrained
+    poolings = {encoder.image.pooling, encoder.text.pooling}
+    if not same or poolings != {CHECKPOINT} or encoder.projection_dim:
+        return {}
+    learned = architectures.get("image", {}).get("scalars", {})
+    # A scale without the bias that the loss would need beside it.
+    if config.objective.name == "sigmoid" and "logit_bias" not in learned:
+        return {}
+    return learned
