@@ -150,11 +150,12 @@ def _check_pooled_layers(field, tower):
             f"{field} is {count}, but that tower has an embedding of its own, of its last layer; "
             "expected 1"
         )
-    above = 0 if tower.frozen_layers == ALL else tower.frozen_depth
-    if count > tower.layers - above:
+    below = 0 if tower.frozen_layers == ALL else tower.frozen_depth
+    most = max(tower.layers - below, 1)
+    if count > most:
         raise UserError(
-            f"{field} is {count}; expected at most {tower.layers - above}, the layers of that "
-            "tower" + (" that are not frozen" if above else "")
+            f"{field} is {count}; expected at most {most}, the layers of that tower"
+            + (" that are not frozen" if below else "")
         )
 
 
