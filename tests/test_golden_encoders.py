@@ -66,7 +66,7 @@ def figures_and_ours(golden, model, **options):
         yield name, figures[name], value
 
 
-@pytest.mark.parametrize("options", [{}, {"scan_layers": True, "remat": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"scan_layers": True, "remat": "full"}], ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_agrees(golden, model, options):
     for name, figure, ours in figures_and_ours(golden, model, **options):

@@ -67,10 +67,9 @@ def attend(
       A [batch, queries, heads, dim] array in the dtype of `value`.
 
     Raises:
-      UserError: if there is no such implementation, it cannot run there, or adds no bias.
+      UserError: if the implementation cannot run there, or adds no bias.
     """
     if bias is not None:
-        check_name(implementation, "attention")
         if implementation not in (AUTO, "xla"):
             raise UserError(
                 f"attention is {implementation!r}, which cannot add this encoder's bias of "
@@ -100,11 +99,7 @@ def resolve(
       queries: Number of query tokens.
       dtype: Compute dtype.
       mesh: The devices that the program is for; None for the default device.
-
-    Raises:
-      UserError: if there is no such implementation.
     """
-    check_name(implementation, "attention")
     if implementation != AUTO:
         return implementation
     device, count = _devices(mesh)
@@ -164,14 +159,6 @@ class _Needs:
                 "make it bfloat16, or the attention auto"
             )
         return None
-
-
-def check_name(implementation: str, field: str) -> None:
-    """Raises UserError, naming the field, unless the name is "auto" or a key of `ATTENTIONS`."""
-    if implementation != AUTO and implementation not in ATTENTIONS:
-        raise UserError(
-            f"{field} is {implementation!r}; expected one of {', '.join((AUTO, *ATTENTIONS))}"
-        )
 
 
 def xla_attention(

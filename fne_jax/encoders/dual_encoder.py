@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from fne_jax.encoders.transformer import ALL, EncoderOutput, dense, layer_norm
-from fne_jax.errors import UserError
 
 # Floor of the norm that an embedding is divided by, as in PyTorch's `normalize`.
 _MIN_NORM = 1e-12
@@ -159,9 +158,6 @@ class DualEncoder(nn.Module):
           pixels: [batch, height, width, 3] normalised pixels; None with `features`.
           deterministic: whether dropout is off.
           features: What `frozen_image` returned of the pixels.
-
-        Raises:
-          UserError: if the pooling is "checkpoint" and the tower has no embedding of its own.
         """
         if features is None or self.image.frozen_layers != ALL:
             above = {} if features is None else {"hidden": features}
@@ -184,9 +180,6 @@ class DualEncoder(nn.Module):
           attention_mask: [batch, tokens] int32, 0 at padding.
           deterministic: whether dropout is off.
           features: What `frozen_text` returned of the tokens.
-
-        Raises:
-          UserError: if the pooling is "checkpoint" and the tower has no embedding of its own.
         """
         if features is None or self.text.frozen_layers != ALL:
             above = {} if features is None else {"hidden": features}
@@ -232,16 +225,11 @@ class Projection(nn.Module):
 
 
 def _pool(out: EncoderOutput, mask: jax.Array | None, pooling: str) -> jax.Array:
-    if pooling != CHECKPOINT:
-        if mask is None:
-            mask = jnp.ones(out.last_hidden_state.shape[:2], bool)
-        return POOLINGS[pooling](out.last_hidden_state, mask)
-    if out.pooled is None:
-        raise UserError(
-            f"pooling is {CHECKPOINT!r}, but this tower has no embedding of its own; "
-            f"expected one of {', '.join(POOLINGS)}"
-        )
-    return out.pooled
+    if pooling == CHECKPOINT:
+        return out.pooled
+    if mask is None:
+        mask = jnp.ones(out.last_hidden_state.shape[:2], bool)
+    return POOLINGS[pooling](out.last_hidden_state, mask)
 
 
 def unit(vectors: jax.Array) -> jax.Array:

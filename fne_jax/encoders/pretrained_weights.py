@@ -25,7 +25,7 @@ from fne_jax.encoders.architectures import (
     read_architecture,
     towers_of,
 )
-from fne_jax.encoders.attention import AUTO, check_name
+from fne_jax.encoders.attention import ATTENTIONS, AUTO
 from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.hub_files import (
     CONFIG,
@@ -39,7 +39,7 @@ from fne_jax.encoders.layouts import DENSE, IGNORED, PRODUCT, VALUE, Transform
 from fne_jax.encoders.low_rank import merge_factors
 from fne_jax.encoders.model_types import MODELS
 from fne_jax.encoders.position_interpolation import resize_positions
-from fne_jax.encoders.rematerialization import NONE, check_remat
+from fne_jax.encoders.rematerialization import NONE, REMATS
 from fne_jax.encoders.transformer import FROZEN_LAYERS, LAYERS
 from fne_jax.encoders.vision_transformer import VisionTower
 from fne_jax.errors import UserError
@@ -59,7 +59,7 @@ def load_pretrained(
     dtype: Any = jnp.float32,
     attention: str = AUTO,
     scan_layers: bool = False,
-    remat: str | bool = NONE,
+    remat: str = NONE,
     frozen_layers: int | str | None = None,
     revision: str | None = None,
 ) -> tuple[nn.Module, dict]:
@@ -82,7 +82,7 @@ def load_pretrained(
       scan_layers: Whether the layers' parameters are stacked along a leading axis, under one name,
         so that one layer is compiled and looped over.
       remat: What layers keep for the backward pass: "none" (is computed again), "products",
-        "attention" or "full", as configs/base.py says. True stands for "full", False for "none".
+        "attention" or "full", as configs/base.py says.
       frozen_layers: How many layers are frozen, from the bottom, the embeddings with them; "all"
         for all parameters, None for none. Scanned, they are stacked under a name of their own.
       revision: Branch, tag or commit on the hub; a local folder has none.
@@ -95,8 +95,10 @@ def load_pretrained(
         fit its config (all that do not are named), `image_size` does not fit its patches, or there
         is no such attention or remat.
     """
-    check_name(attention, "attention")
-    remat = check_remat(remat, "remat")
+    known = {"attention": (attention, (AUTO, *ATTENTIONS)), "remat": (remat, REMATS)}
+    for name, (value, values) in known.items():
+        if value not in values:
+            raise UserError(f"{name} is {value!r}; expected one of {', '.join(values)}")
     folder = find_folder(path_or_hub_name, revision, _FILES)
     module = build_from_architecture(read_architecture(folder), str(folder / CONFIG))
     weights = _read_weights(folder, module)

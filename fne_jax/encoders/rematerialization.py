@@ -6,9 +6,8 @@ import flax.linen as nn
 import jax
 
 from fne_jax.encoders.fused_attention import KERNEL_OUTPUT
-from fne_jax.errors import UserError
 
-NONE, FULL = "none", "full"
+NONE = "none"
 
 
 def _is_cudnn(primitive, *_, **__):
@@ -31,37 +30,19 @@ REMATS = {
     # Those of fused attention.
     "attention": _KERNELS,
     # None: a layer keeps its input alone.
-    FULL: jax.checkpoint_policies.nothing_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
-# What the field said when it was a switch, as configs of older runs do.
-OLD_REMATS = {False: NONE, True: FULL}
 
 
-def check_remat(remat: str | bool, field: str) -> str:
-    """Returns the key of `REMATS` that a name, or a switch of old, stands for.
-
-    Raises:
-      UserError: naming the field, if there is no such key.
-    """
-    remat = OLD_REMATS.get(remat, remat)
-    if remat not in REMATS:
-        raise UserError(f"{field} is {remat!r}; expected one of {', '.join(REMATS)}")
-    return remat
-
-
-def rematerialized(layer: type[nn.Module], remat: str | bool, *, scanned: bool) -> type[nn.Module]:
+def rematerialized(layer: type[nn.Module], remat: str, *, scanned: bool) -> type[nn.Module]:
     """Returns a kind of layer that keeps for its backward pass what a name says.
 
     Args:
       layer: The kind of layer, called with hidden states, a mask and a Python bool.
-      remat: What `check_remat` takes.
+      remat: A key of `REMATS`.
       scanned: Whether the layer is the body of a loop, where equal computations are not merged
         anyhow.
-
-    Raises:
-      UserError: if there is no such remat.
     """
-    remat = check_remat(remat, "remat")
     if remat == NONE:
         return layer
     # Argument 3, with self, must stay a Python bool.

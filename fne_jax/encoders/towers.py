@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import ml_collections
 
 from fne_jax.encoders.architectures import build_from_architecture, read_architecture
-from fne_jax.encoders.attention import check_name
 from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.dual_encoder import CHECKPOINT, FIRST_AND_MEAN, POOLINGS, DualEncoder
 from fne_jax.encoders.freezing import TOWERS, parse_frozen_layers
@@ -88,38 +87,19 @@ def build_dual_encoder(
         device alone.
 
     Raises:
-      UserError: naming the field, if the sizes do not fit together or a name is unknown.
+      UserError: naming the field, if the sizes do not fit together, or a tower lacks what is asked.
     """
-    architectures = architectures or {}
-    if encoder.compute_dtype not in ("float32", "bfloat16"):
-        raise UserError(
-            f"config.encoder.compute_dtype is {encoder.compute_dtype!r}; "
-            "expected float32 or bfloat16"
-        )
-    check_name(encoder.attention, "config.encoder.attention")
-    image = _tower(encoder, "image", architectures.get("image"), vocab_size).clone(mesh=mesh)
-    text = _tower(encoder, "text", architectures.get("text"), vocab_size).clone(mesh=mesh)
+    towers = {
+        name: _tower(encoder, name, (architectures or {}).get(name), vocab_size).clone(mesh=mesh)
+        for name in TOWERS
+    }
+    image, text = towers.values()
     if text.vocab_size < vocab_size:
         raise UserError(
             f"config.data.tokenizer has {vocab_size} token ids, more than the {text.vocab_size} "
             f"of config.encoder.text.pretrained; take the tokenizer of that model"
         )
-    for field, pooling, tower in (
-        ("image.pooling", encoder.image.pooling, image),
-        ("text.pooling", encoder.text.pooling, text),
-        ("text.training_pooling", encoder.text.training_pooling, text),
-    ):
-        known = (*POOLINGS, CHECKPOINT) if tower.pooled_dim else tuple(POOLINGS)
-        if pooling not in known:
-            raise UserError(
-                f"config.encoder.{field} is {pooling!r}; expected one of {', '.join(known)}"
-            )
-    for name, tower in (("image", image), ("text", text)):
-        _check_pooled_layers(f"config.encoder.{name}.pooled_layers", tower)
-    widths = tuple(
-        _pooled_width(tower, encoder[name].pooling)
-        for name, tower in (("image", image), ("text", text))
-    )
+    widths = [_pooled_width(name, tower, encoder[name]) for name, tower in towers.items()]
     if widths[0] != widths[1] and not encoder.projection_dim:
         raise UserError(
             f"the towers' widths differ ({widths[0]} and {widths[1]}, with "
@@ -137,14 +117,9 @@ def build_dual_encoder(
     )
 
 
-def _pooled_width(tower, pooling):
-    if pooling == CHECKPOINT:
-        return tower.pooled_dim
-    return tower.pooled_layers * tower.width * (2 if pooling == FIRST_AND_MEAN else 1)
-
-
-def _check_pooled_layers(field, tower):
-    count = tower.pooled_layers
+def _pooled_width(name, tower, settings):
+    """Returns the width of what a tower is pooled to, as its settings say."""
+    field, count = f"config.encoder.{name}.pooled_layers", tower.pooled_layers
     if count > 1 and tower.pooled_dim:
         raise UserError(
             f"{field} is {count}, but that tower has an embedding of its own, of its last layer; "
@@ -157,6 +132,15 @@ def _check_pooled_layers(field, tower):
             f"{field} is {count}; expected at most {most}, the layers of that tower"
             + (" that are not frozen" if below else "")
         )
+    for kind in ("pooling", "training_pooling"):
+        if settings.get(kind) == CHECKPOINT and not tower.pooled_dim:
+            raise UserError(
+                f"config.encoder.{name}.{kind} is {CHECKPOINT!r}, but that tower has no embedding "
+                f"of its own; expected one of {', '.join(POOLINGS)}"
+            )
+    if settings.pooling == CHECKPOINT:
+        return tower.pooled_dim
+    return count * tower.width * (2 if settings.pooling == FIRST_AND_MEAN else 1)
 
 
 def text_positions(
@@ -201,43 +185,12 @@ def pretrained_params(
 
 
 def _tower(encoder, name, architecture, vocab_size) -> Tower:
+    """Returns a tower by its settings, and its architecture if it is pretrained."""
     settings = encoder[name]
-    shared = {
-        "dtype": jnp.dtype(encoder.compute_dtype),
-        "attention": encoder.attention,
-        "scan_layers": encoder.scan_layers,
-        "remat": encoder.remat,
-    }
-    if architecture is not None:
-        return _frozen(name, settings, _pretrained_tower(name, settings, architecture, shared))
-    if settings.width % settings.heads:
-        raise UserError(
-            f"config.encoder.{name}.width is {settings.width}, "
-            f"which {settings.heads} heads do not divide"
-        )
-    shared |= {
-        "width": settings.width,
-        "layers": settings.layers,
-        "heads": settings.heads,
-        "mlp_width": settings.mlp_width,
-        "dropout": settings.dropout,
-    }
-    if name == "text":
-        tower = Bert(vocab_size=vocab_size, max_length=settings.max_length, **shared)
-        return _frozen(name, settings, tower)
-    if settings.image_size % settings.patch_size:
-        raise UserError(
-            f"config.encoder.image.image_size is {settings.image_size}, "
-            f"not a multiple of patch_size {settings.patch_size}"
-        )
-    tower = VisionTransformer(
-        image_size=settings.image_size, patch_size=settings.patch_size, **shared
-    )
-    return _frozen(name, settings, tower)
-
-
-def _frozen(name, settings, tower):
-    """Returns a tower with its frozen layers and low-rank changes."""
+    if architecture is None:
+        tower = _new_tower(name, settings, vocab_size)
+    else:
+        tower = _pretrained_tower(name, settings, architecture)
     frozen_layers = parse_frozen_layers(settings.frozen_layers)
     if isinstance(frozen_layers, int) and frozen_layers > tower.layers:
         raise UserError(
@@ -245,13 +198,42 @@ def _frozen(name, settings, tower):
             f"{tower.layers}, the layers of that tower, or {ALL!r}"
         )
     return tower.clone(
+        dropout=settings.dropout,
+        dtype=jnp.dtype(encoder.compute_dtype),
+        attention=encoder.attention,
+        scan_layers=encoder.scan_layers,
+        remat=encoder.remat,
         frozen_layers=frozen_layers,
         lora_rank=settings.lora_rank,
         pooled_layers=settings.pooled_layers,
     )
 
 
-def _pretrained_tower(name, settings, architecture, shared) -> Tower:
+def _new_tower(name, settings, vocab_size) -> Tower:
+    if settings.width % settings.heads:
+        raise UserError(
+            f"config.encoder.{name}.width is {settings.width}, "
+            f"which {settings.heads} heads do not divide"
+        )
+    sizes = {
+        "width": settings.width,
+        "layers": settings.layers,
+        "heads": settings.heads,
+        "mlp_width": settings.mlp_width,
+    }
+    if name == "text":
+        return Bert(vocab_size=vocab_size, max_length=settings.max_length, **sizes)
+    if settings.image_size % settings.patch_size:
+        raise UserError(
+            f"config.encoder.image.image_size is {settings.image_size}, "
+            f"not a multiple of patch_size {settings.patch_size}"
+        )
+    return VisionTransformer(
+        image_size=settings.image_size, patch_size=settings.patch_size, **sizes
+    )
+
+
+def _pretrained_tower(name, settings, architecture) -> Tower:
     where = f"config.encoder.{name}.pretrained={settings.pretrained}"
     module = build_from_architecture(architecture, where)
     if isinstance(module, DualEncoder):
@@ -261,11 +243,11 @@ def _pretrained_tower(name, settings, architecture, shared) -> Tower:
         raise UserError(
             f"{where} is of type {architecture['model_type']}, which has no {name} encoder"
         )
-    if name == "image":
-        if settings.image_size % module.patch_size and settings.image_size != module.image_size:
-            raise UserError(
-                f"config.encoder.image.image_size is {settings.image_size}, not a multiple of the "
-                f"patch size of {settings.pretrained}, {module.patch_size}"
-            )
-        module = module.clone(image_size=settings.image_size)
-    return module.clone(dropout=settings.dropout, **shared)
+    if name == "text":
+        return module
+    if settings.image_size % module.patch_size and settings.image_size != module.image_size:
+        raise UserError(
+            f"config.encoder.image.image_size is {settings.image_size}, not a multiple of the "
+            f"patch size of {settings.pretrained}, {module.patch_size}"
+        )
+    return module.clone(image_size=settings.image_size)

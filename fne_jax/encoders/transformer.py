@@ -15,7 +15,6 @@ from fne_jax.encoders.attention import AUTO, attend, precision_of
 from fne_jax.encoders.layouts import Layout
 from fne_jax.encoders.low_rank import LowRankDense
 from fne_jax.encoders.rematerialization import NONE, rematerialized
-from fne_jax.errors import UserError
 
 # Random initialisation follows the original ViT's code rather than BERT's fixed deviation of 0.02,
 # which suits a width of 768 but leaves narrow towers nearly silent for their first hundred steps.
@@ -96,7 +95,7 @@ class Attention(nn.Module):
           A [batch, queries, width] array in the compute dtype.
 
         Raises:
-          UserError: if there is no such implementation, or it cannot run here.
+          UserError: if the implementation cannot run here.
         """
         width = hidden.shape[-1]
         queries = hidden if queries is None else queries
@@ -204,7 +203,7 @@ class TransformerStack(nn.Module):
     layers: int
     layer_options: Mapping[str, Any]
     scan_layers: bool = False
-    remat: str | bool = NONE
+    remat: str = NONE
     frozen: int = 0
     returned: int = 1
 
@@ -313,7 +312,7 @@ class Tower(nn.Module, kw_only=True):
     attention: str = AUTO
     mesh: jax.sharding.Mesh | None = None
     scan_layers: bool = False
-    remat: str | bool = NONE
+    remat: str = NONE
     frozen_layers: int | str | None = None
     lora_rank: int = 0
     pooled_layers: int = 1
@@ -492,12 +491,7 @@ def mlp(
 
     Returns:
       A [..., width] array in the compute dtype.
-
-    Raises:
-      UserError: if there is no such activation.
     """
-    if activation not in ACTIVATIONS:
-        raise UserError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
     hidden = ACTIVATIONS[activation](dense(hidden_width, dtype, "mlp_in", lora_rank=lora_rank)(x))
     return dense(x.shape[-1], dtype, "mlp_out", lora_rank=lora_rank)(hidden)
 

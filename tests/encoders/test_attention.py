@@ -264,7 +264,6 @@ def test_without_a_mesh_auto_looks_at_the_devices_that_are_here(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "message"),
     [
-        ("flash", Device("cpu"), jnp.bfloat16, "is 'flash'; expected one of auto, xla, cudnn"),
         ("cudnn", Device("tpu"), jnp.bfloat16, "'cudnn', which runs on GPUs only, and this is tpu"),
         ("splash", Device("cpu"), jnp.bfloat16, "'splash', which runs on TPUs only"),
         ("splash", Device("tpu"), jnp.float32, "needs half precision, and the compute dtype is f"),

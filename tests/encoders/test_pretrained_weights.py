@@ -191,6 +191,12 @@ def test_files_that_are_absent_pickled_or_damaged(golden, tmp_path):
         load_pretrained(folder)
 
 
+@pytest.mark.parametrize("name", ["attention", "remat"])
+def test_ways_to_compute_are_checked(golden, name):
+    with pytest.raises(UserError, match=f"^{name} is 'some'; expected one of (auto, xla|none, pr)"):
+        load_pretrained(golden / "encoders/vit", **{name: "some"})
+
+
 def test_names_go_to_the_hub(golden, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"'nobody/nothing' is neither a local folder.*Give a fold"):
         load_pretrained("nobody/nothing")

@@ -11,10 +11,9 @@ from jax import ad_checkpoint
 
 from fne_jax.encoders.attention import xla_attention
 from fne_jax.encoders.fused_attention import splash_attention
-from fne_jax.encoders.rematerialization import REMATS, check_remat
+from fne_jax.encoders.rematerialization import REMATS
 from fne_jax.encoders.transformer import TransformerStack
 from fne_jax.encoders.vision_transformer import VisionTransformer
-from fne_jax.errors import UserError
 from tests.support.parameters import drawn_parameters
 from tests.support.programs import equations
 
@@ -36,7 +35,7 @@ def gradient(remat):
     return jax.jit(jax.grad(loss)), params
 
 
-@pytest.mark.parametrize("remat", [*REMATS, True, False])
+@pytest.mark.parametrize("remat", REMATS)
 def test_gradients_are_the_same(remat):
     plain, params = gradient("none")
     other, _ = gradient(remat)
@@ -78,11 +77,3 @@ def test_results_of_fused_attention_are_kept(remat, kept, capsys):
     for shape in ("f32[2,3,128,4]", "f32[2,3,128]"):
         found = [line for line in lines if line.startswith(f"{shape} ")]
         assert len(found) == LAYERS * kept
-
-
-def test_names_are_checked():
-    assert [check_remat(value, "remat") for value in (True, False, "full")] == [
-        "full", "none", "full",
-    ]  # fmt: skip
-    with pytest.raises(UserError, match="remat is 'some'; expected one of none, products, atten"):
-        check_remat("some", "remat")
