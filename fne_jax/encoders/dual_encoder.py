@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fne_jax.encoders.transformer import ALL, EncoderOutput, dense, layer_norm
+from fne_jax.encoders.transformer import ALL, dense, layer_norm
 
 # Floor of the norm that an embedding is divided by, as in PyTorch's `normalize`.
 _MIN_NORM = 1e-12
@@ -159,11 +159,7 @@ class DualEncoder(nn.Module):
           deterministic: whether dropout is off.
           features: What `frozen_image` returned of the pixels.
         """
-        if features is None or self.image.frozen_layers != ALL:
-            above = {} if features is None else {"hidden": features}
-            out = self.image(pixels, deterministic=deterministic, **above)
-            features = _pool(out, None, self.image_pooling)
-        return unit(self.image_projection(features) if self.projection_dim else features)
+        return self._encode("image", pixels, None, deterministic, features)
 
     def encode_text(
         self,
@@ -181,11 +177,16 @@ class DualEncoder(nn.Module):
           deterministic: whether dropout is off.
           features: What `frozen_text` returned of the tokens.
         """
-        if features is None or self.text.frozen_layers != ALL:
-            above = {} if features is None else {"hidden": features}
-            out = self.text(input_ids, attention_mask, deterministic=deterministic, **above)
-            features = _pool(out, attention_mask, self.text_pooling)
-        return unit(self.text_projection(features) if self.projection_dim else features)
+        return self._encode("text", input_ids, attention_mask, deterministic, features)
+
+    def _encode(self, name, inputs, mask, deterministic, features):
+        if features is None or getattr(self, name).frozen_layers != ALL:
+            features = self._pooled(
+                name, inputs, mask, deterministic=deterministic, hidden=features
+            )
+        if self.projection_dim:
+            features = getattr(self, f"{name}_projection")(features)
+        return unit(features)
 
     def frozen_image(self, pixels: jax.Array) -> jax.Array:
         """Returns what the frozen part of the image tower makes of pixels.
@@ -193,15 +194,27 @@ class DualEncoder(nn.Module):
         That is [batch, tokens, width] hidden states in the compute dtype; of a tower that is frozen
         as a whole, its [batch, width] float32 pooled output.
         """
-        if self.image.frozen_layers == ALL:
-            return _pool(self.image(pixels), None, self.image_pooling)
-        return self.image(pixels, lower=True)
+        return self._frozen("image", pixels, None)
 
     def frozen_text(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
         """Returns what the frozen part of the text tower makes of tokens; see `frozen_image`."""
-        if self.text.frozen_layers == ALL:
-            return _pool(self.text(input_ids, attention_mask), attention_mask, self.text_pooling)
-        return self.text(input_ids, attention_mask, lower=True)
+        return self._frozen("text", input_ids, attention_mask)
+
+    def _frozen(self, name, inputs, mask):
+        tower = getattr(self, name)
+        if tower.frozen_layers == ALL:
+            return self._pooled(name, inputs, mask)
+        return tower(inputs, mask, lower=True)
+
+    def _pooled(self, name, inputs, mask, **options):
+        """Returns the [batch, width] float32 pooled output of a tower."""
+        out = getattr(self, name)(inputs, mask, **options)
+        pooling = getattr(self, f"{name}_pooling")
+        if pooling == CHECKPOINT:
+            return out.pooled
+        if mask is None:
+            mask = jnp.ones(out.last_hidden_state.shape[:2], bool)
+        return POOLINGS[pooling](out.last_hidden_state, mask)
 
 
 class Projection(nn.Module):
@@ -222,14 +235,6 @@ class Projection(nn.Module):
         normed = layer_norm(1e-12, jnp.float32, "norm")(pooled)
         hidden = jax.nn.gelu(dense(self.hidden, jnp.float32, "hidden")(normed))
         return dense(self.dim, jnp.float32, "output", use_bias=False)(hidden)
-
-
-def _pool(out: EncoderOutput, mask: jax.Array | None, pooling: str) -> jax.Array:
-    if pooling == CHECKPOINT:
-        return out.pooled
-    if mask is None:
-        mask = jnp.ones(out.last_hidden_state.shape[:2], bool)
-    return POOLINGS[pooling](out.last_hidden_state, mask)
 
 
 def unit(vectors: jax.Array) -> jax.Array:

@@ -49,16 +49,30 @@ def embed(
       pixel_statistics: The mean and the standard deviation of each channel, in [0, 1].
       dropout_rng: A key; None for no dropout.
     """
-    features = {name: inputs[name] for name in FEATURES.values() if name in inputs}
-    image = inputs.get("image")
     return apply_fn(
         {"params": params},
-        None if image is None else normalize_pixels(image, *pixel_statistics),
-        inputs["input_ids"],
-        inputs["attention_mask"],
+        *_arguments("image", inputs, pixel_statistics),
+        *_arguments("text", inputs, pixel_statistics),
         deterministic=dropout_rng is None,
         rngs=None if dropout_rng is None else {"dropout": dropout_rng},
-        **features,
+        **{name: inputs[name] for name in FEATURES.values() if name in inputs},
+    )
+
+
+def embed_one(
+    apply_fn: Callable,
+    params: Any,
+    inputs: Mapping[str, jax.Array],
+    pixel_statistics: PixelStatistics,
+    tower: str,
+) -> jax.Array:
+    """Returns the [batch, dim] embeddings of one tower, "image" or "text"; see `embed`."""
+    features = FEATURES[tower]
+    return apply_fn(
+        {"params": params},
+        *_arguments(tower, inputs, pixel_statistics),
+        method=f"encode_{tower}",
+        **({"features": inputs[features]} if features in inputs else {}),
     )
 
 
@@ -80,8 +94,14 @@ def frozen_features(
       [batch, tokens, width] hidden states in the compute dtype, or, of a tower that is frozen as a
       whole, its [batch, width] float32 pooled output.
     """
-    if "image" in inputs:
-        pixels = normalize_pixels(inputs["image"], *pixel_statistics)
-        return apply_fn({"params": params}, pixels, method="frozen_image")
-    tokens = inputs["input_ids"], inputs["attention_mask"]
-    return apply_fn({"params": params}, *tokens, method="frozen_text")
+    tower = "image" if "image" in inputs else "text"
+    arguments = _arguments(tower, inputs, pixel_statistics)
+    return apply_fn({"params": params}, *arguments, method=f"frozen_{tower}")
+
+
+def _arguments(tower, inputs, pixel_statistics):
+    """Returns what a tower takes of a batch; None for images that are there as features alone."""
+    if tower == "text":
+        return inputs["input_ids"], inputs["attention_mask"]
+    image = inputs.get("image")
+    return (None if image is None else normalize_pixels(image, *pixel_statistics),)

@@ -15,7 +15,7 @@ from fne_jax.data.batches import evaluation_images, local_parts, pad_rows
 from fne_jax.data.feature_rows import FeatureRows
 from fne_jax.data.pairs import PairDataset
 from fne_jax.encoders.freezing import is_frozen_below
-from fne_jax.encoders.inputs import FEATURES, frozen_features, normalize_pixels
+from fne_jax.encoders.inputs import FEATURES, embed_one, frozen_features
 from fne_jax.parallel import sharding
 
 # By which the sizes of batches differ, the smallest being one row for each device.
@@ -40,6 +40,7 @@ class Embedder:
     Attributes:
       module: The two towers.
       mesh: The devices.
+      batch_size: How many images or captions are embedded at once, over all devices.
       pixel_statistics: The mean and the standard deviation of each channel, in [0, 1].
     """
 
@@ -55,52 +56,30 @@ class Embedder:
     ):
         self.module, self.mesh, self.pixel_statistics = module, mesh, pixel_statistics
         self._image_size = image_size
-        self._batch_size = -(-batch_size // mesh.size) * mesh.size
+        self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._before_batch = before_batch
         rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        jit = functools.partial(jax.jit, in_shardings=(None, rows))
 
-        def encode_images(params, batch):
-            if "image" in batch:
-                pixels = normalize_pixels(batch["image"], *pixel_statistics)
-                return module.apply({"params": params}, pixels, method=module.encode_image)
-            features = batch[FEATURES["image"]]
-            encode = functools.partial(module.apply, method=module.encode_image, features=features)
-            return encode({"params": params}, None)
+        def jit(function, place, *names):
+            def run(params, batch):
+                return function(module.apply, params, batch, pixel_statistics, *names)
 
-        def encode_texts(params, batch):
-            tokens = batch["input_ids"], batch["attention_mask"]
-            encode = functools.partial(module.apply, method=module.encode_text)
-            if FEATURES["text"] in batch:
-                encode = functools.partial(encode, features=batch[FEATURES["text"]])
-            return encode({"params": params}, *tokens)
+            return jax.jit(run, in_shardings=(None, rows), out_shardings=place)
 
-        def frozen(params, batch):
-            return frozen_features(module.apply, params, batch, pixel_statistics)
-
-        encoders = {"image": encode_images, "text": encode_texts}
-        self._encoders = {
-            n: jit(encode, out_shardings=replicated) for n, encode in encoders.items()
-        }
+        self._encoders = {tower: jit(embed_one, replicated, tower) for tower in FEATURES}
         # Once for what is embedded at once, and once for what is kept, which each process needs.
-        self._frozen, self._frozen_whole = (
-            jit(frozen, out_shardings=place) for place in (rows, replicated)
-        )
-
-    @property
-    def batch_size(self) -> int:
-        """How many images or captions are embedded at once, over all devices."""
-        return self._batch_size
+        self._frozen = jit(frozen_features, rows)
+        self._frozen_whole = jit(frozen_features, replicated)
 
     def images(self, params: Any, dataset: PairDataset) -> np.ndarray:
         """Returns the [images, dim] float32 embeddings of a split, in order."""
         count, kept = len(dataset.image_id), dataset.kept.get("image")
         if kept is None:
-            batches = self._image_batches(dataset, self._batch_size)
+            batches = self._image_batches(dataset, self.batch_size)
         else:
-            rows = self._rows(count, self._batch_size)
+            rows = self._rows(count, self.batch_size)
             batches = ({FEATURES["image"]: kept[part]} for part in rows)
-        return self._embed("image", params, batches, self._batch_size)[:count]
+        return self._embed("image", params, batches, self.batch_size)[:count]
 
     def captions(
         self, params: Any, tokens: tuple[np.ndarray, np.ndarray], kept: FeatureRows | None = None
@@ -112,7 +91,7 @@ class Embedder:
           tokens: The ids and the masks, [captions, length] int32.
           kept: What the frozen part makes of each caption, where that is kept.
         """
-        return self._texts(params, tokens, self._batch_size, kept)
+        return self._texts(params, tokens, self.batch_size, kept)
 
     def frozen_rows(
         self,
@@ -188,9 +167,9 @@ class Embedder:
     def _smallest(self, count):
         """Returns the smallest size of batches that holds so many rows, or else the largest."""
         size = self.mesh.size
-        while size < min(count, self._batch_size):
+        while size < min(count, self.batch_size):
             size *= _SIZE_STEP
-        return min(size, self._batch_size)
+        return min(size, self.batch_size)
 
     def _local(self, size):
         return sharding.local_rows(self.mesh, size)
