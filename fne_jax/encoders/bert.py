@@ -55,7 +55,7 @@ class Bert(TextTower):
     def embed(self, inputs: jax.Array) -> jax.Array:
         """Returns the [batch, tokens, width] normalised embeddings of [batch, tokens] token ids."""
         # Normalised right away, so that only the relative scale of the embeddings matters.
-        hidden = self.embed_tokens(inputs)
+        hidden = super().embed(inputs)
         if self.segments:
             hidden += self.table("segment_embedding", self.segments)[None, :1]
         return layer_norm(self.norm_epsilon, self.dtype, "embedding_norm")(hidden)

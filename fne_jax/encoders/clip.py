@@ -20,7 +20,7 @@ from fne_jax.encoders.layouts import (
 from fne_jax.encoders.transformer import EncoderOutput, TextTower, dense, layer_norm
 from fne_jax.encoders.vision_transformer import VisionTower
 
-LAYER = (
+_LAYER = (
     ("attention_norm", "layer_norm1", NORM),
     ("attention/query", "self_attn.q_proj", DENSE),
     ("attention/key", "self_attn.k_proj", DENSE),
@@ -29,6 +29,28 @@ LAYER = (
     ("mlp_norm", "layer_norm2", NORM),
     ("mlp_in", "mlp.fc1", DENSE),
     ("mlp_out", "mlp.fc2", DENSE),
+)
+# What the towers of a CLIP and a SigLIP have in common.
+VISION = Layout(
+    fields=IMAGE_SIZES,
+    fixed={"num_channels": 3},
+    weights=(
+        ("position_embedding", "vision_model.embeddings.position_embedding", POSITIONS),
+        ("final_norm", "vision_model.post_layernorm", NORM),
+    ),
+    layer="vision_model.encoder.layers.{}.",
+    layer_weights=_LAYER,
+)
+TEXT = Layout(
+    fields=TEXT_SIZES,
+    fixed={},
+    weights=(
+        ("word_embedding", "text_model.embeddings.token_embedding", TABLE),
+        ("position_embedding", "text_model.embeddings.position_embedding", TABLE),
+        ("final_norm", "text_model.final_layer_norm", NORM),
+    ),
+    layer="text_model.encoder.layers.{}.",
+    layer_weights=_LAYER,
 )
 # The end token's id that configs of OpenAI's checkpoints name, though their tokenizer's is 49407.
 _LEGACY_EOS = 2
@@ -47,20 +69,16 @@ class ClipVision(VisionTower, kw_only=True):
 
     after_layers = ("final_norm", "projection")
 
-    layout = Layout(
-        fields={**IMAGE_SIZES, "projection_dim": "projection_dim"},
-        fixed={"num_channels": 3},
+    layout = VISION._replace(
+        fields={**VISION.fields, "projection_dim": "projection_dim"},
         weights=(
+            *VISION.weights,
             ("class_token", "vision_model.embeddings.class_embedding", VECTOR),
-            ("position_embedding", "vision_model.embeddings.position_embedding", POSITIONS),
             ("patch_embedding", "vision_model.embeddings.patch_embedding", PATCH_KERNEL),
             # Spelt so in their files.
             ("embedding_norm", "vision_model.pre_layrnorm", NORM),
-            ("final_norm", "vision_model.post_layernorm", NORM),
             ("projection", "visual_projection", PRODUCT),
         ),
-        layer="vision_model.encoder.layers.{}.",
-        layer_weights=LAYER,
     )
 
     @property
@@ -101,31 +119,19 @@ class ClipText(TextTower, kw_only=True):
     causal = True
     after_layers = ("final_norm", "projection")
 
-    layout = Layout(
+    layout = TEXT._replace(
         fields={
-            **TEXT_SIZES,
+            **TEXT.fields,
             "projection_dim": "projection_dim",
             "eos_token_id": "eos_token_id",
         },
-        fixed={},
-        weights=(
-            ("word_embedding", "text_model.embeddings.token_embedding", TABLE),
-            ("position_embedding", "text_model.embeddings.position_embedding", TABLE),
-            ("final_norm", "text_model.final_layer_norm", NORM),
-            ("projection", "text_projection", PRODUCT),
-        ),
-        layer="text_model.encoder.layers.{}.",
-        layer_weights=LAYER,
+        weights=(*TEXT.weights, ("projection", "text_projection", PRODUCT)),
     )
 
     @property
     def pooled_dim(self) -> int:
         """The dimension of `pooled`."""
         return self.projection_dim
-
-    def embed(self, inputs: jax.Array) -> jax.Array:
-        """Returns the [batch, tokens, width] embeddings of [batch, tokens] token ids."""
-        return self.embed_tokens(inputs).astype(self.dtype)
 
     def finish(self, hidden: jax.Array, inputs: jax.Array) -> EncoderOutput:
         """Returns the hidden states, and `pooled` of the token that ends each text."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from fne_jax.encoders.layouts import DENSE, IMAGE_SIZES, NORM, PATCHES, VALUE, Layout
+from fne_jax.encoders.layouts import DENSE, IMAGE_SIZES, NORM, VALUE
 from fne_jax.encoders.vision_transformer import VisionTransformer
 
 
@@ -15,17 +15,10 @@ class Dinov2(VisionTransformer, kw_only=True):
 
     layer_scale = True
 
-    layout = Layout(
+    layout = VisionTransformer.layout._replace(
         fields={**IMAGE_SIZES, "mlp_width": "mlp_ratio"},
         ratios=("mlp_width",),
         fixed={"num_channels": 3, "qkv_bias": True, "use_swiglu_ffn": False},
-        weights=(
-            ("class_token", "embeddings.cls_token", VALUE),
-            ("position_embedding", "embeddings.position_embeddings", VALUE),
-            ("patch_embedding", "embeddings.patch_embeddings.projection", PATCHES),
-            ("final_norm", "layernorm", NORM),
-        ),
-        layer="encoder.layer.{}.",
         layer_weights=(
             ("attention_norm", "norm1", NORM),
             ("attention/query", "attention.attention.query", DENSE),

@@ -103,20 +103,18 @@ def load_pretrained(
     module = build_from_architecture(read_architecture(folder), str(folder / CONFIG))
     weights = _read_weights(folder, module)
     if image_size is not None:
-        _resize_positions(module, weights, image_size)
-    options = {
-        "dtype": dtype,
-        "attention": attention,
-        "scan_layers": scan_layers,
-        "remat": remat,
-        "frozen_layers": frozen_layers,
-    }
-    module = _with_options(module, image_size, options)
-    if scan_layers:
-        weights = _stack_layers(weights, module)
-    # Copies, because on a CPU an array may otherwise share the memory of NumPy's.
-    params = {path: jnp.array(value) for path, value in weights.items()}
-    return module, flax.traverse_util.unflatten_dict(params, sep="/")
+        module = _resized(module, weights, image_size)
+    module = change_towers(
+        module,
+        lambda tower: tower.clone(
+            dtype=dtype,
+            attention=attention,
+            scan_layers=scan_layers,
+            remat=remat,
+            frozen_layers=frozen_layers,
+        ),
+    )
+    return module, _params(module, weights)
 
 
 def read_scalars(
@@ -246,10 +244,15 @@ def params_from_tensors(
     Raises:
       UserError: naming all that are missing, unexpected or of a wrong shape.
     """
-    entries = ((name, value.shape, "F32", value) for name, value in tensors.items())
-    weights = _collect(module, ((n, s, t, lambda v=v: v) for n, s, t, v in entries), where)
+    entries = [(name, x.shape, "F32", lambda x=x: x) for name, x in tensors.items()]
+    return _params(module, _collect(module, entries, where))
+
+
+def _params(module, weights) -> dict[str, Any]:
+    """Returns the params of a module, of its parameters by path, layers unstacked."""
     if any(tower.scan_layers for tower in towers_of(module).values()):
         weights = _stack_layers(weights, module)
+    # Copies, because on a CPU an array may otherwise share the memory of NumPy's.
     params = {path: jnp.array(value) for path, value in weights.items()}
     return flax.traverse_util.unflatten_dict(params, sep="/")
 
@@ -344,57 +347,37 @@ def _unstack_layers(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parameters with stacked layers taken apart; others stay as they are."""
     unstacked = {}
     for path, value in weights.items():
-        begin, found, end = path.partition(f"encoder/{LAYERS}/")
-        first = len(weights.get(f"{begin}encoder/{FROZEN_LAYERS}/{end}", ())) if found else 0
-        if not found:
-            begin, found, end = path.partition(f"encoder/{FROZEN_LAYERS}/")
-        layers = (
-            {f"{begin}encoder/layer_{first + i}/{end}": v for i, v in enumerate(np.asarray(value))}
-            if found
-            else {path: value}
-        )
-        unstacked.update(layers)
+        stack = re.fullmatch(rf"(.*)encoder/({FROZEN_LAYERS}|{LAYERS})/(.*)", path)
+        if stack is None:
+            unstacked[path] = value
+            continue
+        begin, name, end = stack.groups()
+        below = weights.get(f"{begin}encoder/{FROZEN_LAYERS}/{end}", ()) if name == LAYERS else ()
+        for index, layer in enumerate(np.asarray(value), len(below)):
+            unstacked[f"{begin}encoder/layer_{index}/{end}"] = layer
     return unstacked
 
 
-def _with_options(module, image_size, options) -> nn.Module:
-    """Returns the module for images of that size, or the checkpoint's, with compute options."""
-
-    def change(tower):
-        if image_size is not None and isinstance(tower, VisionTower):
-            _check_image_size(tower, image_size)
-            tower = tower.clone(image_size=image_size)
-        return tower.clone(**options)
-
-    first = next(iter(towers_of(module).values()))
-    if image_size is not None and not isinstance(first, VisionTower):
+def _resized(module, weights: dict[str, np.ndarray], image_size: int) -> nn.Module:
+    """Returns the module for images of that size, interpolating the positions in `weights`."""
+    begin, tower = next(iter(towers_of(module).items()))
+    if not isinstance(tower, VisionTower):
         raise UserError(f"image_size is {image_size}, but this model reads no images; leave it out")
-    return change_towers(module, change)
-
-
-def _check_image_size(tower, image_size):
     if image_size == tower.image_size:
-        return
+        return module
     if image_size < 1 or image_size % tower.patch_size:
         raise UserError(
             f"image_size is {image_size}; expected a multiple of the checkpoint's patch size, "
             f"{tower.patch_size}"
         )
-
-
-def _resize_positions(module, weights: dict[str, np.ndarray], image_size: int) -> None:
-    """Interpolates the image tower's positions in `weights` for images of that size."""
-    begin, tower = next(iter(towers_of(module).items()))
-    if not isinstance(tower, VisionTower) or image_size == tower.image_size:
-        return
-    _check_image_size(tower, image_size)
     path = f"{begin}position_embedding"
-    if path not in weights:
-        return  # A tower that computes its positions does so for any size.
-    old, new = tower.image_size // tower.patch_size, image_size // tower.patch_size
-    weights[path] = resize_positions(weights[path], old, new, antialias=tower.antialias)
-    _log.info(
-        "position embeddings interpolated bicubically: %d x %d patches of images of %d pixels, "
-        "from %d x %d of %d",
-        *(new, new, image_size, old, old, tower.image_size),
-    )
+    if path in weights:  # otherwise the tower computes its positions
+        old, new = tower.image_size // tower.patch_size, image_size // tower.patch_size
+        weights[path] = resize_positions(weights[path], old, new, antialias=tower.antialias)
+        _log.info(
+            "position embeddings interpolated bicubically: %d x %d patches of images of %d pixels, "
+            "from %d x %d of %d",
+            *(new, new, image_size, old, old, tower.image_size),
+        )
+    tower = tower.clone(image_size=image_size)
+    return module.clone(image=tower) if begin else tower

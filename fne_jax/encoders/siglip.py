@@ -9,19 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fne_jax.encoders.clip import LAYER
-from fne_jax.encoders.layouts import (
-    DENSE,
-    IMAGE_SIZES,
-    JOINT,
-    NORM,
-    PATCHES,
-    POSITIONS,
-    TABLE,
-    TEXT_SIZES,
-    VALUE,
-    Layout,
-)
+from fne_jax.encoders.clip import TEXT, VISION
+from fne_jax.encoders.layouts import DENSE, JOINT, NORM, PATCHES, VALUE
 from fne_jax.encoders.transformer import (
     KERNEL_INIT,
     Attention,
@@ -42,13 +31,11 @@ class SiglipVision(VisionTower, kw_only=True):
 
     after_layers = ("final_norm", "head")
 
-    layout = Layout(
-        fields=IMAGE_SIZES,
-        fixed={"num_channels": 3, "vision_use_head": True},
+    layout = VISION._replace(
+        fixed={**VISION.fixed, "vision_use_head": True},
         weights=(
-            ("position_embedding", "vision_model.embeddings.position_embedding", POSITIONS),
+            *VISION.weights,
             ("patch_embedding", "vision_model.embeddings.patch_embedding", PATCHES),
-            ("final_norm", "vision_model.post_layernorm", NORM),
             ("head/probe", "vision_model.head.probe", VALUE),
             ("head/attention/query", "vision_model.head.attention.in_proj", JOINT),
             ("head/attention/key", "vision_model.head.attention.in_proj", JOINT),
@@ -58,8 +45,6 @@ class SiglipVision(VisionTower, kw_only=True):
             ("head/mlp_in", "vision_model.head.mlp.fc1", DENSE),
             ("head/mlp_out", "vision_model.head.mlp.fc2", DENSE),
         ),
-        layer="vision_model.encoder.layers.{}.",
-        layer_weights=LAYER,
     )
 
     @property
@@ -103,27 +88,15 @@ class SiglipText(TextTower, kw_only=True):
 
     after_layers = ("final_norm", "head")
 
-    layout = Layout(
-        fields={**TEXT_SIZES, "projection_dim": "projection_size"},
-        fixed={},
-        weights=(
-            ("word_embedding", "text_model.embeddings.token_embedding", TABLE),
-            ("position_embedding", "text_model.embeddings.position_embedding", TABLE),
-            ("final_norm", "text_model.final_layer_norm", NORM),
-            ("head", "text_model.head", DENSE),
-        ),
-        layer="text_model.encoder.layers.{}.",
-        layer_weights=LAYER,
+    layout = TEXT._replace(
+        fields={**TEXT.fields, "projection_dim": "projection_size"},
+        weights=(*TEXT.weights, ("head", "text_model.head", DENSE)),
     )
 
     @property
     def pooled_dim(self) -> int:
         """The dimension of `pooled`."""
         return self.projection_dim
-
-    def embed(self, inputs: jax.Array) -> jax.Array:
-        """Returns the [batch, tokens, width] embeddings of [batch, tokens] token ids."""
-        return self.embed_tokens(inputs).astype(self.dtype)
 
     def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
         """Returns the hidden states after the last LayerNorm, and `pooled` of the last token."""

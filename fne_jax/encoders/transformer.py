@@ -398,7 +398,8 @@ class Tower(nn.Module, kw_only=True):
         begun = hidden is not None
         if not begun:
             off = deterministic or self.frozen_layers is not None
-            hidden = nn.Dropout(self.dropout)(self.embed(inputs), deterministic=off)
+            hidden = self.embed(inputs).astype(self.dtype)
+            hidden = nn.Dropout(self.dropout)(hidden, deterministic=off)
         stack = TransformerStack(
             layers=self.layers,
             layer_options={
@@ -447,21 +448,21 @@ class TextTower(Tower):
         """The most tokens of a text."""
         return self.max_length
 
-    def embed_tokens(self, input_ids: jax.Array) -> jax.Array:
+    def embed(self, inputs: jax.Array) -> jax.Array:
         """Returns the [batch, tokens, width] float32 sum of word and position embeddings.
 
         Args:
-          input_ids: [batch, tokens] int32 token ids.
+          inputs: [batch, tokens] int32 token ids.
 
         Raises:
           ValueError: if the sequence is longer than `max_tokens`.
         """
-        tokens = input_ids.shape[1]
+        tokens = inputs.shape[1]
         if tokens > self.max_tokens:
             raise ValueError(f"input_ids: expected at most {self.max_tokens} tokens, got {tokens}")
-        words = self.table("word_embedding", self.vocab_size)[input_ids]
+        words = self.table("word_embedding", self.vocab_size)[inputs]
         positions = self.table("position_embedding", self.max_length)
-        return words + self.place(positions, input_ids)
+        return words + self.place(positions, inputs)
 
     def place(self, positions: jax.Array, input_ids: jax.Array) -> jax.Array:
         """Returns the position embeddings of tokens, [1 or batch, tokens, width].
