@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-import functools
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,9 +12,10 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from fne_jax.encoders.freezing import flatten, is_after_layers, layer_of, unflatten
+from fne_jax.encoders.transformer import Tower
 from fne_jax.objectives import learned_scalars
 from fne_jax.objectives.learned_scalars import LEARNED, LOG_TEMPERATURE_FACTOR
-from fne_jax.training.rate_factors import learning_rate_factors
 
 
 def learning_rate_schedule(
@@ -57,24 +59,17 @@ def build_optimizer(
       module: The two towers, for the depth of their layers.
       temperature: Where a temperature that is learned begins; None if none is.
     """
-    factors = functools.partial(
-        learning_rate_factors,
-        module,
-        {
-            "image": optimizer.image_factor,
-            "text": optimizer.text_factor,
-            LEARNED: optimizer.objective_factor,
-        },
-        optimizer.layer_decay,
-    )
+
+    def scaled(updates, params):
+        factors = learning_rate_factors(optimizer, module, params)
+        return jax.tree.map(jnp.multiply, updates, factors)
+
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
         optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps),
         optax.add_decayed_weights(optimizer.weight_decay, _is_matrix),
         optax.scale_by_learning_rate(schedule),
-        optax.stateless(
-            lambda updates, params: jax.tree.map(jnp.multiply, updates, factors(params))
-        ),
+        optax.stateless(scaled),
         *(() if temperature is None else (_bounded_temperature(temperature),)),
     )
 
@@ -112,3 +107,46 @@ def _is_matrix(params):
         return path[-1].key not in _NO_MATRICES
 
     return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def learning_rate_factors(
+    optimizer: ml_collections.ConfigDict, module: nn.Module, params: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the factor on the learning rate of each parameter.
+
+    That is the factor of its tower, or of what the objective learns, times that of its depth: of n
+    layers the last has `layer_decay`, the one below that times `layer_decay`, ..., and the
+    embeddings `layer_decay ** (n + 1)`; what comes after the layers has 1 (Bao et al. 2021, BEiT,
+    arXiv 2106.08254, appendix).
+
+    Args:
+      optimizer: `config.optimizer`.
+      module: The two towers; the layers of other modules are not known, and have no decay.
+      params: The parameters that are trained.
+
+    Returns:
+      A tree shaped as `params`, of [] arrays, or of [layers, 1, ...] ones for stacked layers.
+    """
+    factors = {
+        "image": optimizer.image_factor,
+        "text": optimizer.text_factor,
+        LEARNED: optimizer.objective_factor,
+    }
+    found = {}
+    for path, leaf in flatten(params).items():
+        tower = getattr(module, path[0], None)
+        depth = _depth_factor(tower, path[1:], optimizer.layer_decay, leaf.ndim)
+        found[path] = factors[path[0].partition("_")[0]] * depth  # a projection has its tower's
+    return unflatten(found)
+
+
+def _depth_factor(tower, path, decay, rank):
+    if not isinstance(tower, Tower) or is_after_layers(tower, path):
+        return jnp.ones(())
+    layer = layer_of(tower, path)
+    if layer is None:
+        return jnp.float32(decay ** (tower.layers + 1))
+    if isinstance(layer, slice):
+        powers = tower.layers - jnp.arange(layer.start, layer.stop)
+        return (decay ** powers.astype(jnp.float32)).reshape(-1, *(1,) * (rank - 1))
+    return jnp.float32(decay ** (tower.layers - layer))

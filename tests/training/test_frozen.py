@@ -24,7 +24,7 @@ from fne_jax.model import checkpoints
 from fne_jax.model.model import build_model, restore_model
 from fne_jax.parallel import sharding
 from fne_jax.training import loop
-from fne_jax.training.rate_factors import learning_rate_factors
+from fne_jax.training.optimizer import learning_rate_factors
 from fne_jax.training.timeline import Phase, Timeline
 from fne_jax.training.train_state import abstract_state
 from tests.support import TOP
@@ -324,13 +324,14 @@ def test_a_layer_with_merged_changes_gives_the_same():
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_lower_layers_learn_slower(scan_layers):
-    config = tiny_config(encoder__scan_layers=scan_layers, **THREE)
+    rates = {"optimizer__image_factor": 2.0, "optimizer__layer_decay": 0.5}
+    config = tiny_config(encoder__scan_layers=scan_layers, **rates, **THREE)
     module = build_dual_encoder(config.encoder, 30)
     tokens = jnp.ones((1, 8), jnp.int32)
     params = jax.eval_shape(
         module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), tokens, tokens
     )["params"]
-    factors = learning_rate_factors(module, {"image": 2.0, "text": 1.0}, 0.5, params)
+    factors = learning_rate_factors(config.optimizer, module, params)
     shapes = jax.tree.map(
         lambda f, p: jnp.broadcast_shapes(f.shape, p.shape) == p.shape, factors, params
     )
