@@ -13,7 +13,7 @@ import numpy as np
 
 from fne_jax.benchmarks.timing import machine, median_seconds
 from fne_jax.encoders.attention import attend
-from fne_jax.encoders.transformer import ACTIVATIONS
+from fne_jax.encoders.layers import ACTIVATIONS
 from fne_jax.encoders.vision_transformer import VisionTransformer
 from fne_jax.errors import UserError
 

@@ -12,8 +12,9 @@ from fne_jax.encoders import sentence_modules
 from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.dual_encoder import CHECKPOINT, DualEncoder
 from fne_jax.encoders.hub_files import CONFIG, find_folder, read_config
+from fne_jax.encoders.layers import ACTIVATIONS
 from fne_jax.encoders.model_types import MODELS
-from fne_jax.encoders.transformer import ACTIVATIONS, Tower
+from fne_jax.encoders.transformer import Tower
 from fne_jax.errors import UserError
 
 # On types that are taken for others.

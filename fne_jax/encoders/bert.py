@@ -2,11 +2,59 @@
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 
+from fne_jax.encoders.layers import layer_norm
 from fne_jax.encoders.layouts import DENSE, NORM, TABLE, TEXT_SIZES, Layout
 from fne_jax.encoders.sentence_modules import SentenceEmbedding, SentenceHead
-from fne_jax.encoders.transformer import EncoderOutput, TextTower, layer_norm
+from fne_jax.encoders.transformer import EncoderOutput, Tower
+
+
+class TextTower(Tower):
+    """What the text encoders share.
+
+    Attributes:
+      vocab_size: Number of token ids.
+      max_length: Number of position embeddings.
+    """
+
+    vocab_size: int
+    max_length: int
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of a text."""
+        return self.max_length
+
+    def embed(self, inputs: jax.Array) -> jax.Array:
+        """Returns the [batch, tokens, width] float32 sum of word and position embeddings.
+
+        Args:
+          inputs: [batch, tokens] int32 token ids.
+
+        Raises:
+          ValueError: if the sequence is longer than `max_tokens`.
+        """
+        tokens = inputs.shape[1]
+        if tokens > self.max_tokens:
+            raise ValueError(f"input_ids: expected at most {self.max_tokens} tokens, got {tokens}")
+        words = self.table("word_embedding", self.vocab_size)[inputs]
+        positions = self.table("position_embedding", self.max_length)
+        return words + self.place(positions, inputs)
+
+    def place(self, positions: jax.Array, input_ids: jax.Array) -> jax.Array:
+        """Returns the position embeddings of tokens, [1 or batch, tokens, width].
+
+        Args:
+          positions: [max_length, width] position embeddings.
+          input_ids: [batch, tokens] int32 token ids.
+        """
+        return positions[None, : input_ids.shape[1]]
+
+    def table(self, name: str, rows: int) -> jax.Array:
+        """Returns the [rows, width] float32 embeddings that are stored under a name."""
+        return self.param(name, nn.initializers.normal(0.02), (rows, self.width))
 
 
 class Bert(TextTower):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from fne_jax.encoders.bert import TextTower
+from fne_jax.encoders.layers import dense, layer_norm
 from fne_jax.encoders.layouts import (
     DENSE,
     IMAGE_SIZES,
@@ -17,7 +19,7 @@ from fne_jax.encoders.layouts import (
     VECTOR,
     Layout,
 )
-from fne_jax.encoders.transformer import EncoderOutput, TextTower, dense, layer_norm
+from fne_jax.encoders.transformer import EncoderOutput
 from fne_jax.encoders.vision_transformer import VisionTower
 
 _LAYER = (

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fne_jax.encoders.transformer import ALL, dense, layer_norm
+from fne_jax.encoders.layers import dense, layer_norm
+from fne_jax.encoders.transformer import ALL
 
 # Floor of the norm that an embedding is divided by, as in PyTorch's `normalize`.
 _MIN_NORM = 1e-12

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from fne_jax.encoders.dual_encoder import POOLINGS
 from fne_jax.encoders.hub_files import WEIGHTS, read_json
-from fne_jax.encoders.transformer import dense
+from fne_jax.encoders.layers import dense
 from fne_jax.errors import UserError
 
 MODULES = "modules.json"

@@ -9,17 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fne_jax.encoders.bert import TextTower
 from fne_jax.encoders.clip import TEXT, VISION
+from fne_jax.encoders.layers import KERNEL_INIT, Attention, dense, layer_norm, mlp
 from fne_jax.encoders.layouts import DENSE, JOINT, NORM, PATCHES, VALUE
-from fne_jax.encoders.transformer import (
-    KERNEL_INIT,
-    Attention,
-    EncoderOutput,
-    TextTower,
-    dense,
-    layer_norm,
-    mlp,
-)
+from fne_jax.encoders.transformer import EncoderOutput
 from fne_jax.encoders.vision_transformer import VisionTower
 
 

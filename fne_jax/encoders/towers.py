@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import ml_collections
 
 from fne_jax.encoders.architectures import build_from_architecture, read_architecture
-from fne_jax.encoders.bert import Bert
+from fne_jax.encoders.bert import Bert, TextTower
 from fne_jax.encoders.dual_encoder import CHECKPOINT, FIRST_AND_MEAN, POOLINGS, DualEncoder
 from fne_jax.encoders.freezing import TOWERS, parse_frozen_layers
 from fne_jax.encoders.pretrained_weights import load_pretrained, read_scalars
-from fne_jax.encoders.transformer import ALL, TextTower, Tower
+from fne_jax.encoders.transformer import ALL, Tower
 from fne_jax.encoders.vision_transformer import VisionTower, VisionTransformer
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically

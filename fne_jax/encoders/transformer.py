@@ -11,37 +11,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from fne_jax.encoders.attention import AUTO, attend, precision_of
+from fne_jax.encoders.attention import AUTO, attend
+from fne_jax.encoders.layers import Attention, layer_norm, mlp
 from fne_jax.encoders.layouts import Layout
-from fne_jax.encoders.low_rank import LowRankDense
 from fne_jax.encoders.rematerialization import NONE, rematerialized
 
-# Random initialisation follows the original ViT's code rather than BERT's fixed deviation of 0.02,
-# which suits a width of 768 but leaves narrow towers nearly silent for their first hundred steps.
-KERNEL_INIT = nn.initializers.xavier_uniform()
 # Name of a tower's stack of layers.
 STACK = "encoder"
 # Names in a scanned stack of its layers' parameters, and of those that are frozen at the bottom.
 LAYERS, FROZEN_LAYERS = "layers", "frozen_layers"
 # `Tower.frozen_layers` of a tower that is frozen as a whole.
 ALL = "all"
-
-
-def _quick_gelu(x):
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-def _gelu(x):
-    return jax.nn.gelu(x, approximate=False)
-
-
-# By the names that Hugging Face's configs give them.
-ACTIVATIONS = {
-    "gelu": _gelu,
-    "gelu_new": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-    "quick_gelu": _quick_gelu,
-}
 
 
 @flax.struct.dataclass
@@ -58,79 +38,13 @@ class EncoderOutput:
     pooled: jax.Array | None = None
 
 
-class Attention(nn.Module):
-    """Multi-head attention.
-
-    Attributes:
-      heads: Number of heads; it must divide the width.
-      dtype: Compute dtype. The softmax is float32 in any case.
-      attend: What mixes the values: `attend`, with its options set.
-      key_bias: Whether a bias is added to the keys, as it is to the three other products.
-      lora_rank: Rank of the learned changes of the kernels; 0 for none.
-    """
-
-    heads: int
-    dtype: Any = jnp.float32
-    attend: Callable[..., jax.Array] = attend
-    key_bias: bool = True
-    lora_rank: int = 0
-
-    @nn.compact
-    def __call__(
-        self,
-        hidden: jax.Array,
-        mask: jax.Array | None,
-        queries: jax.Array | None = None,
-        bias: jax.Array | None = None,
-    ) -> jax.Array:
-        """Returns the mixture of tokens that each query attends to.
-
-        Args:
-          hidden: [batch, tokens, width] hidden states.
-          mask: [batch, tokens] bool, False where no query must look; or None.
-          queries: [batch, queries, width] hidden states that ask; None for the tokens themselves.
-          bias: [heads, queries, tokens] float32 array, added to the scores; or None.
-
-        Returns:
-          A [batch, queries, width] array in the compute dtype.
-
-        Raises:
-          UserError: if the implementation cannot run here.
-        """
-        width = hidden.shape[-1]
-        queries = hidden if queries is None else queries
-
-        def product(x, name, **options):
-            return dense(width, self.dtype, name, lora_rank=self.lora_rank, **options)(x)
-
-        def heads_of(x, name, **options):
-            out = product(x, name, **options)
-            return out.reshape(*x.shape[:2], self.heads, width // self.heads)
-
-        query = heads_of(queries, "query")
-        key = heads_of(hidden, "key", use_bias=self.key_bias)
-        value = heads_of(hidden, "value")
-        biased = {} if bias is None else {"bias": bias}
-        mixed = self.attend(query, key, value, mask, **biased).reshape(queries.shape)
-        return product(mixed, "output")
-
-
 class TransformerLayer(nn.Module):
     """Attention and MLP with residuals, normalised before (ViT) or after (BERT) each.
 
+    Its attributes are as those of `Tower`, but for two.
+
     Attributes:
-      heads: Number of attention heads.
-      mlp_width: Width of the MLP's hidden layer.
-      pre_norm: Whether the input of each part is normalised, rather than the sum after it.
-      norm_epsilon: Epsilon of the LayerNorms.
-      activation: Activation of the MLP, a key of `ACTIVATIONS`.
-      dropout: Dropout rate on the output of each part.
-      dtype: Compute dtype.
       attend: What mixes the values: `attend`, with its options set.
-      key_bias: Whether a bias is added to the keys of the attention.
-      layer_scale: Whether the output of each part is multiplied by a learned vector (Touvron et al.
-        2021, arXiv 2103.17239).
-      lora_rank: Rank of the learned changes of the kernels; 0 for none.
       returned: Whether the hidden states are returned a second time, for a scan to collect.
     """
 
@@ -191,9 +105,8 @@ class TransformerStack(nn.Module):
     Attributes:
       layers: Number of layers.
       layer_options: The attributes of each `TransformerLayer`.
-      scan_layers: Whether the layers' parameters are stacked along a leading axis, under one name,
-        so that one layer is compiled and looped over.
-      remat: What a layer keeps for its backward pass, a key of `REMATS`.
+      scan_layers: As of `Tower`.
+      remat: As of `Tower`.
       frozen: How many of the layers, from the bottom, are frozen. They have no dropout and no
         low-rank changes, and their stacked parameters a name of their own.
       returned: How many of the last layers have their hidden states returned, joined along the
@@ -323,7 +236,8 @@ class Tower(nn.Module, kw_only=True):
     causal: ClassVar[bool] = False
     # Whether a bias is added to the keys of the attention.
     key_bias: ClassVar[bool] = True
-    # Whether a learned vector scales the output of each part of a layer.
+    # Whether a learned vector scales the output of each part of a layer (Touvron et al. 2021, arXiv
+    # 2103.17239).
     layer_scale: ClassVar[bool] = False
     # What Hugging Face calls its sizes and weights.
     layout: ClassVar[Layout]
@@ -430,89 +344,3 @@ class Tower(nn.Module, kw_only=True):
             layers = jnp.split(out.last_hidden_state, self.pooled_layers, axis=1)
             out = out.replace(last_hidden_state=jnp.concatenate(layers, axis=-1))
         return self.pool(out, mask)
-
-
-class TextTower(Tower):
-    """What the text encoders share.
-
-    Attributes:
-      vocab_size: Number of token ids.
-      max_length: Number of position embeddings.
-    """
-
-    vocab_size: int
-    max_length: int
-
-    @property
-    def max_tokens(self) -> int:
-        """The most tokens of a text."""
-        return self.max_length
-
-    def embed(self, inputs: jax.Array) -> jax.Array:
-        """Returns the [batch, tokens, width] float32 sum of word and position embeddings.
-
-        Args:
-          inputs: [batch, tokens] int32 token ids.
-
-        Raises:
-          ValueError: if the sequence is longer than `max_tokens`.
-        """
-        tokens = inputs.shape[1]
-        if tokens > self.max_tokens:
-            raise ValueError(f"input_ids: expected at most {self.max_tokens} tokens, got {tokens}")
-        words = self.table("word_embedding", self.vocab_size)[inputs]
-        positions = self.table("position_embedding", self.max_length)
-        return words + self.place(positions, inputs)
-
-    def place(self, positions: jax.Array, input_ids: jax.Array) -> jax.Array:
-        """Returns the position embeddings of tokens, [1 or batch, tokens, width].
-
-        Args:
-          positions: [max_length, width] position embeddings.
-          input_ids: [batch, tokens] int32 token ids.
-        """
-        return positions[None, : input_ids.shape[1]]
-
-    def table(self, name: str, rows: int) -> jax.Array:
-        """Returns the [rows, width] float32 embeddings that are stored under a name."""
-        return self.param(name, nn.initializers.normal(0.02), (rows, self.width))
-
-
-def mlp(
-    x: jax.Array, hidden_width: int, activation: str, dtype: Any, lora_rank: int = 0
-) -> jax.Array:
-    """Applies the two dense layers `mlp_in` and `mlp_out` of the module that calls this.
-
-    Args:
-      x: [..., width] hidden states.
-      hidden_width: Number of outputs of the first layer.
-      activation: A key of `ACTIVATIONS`.
-      dtype: Compute dtype.
-      lora_rank: Rank of the learned changes of the kernels; 0 for none.
-
-    Returns:
-      A [..., width] array in the compute dtype.
-    """
-    hidden = ACTIVATIONS[activation](dense(hidden_width, dtype, "mlp_in", lora_rank=lora_rank)(x))
-    return dense(x.shape[-1], dtype, "mlp_out", lora_rank=lora_rank)(hidden)
-
-
-def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
-    """Returns a LayerNorm whose variance is computed exactly (two passes), as PyTorch's is."""
-    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
-
-
-def dense(
-    width: int, dtype: Any, name: str | None = None, *, use_bias: bool = True, lora_rank: int = 0
-) -> nn.Module:
-    """Returns a dense layer whose products have all bits of the dtype that they compute in."""
-    options = {
-        "use_bias": use_bias,
-        "dtype": dtype,
-        "precision": precision_of(dtype),
-        "kernel_init": KERNEL_INIT,
-        "name": name,
-    }
-    return (
-        LowRankDense(width, rank=lora_rank, **options) if lora_rank else nn.Dense(width, **options)
-    )

@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fne_jax.encoders.layers import dense, layer_norm
 from fne_jax.encoders.layouts import DENSE, IMAGE_SIZES, NORM, PATCHES, VALUE, Layout
-from fne_jax.encoders.transformer import EncoderOutput, Tower, dense, layer_norm
+from fne_jax.encoders.transformer import EncoderOutput, Tower
 
 
 class VisionTower(Tower):
