@@ -97,11 +97,13 @@ def _parse_config(fields, where):
 
 def _build_tower(tower, config, where) -> Tower:
     layout = tower.layout
+
+    def refuse(field, why):
+        raise UserError(f"{where}{field} is {getattr(config, field)!r}{why}")
+
     for field, value in layout.fixed.items():
         if getattr(config, field, value) != value:
-            raise UserError(
-                f"{where}{field} is {getattr(config, field)!r}; only {value!r} is supported"
-            )
+            refuse(field, f"; only {value!r} is supported")
     sizes = {ours: getattr(config, field) for ours, field in layout.fields.items()}
     for name in ("image_size", "patch_size"):
         # May be stated as height and width.
@@ -109,19 +111,11 @@ def _build_tower(tower, config, where) -> Tower:
             sizes[name] = sizes[name][0]
     for name, value in sizes.items():
         if name not in ("activation", "norm_epsilon") and not isinstance(value, int):
-            raise UserError(
-                f"{where}{layout.fields[name]} is {value!r}; only a number is supported"
-            )
+            refuse(layout.fields[name], "; only a number is supported")
     if sizes["activation"] not in ACTIVATIONS:
-        raise UserError(
-            f"{where}{layout.fields['activation']} is {sizes['activation']!r}; "
-            f"expected one of {', '.join(ACTIVATIONS)}"
-        )
+        refuse(layout.fields["activation"], f"; expected one of {', '.join(ACTIVATIONS)}")
     if sizes["width"] % sizes["heads"]:
-        raise UserError(
-            f"{where}{layout.fields['width']} is {sizes['width']}, "
-            f"which {sizes['heads']} heads do not divide"
-        )
+        refuse(layout.fields["width"], f", which {sizes['heads']} heads do not divide")
     for name in layout.ratios:
         sizes[name] *= sizes["width"]
     return tower(**sizes)

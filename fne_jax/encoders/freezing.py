@@ -103,17 +103,12 @@ def layer_of(tower: Tower, path: tuple[str, ...]) -> int | slice | None:
     return int(path[1].removeprefix("layer_"))
 
 
-def is_after_layers(tower: Tower, path: tuple[str, ...]) -> bool:
-    """Returns whether a parameter of a tower is used after its layers."""
-    return path[0] in tower.after_layers
-
-
 def _part_of(tower, path):
     if tower.frozen_layers == ALL:
         return Part.LOWER
     if tower.frozen_layers is not None and path[0] in tower.in_all_layers:
         return Part.BASE
-    if tower.frozen_layers is not None and not is_after_layers(tower, path):
+    if tower.frozen_layers is not None and path[0] not in tower.after_layers:
         layer = layer_of(tower, path)
         first = layer.start if isinstance(layer, slice) else layer
         if first is None or first < tower.frozen_depth:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from fne_jax.encoders.freezing import flatten, is_after_layers, layer_of, unflatten
+from fne_jax.encoders.freezing import flatten, layer_of, unflatten
 from fne_jax.encoders.transformer import Tower
 from fne_jax.objectives import learned_scalars
 from fne_jax.objectives.learned_scalars import LEARNED, LOG_TEMPERATURE_FACTOR
@@ -141,7 +141,7 @@ def learning_rate_factors(
 
 
 def _depth_factor(tower, path, decay, rank):
-    if not isinstance(tower, Tower) or is_after_layers(tower, path):
+    if not isinstance(tower, Tower) or path[0] in tower.after_layers:
         return jnp.ones(())
     layer = layer_of(tower, path)
     if layer is None:
