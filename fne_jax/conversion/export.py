@@ -75,9 +75,7 @@ def export(workdir: pathlib.Path, checkpoint: str, out: pathlib.Path) -> list[pa
 
 def _scalars(model):
     """Returns the logit scale and bias of the run's objective by now, as the pair names them."""
-    objective, learned = model.config.get("objective"), model.params.get(LEARNED)
-    if objective is None:  # The first runs' configs have no such group.
-        return {}
+    objective, learned = model.config.objective, model.params.get(LEARNED)
     now = {
         "logit_scale": -jnp.log(temperature(objective.temperature, learned)),
         "logit_bias": bias(objective.bias, learned),

@@ -79,7 +79,9 @@ def attend(
     chosen = resolve(implementation, queries=query.shape[1], dtype=query.dtype, mesh=mesh)
     run = functools.partial(ATTENTIONS[chosen], causal=causal)
     if chosen in _FUSED:
-        _check_fused(chosen, query.dtype, mesh)
+        reason = _FUSED[chosen].reason_against(_devices(mesh)[0], query.dtype)
+        if reason is not None:
+            raise UserError(f"attention is {chosen!r}, {reason}")
         run = on_each_device(run, mesh)
     return run(query, key, value, mask)
 
@@ -118,12 +120,6 @@ def _devices(mesh):
     """Returns one of the devices that a program is for, and their number."""
     devices = jax.devices() if mesh is None else list(mesh.devices.flat)
     return devices[0], len(devices)
-
-
-def _check_fused(name, dtype, mesh):
-    reason = _FUSED[name].reason_against(_devices(mesh)[0], dtype)
-    if reason is not None:
-        raise UserError(f"attention is {name!r}, {reason}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,15 +117,12 @@ def load_pretrained(
     return module, _params(module, weights)
 
 
-def read_scalars(
-    path_or_hub_name: str | os.PathLike, model_type: str | None, revision: str | None = None
-) -> dict[str, float]:
+def read_scalars(path_or_hub_name: str | os.PathLike, model_type: str | None) -> dict[str, float]:
     """Returns what a CLIP or SigLIP learned beside its towers: `logit_scale`, and `logit_bias`.
 
     Args:
       path_or_hub_name: A local folder, or a name on the Hugging Face hub.
       model_type: What its config.json says; other types have none.
-      revision: Branch, tag or commit on the hub; a local folder has none.
 
     Raises:
       UserError: if there is no such model, or its weights are pickled or damaged.
@@ -133,7 +130,7 @@ def read_scalars(
     names = MODELS[model_type].scalars if model_type in MODELS else {}
     if not names:
         return {}
-    folder = find_folder(path_or_hub_name, revision, _FILES)
+    folder = find_folder(path_or_hub_name, None, _FILES)
     tensors = read_tensors(weight_files(folder))
     named = ((_plain_name(name, model_type), read) for name, _, _, read in tensors)
     return {name: read().item() for name, read in named if name in names}

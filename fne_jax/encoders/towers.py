@@ -42,23 +42,20 @@ def read_architectures(
     """
     found = {}
     for tower in TOWERS:
-        if not encoder[tower].pretrained:
+        source = encoder[tower].pretrained
+        if not source:
             continue
         path = None if workdir is None else workdir / DIRECTORY / f"{tower}.json"
         if path is not None and path.is_file():
             found[tower] = json.loads(path.read_text())
-        else:
-            found[tower] = _read_source(f"config.encoder.{tower}.pretrained", encoder[tower])
+            continue
+        try:
+            found[tower] = read_architecture(source)
+            scalars = read_scalars(source, found[tower].get("model_type"))
+        except UserError as error:
+            raise UserError(f"config.encoder.{tower}.pretrained: {error}") from error
+        found[tower] |= {"scalars": scalars} if scalars else {}
     return found
-
-
-def _read_source(field, settings):
-    try:
-        architecture = read_architecture(settings.pretrained)
-        scalars = read_scalars(settings.pretrained, architecture.get("model_type"))
-        return architecture | ({"scalars": scalars} if scalars else {})
-    except UserError as error:
-        raise UserError(f"{field}: {error}") from error
 
 
 def store_architectures(

@@ -182,7 +182,7 @@ class Model:
         Raises:
           UserError: If it cannot be read; `name` is what it calls an image that is no file.
         """
-        size, resize_to = self.config.encoder.image.image_size, self.config.data.get("resize_to", 0)
+        size, resize_to = self.config.encoder.image.image_size, self.config.data.resize_to
         return evaluation_pixels(image, size, resize_to=resize_to, name=name)
 
     def embed_texts(self, texts: str | Iterable[str]) -> np.ndarray:
@@ -210,7 +210,7 @@ class Model:
         """Returns what tells the model's embeddings from another's, as JSON has it."""
         config, data = self.config, self.config.data
         parts = [config.encoder.to_json_best_effort(), config.image_mean, config.image_std]
-        parts += [data.get("resize_to", 0), data.max_words, config.evaluation.text_length]
+        parts += [data.resize_to, data.max_words, config.evaluation.text_length]
         parts += [data.prompt] if data.prompt else []
         return {
             "step": self.step,
@@ -314,8 +314,7 @@ def initial_params(
     tokens = jnp.zeros((1, config.data.text_length), jnp.int32)
     (image_emb, _), variables = module.init_with_output(rng, pixels, tokens, tokens + 1)
     params = variables["params"]
-    # The first runs' configs have no such group.
-    if config.get("objective", {}).get("learn_temperature", False):
+    if config.objective.learn_temperature:
         params = params | learned_scalars.initial()
     return params, image_emb.shape[-1]
 
