@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,8 +22,6 @@ _ADVICE = {
     "siglip2": ". This is a NaFlex model, for images of any shape; SigLIP 2's models of a fixed "
     "resolution are of the type siglip",
 }
-
-
 # The key of what is no part of a config.json, but of the folder around it.
 SENTENCE_MODULES = "sentence_transformers"
 
@@ -177,10 +175,3 @@ def towers_of(module: nn.Module) -> dict[str, nn.Module]:
     if isinstance(module, DualEncoder):
         return {"image/": module.image, "text/": module.text}
     return {"": module}
-
-
-def change_towers(module: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Returns the module with `change` applied to its towers."""
-    if isinstance(module, DualEncoder):
-        return module.clone(image=change(module.image), text=change(module.text))
-    return change(module)

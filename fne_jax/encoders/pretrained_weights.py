@@ -19,7 +19,6 @@ import safetensors.numpy
 from fne_jax.encoders import sentence_modules
 from fne_jax.encoders.architectures import (
     build_from_architecture,
-    change_towers,
     config_json,
     model_type_of,
     read_architecture,
@@ -27,6 +26,7 @@ from fne_jax.encoders.architectures import (
 )
 from fne_jax.encoders.attention import ATTENTIONS, AUTO
 from fne_jax.encoders.bert import Bert
+from fne_jax.encoders.dual_encoder import DualEncoder
 from fne_jax.encoders.hub_files import (
     CONFIG,
     INDEX,
@@ -104,16 +104,18 @@ def load_pretrained(
     weights = _read_weights(folder, module)
     if image_size is not None:
         module = _resized(module, weights, image_size)
-    module = change_towers(
-        module,
-        lambda tower: tower.clone(
-            dtype=dtype,
-            attention=attention,
-            scan_layers=scan_layers,
-            remat=remat,
-            frozen_layers=frozen_layers,
-        ),
-    )
+    options = {
+        "dtype": dtype,
+        "attention": attention,
+        "scan_layers": scan_layers,
+        "remat": remat,
+        "frozen_layers": frozen_layers,
+    }
+    if isinstance(module, DualEncoder):
+        image, text = (tower.clone(**options) for tower in (module.image, module.text))
+        module = module.clone(image=image, text=text)
+    else:
+        module = module.clone(**options)
     return module, _params(module, weights)
 
 
