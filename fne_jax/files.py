@@ -15,13 +15,33 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from fne_jax.errors import UserError
+from fne_jax.errors import UserError, first_line
 
 _INCOMPLETE = ".incomplete"
 AnyPath = pathlib.Path | epath.Path
+AnyError = type[Exception] | tuple[type[Exception], ...]
 _log = logging.getLogger(__name__)
 # What file systems answer that know no locks, such as some mounts of buckets.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def as_user_error(where: str, advice: str = "", errors: AnyError = OSError) -> Iterator[None]:
+    """Lets the errors of the block end a command in one line: `where: what the error says; advice`.
+
+    Args:
+      where: The file, field or flag, and what could not be done with it.
+      advice: What to do; "" where that is plain.
+      errors: Which errors; others pass.
+
+    Raises:
+      UserError: From such an error, which tells whether the machine failed.
+    """
+    try:
+        yield
+    except errors as error:
+        said = str(error) if isinstance(error, UserError) else first_line(error)
+        raise UserError(f"{where}: {said}{advice and f'; {advice}'}") from error
 
 
 def write_atomically(path: AnyPath, content: str | bytes) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from fne_jax.errors import UserError
+from fne_jax.errors import UserError, first_line
 from fne_jax.files import locked, remove_leftovers, whole_folder, write_atomically
 
 ROWS, NAMES, ABOUT = "rows.npy", "names.jsonl", "about.json"
@@ -139,20 +139,16 @@ class KeptRows:
             for name, stamp in zip(names, stamps, strict=True)
         )
         about = {"layout": LAYOUT, "complete": complete, "model": self._model}
-        try:
-            with whole_folder(folder) as scratch:
-                # Not through a map of the file: a full disk would end the process without a word.
-                with (scratch / ROWS).open("wb") as stream:
-                    header = {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)}
-                    np.lib.format.write_array_header_1_0(stream, header)
-                    for block in blocks:
-                        stream.write(np.ascontiguousarray(block, "<f2"))
-                with (scratch / NAMES).open("w", encoding="utf-8") as stream:
-                    stream.writelines(lines)
-                write_atomically(scratch / ABOUT, json.dumps(about, indent=2) + "\n")
-        except OSError as error:  # of a disk that is full, Python does not say the file
-            error.filename = error.filename or str(folder)
-            raise
+        with whole_folder(folder) as scratch:
+            # Not through a map of the file: a full disk would end the process without a word.
+            with (scratch / ROWS).open("wb") as stream:
+                header = {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)}
+                np.lib.format.write_array_header_1_0(stream, header)
+                for block in blocks:
+                    stream.write(np.ascontiguousarray(block, "<f2"))
+            with (scratch / NAMES).open("w", encoding="utf-8") as stream:
+                stream.writelines(lines)
+            write_atomically(scratch / ABOUT, json.dumps(about, indent=2) + "\n")
         part = Part(folder, shape[1], list(names), list(stamps), self._model, complete)
         self.parts.append(part)
 
@@ -167,8 +163,9 @@ class KeptRows:
             self._number = _number(folder)
             try:
                 part = _read_part(folder)
-            except _Damaged as error:
-                _log.warning("%s is damaged: %s; its rows are computed anew", folder, error)
+            except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError) as error:
+                reason = first_line(error)
+                _log.warning("%s is damaged: %s; its rows are computed anew", folder, reason)
                 _remove(folder)
                 continue
             if part.model != self._model:
@@ -201,29 +198,19 @@ def _remove(folder):
     shutil.rmtree(leftover, ignore_errors=True)
 
 
-class _Damaged(Exception):
-    """A part is not what was written; the message is the reason."""
-
-
 def _read_part(folder):
-    try:
-        about = json.loads((folder / ABOUT).read_bytes())
-        if not isinstance(about, dict) or about.get("layout") != LAYOUT:
-            raise _Damaged(f"{ABOUT} has not the layout {LAYOUT}")
-        rows = np.load(folder / ROWS, mmap_mode="r", allow_pickle=False)
-        # As one list, which is parsed in less time than a million lines are.
-        lines = (folder / NAMES).read_text(encoding="utf-8").rstrip("\n").replace("\n", ",")
-        entries = json.loads(f"[{lines}]")
-        names = [entry["name"] for entry in entries]
-        stamps = [entry["stamp"] for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise
-        raise _Damaged(str(error).splitlines()[0]) from error
+    about = json.loads((folder / ABOUT).read_bytes())
+    if about["layout"] != LAYOUT:
+        raise ValueError(f"{ABOUT} has not the layout {LAYOUT}")
+    rows = np.load(folder / ROWS, mmap_mode="r", allow_pickle=False)
+    # As one list, which is parsed in less time than a million lines are.
+    lines = (folder / NAMES).read_text(encoding="utf-8").rstrip("\n").replace("\n", ",")
+    entries = json.loads(f"[{lines}]")
+    names = [entry["name"] for entry in entries]
+    stamps = [entry["stamp"] for entry in entries]
     if rows.dtype != np.float16 or rows.ndim != 2 or len(rows) != len(names):
-        raise _Damaged(f"{len(names)} names for {ROWS}, {rows.dtype} {list(rows.shape)}")
-    model, complete = about.get("model"), bool(about.get("complete"))
-    return Part(folder, rows.shape[1], names, stamps, model, complete)
+        raise ValueError(f"{len(names)} names for {ROWS}, {rows.dtype} {list(rows.shape)}")
+    return Part(folder, rows.shape[1], names, stamps, about["model"], about["complete"])
 
 
 def _in_words(model):

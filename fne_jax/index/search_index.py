@@ -20,8 +20,9 @@ import numpy as np
 from fne_jax.data.preparation.single_images import AnyImage, read_ahead
 from fne_jax.data.sources import listing
 from fne_jax.errors import UserError
-from fne_jax.files import expand_home, write_atomically
+from fne_jax.files import as_user_error, expand_home, write_atomically
 from fne_jax.index import engines, exact
+from fne_jax.index.engines import Engine
 from fne_jax.index.gallery import AnyPath, Gallery, images_of, texts_of
 from fne_jax.index.kept_rows import KeptRows, Part, held
 from fne_jax.model.model import Model
@@ -72,7 +73,7 @@ class SearchIndex:
         `{"text_to_image": 0.93, "image_to_image": 0.99}`; {} for the exact one.
     """
 
-    def __init__(self, gallery: Gallery, part: Part, model: Model, engine: engines.Engine):
+    def __init__(self, gallery: Gallery, part: Part, model: Model, engine: Engine):
         self.names, self.rows = part.names, part.open_rows()
         self.recall: dict[str, float] = {}
         self._gallery, self._model, self._engine = gallery, model, engine
@@ -139,7 +140,7 @@ class SearchIndex:
         if not np.isfinite(queries).all():
             raise UserError("the embedding of the query is not finite; did its training diverge?")
         queries = queries.astype(np.float32)
-        return _ordered(self.rows, queries, self._engine.nearest(queries, min(top, len(self))))
+        return _ordered(self.rows, queries, self._engine(queries, min(top, len(self))))
 
     def _hit(self, rank, row, score):
         item = self._items[row]
@@ -182,7 +183,7 @@ def build_index(
         file with a sentence a line, or a list of sentences.
       folder: Where embeddings are kept, so that a later call embeds only what is new or changed;
         None for a temporary folder, which goes with the index.
-      engine: `exact`, `faiss:FACTORY` or `qdrant:WHERE`; docs/search.md has more.
+      engine: `exact` or `faiss:FACTORY`; docs/search.md has more.
 
     Raises:
       UserError: If not one of both is given, nothing of it can be used, the folder cannot be
@@ -195,38 +196,21 @@ def build_index(
         items = images_of(images, model.load_split)
     else:
         items = texts_of(texts, model.load_split)
-    temporary = folder is None
-    place = pathlib.Path(
-        tempfile.mkdtemp(prefix="fne_jax_index_") if folder is None else expand_home(folder)
-    )
-    try:
-        with _told(place), held(place):
+    with contextlib.ExitStack() as removal:
+        if folder is None:
+            folder = tempfile.mkdtemp(prefix="fne_jax_index_")
+            removal.callback(shutil.rmtree, folder, ignore_errors=True)
+        place = pathlib.Path(expand_home(folder))
+        advice = "keep it elsewhere by --index-dir, or in Python by folder="
+        with as_user_error(f"{place}: the index cannot be kept", advice), held(place):
             part = _update(place, items, model)
-            made = engines.create_engine(engine, part)
-            index = SearchIndex(items, part, model, made)
+            nearest = engines.create_engine(engine, part)
+            index = SearchIndex(items, part, model, nearest)
             if engine != engines.EXACT:
-                index.recall = _kept_recall(made, part, items, model)
-    except BaseException:
-        if temporary:
-            shutil.rmtree(place, ignore_errors=True)
-        raise
-    if temporary:
-        weakref.finalize(index, shutil.rmtree, place, ignore_errors=True)
+                path = engines.recall_path(engine, part)
+                index.recall = _kept_recall(path, nearest, index.rows, items, model)
+        weakref.finalize(index, removal.pop_all().close)
     return index
-
-
-@contextlib.contextmanager
-def _told(folder):
-    """Raises UserError for errors of the block on files in a folder."""
-    try:
-        yield
-    except OSError as error:
-        if not str(error.filename).startswith(str(folder)):
-            raise
-        raise UserError(
-            f"{folder}: the index cannot be kept: {error}; keep it elsewhere by --index-dir, or in "
-            "Python by folder="
-        ) from error
 
 
 def _update(folder, gallery, model):
@@ -242,7 +226,7 @@ def _update(folder, gallery, model):
         for n, (name, stamp) in enumerate(zip(gallery.names, gallery.stamps, strict=True))
         if name not in places or places[name][0] != stamp
     ]
-    skipped = _embed(kept, gallery, missing, model)
+    skipped = _embed(kept, gallery, missing, model) if missing else {}
     used = [n for n in range(len(gallery.names)) if n not in skipped]
     if not used:
         raise UserError(
@@ -269,9 +253,16 @@ def _update(folder, gallery, model):
 def _embed(kept, gallery, missing, model):
     """Embeds and keeps items; returns the reasons why some could not be used, by their index."""
     skipped: dict[int, str] = {}
-    if not missing:
-        return skipped
-    waiting = _Waiting(kept, gallery)
+    waiting: list[tuple[list[int], np.ndarray]] = []
+    total, kept_at = 0, time.monotonic()
+
+    def keep():
+        if waiting:
+            items = [item for batch, _ in waiting for item in batch]
+            rows = np.concatenate([rows for _, rows in waiting])
+            kept.add([gallery.names[n] for n in items], [gallery.stamps[n] for n in items], rows)
+            waiting.clear()
+
     embedded = _images if gallery.kind == "images" else _texts
     with (
         Progress(f"embedding {gallery.kind}", len(missing)) as progress,
@@ -285,43 +276,16 @@ def _embed(kept, gallery, missing, model):
                         f"the model's embedding of {gallery.names[bad]!r} is not finite; its "
                         "training diverged"
                     )
-                waiting.add(items, rows)
-                progress.update(waiting.total + len(skipped))
+                waiting.append((items, rows.astype(np.float16)))
+                total += len(items)
+                progress.update(total + len(skipped))
+                enough = sum(len(batch) for batch, _ in waiting) >= _KEPT_ROWS
+                if enough or time.monotonic() - kept_at >= _KEPT_SECONDS:
+                    keep()
+                    kept_at = time.monotonic()
         finally:  # after an error or Ctrl-C, too
-            waiting.keep()
+            keep()
     return skipped
-
-
-class _Waiting:
-    """Rows that are embedded and not kept yet.
-
-    Attributes:
-      total: The number of rows that were added so far.
-    """
-
-    def __init__(self, kept: KeptRows, gallery: Gallery):
-        self._kept, self._gallery = kept, gallery
-        self._batches: list[tuple[list[int], np.ndarray]] = []
-        self._since = time.monotonic()
-        self.total = self._stored = 0
-
-    def add(self, items, rows):
-        if items:
-            self._batches.append((items, rows.astype(np.float16)))
-            self.total += len(items)
-        if (
-            self.total - self._stored >= _KEPT_ROWS
-            or time.monotonic() - self._since >= _KEPT_SECONDS
-        ):
-            self.keep()
-
-    def keep(self):
-        if self._batches:
-            items = [item for batch, _ in self._batches for item in batch]
-            names, stamps = self._gallery.names, self._gallery.stamps
-            rows = np.concatenate([rows for _, rows in self._batches])
-            self._kept.add([names[n] for n in items], [stamps[n] for n in items], rows)
-        self._batches, self._stored, self._since = [], self.total, time.monotonic()
 
 
 def _texts(gallery, missing, model, skipped):
@@ -351,13 +315,11 @@ def _embedded(model, pixels):
     return model.embedder.pixels(model.params, [np.stack(pixels)])
 
 
-def _kept_recall(engine, part, gallery, model):
-    """Returns the recall of an engine on a part, measured once for both."""
-    path = engines.recall_path(engine.spec, part)
+def _kept_recall(path, engine, rows, gallery, model):
+    """Returns the recall of an engine among rows, measured once and kept in a file."""
     with contextlib.suppress(OSError, ValueError):
         return dict(json.loads(path.read_text()))
     one, other = ("image", "text") if gallery.kind == "images" else ("text", "image")
-    rows = part.open_rows()
     recall = {f"{one}_to_{one}": _recall_of_own(engine, rows)}
     queries = _other_queries(gallery, model)
     if queries is not None and len(queries):
@@ -380,7 +342,7 @@ def _other_queries(gallery, model):
         return None
 
 
-def recall_at(engine: engines.Engine, rows: np.ndarray, queries: np.ndarray) -> float:
+def recall_at(engine: Engine, rows: np.ndarray, queries: np.ndarray) -> float:
     """Returns the share of the exact first `RECALL_AT` rows that an engine finds among its own.
 
     A row that is as near as the last of the exact ones counts as one of them.
@@ -392,14 +354,14 @@ def recall_at(engine: engines.Engine, rows: np.ndarray, queries: np.ndarray) -> 
     """
     count = min(RECALL_AT, len(rows))
     wanted = exact.nearest(rows, queries, count)[0]
-    return _share(rows, queries, wanted, engine.nearest(queries, count))
+    return _share(rows, queries, wanted, engine(queries, count))
 
 
 def _recall_of_own(engine, rows):
     """Returns the recall for rows as queries, each leaving itself out."""
     chosen = np.unique(np.linspace(0, len(rows) - 1, _RECALL_QUERIES).astype(int))
     queries, count = rows[chosen].astype(np.float32), min(RECALL_AT + 1, len(rows))
-    lists = (exact.nearest(rows, queries, count)[0], engine.nearest(queries, count))
+    lists = (exact.nearest(rows, queries, count)[0], engine(queries, count))
     without = []
     for found in lists:
         itself = found == chosen[:, None]

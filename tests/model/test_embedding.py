@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from fne_jax.data import captions
+from fne_jax.data.preparation.single_images import read_ahead
 from fne_jax.errors import UserError
 from fne_jax.model import tokenizers
 from fne_jax.model.model import build_model, load_workdir, restore_model
@@ -107,7 +108,7 @@ def test_batches_are_no_larger_than_they_must_be(model, pixels, monkeypatch):
         assert sizes == [8 if count <= 8 else 32]
 
 
-def test_images_are_read_in_bounded_memory(model, pixels):
+def test_images_are_read_in_bounded_memory(pixels):
     asked = []
 
     def images():
@@ -115,9 +116,9 @@ def test_images_are_read_in_bounded_memory(model, pixels):
             asked.append(row)
             yield pixels[row]
 
-    parts = model._pixels(images())
-    assert len(next(parts)) == 32 and len(asked) == 64, "one batch is read ahead"
-    assert [len(part) for part in parts] == [32, 6] and len(asked) == 70
+    batches = read_ahead(lambda image: image, images(), 32)
+    assert len(next(batches)) == 32 and len(asked) == 64, "one batch is read ahead"
+    assert [len(batch) for batch in batches] == [32, 6] and len(asked) == 70
 
 
 def test_an_image_that_cannot_be_read_ends_the_readers(model, pixels):
