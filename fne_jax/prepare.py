@@ -14,7 +14,7 @@ import numpy as np
 
 from fne_jax import command_line, configuration
 from fne_jax.data.pairs import SPLITS, PairDataset
-from fne_jax.data.sources.registry import InMemory, find_source
+from fne_jax.data.sources.registry import find_source
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.training.interruption import stop_signals
 
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
         overrides.append(f"--config.data.resize_to={options.resize_to}")
     # Another machine may train.
     config = configuration.load_config(options.config, overrides)
-    if isinstance(find_source(config.data.source), InMemory):
+    if find_source(config.data.source).load is not None:
         raise UserError(
             f"config.data.source is {config.data.source!r}, which is read as it is: there is "
             "nothing to prepare"
@@ -43,17 +43,17 @@ def main(arguments: list[str]) -> None:
 def _prepare(data: ml_collections.ConfigDict) -> None:
     # Kept out of the module's imports: TensorFlow takes seconds to import, which a mistake in the
     # command line should not have to wait for.
-    from fne_jax.data.preparation import captioned_images, pair_builder, prepared_datasets
+    from fne_jax.data.preparation import captioned_images, storage
 
-    builder = prepared_datasets.prepared_builder(data)
-    written = pair_builder.stored_summaries(builder)
+    builder = captioned_images.prepared_builder(data)
+    written = builder.summaries()
     for split in SPLITS:
-        read = pair_builder.summarize(prepared_datasets.record_source(builder, split))
+        read = storage.summarize(builder.record_source(split))
         print(
             f"{split:6}{read.images:9,} images {read.captions:9,} captions"
             f"   checksum {read.checksum}"
         )
-        if written and written[split] != read:
+        if written[split] != read:
             raise UserError(
                 f"{builder.data_dir}: the split {split} was written with "
                 f"{written[split].images} images and checksum {written[split].checksum}; its files "
@@ -62,7 +62,7 @@ def _prepare(data: ml_collections.ConfigDict) -> None:
     if isinstance(builder, captioned_images.CaptionedImages):
         print(f"skipped: {len(builder.skipped())}, listed in {builder.skipped_path()}")
     print(f"prepared in {builder.data_dir}")
-    test = prepared_datasets.prepared_split(builder, "test")
+    test = builder.load_split("test")
     if test.truth is not None:
         print(_density(test))
 

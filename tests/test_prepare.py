@@ -17,9 +17,9 @@ from PIL import Image
 from fne_jax import prepare
 from fne_jax.data.batches import BatchOrder, evaluation_images, training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
-from fne_jax.data.loading import load_split
 from fne_jax.data.pairs import SPLITS
-from fne_jax.data.preparation import checked_parts, pair_builder, prepared_datasets
+from fne_jax.data.preparation import captioned_images, checking, storage
+from fne_jax.data.sources.registry import load_split
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.training.interruption import stop_signals
 from fne_jax.training.loop import train_and_evaluate
@@ -51,7 +51,7 @@ def write_damaged(folder):
 
 
 def skipped(config):
-    builder = prepared_datasets.prepared_builder(config.data)
+    builder = captioned_images.prepared_builder(config.data)
     return json.loads((pathlib.Path(builder.data_dir) / "skipped.json").read_text())
 
 
@@ -114,19 +114,6 @@ def test_damaged_captions_and_missing_images(tmp_path):
     assert first == ["Image 0, seen 0 times.", "Image 0, seen 1 times."]
 
 
-def test_an_older_list_of_what_was_left_out_is_read(tmp_path):
-    rows = sources.table_rows(tmp_path / "source")
-    sources.write_jsonl(tmp_path / "source", [*rows, rows[0] | {"caption": ""}])
-    config = config_of(tmp_path, data__max_skipped=1)
-    builder = prepared_datasets.prepared_builder(config.data)
-    before = builder.skipped()
-    assert len(before) == 1 and before[0].image.endswith("image0.jpg")
-    text = builder.skipped_path().read_text()
-    builder.skipped_path().write_text(text.replace('"image":', '"picture":'))
-    assert '"picture":' in builder.skipped_path().read_text()
-    assert prepared_datasets.prepared_builder(config.data).skipped() == before
-
-
 def test_a_split_that_is_lost(tmp_path):
     sources.write_jsonl(tmp_path / "source", sources.table_rows(tmp_path / "source"))
     for number in range(24, 29):
@@ -140,13 +127,13 @@ def test_a_split_that_is_lost(tmp_path):
 def checked(monkeypatch):
     """The contents that were looked at, in no order."""
     contents = []
-    real = checked_parts.usable_jpeg
+    real = checking.usable_jpeg
 
     def spy(content, resize_to):
         contents.append(content)
         return real(content, resize_to)
 
-    monkeypatch.setattr(checked_parts, "usable_jpeg", spy)
+    monkeypatch.setattr(checking, "usable_jpeg", spy)
     return contents
 
 
@@ -155,7 +142,7 @@ def command(monkeypatch, tmp_path):
     """Calls `prepare` in this process on a table of its own; its signal handlers do not stay."""
     sources.write_jsonl(tmp_path / "source", sources.table_rows(tmp_path / "source"))
     old = {number: signal.getsignal(number) for number in stop_signals()}
-    monkeypatch.setattr(checked_parts, "IMAGES_PER_PART", 10)
+    monkeypatch.setattr(checking, "IMAGES_PER_PART", 10)
 
     def call(*arguments):
         prepare.main(
@@ -179,20 +166,20 @@ def test_an_interrupted_build_goes_on_where_it_was(
     tmp_path, command, checked, monkeypatch, capsys, number
 ):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    spy = checked_parts.usable_jpeg
+    spy = checking.usable_jpeg
 
     def stop_in_the_third_part(content, resize_to):
         if len(checked) == 25:
             os.kill(os.getpid(), number)
         return spy(content, resize_to)
 
-    monkeypatch.setattr(checked_parts, "usable_jpeg", stop_in_the_third_part)
+    monkeypatch.setattr(checking, "usable_jpeg", stop_in_the_third_part)
     with pytest.raises(Interrupted) as stop:
         command()
     assert stop.value.exit_code == 128 + number
     assert not record_files(tmp_path)
 
-    monkeypatch.setattr(checked_parts, "usable_jpeg", spy)
+    monkeypatch.setattr(checking, "usable_jpeg", spy)
     command()
     assert "train        24 images        72 captions" in capsys.readouterr().out
     command()
@@ -215,18 +202,18 @@ def test_only_what_was_refused_or_has_changed_is_checked_again(tmp_path, command
 
 def test_an_image_that_changes_while_it_is_prepared(tmp_path, command, monkeypatch):
     changing = tmp_path / "source" / "images" / "image12.jpg"
-    real = checked_parts.CheckedParts.check
+    real = checking.CheckedParts.check
 
     def check_then_change(parts):
         verdicts = real(parts)
         changing.write_bytes(sources.jpeg(77))
         return verdicts
 
-    monkeypatch.setattr(checked_parts.CheckedParts, "check", check_then_change)
+    monkeypatch.setattr(checking.CheckedParts, "check", check_then_change)
     with pytest.raises(UserError, match=r"image12.jpg: has changed since it was checked"):
         command()
     assert not record_files(tmp_path)
-    monkeypatch.setattr(checked_parts.CheckedParts, "check", real)
+    monkeypatch.setattr(checking.CheckedParts, "check", real)
     command()
     assert load_split(config_of(tmp_path).data, 8, "train").images[12]["image"] == sources.jpeg(77)
 
@@ -236,14 +223,12 @@ def test_the_checksum_depends_on_the_records_alone(tmp_path, monkeypatch):
     summaries = []
     for workers, shard in ((1, 100), (5, 7)):
         monkeypatch.setattr(os, "cpu_count", lambda workers=workers: workers)
-        monkeypatch.setattr(pair_builder, "IMAGES_PER_SHARD", shard)
+        monkeypatch.setattr(storage, "IMAGES_PER_SHARD", shard)
         config = config_of(tmp_path)
         config.data.cache_dir = str(tmp_path / f"cache{workers}")
-        builder = prepared_datasets.prepared_builder(config.data)
-        read = {
-            s: pair_builder.summarize(prepared_datasets.record_source(builder, s)) for s in SPLITS
-        }
-        assert read == pair_builder.stored_summaries(builder)
+        builder = captioned_images.prepared_builder(config.data)
+        read = {s: storage.summarize(builder.record_source(s)) for s in SPLITS}
+        assert read == builder.summaries()
         summaries.append(read)
         files = list((tmp_path / f"cache{workers}").rglob("*-train.array_record*"))
         assert len(files) == (1 if shard == 100 else 4)
@@ -303,7 +288,7 @@ def test_an_image_that_cannot_be_read_for_now_is_not_left_out(tmp_path, command,
 
     with monkeypatch.context() as patch:
         patch.setattr(type(epath.Path("/")), "read_bytes", read)
-        with pytest.raises(UserError, match=r"image3.jpg: cannot be read \(.*Input/output error"):
+        with pytest.raises(UserError, match=r"image3.jpg: cannot be read: .*Input/output error"):
             command("--config.data.max_skipped=9")
     assert not record_files(tmp_path)
     command()
@@ -399,7 +384,7 @@ def damaged(tmp_path, monkeypatch):
     sources.write_jsonl(tmp_path / "source", sources.table_rows(tmp_path / "source"))
     bad = [sources.jpeg(n, width=30 + n % 11) for n in (11, 26)]
     monkeypatch.setattr(
-        checked_parts,
+        checking,
         "usable_jpeg",
         lambda content, _: content[:300] if content in bad else content,
     )
@@ -429,8 +414,8 @@ import numpy as np
 from fne_jax import command_line
 from fne_jax.data import batches
 from fne_jax.data.images.preprocessing import TrainingImages
-from fne_jax.data.loading import load_split
-from fne_jax.data.preparation.records import RecordSource
+from fne_jax.data.sources.registry import load_split
+from fne_jax.data.preparation.storage import RecordSource
 from tests.support.tiny import tiny_config
 
 class Damaged(RecordSource):

@@ -98,10 +98,10 @@ def test_the_source(follow, tmp_path):
             (tmp_path / split / f"{name}.jpg").write_bytes(jpeg())
             (tmp_path / split / f"{name}.txt").write_text(f"a {name}\n\nanother {name}\n")
     listing = source.read(str(tmp_path))
-    assert [image.path.name for image in listing.images()] == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
-    assert [image.image_id for image in listing.images()] == [0, 1, 2, 3]
-    assert listing.splits["train"][1].captions == ["a b", "another b"]
-    assert listing.splits["val"][0].caption_ids == [4, 5]
+    assert [image.path.name for image in listing.images] == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+    assert [image.image_id for image in listing.images] == [0, 1, 2, 3]
+    assert listing.split("train")[1].captions == ["a b", "another b"]
+    assert listing.split("val")[0].caption_ids == [4, 5]
     (tmp_path / "val" / "c.jpg").unlink()
     with pytest.raises(UserError, match=r"expected the image c\.jpg beside it"):
         source.read(str(tmp_path))

@@ -22,8 +22,8 @@ from fne_jax.benchmarks.pil_pipeline import pil_batches, pil_stages
 from fne_jax.data.batches import BatchOrder, training_batches
 from fne_jax.data.images import augmentation, preprocessing
 from fne_jax.data.images.preprocessing import TrainingImages
-from fne_jax.data.loading import load_split
 from fne_jax.data.pairs import PairDataset
+from fne_jax.data.sources.registry import load_split
 
 IMAGE_SIZE = 384
 # Height and width of the images that are rendered; every other one stands upright.

@@ -9,7 +9,8 @@ import numpy as np
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from fne_jax.errors import UserError, first_line
+from fne_jax.errors import UserError
+from fne_jax.files import as_user_error
 
 _TO_SPACE = re.compile(r"[-/]")
 _TO_NOTHING = re.compile(r"""[,.'!?"()*#:;~]""")
@@ -75,15 +76,14 @@ def load_tokenizer(name_or_path: str) -> transformers.PreTrainedTokenizerBase:
     Raises:
       UserError: If there is none, or it needs a package that is not installed.
     """
+    advice = (
+        "give a name on the Hugging Face hub, the path of a folder that holds tokenizer.json, or "
+        f"{TRAIN!r} to fit one to the training captions"
+    )
+    where = f"config.data.tokenizer is {name_or_path!r}, which cannot be loaded"
     try:
-        return transformers.AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(
-            f"config.data.tokenizer is {name_or_path!r}, which cannot be loaded ({reason}). Give a "
-            "name on the Hugging Face hub, the path of a folder that holds tokenizer.json, or "
-            f"{TRAIN!r} to fit one to the training captions."
-        ) from error
+        with as_user_error(where, advice, (OSError, ValueError)):
+            return transformers.AutoTokenizer.from_pretrained(name_or_path)
     except ImportError as error:
         # Transformers names the package somewhere in a paragraph.
         reason = " ".join(str(error).split())

@@ -12,7 +12,6 @@ import ml_dtypes  # noqa: F401, lets NumPy know bfloat16 by its name
 import numpy as np
 
 from fne_jax import files
-from fne_jax.errors import UserError
 
 _ABOUT, _VALUES = "about.json", "values.bin"
 
@@ -92,7 +91,10 @@ def read_rows(
     """
     if not folder.is_dir():
         return None
-    try:
+    advice = "delete that folder, and its rows are computed again"
+    with files.as_user_error(
+        f"{folder} is damaged", advice, (OSError, ValueError, KeyError, TypeError)
+    ):
         content = json.loads((folder / _ABOUT).read_text())
         dtype, shape = np.dtype(content["dtype"]), tuple(content["shape"])
         if content["about"] != json.loads(json.dumps(about)):
@@ -100,7 +102,3 @@ def read_rows(
         values = np.memmap(folder / _VALUES, dtype, mode="r")
         total = count if mask is None else int(mask.sum())
         return FeatureRows(values.reshape(total, *shape), mask)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} is damaged ({error}); delete that folder, and its rows are computed again"
-        ) from error

@@ -7,34 +7,14 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from fne_jax.data.feature_rows import FeatureRows
+from fne_jax.data.sources.shapes_scenes import SceneTruth
 
 SPLITS = ("train", "val", "test")
-
-
-class KnownTruth(Protocol):
-    """Which captions are true of which images, labelled or not; rendered datasets know it."""
-
-    def matrix(self) -> np.ndarray:
-        """Returns the truth of all captions of the split, [images, pairs] bool."""
-
-    def packed(self) -> np.ndarray:
-        """Returns the truth of all captions, eight images a byte, without ever holding `matrix`.
-
-        Returns:
-          [pairs, ceil(images / 8)] uint8; bit i % 8 (0 is the lowest) of byte i // 8 in a caption's
-          row tells whether it is true of image i.
-        """
-
-    def is_true(self, caption: np.ndarray, image: np.ndarray) -> np.ndarray:
-        """Returns [n] bool for the [n] indices of captions and of images."""
-
-    def of_captions(self, rows: Sequence[int]) -> KnownTruth:
-        """Returns the truth of some of the captions, which are numbered anew in that order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +56,17 @@ class PairDataset:
     images: np.ndarray | Sequence[dict[str, Any]]
     caption_id: np.ndarray
     source_image_id: list[str]
-    truth: KnownTruth | None = None
+    truth: SceneTruth | None = None
     kept: Mapping[str, FeatureRows] = dataclasses.field(default_factory=dict)
 
     @property
     def in_memory(self) -> bool:
         """Whether `images` are pixels."""
         return isinstance(self.images, np.ndarray)
+
+    def image(self, index: int) -> bytes | np.ndarray:
+        """Returns an image's JPEG, or its [side, side, 3] uint8 pixels."""
+        return self.images[index] if self.in_memory else self.images[index]["image"]
 
     @functools.cached_property
     def identity(self) -> DatasetIdentity:
@@ -92,7 +76,7 @@ class PairDataset:
             digest.update(f"{self.images.dtype} {self.images.shape}".encode())
             digest.update(np.ascontiguousarray(self.images))
         else:
-            digest.update(self.images.checksum().encode())
+            digest.update(self.images.checksum.encode())
         digest.update(json.dumps(self.captions).encode())
         for ids in (self.caption_image, self.image_id, self.caption_id):
             digest.update(np.ascontiguousarray(ids, np.int64))

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from fne_jax.data.images import preprocessing
 from fne_jax.data.images.preprocessing import TrainingImages
-from fne_jax.data.preparation.records import RecordSource
+from fne_jax.data.preparation.storage import RecordSource
 
 
 def read_training_images(

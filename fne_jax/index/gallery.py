@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from etils import epath
 from PIL import Image
 
+from fne_jax.data.images.usable_images import FORMATS, AnyImage
 from fne_jax.data.pairs import SPLITS, PairDataset
-from fne_jax.data.preparation.image_check import FORMATS
-from fne_jax.data.preparation.single_images import AnyImage
 from fne_jax.data.sources import listing, pair_tables
 from fne_jax.errors import UserError
-from fne_jax.files import expand_home
+from fne_jax.files import as_user_error, expand_home
 
 _TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl"}
 AnyPath = str | os.PathLike
@@ -123,10 +122,8 @@ def _existing(source, expected):
     if not os.fspath(source):  # pathlib would take it for the working directory
         raise UserError(f"'' is no path; expected {expected} ({', '.join(SPLITS)})")
     path = pathlib.Path(expand_home(source))
-    try:
+    with as_user_error(f"{path}: cannot be read"):  # a folder on the way may not be
         there = path.exists()
-    except OSError as error:  # a folder on the way that may not be read
-        raise UserError(f"{path}: cannot be read: {error}") from error
     if not there:
         raise UserError(
             f"{os.fspath(source)!r} is not there; expected {expected} ({', '.join(SPLITS)})"
@@ -146,7 +143,7 @@ def _of_folder(folder):
     def refuse(error):
         raise error
 
-    try:
+    with as_user_error(f"{folder}: cannot be listed"):
         for parent, folders, files in os.walk(folder, onerror=refuse):
             # Hidden files are programs' own, as the `._photo.jpg` that macOS leaves on cards.
             folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -158,8 +155,6 @@ def _of_folder(folder):
                 if stamp is not None:
                     names.append(os.path.relpath(path, folder))
                     stamps.append(stamp)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be listed: {error}") from error
     if not names:
         raise UserError(
             f"{folder}: there is no image in it or in the folders below; files are taken for "
@@ -226,10 +221,12 @@ def _images_of_split(name, dataset):
     captions = [[] for _ in names]
     for row, caption in zip(dataset.caption_image, dataset.captions, strict=True):
         captions[row].append(caption)
-    if dataset.in_memory:
-        content, path = dataset.images.__getitem__, lambda index: ""
-    else:
-        content, path = lambda index: dataset.images[index]["image"], dataset.images.source_file
-    stamps = [[dataset.identity.checksum]] * len(names)
-    where = f"the split {name}"
-    return Gallery("images", where, names, stamps, content, captions.__getitem__, path)
+    return Gallery(
+        "images",
+        f"the split {name}",
+        names,
+        [[dataset.identity.checksum]] * len(names),
+        dataset.image,
+        captions.__getitem__,
+        (lambda index: "") if dataset.in_memory else dataset.images.source_file,
+    )

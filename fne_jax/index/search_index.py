@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fne_jax.data.preparation.single_images import AnyImage, read_ahead
+from fne_jax.data.images.usable_images import AnyImage, read_ahead
 from fne_jax.data.sources import listing
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error, expand_home, write_atomically

@@ -176,9 +176,7 @@ def _wait(holder):
 
 
 def _shown(parts, what, total):
-    progress, done = Progress(what, total, enabled=jax.process_index() == 0), 0
-    with progress:
+    with Progress(what, total, enabled=jax.process_index() == 0) as progress:
         for part in parts:
             yield part
-            done += len(part)
-            progress.update(done, "")
+            progress.advance(len(part))

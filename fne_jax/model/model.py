@@ -24,10 +24,10 @@ import transformers
 
 from fne_jax import configuration, files
 from fne_jax.data import captions as caption_lib
-from fne_jax.data.loading import load_split
+from fne_jax.data.images.usable_images import AnyImage, evaluation_pixels, read_ahead
 from fne_jax.data.pairs import PairDataset, with_captions_per_image
-from fne_jax.data.preparation.single_images import AnyImage, evaluation_pixels, read_ahead
 from fne_jax.data.sources import listing
+from fne_jax.data.sources.registry import load_split
 from fne_jax.encoders import freezing, towers
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints, kept_features, tokenizers

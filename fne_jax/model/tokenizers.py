@@ -29,8 +29,7 @@ _PROBES = (
 )
 _PROBE_LENGTH = 64
 _SPECIAL = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-# The class of fitted tokenizers, by its name in transformers before and since version 5.
-_FITTED = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_FITTED = "TokenizersBackend"  # the class of fitted tokenizers in transformers
 
 
 def run_tokenizer(
@@ -55,10 +54,8 @@ def run_tokenizer(
         return caption_lib.load_tokenizer(config.data.tokenizer)
     if config.init_from:
         source = pathlib.Path(files.expand_home(config.init_from))
-        try:
+        with files.as_user_error(f"config.init_from={config.init_from}", errors=UserError):
             return stored_tokenizer(source)
-        except UserError as error:
-            raise UserError(f"config.init_from={config.init_from}: {error}") from error
     return caption_lib.fit_tokenizer(clean_captions(config, captions), config.data.vocab_size)
 
 
@@ -89,8 +86,6 @@ def store_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, workdir: pa
 def stored_tokenizer(workdir: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
     """Returns the tokenizer that a workdir holds.
 
-    A workdir from before there was a record of its tokenizer is read without what that would check.
-
     Raises:
       UserError: If there is none, its files are not those that were written, or it gives other ids
         than it did then.
@@ -99,17 +94,11 @@ def stored_tokenizer(workdir: pathlib.Path) -> transformers.PreTrainedTokenizerB
     if not folder.is_dir():
         raise UserError(f"{folder} is not there: {workdir} is not the workdir of a run")
     record = _checked_record(folder)
-    try:
+    # The Rust library raises bare Exceptions.
+    with files.as_user_error(f"{folder}: the run's tokenizer cannot be loaded", errors=Exception):
         tokenizer = _loaded(folder)
-        same = record is None or (
-            record["size"] == len(tokenizer)
-            and record["ids"] == _probed(tokenizer, list(record["ids"]))
-        )
-    except Exception as error:  # the Rust library raises bare Exceptions
-        raise UserError(
-            f"{folder}: the run's tokenizer cannot be loaded: {first_line(error)}"
-        ) from error
-    if not same:
+        ids = _probed(tokenizer, list(record["ids"]))
+    if record["size"] != len(tokenizer) or record["ids"] != ids:
         raise UserError(
             f"{folder}: the tokenizer gives other ids than when the run began, with transformers "
             f"{record['transformers']} (here {transformers.__version__}), though its files are the "
@@ -119,30 +108,21 @@ def stored_tokenizer(workdir: pathlib.Path) -> transformers.PreTrainedTokenizerB
 
 
 def _checked_record(folder):
-    """Returns what `store_tokenizer` recorded after checking the files, or None without a record.
+    """Returns what `store_tokenizer` recorded, after checking the files.
 
     Raises:
       UserError: If a file is not what it was.
     """
     path = folder / _RECORD
     restore = "restore it from a copy of the workdir"
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {first_line(error)}; {restore}") from error
-    try:
-        record = json.loads(text)
+    unreadable = (OSError, ValueError, KeyError, TypeError)
+    with files.as_user_error(f"{path}: cannot be read", restore, unreadable):
+        record = json.loads(path.read_text())
         digests = dict(record["sha256"])
         dict(record["ids"]), record["size"], record["transformers"]  # are there
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: is damaged ({first_line(error)}); {restore}") from error
     for name, digest in digests.items():
-        try:
+        with files.as_user_error(f"{folder / name}: cannot be read", restore):
             found = _digest(folder / name)
-        except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}; {restore}") from error
         if found != digest:
             raise UserError(
                 f"{folder / name}: is damaged, or was changed since the run began; {restore}"
@@ -152,7 +132,7 @@ def _checked_record(folder):
 
 def _loaded(folder):
     about = json.loads((folder / _ABOUT).read_text())
-    if about.get("tokenizer_class") not in _FITTED:
+    if about.get("tokenizer_class") != _FITTED:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     # Not by transformers: it imports PyTorch to do so.
     fitted = tokenizers.Tokenizer.from_str((folder / _VOCABULARY).read_text())

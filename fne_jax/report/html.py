@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from fne_jax.data.images.small_images import small_jpeg
+from fne_jax.data.images.preprocessing import small_jpeg
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
@@ -67,7 +67,7 @@ def image_uri(dataset: PairDataset, index: int) -> str:
       dataset: The split.
       index: The index of the image.
     """
-    jpeg = small_jpeg(dataset, index, _LONGER_SIDE)
+    jpeg = small_jpeg(dataset.image(index), _LONGER_SIDE)
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 
 

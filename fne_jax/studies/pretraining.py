@@ -20,7 +20,7 @@ import optax
 
 from fne_jax import configuration
 from fne_jax.data.batches import BatchOrder, evaluation_images
-from fne_jax.data.loading import load_split
+from fne_jax.data.sources.registry import load_split
 from fne_jax.data.sources.shapes_scenes import SceneTruth, attributes
 from fne_jax.encoders.inputs import normalize_pixels
 from fne_jax.errors import UserError

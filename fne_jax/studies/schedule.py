@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from fne_jax.data.loading import load_split
+from fne_jax.data.sources.registry import load_split
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.logs import set_up_logging
 from fne_jax.studies import execution, match_lists

@@ -8,7 +8,7 @@ import jax
 import ml_collections
 
 from fne_jax import configuration
-from fne_jax.data.loading import load_split
+from fne_jax.data.sources.registry import load_split
 from fne_jax.model.model import build_model
 from fne_jax.model.tokenizers import run_tokenizer
 from fne_jax.parallel import sharding

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fne_jax.data.images.small_images import small_jpeg
+from fne_jax.data.images.preprocessing import small_jpeg
 from fne_jax.data.pairs import PairDataset
 from fne_jax.evaluation.ranked_lists import top_lists
 from fne_jax.model.embedded_split import EmbeddedSplit
@@ -43,7 +43,7 @@ def gallery_image(dataset: PairDataset, split: EmbeddedSplit) -> np.ndarray:
             left = place * (_SIDE + 2 * _FRAME)
             corner = left + _SIDE + 2 * _FRAME - 1, top + row - 1
             draw.rectangle((left, top + _LINE, *corner), _colour(split, caption, image))
-            small = Image.open(io.BytesIO(small_jpeg(dataset, int(image), _SIDE)))
+            small = Image.open(io.BytesIO(small_jpeg(dataset.image(int(image)), _SIDE)))
             small = small.resize((_SIDE, _SIDE))
             page.paste(small, (left + _FRAME, top + _LINE + _FRAME))
     return np.asarray(page)[None]

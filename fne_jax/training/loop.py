@@ -15,8 +15,8 @@ import ml_collections
 from fne_jax import configuration
 from fne_jax.data.batches import Batch, BatchOrder, training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
-from fne_jax.data.loading import load_split
 from fne_jax.data.pairs import PairDataset
+from fne_jax.data.sources.registry import load_split
 from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, load_evaluation_split
 from fne_jax.model.tokenizers import run_tokenizer

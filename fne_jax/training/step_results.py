@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from fne_jax.data.batches import BatchOrder
-from fne_jax.data.pairs import KnownTruth, PairDataset
+from fne_jax.data.pairs import PairDataset
+from fne_jax.data.sources.shapes_scenes import SceneTruth
 
 # Steps that may still be running: enough to keep the device busy and memory bounded.
 _IN_FLIGHT = 2
@@ -110,7 +111,7 @@ class StepResults:
 
 
 def true_false_negative_rates(
-    truth: KnownTruth, caption_image: np.ndarray, negatives: Mapping[str, np.ndarray]
+    truth: SceneTruth, caption_image: np.ndarray, negatives: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
     """Returns the share of the chosen, and of the hardest, negatives that are in truth matches.
 

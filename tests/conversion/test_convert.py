@@ -18,7 +18,7 @@ from configs import base, flickr30k, flickr30k_reference
 from fne_jax import configuration, convert, evaluate
 from fne_jax.conversion import reference
 from fne_jax.data import captions
-from fne_jax.data.loading import load_split
+from fne_jax.data.sources.registry import load_split
 from fne_jax.encoders.dual_encoder import pool_mean_to_longest
 from fne_jax.errors import UserError
 from fne_jax.evaluation.results import read_values

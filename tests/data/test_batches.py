@@ -14,9 +14,9 @@ from PIL import Image
 from fne_jax.data import batches
 from fne_jax.data.batches import BatchOrder, evaluation_images, training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
-from fne_jax.data.loading import load_split
 from fne_jax.data.pairs import PairDataset
-from fne_jax.data.preparation.records import RecordSource
+from fne_jax.data.preparation.storage import RecordSource
+from fne_jax.data.sources.registry import load_split
 from fne_jax.errors import UserError
 from tests.support.tiny import tiny_config, write_karpathy
 

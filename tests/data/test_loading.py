@@ -5,8 +5,8 @@ import pytest
 
 from fne_jax.data.batches import BatchOrder, evaluation_images, training_batches
 from fne_jax.data.images.preprocessing import TrainingImages, evaluation_image
-from fne_jax.data.loading import load_split
 from fne_jax.data.pairs import SPLITS
+from fne_jax.data.sources.registry import load_split
 from fne_jax.errors import UserError
 from tests.support import sources
 from tests.support.tiny import tiny_config

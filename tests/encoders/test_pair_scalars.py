@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from fne_jax import configuration
 from fne_jax.conversion import export
 from fne_jax.data import captions
-from fne_jax.data.loading import load_split
+from fne_jax.data.sources.registry import load_split
 from fne_jax.encoders.towers import store_architectures
 from fne_jax.errors import UserError
 from fne_jax.model.model import pretrained_model

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from fne_jax import configuration, load_pretrained, save_pretrained
 from fne_jax.data import captions as caption_lib
-from fne_jax.data.loading import load_split
+from fne_jax.data.sources.registry import load_split
 from fne_jax.encoders import sentence_modules, towers
 from fne_jax.errors import UserError
 from fne_jax.model import tokenizers

@@ -12,7 +12,7 @@ from PIL import Image
 import fne_jax
 from fne_jax import configuration, evaluate
 from fne_jax.data import captions
-from fne_jax.data.loading import load_split
+from fne_jax.data.sources.registry import load_split
 from fne_jax.encoders.towers import read_architectures
 from fne_jax.errors import UserError
 from fne_jax.evaluation.results import read_values

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 from PIL import Image
 
-from fne_jax.data.preparation.single_images import evaluation_pixels
+from fne_jax.data.images.usable_images import evaluation_pixels
 from fne_jax.index.search_index import build_index
 from tests.support.faults import KILL, Operations
 

@@ -15,7 +15,7 @@ PROCESSES, DEVICES = 2, 2
 def found(mesh):
     """Returns a split's embeddings, and the pairs of some training batches as they lie."""
     from fne_jax.data.batches import BatchOrder
-    from fne_jax.data.loading import load_split
+    from fne_jax.data.sources.registry import load_split
     from fne_jax.model.model import build_model, initial_params
     from fne_jax.parallel import sharding
     from tests.support.tiny import LinearTowers, tiny_config

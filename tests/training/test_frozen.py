@@ -13,7 +13,7 @@ import pytest
 
 from fne_jax import configuration
 from fne_jax.data.batches import BatchOrder
-from fne_jax.data.loading import load_split
+from fne_jax.data.sources.registry import load_split
 from fne_jax.encoders import freezing
 from fne_jax.encoders.dual_encoder import POOLINGS, Projection
 from fne_jax.encoders.low_rank import LowRankDense, merge_factors

@@ -10,7 +10,7 @@ from configs import base
 from fne_jax import configuration
 from fne_jax.data.batches import training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
-from fne_jax.data.loading import load_split
+from fne_jax.data.sources.registry import load_split
 from fne_jax.errors import UserError
 from fne_jax.model import model as model_lib
 from fne_jax.model.model import build_model, restore_model

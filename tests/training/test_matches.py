@@ -9,8 +9,8 @@ import pytest
 from fne_jax.data import match_files
 from fne_jax.data.batches import training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
-from fne_jax.data.loading import load_split
 from fne_jax.data.match_files import KnownPairs
+from fne_jax.data.sources.registry import load_split
 from fne_jax.data.verdicts import Verdict, write_verdicts
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fne_jax import configuration
 from fne_jax.data.batches import training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
-from fne_jax.data.loading import load_split
+from fne_jax.data.sources.registry import load_split
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.model import model as model_lib

@@ -7,6 +7,7 @@ OpenCV, seven times faster and within one level of 255 of PIL on photographs.
 from __future__ import annotations
 
 import dataclasses
+import io
 
 import cv2
 import numpy as np
@@ -115,7 +116,7 @@ def augment_image(image: np.ndarray, sampled: Augmentation) -> np.ndarray:
     if sampled.mirrored:
         image = cv2.flip(image, 1)
     for operation, argument in zip(sampled.operations, sampled.arguments, strict=True):
-        image = randaugment.apply_operation(image, operation, argument)
+        image = getattr(randaugment, augmentation.OPERATIONS[operation])(image, argument)
     return image
 
 
@@ -160,6 +161,25 @@ def image_shape(image: EncodedOrPixels) -> tuple[int, int]:
     if isinstance(image, bytes):
         return simplejpeg.decode_jpeg_header(image)[:2]
     return image.shape[:2]
+
+
+def small_jpeg(image: EncodedOrPixels, longer_side: int) -> bytes:
+    """Returns an image that is small enough for a page, as a JPEG without any metadata.
+
+    Args:
+      image: A JPEG, or [height, width, 3] uint8 pixels.
+      longer_side: The most pixels of its longer side; a smaller image keeps its size.
+
+    Raises:
+      ValueError: If the JPEG is damaged.
+    """
+    if isinstance(image, bytes):
+        image = decode_jpeg(image, longer_side, longer_side)
+    small = Image.fromarray(image)
+    small.thumbnail((longer_side, longer_side))
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=75)
+    return stream.getvalue()
 
 
 def _taps(shrink):

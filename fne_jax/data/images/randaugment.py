@@ -1,4 +1,4 @@
-"""RandAugment's operations on [height, width, 3] uint8 pixels, with OpenCV.
+"""The operations of `augmentation.OPERATIONS` on [height, width, 3] uint8 pixels, with OpenCV.
 
 They give what the authors' code gives, except for sharpness, where that code wraps around at 0 and
 255 and this saturates, and autocontrast, which is PIL's. Where an image is moved, its border
@@ -10,7 +10,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from fne_jax.data.images.augmentation import FILL, OPERATIONS
+from fne_jax.data.images.augmentation import FILL
 
 # PIL's ImageFilter.SMOOTH, which its sharpness pushes away from.
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
@@ -91,34 +91,6 @@ def rotate(image: np.ndarray, argument: float) -> np.ndarray:
     """Returns the image turned counterclockwise by the argument in degrees."""
     height, width = image.shape[:2]
     return _warp(image, cv2.getRotationMatrix2D((width / 2, height / 2), argument, 1))
-
-
-_FUNCTIONS = {
-    function.__name__: function
-    for function in (
-        identity,
-        autocontrast,
-        equalize,
-        brightness,
-        sharpness,
-        shear_x,
-        shear_y,
-        translate_x,
-        translate_y,
-        rotate,
-    )
-}
-
-
-def apply_operation(image: np.ndarray, operation: int, argument: float) -> np.ndarray:
-    """Returns the image after an operation.
-
-    Args:
-      image: [height, width, 3] uint8 pixels.
-      operation: An index into `augmentation.OPERATIONS`.
-      argument: The operation's argument, which is not read where it takes none.
-    """
-    return _FUNCTIONS[OPERATIONS[operation]](image, argument)
 
 
 def _histograms(image):

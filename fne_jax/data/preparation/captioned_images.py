@@ -1,22 +1,24 @@
-"""The TFDS builder of captioned images on disk, whatever listing they come from."""
+"""Preparing what `config.data` describes: captioned images on disk, or scenes to be rendered."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import ml_collections
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
 from fne_jax import files
 from fne_jax.data.pairs import SPLITS
-from fne_jax.data.preparation.checked_parts import CheckedParts, Verdict, digest_of_files
-from fne_jax.data.preparation.pair_builder import PairBuilder
+from fne_jax.data.preparation.checking import CheckedParts, Verdict, digest_of_files
+from fne_jax.data.preparation.storage import PairBuilder
 from fne_jax.data.sources.listing import ListedImage, Listing, Skipped, usable_captions
+from fne_jax.data.sources.registry import find_source
 from fne_jax.errors import UserError
 from fne_jax.progress import Progress
 
@@ -26,6 +28,33 @@ SOURCE_FILES_FILE = "source_files.json"  # the images' files by split, in the re
 SCRATCH_FOLDER = "unfinished"
 _SHOWN = 5
 _NAME_LENGTH = 60
+
+
+def prepared_builder(data: ml_collections.ConfigDict) -> PairBuilder:
+    """Returns the TFDS builder of the dataset that `config.data` describes, prepared.
+
+    Args:
+      data: The group `config.data`, whose source is listed or rendered.
+
+    Raises:
+      UserError: If the source cannot be read, or more of it cannot be used than
+        `config.data.max_skipped` allows.
+    """
+    # TensorFlow reads data on the host alone; the accelerator's memory is JAX's.
+    tf.config.set_visible_devices([], "GPU")
+    tf.config.set_visible_devices([], "TPU")
+    cache = epath.Path(data.cache_dir).expanduser()
+    source = find_source(data.source)
+    if source.read is None:
+        builder = source.builder(data, cache)
+    else:
+        config = CaptionedImagesConfig(
+            listing=source.read(data.dir), resize_to=data.resize_to, max_skipped=data.max_skipped
+        )
+        builder = CaptionedImages(data_dir=cache, config=config)
+    with files.as_user_error(f"config.data.cache_dir is {data.cache_dir!r}"):
+        builder.prepare()
+    return builder
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -51,7 +80,7 @@ class CaptionedImagesConfig(tfds.core.BuilderConfig):
     scratch_name: str = dataclasses.field(init=False)
 
     def __post_init__(self):
-        images = self.listing.images()
+        images = self.listing.images
         name = re.sub(r"[^A-Za-z0-9._-]+", "_", self.listing.name)[:_NAME_LENGTH]
         size = f"-{self.resize_to}px" if self.resize_to else ""
         named = f"{name}-{self.listing.digest}"
@@ -88,27 +117,23 @@ class CaptionedImages(PairBuilder, skip_registration=True):
         Raises:
           UserError: If more would be left out than the config allows, or all of a split.
         """
-        splits, scratch = self.builder_config.listing.splits, self._scratch()
-        images = self.builder_config.listing.images()
-        parts = CheckedParts(images, scratch, self.builder_config.resize_to)
+        config, scratch = self.builder_config, self._scratch()
+        listing, images = scratch / SKIPPED_FILE, config.listing.images
+        parts = CheckedParts(images, scratch, config.resize_to)
         kept, self._skipped = _usable(images, parts.check())
-        files.write_atomically(scratch / SKIPPED_FILE, _skipped_text(self._skipped))
-        check_skipped(self._skipped, self.builder_config.max_skipped, scratch / SKIPPED_FILE)
-        ends = itertools.accumulate(len(splits[split]) for split in SPLITS)
-        self._entries = {}
-        for split, end in zip(SPLITS, ends, strict=True):
-            start = end - len(splits[split])
-            self._entries[split] = [
-                (str(image.path), entry)
-                for image, entry in zip(images[start:end], kept[start:end], strict=True)
-                if entry is not None
-            ]
-            if not self._entries[split]:
-                of_split = {str(image.path) for image in images[start:end]}
+        files.write_atomically(listing, _skipped_text(self._skipped))
+        _check_skipped(self._skipped, config.max_skipped, listing)
+        self._entries = {split: [] for split in SPLITS}
+        for image, entry in zip(images, kept, strict=True):
+            if entry is not None:
+                self._entries[image.split].append((str(image.path), entry))
+        for split, entries in self._entries.items():
+            if not entries:
+                of_split = {str(image.path) for image in config.listing.split(split)}
                 shown = _shown([one for one in self._skipped if one.image in of_split])
                 raise UserError(
                     f"no image of the split {split!r} can be used:{shown}\n"
-                    f"All are listed in {scratch / SKIPPED_FILE}."
+                    f"All are listed in {listing}."
                 )
         jpegs = zip(kept, parts.jpegs(), strict=True)
         self._jpegs = (jpeg for entry, jpeg in jpegs if entry is not None)
@@ -122,19 +147,21 @@ class CaptionedImages(PairBuilder, skip_registration=True):
                 yield {"image": next(self._jpegs)} | entry
                 progress.advance()
 
-    def remove_scratch(self) -> None:
-        """Removes what was kept for resuming, once the dataset is there."""
+    def prepare(self) -> None:
+        """Writes the dataset unless it is there, and removes what was kept for resuming.
+
+        Raises:
+          OSError: If it cannot be written.
+          UserError: If more was left out than the config allows.
+        """
+        super().prepare()
         if self._scratch().exists():
             self._scratch().rmtree()
+        _check_skipped(self.skipped(), self.builder_config.max_skipped, self.skipped_path())
 
     def skipped(self) -> list[Skipped]:
         """Returns what was left out of the prepared dataset."""
-        entries = json.loads(self.skipped_path().read_text())
-        # Older lists have `picture` for `image`.
-        return [
-            Skipped(entry["where"], entry.get("image", entry.get("picture")), entry["reason"])
-            for entry in entries
-        ]
+        return [Skipped(**entry) for entry in json.loads(self.skipped_path().read_text())]
 
     def skipped_path(self) -> epath.Path:
         """Returns where the list of what was left out lies."""
@@ -144,7 +171,7 @@ class CaptionedImages(PairBuilder, skip_registration=True):
         return self.data_dir_root / SCRATCH_FOLDER / self.builder_config.scratch_name
 
 
-def check_skipped(skipped: list[Skipped], allowed: int, listing: epath.Path) -> None:
+def _check_skipped(skipped: list[Skipped], allowed: int, listing: epath.Path) -> None:
     """Raises UserError, which shows the first few and their number, if too much is left out."""
     if len(skipped) <= allowed:
         return

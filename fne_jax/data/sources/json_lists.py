@@ -6,12 +6,15 @@ validation and test one an image, `{"image", "caption": [...]}`.
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable
+
 from etils import epath
 
 from fne_jax.data.pairs import SPLITS
 from fne_jax.data.sources import listing
-from fne_jax.data.sources.image_rows import ImageRow, images_of_rows
-from fne_jax.data.sources.listing import Listing
+from fne_jax.data.sources.listing import ListedImage, Listing
 from fne_jax.errors import UserError
 
 
@@ -28,13 +31,14 @@ def read_listing(data_dir: str) -> Listing:
         data_dir, "the authors' lists *train*.json, *val*.json and *test*.json, and images/"
     )
     paths = [listing.one_file(folder, f"*{split}*.json", "the authors' lists") for split in SPLITS]
-    rows = [row for split, path in zip(SPLITS, paths, strict=True) for row in _rows(path, split)]
-    splits = images_of_rows(rows, listing.image_folder(folder))
-    listing.check_listing(str(folder), splits)
-    return Listing("json_lists", listing.digest_of(paths), splits)
+    file_of = functools.cache(listing.image_folder(folder).__truediv__)
+    rows = itertools.chain(
+        *(_rows(path, split, file_of) for split, path in zip(SPLITS, paths, strict=True))
+    )
+    return listing.checked_listing("json_lists", str(folder), paths, listing.images_of_rows(rows))
 
 
-def _rows(path: epath.Path, split: str):
+def _rows(path: epath.Path, split: str, file_of: Callable[[str], epath.Path]):
     entries = listing.read_json(path)
     if not isinstance(entries, list):
         raise UserError(f"{path}: expected a list of objects with 'image' and 'caption'")
@@ -43,11 +47,12 @@ def _rows(path: epath.Path, split: str):
         for key in ("image", "caption"):
             if not isinstance(entry, dict) or key not in entry:
                 raise UserError(f"{where}: the key {key!r} is missing (the authors' lists)")
-        captions = entry["caption"]
-        yield ImageRow(
-            where=where,
-            image=listing.checked_name(where, "image", entry["image"]),
-            captions=captions if isinstance(captions, list) else [captions],
+        name, captions = listing.checked_name(where, "image", entry["image"]), entry["caption"]
+        yield ListedImage(
             split=split,
+            path=file_of(name),
+            where=where,
             image_id=entry.get("image_id"),
+            source_id=name,
+            captions=captions if isinstance(captions, list) else [captions],
         )

@@ -28,8 +28,11 @@ IMAGES_FROM = {
 ANY = "karpathy"  # the dataset of any name
 
 
-def find_json(data_dir: str, name: str = ANY) -> epath.Path:
-    """Returns the Karpathy file of a folder.
+def read_listing(data_dir: str, name: str = ANY) -> Listing:
+    """Returns the dataset of a folder, `restval` counted as train, in the file's order.
+
+    COCO's images and captions keep its own numbers (`cocoid` and `sentid`, its annotations' ids),
+    by which ECCV Caption and CxC name them; captions without any are numbered.
 
     Args:
       data_dir: The folder.
@@ -37,9 +40,30 @@ def find_json(data_dir: str, name: str = ANY) -> epath.Path:
         `dataset*.json` that is there.
 
     Raises:
-      UserError: If the folder or the file is not there; for a dataset with a name it says what to
-        download and where to put it.
+      UserError: If the file or a folder of images is missing; for a dataset with a name it says
+        what to download and where to put it. If the file is not JSON, a key is missing, a split is
+        unknown or empty, or an image or an id is there twice; it names the file and the entry.
     """
+    path = _find_json(data_dir, name)
+    content = listing.read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise UserError(f"{path}: the key 'images' is missing (Karpathy's layout)")
+    folder = listing.image_folder(path.parent)
+    images = [
+        _read_entry(f"{path}: images[{index}]", index, entry, folder)
+        for index, entry in enumerate(content["images"])
+    ]
+    if all(number is None for image in images for number in image.caption_ids):
+        images = _with_caption_ids(images)
+    dataset = path.stem.removeprefix("dataset_")
+    checked = listing.checked_listing(dataset, str(path), [path], images)
+    missing = [folder for folder in {image.path.parent for image in images} if not folder.is_dir()]
+    if missing:
+        raise UserError(f"{path}: its image folder {min(missing)} is not there{_advice(name)}")
+    return checked
+
+
+def _find_json(data_dir, name):
     if name == ANY:
         folder = listing.existing_folder(data_dir, "dataset_<name>.json and images/")
         return listing.one_file(folder, "dataset*.json", "Karpathy's layout")
@@ -50,62 +74,14 @@ def find_json(data_dir: str, name: str = ANY) -> epath.Path:
     return path
 
 
-def read_karpathy(json_path: epath.Path) -> dict[str, list[ListedImage]]:
-    """Returns the images of each split, `restval` counted as train, in the file's order.
-
-    COCO's images and captions keep its own numbers (`cocoid` and `sentid`, its annotations' ids),
-    by which ECCV Caption and CxC name them; captions without any are numbered.
-
-    Raises:
-      UserError: If the file is not JSON, a key is missing, a split is unknown or empty, or an image
-        or an id is there twice; it names the file and the entry.
-    """
-    json_path = epath.Path(json_path)
-    content = listing.read_json(json_path)
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise UserError(f"{json_path}: the key 'images' is missing (Karpathy's layout)")
-    folder = listing.image_folder(json_path.parent)
-    splits: dict[str, list[ListedImage]] = {}
-    for index, entry in enumerate(content["images"]):
-        split, image = _read_entry(f"{json_path}: images[{index}]", index, entry, folder)
-        splits.setdefault(split, []).append(image)
-    splits = _with_caption_ids(splits)
-    listing.check_listing(str(json_path), splits)
-    return splits
-
-
-def _with_caption_ids(splits):
-    """Returns the images with captions numbered in order, where the file numbers none of them."""
-    ids = [number for images in splits.values() for i in images for number in i.caption_ids]
-    if any(number is not None for number in ids):
-        return splits
+def _with_caption_ids(images):
+    """Returns the images with captions numbered, split by split as they come first in the file."""
+    splits = list(dict.fromkeys(image.split for image in images))
     count = itertools.count()
-    return {
-        split: [
-            dataclasses.replace(image, caption_ids=[next(count) for _ in image.captions])
-            for image in images
-        ]
-        for split, images in splits.items()
-    }
-
-
-def read_listing(data_dir: str, name: str = ANY) -> Listing:
-    """Returns the dataset of a folder.
-
-    Args:
-      data_dir: The folder.
-      name: A key of `IMAGES_FROM`, or "karpathy" for a dataset of any name.
-
-    Raises:
-      UserError: If the listing or a folder of images is missing, or the listing cannot be used.
-    """
-    path = find_json(data_dir, name)
-    splits = read_karpathy(path)
-    folders = {image.path.parent for images in splits.values() for image in images}
-    missing = [str(folder) for folder in sorted(folders) if not folder.is_dir()]
-    if missing:
-        raise UserError(f"{path}: its image folder {missing[0]} is not there{_advice(name)}")
-    return Listing(path.stem.removeprefix("dataset_"), listing.digest_of([path]), splits)
+    return [
+        dataclasses.replace(image, caption_ids=[next(count) for _ in image.captions])
+        for image in sorted(images, key=lambda image: splits.index(image.split))
+    ]
 
 
 def _advice(name):
@@ -134,13 +110,12 @@ def _read_entry(where, index, entry, folder):
         name = entry.get(key) or ("." if key == "filepath" else "")
         listing.checked_name(where, key, name)
     sentences = [s if isinstance(s, dict) else {"raw": s} for s in entry["sentences"]]
-    image_id = entry.get("cocoid", entry.get("imgid", index))
-    image = ListedImage(
+    return ListedImage(
+        split=SPLIT_OF[entry["split"]],
         path=folder / (entry.get("filepath") or "") / entry["filename"],
         where=where,
-        image_id=image_id,
+        image_id=entry.get("cocoid", entry.get("imgid", index)),
         source_id=str(entry.get("cocoid", entry["filename"])),
         captions=[sentence.get("raw") for sentence in sentences],
         caption_ids=[sentence.get("sentid") for sentence in sentences],
     )
-    return SPLIT_OF[entry["split"]], image

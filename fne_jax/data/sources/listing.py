@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from etils import epath
 
 from fne_jax.data.pairs import SPLITS
 from fne_jax.errors import UserError
+from fne_jax.files import as_user_error
 
 # COCO's `restval` images belong to the training split of the published protocol.
 SPLIT_OF = {"train": "train", "restval": "train", "val": "val", "test": "test"}
@@ -31,6 +32,7 @@ class ListedImage:
     """One image as its source lists it, nothing of it checked yet.
 
     Attributes:
+      split: "train", "val" or "test".
       path: The file of the image.
       where: The entry in the source, for messages.
       image_id: The id of the image, unique over the dataset.
@@ -39,12 +41,13 @@ class ListedImage:
       caption_ids: One number for each caption.
     """
 
+    split: str
     path: epath.Path
     where: str
     image_id: int
     source_id: str
     captions: Sequence[Any]
-    caption_ids: Sequence[int]
+    caption_ids: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +72,16 @@ class Listing:
     Attributes:
       name: The name of the dataset, part of the name of the prepared one.
       digest: The digest of the files that list it; another digest is another dataset.
-      splits: The images of train, val and test, in the source's order.
+      images: All images, those of train first, then val and test, each in the source's order.
     """
 
     name: str
     digest: str
-    splits: dict[str, list[ListedImage]]
+    images: list[ListedImage]
 
-    def images(self) -> list[ListedImage]:
-        """Returns all images, those of train first, then val and test."""
-        return [image for split in SPLITS for image in self.splits[split]]
+    def split(self, name: str) -> list[ListedImage]:
+        """Returns the images of a split."""
+        return [image for image in self.images if image.split == name]
 
 
 def existing_folder(data_dir: str, expected: str) -> epath.Path:
@@ -125,10 +128,8 @@ def read_text(path: epath.Path) -> str:
     Raises:
       UserError: If it cannot be read, or is in another encoding; it says how to convert it.
     """
-    try:
+    with as_user_error(f"{path}: cannot be read"):
         content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
     try:
         return content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -150,10 +151,8 @@ def parse_json(where: str, text: str) -> Any:
     Raises:
       UserError: If it is not JSON, or nested too deeply to be a listing.
     """
-    try:
+    with as_user_error(f"{where}: not JSON", errors=(ValueError, RecursionError)):
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {error}") from error
 
 
 def read_json(path: epath.Path) -> Any:
@@ -216,32 +215,89 @@ def same_file(path: epath.Path) -> str:
     return os.path.normpath(os.fspath(path))
 
 
-def digest_of(paths: Sequence[epath.Path]) -> str:
-    """Returns 12 hexadecimal digits that stand for the content of files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+def images_of_rows(rows: Iterable[ListedImage]) -> list[ListedImage]:
+    """Returns the images of a listing with a row for some of an image's captions each.
 
-
-def check_listing(where: str, splits: dict[str, list[ListedImage]], advice: str = "") -> None:
-    """Checks that all splits have images, each once, and that ids are unique and fit the records.
+    Rows of the same file make one image, however they spell its path, in the order of their first
+    rows. Images and captions are numbered in the rows' order.
 
     Args:
+      rows: All rows, without ids of captions. `source_id` is the path as it is listed, `image_id`
+        the listing's own id, a number or text, or None.
+
+    Raises:
+      UserError: If an id is none, or rows disagree on an image's split or id.
+    """
+    files: dict[str, str] = {}  # by the paths as listed
+    first: dict[str, ListedImage] = {}
+    owner: dict[str, ListedImage] = {}  # the first row of each of the listing's own ids
+    gathered: dict[str, tuple[list[Any], list[int]]] = {}
+    number = 0
+    for row in rows:
+        name = row.source_id
+        file = files.get(name) or files.setdefault(name, same_file(row.path))
+        before = first.setdefault(file, row)
+        for field in ("split", "image_id"):
+            if getattr(row, field) != getattr(before, field):
+                raise UserError(
+                    f"{row.where}: {field} of {name!r} is {getattr(row, field)!r}, but "
+                    f"{getattr(before, field)!r} in {before.where}"
+                )
+        if row.image_id is not None:
+            if not is_text(row.image_id) and not isinstance(row.image_id, int | float):
+                raise UserError(
+                    f"{row.where}: image_id is {row.image_id!r:.60}; expected a number or text"
+                )
+            other = owner.setdefault(str(row.image_id), row)
+            if files[other.source_id] != file:
+                raise UserError(
+                    f"{row.where}: the image_id {row.image_id!r} is also that of "
+                    f"{other.source_id!r} in {other.where}"
+                )
+        captions, ids = gathered.setdefault(file, ([], []))
+        captions.extend(row.captions)
+        ids.extend(range(number, number + len(row.captions)))
+        number += len(row.captions)
+    return [
+        dataclasses.replace(
+            row,
+            image_id=image_id,
+            source_id=row.source_id if row.image_id is None else str(row.image_id),
+            captions=gathered[file][0],
+            caption_ids=gathered[file][1],
+        )
+        for image_id, (file, row) in enumerate(first.items())
+    ]
+
+
+def checked_listing(
+    name: str,
+    where: str,
+    files: Sequence[epath.Path],
+    images: Iterable[ListedImage],
+    advice: str = "",
+) -> Listing:
+    """Returns a listing whose splits have images, each once, with unique ids that fit the records.
+
+    Args:
+      name: The name of the dataset.
       where: The listing, for messages.
-      splits: The images of each split that the listing names.
+      files: The files that list it.
+      images: The images of each split, in the source's order.
       advice: What to do about a missing split.
 
     Raises:
       UserError: If something is wrong; it names the split, or the two entries that clash.
     """
+    images = sorted(images, key=lambda image: SPLITS.index(image.split))
+    there = {image.split for image in images}
     for split in SPLITS:
-        if not splits.get(split):
+        if split not in there:
             raise UserError(f"{where}: no image of the split {split!r}{advice}")
     image_of_id: dict[int, ListedImage] = {}
     image_of_file: dict[str, ListedImage] = {}
     image_of_caption: dict[int, ListedImage] = {}
-    for image in (image for split in SPLITS for image in splits[split]):
+    for image in images:
         _check_number(image.where, "image id", image.image_id, _MAX_IMAGE_ID)
         other = image_of_id.setdefault(image.image_id, image)
         if other is not image:
@@ -263,6 +319,10 @@ def check_listing(where: str, splits: dict[str, list[ListedImage]], advice: str 
                     f"{image_of_caption[caption_id].where}; ids of captions must be unique"
                 )
             image_of_caption[caption_id] = image
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return Listing(name, digest.hexdigest()[:12], images)
 
 
 def _check_number(where, what, number, most):

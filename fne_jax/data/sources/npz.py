@@ -11,6 +11,7 @@ from etils import epath
 from fne_jax.data.pairs import PairDataset
 from fne_jax.data.sources.listing import caption_fault
 from fne_jax.errors import UserError
+from fne_jax.files import as_user_error
 
 
 def load_split(data: ml_collections.ConfigDict, image_size: int, split: str) -> PairDataset:
@@ -72,10 +73,10 @@ def _captions(path, captions):
         )
     texts = []
     for number, caption in enumerate(captions.tolist()):
-        try:
+        with as_user_error(
+            f"{path}: captions[{number}]: not text in UTF-8", errors=UnicodeDecodeError
+        ):
             text = caption.decode() if isinstance(caption, bytes) else caption
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: captions[{number}]: not text in UTF-8: {error}") from error
         fault = caption_fault(text)
         if fault:
             raise UserError(f"{path}: captions[{number}]: {fault}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import posixpath
@@ -16,9 +17,9 @@ from typing import Any
 from etils import epath
 
 from fne_jax.data.sources import listing
-from fne_jax.data.sources.image_rows import ImageRow, images_of_rows
 from fne_jax.data.sources.listing import SPLIT_OF, ListedImage, Listing
 from fne_jax.errors import UserError
+from fne_jax.files import as_user_error
 
 COLUMNS = ("image", "caption", "split", "image_id")
 _DELIMITERS = (",", ";", "\t")
@@ -44,10 +45,9 @@ def read_listing(data_dir: str, kind: str) -> Listing:
     if not data_dir or not path.is_file():
         folder = listing.existing_folder(data_dir, f"one table *.{kind}")
         path = listing.one_file(folder, f"*.{kind}", "a table of image and caption")
-    splits = images_of_rows(_with_splits(path, _image_rows(path, kind)), path.parent)
+    images = listing.images_of_rows(_with_splits(_image_rows(path, kind)))
     advice = f"; add a column 'split' with {', '.join(SPLIT_OF)}"
-    listing.check_listing(str(path), splits, advice)
-    return Listing(path.stem, listing.digest_of([path]), splits)
+    return listing.checked_listing(path.stem, str(path), [path], images, advice)
 
 
 def read_images(path: epath.Path, kind: str) -> list[ListedImage]:
@@ -60,8 +60,8 @@ def read_images(path: epath.Path, kind: str) -> list[ListedImage]:
     Raises:
       UserError: If something is missing or of the wrong kind; it names the file and the line.
     """
-    rows = [dataclasses.replace(row, split="") for row in _image_rows(path, kind)]
-    return images_of_rows(rows, path.parent).get("", [])
+    rows = (dataclasses.replace(row, split="") for row in _image_rows(path, kind))
+    return listing.images_of_rows(rows)
 
 
 def split_of_name(name: str) -> str:
@@ -76,9 +76,10 @@ def split_of_name(name: str) -> str:
     return "test" if hashed < VAL_SHARE + TEST_SHARE else "train"
 
 
-def _image_rows(path: epath.Path, kind: str) -> list[ImageRow]:
+def _image_rows(path: epath.Path, kind: str) -> list[ListedImage]:
     read = _csv_rows if kind == "csv" else _jsonl_rows
-    return [_image_row(*row) for row in read(path, listing.read_text(path))]
+    file_of = functools.cache(path.parent.__truediv__)  # an image has several rows
+    return [_image_row(file_of, *row) for row in read(path, listing.read_text(path))]
 
 
 def _csv_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -116,11 +117,9 @@ def _csv_header(path, text):
     """
     headers = {}
     for delimiter in _DELIMITERS:
-        try:
-            lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        with as_user_error(f"{path}: line 1: not a CSV file", errors=csv.Error):
             headers[delimiter] = next(lines, [])
-        except csv.Error as error:
-            raise UserError(f"{path}: line 1: not a CSV file: {error}") from error
         names = [name.strip().lower() for name in headers[delimiter]]
         if "image" in names and "caption" in names:
             for name in COLUMNS:
@@ -148,24 +147,26 @@ def _jsonl_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, An
         yield where, row
 
 
-def _image_row(where: str, row: dict[str, Any]) -> ImageRow:
+def _image_row(file_of, where: str, row: dict[str, Any]) -> ListedImage:
     split = row.get("split") or ""
     known = split.strip().lower() if isinstance(split, str) else split
     if known and (not isinstance(known, str) or known not in SPLIT_OF):
         raise UserError(f"{where}: split is {split!r:.60}; expected one of {', '.join(SPLIT_OF)}")
-    return ImageRow(
-        where=where,
-        image=listing.checked_name(where, "image", row["image"]),
-        captions=[row["caption"]],
+    name = listing.checked_name(where, "image", row["image"])
+    return ListedImage(
         split=SPLIT_OF[known] if known else "",
+        path=file_of(name),
+        where=where,
         image_id=row.get("image_id"),
+        source_id=name,
+        captions=[row["caption"]],
     )
 
 
-def _with_splits(path: epath.Path, rows: list[ImageRow]) -> Iterator[ImageRow]:
+def _with_splits(rows: list[ListedImage]) -> Iterator[ListedImage]:
     if not any(row.split for row in rows):
         for row in rows:
-            yield dataclasses.replace(row, split=split_of_name(posixpath.normpath(row.image)))
+            yield dataclasses.replace(row, split=split_of_name(posixpath.normpath(row.source_id)))
         return
     for row in rows:
         if not row.split:

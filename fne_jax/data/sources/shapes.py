@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from fne_jax.data.pairs import SPLITS
-from fne_jax.data.preparation.pair_builder import PairBuilder
+from fne_jax.data.preparation.storage import PairBuilder
 from fne_jax.data.sources import shapes_scenes as scenes
 from fne_jax.errors import UserError
 
@@ -78,11 +78,11 @@ class Shapes(PairBuilder, skip_registration=True):
             ),
         }
 
-    def known_truth(self, extras: list[dict[str, Any]]) -> scenes.SceneTruth:
+    def known_truth(self, records: list[dict[str, Any]]) -> scenes.SceneTruth:
         """Returns the truth of a split from the scenes and the facts of its records."""
         return scenes.SceneTruth(
-            scenes=np.stack([extra["scene"] for extra in extras]),
-            facts=np.concatenate([extra["facts"] for extra in extras]),
+            scenes=np.stack([record["scene"] for record in records]),
+            facts=np.concatenate([record["facts"] for record in records]),
         )
 
     def sizes(self) -> dict[str, int]:

@@ -66,7 +66,7 @@ _RELATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """How varied the scenes are, and how much their captions say.
+    """How varied the scenes are, and how much their captions say; a UserError if that cannot be.
 
     Attributes:
       shapes: How many of `SHAPES` are used.
@@ -82,27 +82,27 @@ class Vocabulary:
     facts: str = VARIED
 
     def __post_init__(self):
-        for name, most in (
-            ("shapes", len(SHAPES)),
-            ("colours", len(COLOURS)),
-            ("max_objects", MAX_OBJECTS),
-        ):
-            if not 1 <= getattr(self, name) <= most:
-                raise ValueError(
-                    f"{name}: expected a number from 1 to {most}, got {getattr(self, name)}"
+        most = {"shapes": len(SHAPES), "colours": len(COLOURS), "max_objects": MAX_OBJECTS}
+        for name, largest in most.items():
+            if not 1 <= getattr(self, name) <= largest:
+                raise UserError(
+                    f"config.data.shapes.{name}: expected a number from 1 to {largest}, got "
+                    f"{getattr(self, name)}"
                 )
         if self.facts not in FACTS:
-            raise ValueError(f"facts: expected one of {', '.join(FACTS)}, got {self.facts!r}")
+            raise UserError(
+                f"config.data.shapes.facts: expected one of {', '.join(FACTS)}, got {self.facts!r}"
+            )
         if self.facts == FOUR and self.max_objects != MAX_OBJECTS:
-            raise ValueError(
-                f"max_objects is {self.max_objects}; with facts={FOUR} every scene has "
-                f"{MAX_OBJECTS} objects, so make it {MAX_OBJECTS}"
+            raise UserError(
+                f"config.data.shapes.max_objects is {self.max_objects}; with facts={FOUR} every "
+                f"scene has {MAX_OBJECTS} objects, so make it {MAX_OBJECTS}"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneTruth:
-    """The `KnownTruth` of a split of scenes.
+    """Which captions of a split of scenes are true of which of its images, labelled or not.
 
     Attributes:
       scenes: The [images, MAX_OBJECTS, SCENE_FIELDS] int scenes of the images.
@@ -112,14 +112,6 @@ class SceneTruth:
     scenes: np.ndarray
     facts: np.ndarray
 
-    def matrix(self) -> np.ndarray:
-        """Returns the truth of all captions, [images, pairs] bool."""
-        return truth_matrix(self.facts, self.scenes)
-
-    def packed(self) -> np.ndarray:
-        """Returns the truth of all captions, [pairs, ceil(images / 8)] uint8."""
-        return packed_truth(self.facts, self.scenes)
-
     def is_true(self, caption: np.ndarray, image: np.ndarray) -> np.ndarray:
         """Returns [n] bool for the [n] indices of captions and of images."""
         return is_true(self.facts[caption], self.scenes[image])
@@ -128,6 +120,56 @@ class SceneTruth:
         """Returns the truth of some of the captions, which are numbered anew in that order."""
         return SceneTruth(self.scenes, self.facts[rows])
 
+    def matrix(self) -> np.ndarray:
+        """Returns the truth of all captions, [images, pairs] bool."""
+        images = len(self.scenes)
+        bits = np.unpackbits(self.packed(), axis=1, count=images, bitorder="little")
+        return np.ascontiguousarray(bits.T).view(bool)
+
+    def packed(self, block: int = 1000) -> np.ndarray:
+        """Returns the truth of all captions, eight images a byte, without ever holding `matrix`.
+
+        `is_true` on the 10,000 scenes and 50,000 captions of the default training split takes
+        minutes; rows of bits, one for each property that an object may have, give the same within
+        seconds.
+
+        Args:
+          block: How many captions are judged at a time.
+
+        Returns:
+          [pairs, ceil(images / 8)] uint8; bit i % 8 (0 is the lowest) of byte i // 8 in a caption's
+          row tells whether it is true of image i.
+        """
+        scenes, facts = self.scenes, self.facts
+        present = scenes[:, :, 0] != UNSTATED
+        actual = _properties(scenes)
+        # By field: [values + 1, objects, bytes]; the last row is that of UNSTATED, which all fit.
+        rows = []
+        for field in range(actual.shape[-1]):
+            largest = max(actual[..., field].max(), facts[:, [field, 4 + field]].max(), 0)
+            fits = [present & (actual[..., field] == value) for value in range(largest + 1)]
+            rows.append(_packed_images(np.stack([*fits, present])))
+        related = _packed_images(
+            np.stack([_related(scenes, kind) for kind in (TOGETHER, LEFT_OF, ABOVE)])
+        )
+
+        def fitting(stated):
+            fits = rows[0][stated[:, 0]]
+            for field in range(1, len(rows)):
+                fits = fits & rows[field][stated[:, field]]
+            return fits
+
+        packed = np.empty((len(facts), (len(scenes) + 7) // 8), np.uint8)
+        for start in range(0, len(facts), block):
+            part = facts[start : start + block]
+            first, second = fitting(part[:, 0:4]), fitting(part[:, 4:8])
+            single = np.bitwise_or.reduce(first, axis=1)
+            double = np.zeros_like(single)
+            for a, b in np.argwhere(~np.eye(MAX_OBJECTS, dtype=bool)):
+                double |= first[:, a] & second[:, b] & related[part[:, 8], a, b]
+            packed[start : start + block] = np.where(part[:, 8:] == UNSTATED, single, double)
+        return packed
+
 
 def vocabulary_of(settings: ml_collections.ConfigDict) -> Vocabulary:
     """Returns the vocabulary that `config.data.shapes` describes.
@@ -135,10 +177,7 @@ def vocabulary_of(settings: ml_collections.ConfigDict) -> Vocabulary:
     Raises:
       UserError: naming the field, if a value cannot be.
     """
-    try:
-        return Vocabulary(settings.shapes, settings.colours, settings.max_objects, settings.facts)
-    except ValueError as error:
-        raise UserError(f"config.data.shapes.{error}") from error
+    return Vocabulary(settings.shapes, settings.colours, settings.max_objects, settings.facts)
 
 
 def is_true(facts: np.ndarray, scene: np.ndarray) -> np.ndarray:
@@ -157,68 +196,13 @@ def is_true(facts: np.ndarray, scene: np.ndarray) -> np.ndarray:
     first = _fits(facts[..., 0:4], scene)
     second = _fits(facts[..., 4:8], scene)
     relation = facts[..., 8, None, None]
-    x, y = scene[..., 3], scene[..., 4]
-    left = x[..., None, :] - x[..., :, None] >= RELATION_GAP
-    above = y[..., None, :] - y[..., :, None] >= RELATION_GAP
-    different = ~np.eye(MAX_OBJECTS, dtype=bool)
-    related = different & np.where(
-        relation == LEFT_OF, left, np.where(relation == ABOVE, above, True)
+    related = np.select(
+        [relation == LEFT_OF, relation == ABOVE],
+        [_related(scene, LEFT_OF), _related(scene, ABOVE)],
+        _related(scene, TOGETHER),
     )
     pair = (first[..., :, None] & second[..., None, :] & related).any(axis=(-1, -2))
     return np.where(facts[..., 8] == UNSTATED, first.any(axis=-1), pair)
-
-
-def truth_matrix(facts: np.ndarray, scenes: np.ndarray) -> np.ndarray:
-    """Returns the [images, captions] bool matrix of `is_true`, made a row at a time."""
-    truth = np.empty((len(scenes), len(facts)), bool)
-    for row, scene in enumerate(scenes):
-        truth[row] = is_true(facts, scene)
-    return truth
-
-
-def packed_truth(facts: np.ndarray, scenes: np.ndarray, block: int = 1000) -> np.ndarray:
-    """Returns `truth_matrix` by caption and with eight images in a byte.
-
-    `is_true` on the 10,000 scenes and 50,000 captions of the default training split takes minutes;
-    rows of bits, one for each property that an object may have, give the same within seconds.
-
-    Args:
-      facts: The [captions, FACT_FIELDS] int facts of the captions.
-      scenes: The [images, MAX_OBJECTS, SCENE_FIELDS] int scenes.
-      block: How many captions are judged at a time.
-
-    Returns:
-      [captions, ceil(images / 8)] uint8; bit i % 8 (0 is the lowest) of byte i // 8 is that of
-      image i.
-    """
-    present = scenes[:, :, 0] != UNSTATED
-    actual = _properties(scenes)
-    # By field: [values + 1, objects, bytes]; the last row is that of UNSTATED, which all fit.
-    rows = []
-    for field in range(actual.shape[-1]):
-        largest = max(actual[..., field].max(), facts[:, [field, 4 + field]].max(), 0)
-        fits = [present & (actual[..., field] == value) for value in range(largest + 1)]
-        rows.append(_packed_images(np.stack([*fits, present])))
-    related = _packed_images(
-        np.stack([_related(scenes, kind) for kind in (TOGETHER, LEFT_OF, ABOVE)])
-    )
-
-    def fitting(stated):
-        fits = rows[0][stated[:, 0]]
-        for field in range(1, len(rows)):
-            fits = fits & rows[field][stated[:, field]]
-        return fits
-
-    packed = np.empty((len(facts), (len(scenes) + 7) // 8), np.uint8)
-    for start in range(0, len(facts), block):
-        part = facts[start : start + block]
-        first, second = fitting(part[:, 0:4]), fitting(part[:, 4:8])
-        single = np.bitwise_or.reduce(first, axis=1)
-        double = np.zeros_like(single)
-        for a, b in np.argwhere(~np.eye(MAX_OBJECTS, dtype=bool)):
-            double |= first[:, a] & second[:, b] & related[part[:, 8], a, b]
-        packed[start : start + block] = np.where(part[:, 8:] == UNSTATED, single, double)
-    return packed
 
 
 def _packed_images(truth):

@@ -29,7 +29,7 @@ from starlette.responses import (
 )
 from starlette.routing import Route
 
-from fne_jax.data.images.small_images import small_jpeg
+from fne_jax.data.images.preprocessing import small_jpeg
 from fne_jax.data.pairs import PairDataset
 from fne_jax.data.verdicts import WORDS, Verdict
 from fne_jax.errors import UserError
@@ -270,7 +270,7 @@ class _Pages:
         if not known or row >= len(self._review.dataset.image_id):
             raise HTTPException(404, "There is no such image.")
         with self._reading:
-            jpeg = small_jpeg(self._review.dataset, row, SIZES[size])
+            jpeg = small_jpeg(self._review.dataset.image(row), SIZES[size])
         return Response(
             jpeg, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600"}
         )

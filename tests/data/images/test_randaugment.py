@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from fne_jax.data.images import randaugment
-from fne_jax.data.images.augmentation import FILL, OPERATIONS
+from fne_jax.data.images.augmentation import FILL
 from tests.support.plain_operations import slow_move, with_pil
 
 # Uneven, so that a wrong axis shows.
@@ -22,7 +22,7 @@ def images():
 
 
 def apply(image, name, argument):
-    return randaugment.apply_operation(image, OPERATIONS.index(name), argument)
+    return getattr(randaugment, name)(image, argument)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from fne_jax.data.batches import BatchOrder, evaluation_images, training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
-from fne_jax.data.loading import load_split
+from fne_jax.data.sources.registry import load_split
 from tests.support import sources
 from tests.support.tiny import tiny_config
 

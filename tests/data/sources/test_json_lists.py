@@ -12,8 +12,8 @@ from tests.support import sources
 def test_objects_of_one_image_make_one_image(tmp_path):
     sources.write_json_lists(tmp_path)
     listing = json_lists.read_listing(str(tmp_path))
-    assert {split: len(images) for split, images in listing.splits.items()} == sources.SPLITS
-    first, last = listing.splits["train"][0], listing.splits["test"][-1]
+    assert {split: len(listing.split(split)) for split in sources.SPLITS} == sources.SPLITS
+    first, last = listing.images[0], listing.images[-1]
     assert (first.source_id, last.source_id) == ("id_image0.jpg", "image34.jpg")
     assert first.captions == ["Image 0, seen 0 times.", "Image 0, seen 1 times."]
     assert first.path == tmp_path / "images" / "image0.jpg"

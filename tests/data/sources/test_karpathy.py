@@ -15,8 +15,8 @@ def test_splits_keep_order_captions_and_restval(tmp_path):
     assert content["images"][1]["split"] == "restval"
     listing = karpathy.read_listing(str(tmp_path))
     assert listing.name == "made-up"
-    images = [image for split in ("train", "val", "test") for image in listing.splits[split]]
-    assert [len(listing.splits[split]) for split in ("train", "val", "test")] == [7, 3, 4]
+    images = listing.images
+    assert [len(listing.split(split)) for split in ("train", "val", "test")] == [7, 3, 4]
     assert [image.image_id for image in images] == list(range(14)), "restval is training data"
     for image, entry in zip(images, content["images"], strict=True):
         assert image.captions == [sentence["raw"] for sentence in entry["sentences"]]
@@ -26,8 +26,7 @@ def test_splits_keep_order_captions_and_restval(tmp_path):
 def test_coco_keeps_its_own_ids_and_folders(tmp_path):
     entries = sources.write_coco(tmp_path)
     listing = karpathy.read_listing(str(tmp_path), "coco")
-    images = [image for split in ("train", "val", "test") for image in listing.splits[split]]
-    for image, entry in zip(images, entries, strict=True):
+    for image, entry in zip(listing.images, entries, strict=True):
         assert (image.image_id, image.source_id) == (entry["cocoid"], str(entry["cocoid"]))
         assert image.caption_ids == [sentence["sentid"] for sentence in entry["sentences"]]
         assert image.path == tmp_path / "images" / entry["filepath"] / entry["filename"]
@@ -98,7 +97,7 @@ def test_captions_without_ids_are_numbered(tmp_path):
     for entry in entries:
         entry["sentences"] = [sentence["raw"] for sentence in entry["sentences"]]
     (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": entries}))
-    images = karpathy.read_listing(str(tmp_path), "coco").images()
+    images = karpathy.read_listing(str(tmp_path), "coco").images
     ids = [number for image in images for number in image.caption_ids]
     assert ids == list(range(sum(len(entry["sentences"]) for entry in entries)))
 
@@ -125,7 +124,7 @@ def test_files_that_cannot_be_read(tmp_path, content, message):
 def test_a_byte_order_mark_is_no_mistake(tmp_path):
     content = write_karpathy(tmp_path)
     path = tmp_path / "dataset_made-up.json"
-    expected = karpathy.read_listing(str(tmp_path)).splits
+    expected = karpathy.read_listing(str(tmp_path)).images
     for encoding in ("utf-8-sig", "utf-16"):
         path.write_text(json.dumps(content), encoding=encoding)
-        assert karpathy.read_listing(str(tmp_path)).splits == expected
+        assert karpathy.read_listing(str(tmp_path)).images == expected

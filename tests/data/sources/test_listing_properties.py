@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fne_jax.data.pairs import SPLITS
-from fne_jax.data.preparation.checked_parts import digest_of_files
+from fne_jax.data.preparation.checking import digest_of_files
 from fne_jax.data.sources import json_lists, karpathy, pair_tables
 from fne_jax.data.sources.listing import same_file, usable_captions
 from fne_jax.errors import UserError
@@ -60,7 +60,7 @@ def read_or_refused(read, *arguments):
     except UserError as error:
         assert str(error)
         return None
-    images = listing.images()
+    images = listing.images
     digest_of_files(images, with_stamps=True)
     for image in images:
         kept, ids, skipped = usable_captions(image)
@@ -86,7 +86,7 @@ def datasets(draw, names=names):
 
 def assert_read_as_written(listing, dataset, folder):
     written = [entry for split in SPLITS for entry in dataset if entry[0] == split]
-    images = listing.images()
+    images = listing.images
     assert [(image.path, list(image.captions)) for image in images] == [
         (folder / name, texts) for _, name, texts in written
     ]
@@ -202,7 +202,7 @@ def test_karpathys_is_read_as_written(folder, dataset, random):
     listing = read_karpathy(folder, {"images": entries})
     assert_read_as_written(listing, dataset, folder / "images")
     written = {e["filename"]: [s["sentid"] for s in e["sentences"]] for e in entries}
-    for image in listing.images():
+    for image in listing.images:
         assert image.caption_ids == written[image.source_id]
 
 

@@ -5,6 +5,7 @@ import io
 
 import pytest
 
+from fne_jax.data.pairs import SPLITS
 from fne_jax.data.sources import pair_tables
 from fne_jax.errors import UserError
 from tests.support import sources
@@ -20,8 +21,8 @@ def test_a_table_without_splits_is_parted_by_name(tmp_path):
     rows = [{"image": name, "caption": "words"} for name in names[:300]]
     sources.write_csv(tmp_path, rows, ("image", "caption"))
     listing = pair_tables.read_listing(str(tmp_path), "csv")
-    for split, images in listing.splits.items():
-        assert [i.source_id for i in images] == [
+    for split in SPLITS:
+        assert [i.source_id for i in listing.split(split)] == [
             n for n, s in zip(names[:300], splits, strict=False) if s == split
         ]
     sources.write_csv(tmp_path, rows[:3], ("image", "caption"))
@@ -134,10 +135,9 @@ EXPORTS = {
 @pytest.mark.parametrize("export", list(EXPORTS))
 def test_exports_of_spreadsheets_are_read(tmp_path, export):
     (tmp_path / "pairs.csv").write_bytes(EXPORTS[export])
-    splits = pair_tables.read_listing(str(tmp_path), "csv").splits
-    assert list(splits) == ["train", "val", "test"]
-    for split, (image,) in splits.items():
-        assert image.path == tmp_path / f"{split}.jpg"
+    images = pair_tables.read_listing(str(tmp_path), "csv").images
+    for split, image in zip(SPLITS, images, strict=True):
+        assert image.split == split and image.path == tmp_path / f"{split}.jpg"
         assert list(image.captions) == [CAPTION]
 
 
@@ -148,7 +148,7 @@ def test_all_spellings_of_a_path_are_one_image(tmp_path, other):
     rows = [{"image": name, "caption": f"words {n}"} for n, name in enumerate(names)]
     if not other.startswith("/"):
         sources.write_csv(tmp_path, rows, ("image", "caption"))
-        images = pair_tables.read_listing(str(tmp_path), "csv").images()
+        images = pair_tables.read_listing(str(tmp_path), "csv").images
         assert sorted(image.captions[0] for image in images) == [f"words {n}" for n in (0, 2, 3, 4)]
         (first,) = [image for image in images if image.path.name == "a.jpg"]
         assert first.captions == ["words 0", "words 1"] and first.source_id == "a.jpg"

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from fne_jax.data.sources.registry import SOURCES, InMemory, find_source
+from fne_jax.data.sources.registry import SOURCES, find_source
 from fne_jax.errors import UserError
 from tests.support import pages_of_docs
 
@@ -29,5 +29,5 @@ def test_an_unknown_source_lists_the_choices():
 
 
 def test_what_need_not_be_prepared():
-    in_memory = {name for name, source in SOURCES.items() if isinstance(source, InMemory)}
+    in_memory = {name for name, source in SOURCES.items() if source.load is not None}
     assert in_memory == {"npz", "synthetic"}

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fne_jax.data.loading import load_split
 from fne_jax.data.sources import shapes
+from fne_jax.data.sources.registry import load_split
 from fne_jax.data.sources.shapes_scenes import Vocabulary
 from fne_jax.errors import UserError
 from tests.support.tiny import tiny_config

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from fne_jax.data.sources import shapes_scenes as scenes
+from fne_jax.errors import UserError
 
 CIRCLE, SQUARE, STAR = (scenes.SHAPES.index(name) for name in ("circle", "square", "star"))
 RED, BLUE = (list(scenes.COLOURS).index(name) for name in ("red", "blue"))
@@ -109,13 +110,14 @@ def test_packed_truth_is_the_matrix_in_bits(captioned, images):
         facts((NONE,) * 4, relation=scenes.TOGETHER),
     ]
     stated = np.concatenate([stated, others])
-    matrix = scenes.truth_matrix(stated, scene)
-    packed = scenes.packed_truth(stated, scene, block=50)
+    truth = scenes.SceneTruth(scene, stated)
+    matrix = np.stack([scenes.is_true(stated, one) for one in scene])
+    packed = truth.packed(block=50)
     expected = np.packbits(matrix.T, axis=1, bitorder="little")
     np.testing.assert_array_equal(packed, expected)
     assert packed.shape == (206, (images + 7) // 8) and matrix[:, -2].all()
-    truth = scenes.SceneTruth(scene, stated)
     np.testing.assert_array_equal(truth.packed(), expected)
+    np.testing.assert_array_equal(truth.matrix(), matrix)
 
 
 def plainly_true(stated, scene):
@@ -146,7 +148,7 @@ def plainly_true(stated, scene):
 def test_the_truth_of_other_images_is_that_of_plain_counting(captioned):
     all_scenes = np.stack([one[0] for one in captioned[:40]])
     stated = np.concatenate([one[2] for one in captioned[:24]])
-    truth = scenes.truth_matrix(stated, all_scenes)
+    truth = scenes.SceneTruth(all_scenes, stated).matrix()
     slow = np.array([[plainly_true(row, scene) for row in stated] for scene in all_scenes])
     np.testing.assert_array_equal(truth, slow)
     assert 120 < truth.sum() < truth.size
@@ -240,25 +242,15 @@ def test_no_two_of_an_image_s_four_facts_are_the_same_turned_round():
 )
 def test_density_of_false_negatives_is_as_stated(name, low, high):
     split = split_of(VOCABULARIES[name], 300)
-    truth = scenes.truth_matrix(
-        np.concatenate([one[2] for one in split]), np.stack([one[0] for one in split])
-    )
+    truth = scenes.SceneTruth(
+        np.stack([one[0] for one in split]), np.concatenate([one[2] for one in split])
+    ).matrix()
     own = np.repeat(np.eye(len(split), dtype=bool), scenes.CAPTIONS_PER_IMAGE, axis=1)
     assert truth[own].all()
     assert low < truth[~own].mean() < high
     # With four facts each, captions are true of about equally many images.
     generality = np.log(truth.mean(axis=0))
     assert (generality.std() < 0.5) == (name != "varied")
-
-
-def test_truth_matrix_is_is_true(rendered):
-    stated, all_scenes = (
-        np.concatenate([d[2] for d in rendered[:20]]),
-        np.stack([d[0] for d in rendered[:7]]),
-    )
-    truth = scenes.truth_matrix(stated, all_scenes)
-    slow = [[bool(scenes.is_true(f, s)) for f in stated] for s in all_scenes]
-    np.testing.assert_array_equal(truth, slow)
 
 
 def test_the_truth_of_a_split_and_of_some_of_its_captions(rendered):
@@ -316,5 +308,5 @@ def test_images_and_captions_are_a_function_of_the_seed(rendered):
     ],
 )
 def test_vocabulary_out_of_range(values, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=f"config.data.shapes.{message}"):
         scenes.Vocabulary(**values)

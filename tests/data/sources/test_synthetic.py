@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from fne_jax.data.loading import load_split
 from fne_jax.data.pairs import SPLITS
+from fne_jax.data.sources.registry import load_split
 from tests.support.tiny import tiny_config
 
 LEVELS = ("zero", "one", "two", "three", "four", "five", "six", "seven")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fne_jax.data.preparation.image_check import UnusableImage, usable_jpeg
+from fne_jax.data.images.usable_images import UnusableImage, usable_jpeg
 from tests.support.sources import DAMAGED_IMAGES, encoded, jpeg, pixels
 
 

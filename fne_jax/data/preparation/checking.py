@@ -22,7 +22,7 @@ from etils import epath
 from PIL import Image
 
 from fne_jax import files
-from fne_jax.data.preparation.image_check import UnusableImage, usable_jpeg
+from fne_jax.data.images.usable_images import UnusableImage, usable_jpeg
 from fne_jax.data.sources.listing import ListedImage
 from fne_jax.errors import UserError
 from fne_jax.progress import Progress
@@ -201,11 +201,10 @@ def _check_image(path, resize_to):
     try:
         if size < 0:
             raise UnusableImage(f"there is no image {path}")
-        content = path.read_bytes()
+        with files.as_user_error(f"{path}: cannot be read", "mend that and call again"):
+            content = path.read_bytes()
         jpeg = usable_jpeg(content, resize_to)
     except UnusableImage as fault:
         return Verdict(size, modified, "", False, str(fault)), b""
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}); mend that and call again") from error
     verdict = Verdict(size, modified, hashlib.sha256(jpeg).hexdigest(), jpeg != content, "")
     return verdict, jpeg if verdict.converted else b""

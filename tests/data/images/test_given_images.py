@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from fne_jax.data.images.preprocessing import evaluation_image
-from fne_jax.data.preparation.image_check import usable_jpeg
-from fne_jax.data.preparation.single_images import evaluation_pixels
+from fne_jax.data.images.usable_images import evaluation_pixels, usable_jpeg
 from fne_jax.errors import UserError
 from tests.support.sources import encoded, jpeg, pixels
 

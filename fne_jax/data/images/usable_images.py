@@ -1,4 +1,4 @@
-"""From the bytes of an image file to an RGB JPEG, or the reason why there is none.
+"""From an image file of any kind to the RGB JPEG to be stored, or to the pixels read of that.
 
 Whether a JPEG is whole is judged by the decoder that training and evaluation read with, so that
 they read whatever is accepted here.
@@ -6,13 +6,22 @@ they read whatever is accepted here.
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import io
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import simplejpeg
+from etils import epath
 from PIL import Image, ImageOps
 
-from fne_jax.data.images.preprocessing import decode_jpeg
+from fne_jax.data.images.preprocessing import decode_jpeg, evaluation_image
+from fne_jax.errors import UserError
+from fne_jax.files import as_user_error, expand_home
 
 # What is read, whatever the file's name says. Not what PIL hands to other programs (EPS).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -22,6 +31,10 @@ MAX_PIXELS = 89_478_485  # above it PIL warns of files made to exhaust memory
 MAX_SIDE = 65_500  # pixels; libjpeg's own limit
 _JPEG_START = b"\xff\xd8"
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+# Arrays that PIL takes as an image: grey, grey of 16 bits, and RGB with transparency.
+_ARRAYS = (("uint8", 2, None), ("uint16", 2, None), ("uint8", 3, 4))
+AnyImage = str | os.PathLike | bytes | Image.Image | np.ndarray
+Item = TypeVar("Item")
 
 
 class UnusableImage(Exception):
@@ -87,6 +100,83 @@ def usable_pixels(image: bytes | Image.Image, resize_to: int = 0) -> np.ndarray:
         raise
     except Exception as error:
         raise UnusableImage(f"cannot be decoded: {error}") from error
+
+
+def evaluation_pixels(
+    image: AnyImage, size: int, *, resize_to: int = 0, name: str = "the image"
+) -> np.ndarray:
+    """Returns [size, size, 3] uint8 pixels, as evaluation reads them once `prepare` stored them.
+
+    Args:
+      image: The path or the content of an image file of any kind that `prepare` takes, an image
+        of PIL, or pixels. [height, width, 3] uint8 pixels are taken as they are, like those of
+        `npz`; grey ones, 16 bits and an alpha channel go the way of such files.
+      size: The pixels of a side of the result.
+      resize_to: `config.data.resize_to`.
+      name: What messages call an image that is no file.
+
+    Raises:
+      UserError: If the image cannot be read, or `prepare` would leave it out.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
+            return evaluation_image(image, size)
+        channels = image.shape[2] if image.ndim == 3 else None
+        if (image.dtype.name, image.ndim, channels) not in _ARRAYS:
+            raise UserError(
+                f"{name}: expected uint8 [height, width, 3], got {image.dtype} {list(image.shape)}"
+            )
+        image = Image.fromarray(image)
+    elif isinstance(image, str | os.PathLike):
+        name, image = repr(os.fspath(image)), _content(image)
+    elif not isinstance(image, bytes | Image.Image):
+        raise UserError(
+            f"{name}: expected a path, bytes, an image of PIL or an array, got "
+            f"{type(image).__name__}"
+        )
+    try:
+        return evaluation_image(usable_pixels(image, resize_to), size)
+    except UnusableImage as fault:
+        raise UserError(f"{name}: cannot be used as an image: {fault}") from fault
+
+
+def read_ahead(
+    read: Callable[[Item], np.ndarray], items: Iterable[Item], batch_size: int
+) -> Iterator[list[tuple[Item, np.ndarray | UserError]]]:
+    """Yields a batch of items at a time with what reading each gave, pixels or its error.
+
+    Several threads read the next batch meanwhile, so that memory holds two. Close the iterator to
+    end them.
+    """
+    rest, ahead = iter(items), collections.deque()
+    with concurrent.futures.ThreadPoolExecutor() as readers:
+        try:
+            while True:
+                for _ in range(2 - len(ahead)):
+                    if batch := list(itertools.islice(rest, batch_size)):
+                        ahead.append([(item, readers.submit(read, item)) for item in batch])
+                if not ahead:
+                    return
+                yield [(item, _outcome(reading)) for item, reading in ahead.popleft()]
+        finally:
+            readers.shutdown(cancel_futures=True)  # after an error, too
+
+
+def _outcome(reading):
+    try:
+        return reading.result()
+    except UserError as error:
+        return error
+
+
+def _content(path):
+    # A NUL in the name is a ValueError.
+    with as_user_error(f"{os.fspath(path)!r}: cannot be read", errors=(OSError, ValueError)):
+        file = epath.Path(expand_home(path))
+        # A pipe, which epath takes for a file, would be waited for, whatever Ctrl-C says.
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise UserError(f"{os.fspath(path)!r} is not a file, but a folder, a pipe or a device")
+        return file.read_bytes()
 
 
 def _decode_strictly(content, mode):
