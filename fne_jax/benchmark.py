@@ -15,7 +15,7 @@ from fne_jax import command_line, configuration
 from fne_jax.benchmarks import cases, frozen, retrieval, search, step, step_comparison
 from fne_jax.benchmarks import input as input_benchmark
 from fne_jax.errors import UserError
-from fne_jax.files import write_atomically
+from fne_jax.files import as_user_error, write_atomically
 from fne_jax.planning.published import read_architectures
 from fne_jax.planning.topology import CHIPS
 
@@ -197,10 +197,8 @@ def _part(options, config):
 
 
 def _write(path, result):
-    try:
+    with as_user_error(f"--out={path} cannot be written"):
         write_atomically(path, json.dumps(result, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--out={path} cannot be written: {error}") from error
 
 
 def _add_input(commands):

@@ -25,6 +25,7 @@ from fne_jax.evaluation import embedding_files, protocols, results
 from fne_jax.false_negatives import judged_evaluation
 from fne_jax.false_negatives.suspects import judged_by_embeddings
 from fne_jax.false_negatives.verdict_store import read_any
+from fne_jax.files import as_user_error
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import Model, pretrained_model, restore_model
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
@@ -283,11 +284,9 @@ def _judged(scored: _Scored, options: argparse.Namespace) -> dict[str, protocols
     """Returns the metrics by verdicts, and notes in the report what they are of."""
     path, dataset = pathlib.Path(options.verdicts), scored.dataset
     verdicts = read_any(path, dataset, scored.about["split"])
-    try:
+    with as_user_error(f"--verdicts={path}", errors=UserError):
         sample = judged_evaluation.find_sample(verdicts, options.sample)
         measured = judged_evaluation.measure_judged(sample, scored.embedded, dataset, verdicts)
-    except UserError as error:
-        raise UserError(f"--verdicts={path}: {error}") from error
     scored.about["verdicts"] = {"sample": sample.name, "number": len(verdicts)}
     return measured
 

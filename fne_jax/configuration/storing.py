@@ -9,7 +9,7 @@ import ml_collections
 
 from fne_jax.configuration.rules import FIELDS, flatten
 from fne_jax.errors import UserError
-from fne_jax.files import write_atomically
+from fne_jax.files import as_user_error, write_atomically
 
 FILE_NAME = "config.json"
 
@@ -84,10 +84,8 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     path = workdir / FILE_NAME
     if not path.is_file():
         raise UserError(f"{path} is not there: {workdir} is not the workdir of a run")
-    try:
+    with as_user_error(f"{path}: not a JSON file", errors=ValueError):
         config = ml_collections.ConfigDict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON file: {error}") from error
     fields = flatten(config).keys()
     differences = [
         f"{verb} {', '.join(f'config.{name}' for name in sorted(names))}"

@@ -74,10 +74,8 @@ def read_json(path: pathlib.Path, kind: type = dict) -> Any:
     Raises:
       UserError: if the file is not there, or damaged.
     """
-    try:
+    with files.as_user_error(f"{path} is damaged", "fetch it again", (OSError, ValueError)):
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); fetch it again") from error
     if not isinstance(content, kind):
         name = "object" if kind is dict else "array"
         raise UserError(f"{path} is damaged (no JSON {name}); fetch it again")

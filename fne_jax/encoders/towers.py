@@ -19,7 +19,7 @@ from fne_jax.encoders.pretrained_weights import load_pretrained, read_scalars
 from fne_jax.encoders.transformer import ALL, Tower
 from fne_jax.encoders.vision_transformer import VisionTower, VisionTransformer
 from fne_jax.errors import UserError
-from fne_jax.files import write_atomically
+from fne_jax.files import as_user_error, write_atomically
 
 # In a run's workdir, so that it is restored without the hub: the config.json of each pretrained
 # tower's source.
@@ -49,11 +49,9 @@ def read_architectures(
         if path is not None and path.is_file():
             found[tower] = json.loads(path.read_text())
             continue
-        try:
+        with as_user_error(f"config.encoder.{tower}.pretrained", errors=UserError):
             found[tower] = read_architecture(source)
             scalars = read_scalars(source, found[tower].get("model_type"))
-        except UserError as error:
-            raise UserError(f"config.encoder.{tower}.pretrained: {error}") from error
         found[tower] |= {"scalars": scalars} if scalars else {}
     return found
 

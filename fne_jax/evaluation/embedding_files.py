@@ -25,7 +25,7 @@ import numpy as np
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 from fne_jax.evaluation.ranked_lists import top_lists
-from fne_jax.files import write_atomically
+from fne_jax.files import as_user_error, write_atomically
 from fne_jax.model.embedded_split import EmbeddedSplit
 
 TOP = 50
@@ -63,10 +63,8 @@ def write_embeddings(
     lists |= {"i2t_similarity": i2t_similarity, "t2i_similarity": t2i_similarity}
     arrays = _order(split.caption_image, split.image_id, split.caption_id, split.truth)
     arrays |= {"image_embeddings": split.image_emb, "text_embeddings": split.text_emb}
-    try:
+    with as_user_error(f"--dump={folder}: cannot be written"):
         _write(folder, arrays, dataset, lists)
-    except OSError as error:
-        raise UserError(f"--dump={folder}: cannot be written: {error}") from error
 
 
 def write_order(folder: pathlib.Path, dataset: PairDataset) -> None:
@@ -89,10 +87,8 @@ def write_order(folder: pathlib.Path, dataset: PairDataset) -> None:
             raise UserError(f"{path} is there already; give a folder without embeddings")
     truth = None if dataset.truth is None else dataset.truth.matrix()
     arrays = _order(dataset.caption_image, dataset.image_id, dataset.caption_id, truth)
-    try:
+    with as_user_error(f"--out={folder}: cannot be written"):
         _write(folder, arrays, dataset, None)
-    except OSError as error:
-        raise UserError(f"--out={folder}: cannot be written: {error}") from error
 
 
 def _order(caption_image, image_id, caption_id, truth):
@@ -250,10 +246,9 @@ def _rows_of(path, ids, wanted):
 
 
 def _read_json(path):
-    try:
+    errors = (OSError, ValueError, RecursionError)
+    with as_user_error(f"{path}: cannot be read as JSON", errors=errors):
         return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
 
 
 def _read_captions(path, count):
@@ -279,11 +274,11 @@ def _check_parts(folder):
     for name in [*(f"{name}.npy" for name in _ARRAYS), _NAMES]:
         if name not in digests:
             continue
-        try:
-            with (folder / name).open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"{folder / name}: cannot be read: {error}") from error
+        with (
+            as_user_error(f"{folder / name}: cannot be read"),
+            (folder / name).open("rb") as stream,
+        ):
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != digests[name]:
             raise UserError(
                 f"{folder / name} is not the file that was written with the others of this "
@@ -293,12 +288,10 @@ def _check_parts(folder):
 
 
 def _read_array(path):
-    try:
+    if not path.exists():
+        raise UserError(f"{path} is not there")
+    with as_user_error(f"{path}: cannot be read as .npy", errors=_UNREADABLE):
         array = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there") from error
-    except _UNREADABLE as error:
-        raise UserError(f"{path}: cannot be read as .npy: {error}") from error
     if not isinstance(array, np.ndarray):
         array.close()
         raise UserError(f"{path}: is an .npz archive; expected one array, as np.save writes it")

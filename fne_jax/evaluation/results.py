@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fne_jax.errors import UserError
 from fne_jax.evaluation import intervals
 from fne_jax.evaluation.metric_names import DIRECTIONS, RETRIEVAL, TRUTHS
 from fne_jax.evaluation.metrics import complete_metrics, retrieval_metrics
 from fne_jax.evaluation.protocols import Measurement
-from fne_jax.files import write_atomically
+from fne_jax.files import as_user_error, write_atomically
 from fne_jax.model.embedded_split import EmbeddedSplit
 
 
@@ -55,10 +54,8 @@ def write_report(
             "resamples": intervals.RESAMPLES,
         },
     }
-    try:
+    with as_user_error(f"{path}: cannot be written"):
         write_atomically(path, json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 def read_values(report: Mapping[str, Any]) -> dict[str, float]:

@@ -11,11 +11,11 @@ from typing import Any
 
 from fne_jax.data.pairs import PairDataset
 from fne_jax.data.spreadsheet import safe_cell
-from fne_jax.errors import UserError
 from fne_jax.false_negatives import suspects as suspects_lib
 from fne_jax.false_negatives.detectors import DETECTORS, Judgement
 from fne_jax.false_negatives.suspects import RANKINGS, JudgedSplit, Suspects
 from fne_jax.false_negatives.unlabelled import UnlabelledPairs
+from fne_jax.files import as_user_error
 from fne_jax.report import example_cards, html
 
 CSV_NAME, JSONL_NAME = "likely_false_negatives.csv", "likely_false_negatives.jsonl"
@@ -135,10 +135,8 @@ def write(
     Raises:
       UserError: if a file cannot be written.
     """
-    try:
+    with as_user_error(f"{folder}: cannot be created"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be created: {error}") from error
     # With a byte order mark, without which Excel reads UTF-8 as the system's own encoding.
     html.write_text(folder / CSV_NAME, "\N{BYTE ORDER MARK}" + _csv_text(found))
     html.write_text(folder / JSONL_NAME, "".join(json.dumps(row) + "\n" for row in found))

@@ -20,7 +20,7 @@ import numpy as np
 
 from fne_jax.errors import UserError
 from fne_jax.false_negatives.pair_features import FEATURES, SplitInputs, features
-from fne_jax.files import write_atomically
+from fne_jax.files import as_user_error, write_atomically
 
 # Features are handed on, so that who fits and judges needs this module alone.
 __all__ = ["FittedDetector", "SplitInputs", "Trees", "features", "fit", "read", "sigmoid", "write"]
@@ -303,10 +303,8 @@ def write(path: pathlib.Path, detector: FittedDetector) -> None:
     }
     for owner, names in ((detector, _TABLE), (detector.trees, _ARRAYS)):
         values |= {name: getattr(owner, name).tolist() for name in names}
-    try:
+    with as_user_error(f"{path}: cannot be written"):
         write_atomically(path, json.dumps(values) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 _NUMBERS = ("slope", "offset", "log_loss", "baseline")

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from fne_jax.data.pairs import PairDataset
 from fne_jax.data.verdicts import FIELDS, Verdict, read_verdicts, refuse_other_splits, rows_of
 from fne_jax.errors import UserError
+from fne_jax.files import as_user_error
 
 # Stands in the head of the file ("FNEv" in ASCII), and the version of its tables.
 _APPLICATION, _VERSION = 0x464E4576, 1
@@ -106,10 +107,8 @@ class VerdictStore:
             raise UserError(f"{path} is a folder; expected an SQLite file of verdicts")
         if not create and not os.path.isfile(path):
             raise UserError(f"{path} is not there; `review` makes it")
-        try:
+        with as_user_error(f"{path.parent}: cannot be created"):
             path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{path.parent}: cannot be created: {error}") from error
         with self._told():
             self._connection = sqlite3.connect(
                 path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False

@@ -15,8 +15,7 @@ import markupsafe
 
 from fne_jax.data.images.preprocessing import small_jpeg
 from fne_jax.data.pairs import PairDataset
-from fne_jax.errors import UserError
-from fne_jax.files import write_atomically
+from fne_jax.files import as_user_error, write_atomically
 
 # Pixels of an image's longer side in a page, which shows it small until it is clicked on.
 _LONGER_SIDE = 400
@@ -77,11 +76,9 @@ def write_text(path: pathlib.Path, text: str) -> None:
     Raises:
       UserError: if it cannot be written.
     """
-    try:
+    with as_user_error(f"{path}: cannot be written"):
         # Captions may hold half of a surrogate pair, which no encoding can.
         write_atomically(path, text.encode(errors="replace"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 def _percent(share):

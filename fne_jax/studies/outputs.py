@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 
 from fne_jax.errors import UserError
-from fne_jax.files import write_atomically
+from fne_jax.files import as_user_error, write_atomically
 from fne_jax.studies import calibration_curves, summary, verdict_curves
 from fne_jax.studies.cells import Cell, Run
 from fne_jax.studies.figure import study_figure
@@ -77,7 +77,5 @@ def write_verdict_tables(
 
 
 def _write(path, content):
-    try:
+    with as_user_error(f"{path}: cannot be written"):
         write_atomically(path, content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from error

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from fne_jax.errors import UserError, first_line
-from fne_jax.files import write_atomically
+from fne_jax.errors import first_line
+from fne_jax.files import as_user_error, write_atomically
 
 if TYPE_CHECKING:
     from clu.metric_writers import MetricWriter
@@ -94,11 +94,8 @@ class MetricLog:
             return
         # JSON has no NaN: a mean over nothing is left out.
         finite = {name: value for name, value in scalars.items() if math.isfinite(value)}
-        try:
-            with self._path.open("a") as stream:
-                stream.write(json.dumps({"step": step, **finite}) + "\n")
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written: {error}") from error
+        with as_user_error(f"{self._path}: cannot be written"), self._path.open("a") as stream:
+            stream.write(json.dumps({"step": step, **finite}) + "\n")
         self._to_tensorboard(lambda writer: writer.write_scalars(step, _tagged(scalars)))
         for writer in self._also:
             writer.write_scalars(step, _tagged(scalars))

@@ -197,12 +197,10 @@ def find_source_run(config: ml_collections.ConfigDict, like: TrainState) -> Sour
     if not config.init_from:
         return None
     workdir = pathlib.Path(files.expand_home(config.init_from))
-    try:
+    with files.as_user_error(f"config.init_from={config.init_from}", errors=UserError):
         other = stored_model(workdir, mesh=like.step.sharding.mesh)
         with checkpoints.reader(workdir) as manager:
             step = checkpoints.find_step(manager, "best")
-    except UserError as error:
-        raise UserError(f"config.init_from={config.init_from}: {error}") from error
     fields = abstract_fields(other)
     ours = _shapes(towers_of(like.all_params))
     theirs = _shapes(freezing.merge(towers_of(fields["params"]), fields["frozen_params"]))

@@ -18,7 +18,7 @@ from fne_jax import configuration
 from fne_jax.data.pairs import DatasetIdentity
 from fne_jax.encoders import towers
 from fne_jax.errors import UserError
-from fne_jax.files import locked, remove_leftovers, write_atomically
+from fne_jax.files import as_user_error, locked, remove_leftovers, write_atomically
 from fne_jax.model import checkpoints, tokenizers
 from fne_jax.parallel import processes
 from fne_jax.training.metric_log import FILE_NAME as METRICS_FILE
@@ -69,11 +69,9 @@ def is_begun(workdir: pathlib.Path) -> bool:
     Raises:
       UserError: If the folder cannot be read.
     """
-    with processes.failing_together(f"--workdir={workdir}"):
-        try:
-            begun = bool(checkpoints.stored_steps(workdir))
-        except OSError as error:
-            raise UserError(f"--workdir={workdir}: cannot be read: {error}") from error
+    flag = f"--workdir={workdir}"
+    with processes.failing_together(flag), as_user_error(f"{flag}: cannot be read"):
+        begun = bool(checkpoints.stored_steps(workdir))
     return bool(processes.highest(begun))
 
 
@@ -101,11 +99,10 @@ def check_data(workdir: pathlib.Path, data: Mapping[str, DatasetIdentity]) -> No
     with processes.failing_together(f"--workdir={workdir}"):
         if not path.exists():
             return
-        try:
+        errors = (OSError, ValueError, TypeError, AttributeError)
+        with as_user_error(f"{path}: cannot be read", errors=errors):
             stored = json.loads(path.read_text())
             stored = {split: DatasetIdentity(**values) for split, values in stored.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from error
         for split, now in data.items():
             before = stored.get(split, now)
             if before != now:
@@ -136,10 +133,8 @@ def begin(workdir: pathlib.Path, files: RunFiles, begun: bool) -> None:
         raise UserError(f"{workdir} changed meanwhile; give the same command again")
     with processes.failing_together(f"--workdir={workdir}"):
         if jax.process_index() == 0:
-            try:
+            with as_user_error(f"--workdir={workdir}: cannot be written to"):
                 _write(workdir, files, begun)
-            except OSError as error:
-                raise UserError(f"--workdir={workdir}: cannot be written to: {error}") from error
     with processes.failing_together(f"--workdir={workdir}"):
         if not (workdir / configuration.FILE_NAME).exists():
             raise UserError(
@@ -177,14 +172,10 @@ def _lock(workdir, stack):
         )
 
     path = workdir / LOCK_FILE
-    try:
+    with as_user_error(f"--workdir={workdir}: cannot be written to"):
         workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written to: {error}") from error
-    try:
+    with as_user_error(f"{path}: cannot be locked"):
         stack.enter_context(locked(path, refuse, "begin no second run in it"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be locked: {error}") from error
 
 
 def _write(workdir, files, begun):
