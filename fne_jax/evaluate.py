@@ -27,7 +27,7 @@ from fne_jax.false_negatives.suspects import judged_by_embeddings
 from fne_jax.false_negatives.verdict_store import read_any
 from fne_jax.files import as_user_error
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.model.model import Model, pretrained_model, restore_model
+from fne_jax.model.model import Model, load_workdir, pretrained_model
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.parallel import processes
 from fne_jax.parallel.compile_cache import use_compile_cache
@@ -218,7 +218,7 @@ def _evaluation_name(options: argparse.Namespace) -> str:
 def _of_run(options: argparse.Namespace, overrides: list[str]) -> _Scored:
     del overrides
     workdir = pathlib.Path(options.workdir)
-    model = restore_model(workdir, options.checkpoint or _USUAL["checkpoint"])
+    model = load_workdir(workdir, options.checkpoint or _USUAL["checkpoint"])
     weights = options.weights or _USUAL["weights"]
     scored = _embedded(model, model.momentum() if weights == "momentum" else model, options)
     about = {"name": workdir.resolve().name, **scored.about, "weights": weights}

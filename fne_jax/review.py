@@ -29,7 +29,7 @@ from fne_jax.false_negatives.review_app.sample_questions import questions_of_sam
 from fne_jax.false_negatives.review_app.suspect_questions import questions_of
 from fne_jax.false_negatives.verdict_store import VerdictStore, store_path
 from fne_jax.index.split_search import SplitSearch
-from fne_jax.model.model import load_evaluation_split, restore_model, stored_model
+from fne_jax.model.model import load_evaluation_split, load_workdir, stored_model
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.training.interruption import stop_signals
 
@@ -221,7 +221,7 @@ def _suspects(options: argparse.Namespace, workdir: pathlib.Path) -> _Asked:
     """Returns the suspects of a run, or a sample of all pairs, and what searches its split."""
     # Read before the split is embedded, which may take long.
     fitted = suspect_options.read_fitted(options)
-    model = restore_model(workdir, options.checkpoint)
+    model = load_workdir(workdir, options.checkpoint)
     use_compile_cache(model.config.compile_cache)
     theirs = suspect_options.caption_embeddings(options)
     kept = kept_path(workdir, options.split)

@@ -21,7 +21,7 @@ from fne_jax.errors import Interrupted, UserError
 from fne_jax.index import engines
 from fne_jax.index.gallery import AnyPath, label_of
 from fne_jax.index.search_index import RECALL_AT, Hit, SearchIndex, build_index
-from fne_jax.model.model import restore_model
+from fne_jax.model.model import load_workdir
 from fne_jax.parallel.compile_cache import use_compile_cache
 
 _CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
     """Parses the command line, embeds what is new, and prints what is nearest to each query."""
     options = _parse(arguments)
     workdir = pathlib.Path(options.workdir)
-    model = restore_model(workdir, options.checkpoint)
+    model = load_workdir(workdir, options.checkpoint)
     use_compile_cache(model.config.compile_cache)
     if options.weights == "momentum":
         model = model.momentum()

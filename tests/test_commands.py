@@ -191,12 +191,12 @@ def test_audit_lists_likely_false_negatives(shapes_run, capsys, tmp_path, monkey
     arguments = (f"--workdir={workdir}", "--split=val", "--checkpoint=latest")
     # In so short a run, hardly any pair is each other's first choice.
     assert "nothing is suspected before" in refused("audit", *arguments, "--detector=gaussians")
-    restore_model = suspects.restore_model
+    load_workdir = suspects.load_workdir
 
     def restore_with_statistics(*arguments):
-        return dataclasses.replace(restore_model(*arguments), stats=statistics())
+        return dataclasses.replace(load_workdir(*arguments), stats=statistics())
 
-    monkeypatch.setattr(suspects, "restore_model", restore_with_statistics)
+    monkeypatch.setattr(suspects, "load_workdir", restore_with_statistics)
     listed = (*arguments, "--min-probability=0", "--limit=70", f"--out={tmp_path}")
     audit.main([*listed, "--detector=gaussians"])
     assert_all_in(capsys.readouterr().out, "45 captions, 9 images", "precision at 100: ")

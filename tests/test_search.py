@@ -16,7 +16,7 @@ from PIL import Image
 from fne_jax import search
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.index.search_index import build_index
-from fne_jax.model.model import restore_model
+from fne_jax.model.model import load_workdir
 from fne_jax.training import loop
 from tests.support import TOP
 from tests.support.tiny import LinearTowers, tiny_config
@@ -32,13 +32,13 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def linear_towers(monkeypatch):
-    restore = functools.partial(restore_model, module=LinearTowers())
-    monkeypatch.setattr(search, "restore_model", restore)
+    restore = functools.partial(load_workdir, module=LinearTowers())
+    monkeypatch.setattr(search, "load_workdir", restore)
 
 
 @pytest.fixture(scope="module")
 def model(workdir):
-    return restore_model(workdir, module=LinearTowers())
+    return load_workdir(workdir, module=LinearTowers())
 
 
 @pytest.fixture
@@ -240,8 +240,8 @@ def test_the_examples_of_the_docs_run(run, photos, tmp_path, monkeypatch, capsys
     (tmp_path / "runs").mkdir()
     run.rename(tmp_path / "runs" / "flickr30k")
     shutil.copy(photos / "03.png", tmp_path / "beach.jpg")
-    restore = functools.partial(restore_model, module=LinearTowers())
-    monkeypatch.setattr("fne_jax.model.model.restore_model", restore)
+    restore = functools.partial(load_workdir, module=LinearTowers())
+    monkeypatch.setattr("fne_jax.model.model.load_workdir", restore)
     names = {}
     exec(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1), names)
     assert names["hits"][0].name == "03.png" and names["rows"].shape == (2, 3)

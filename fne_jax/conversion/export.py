@@ -13,7 +13,7 @@ from fne_jax.encoders.pretrained_weights import save_pretrained
 from fne_jax.errors import UserError
 from fne_jax.evaluation.results import read_values
 from fne_jax.files import write_atomically
-from fne_jax.model.model import restore_model
+from fne_jax.model.model import load_workdir
 from fne_jax.objectives.learned_scalars import LEARNED, bias, temperature, towers_of
 
 _CARD = """---
@@ -53,7 +53,7 @@ def export(workdir: pathlib.Path, checkpoint: str, out: pathlib.Path) -> list[pa
     Raises:
       UserError: if the run is not there, or a projection of ours follows its encoders.
     """
-    model = restore_model(workdir, checkpoint)
+    model = load_workdir(workdir, checkpoint)
     config, module = model.config, model.module
     if config.encoder.projection_dim:
         raise UserError(

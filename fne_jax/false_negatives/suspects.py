@@ -20,7 +20,7 @@ from fne_jax.false_negatives.fitted_detector import FittedDetector
 from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY, write_likely_matches
 from fne_jax.false_negatives.unlabelled import UnlabelledPairs, unlabelled_pairs
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.model.model import Model, load_evaluation_split, restore_model
+from fne_jax.model.model import Model, load_evaluation_split, load_workdir
 from fne_jax.objectives.similarity_statistics import (
     SimilarityStatistics,
     update_similarity_statistics,
@@ -125,7 +125,7 @@ def judged_by_run(
       UserError: if the folder is not a run's, or the checkpoint, the split or the captions'
         embeddings cannot be read.
     """
-    model = restore_model(workdir, checkpoint)
+    model = load_workdir(workdir, checkpoint)
     return judged_by_model(model, workdir.resolve().name, split_name, caption_embeddings)
 
 

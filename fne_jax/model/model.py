@@ -1,6 +1,6 @@
 """The model as one object: module, parameters, tokenizer and image preprocessing.
 
-It is built from a config (`build_model`), restored from a run's workdir (`restore_model`), or taken
+It is built from a config (`build_model`), restored from a run's workdir (`load_workdir`), or taken
 from pretrained towers as they are (`pretrained_model`); and it embeds images, texts and splits.
 """
 
@@ -319,8 +319,8 @@ def initial_params(
     return params, image_emb.shape[-1]
 
 
-def restore_model(
-    workdir: pathlib.Path,
+def load_workdir(
+    workdir: str | os.PathLike,
     checkpoint: str | int = "best",
     *,
     module: nn.Module | None = None,
@@ -335,6 +335,7 @@ def restore_model(
     Raises:
       UserError: if the folder is not a run's, or the checkpoint is not there or damaged.
     """
+    workdir = pathlib.Path(files.expand_home(workdir))
     model = stored_model(workdir, module=module)
     with checkpoints.reader(workdir) as manager:
         step = checkpoints.find_step(manager, str(checkpoint))
@@ -367,19 +368,6 @@ def stored_model(
     architectures = towers.read_architectures(config.encoder, workdir)
     tokenizer = tokenizers.stored_tokenizer(workdir)
     return build_model(config, architectures, tokenizer, mesh, module=module)
-
-
-def load_workdir(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Model:
-    """Returns the model of a run, with its own preprocessing and tokenizer.
-
-    Args:
-      workdir: The folder of the run.
-      checkpoint: `best`, `latest` or a step.
-
-    Raises:
-      UserError: if the folder is not a run's, or the checkpoint is not there.
-    """
-    return restore_model(pathlib.Path(files.expand_home(workdir)), checkpoint)
 
 
 def pretrained_model(config: ml_collections.ConfigDict) -> Model:

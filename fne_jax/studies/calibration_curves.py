@@ -14,7 +14,7 @@ from fne_jax.false_negatives.detection_quality import RECALL, ranking_scores
 from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY
 from fne_jax.false_negatives.pair_features import SplitInputs, features
 from fne_jax.false_negatives.verdict_samples import Density
-from fne_jax.model.model import restore_model
+from fne_jax.model.model import load_workdir
 from fne_jax.studies import detector
 from fne_jax.studies.cells import Run
 from fne_jax.studies.summary import Estimate, over_seeds
@@ -68,7 +68,7 @@ def of_runs(runs: Sequence[Run], budgets: Sequence[int]) -> list[OfRun]:
     """
     found = []
     for run in runs:
-        model = restore_model(run.workdir, "latest")
+        model = load_workdir(run.workdir, "latest")
         train = model.load_split("train")
         split = detector.split_inputs(detector.embedded_evidence(model, train))
         found.append(of_split(split, train.truth.is_true, budgets, run.seed))

@@ -16,7 +16,7 @@ from fne_jax import configuration
 from fne_jax.evaluation import generality
 from fne_jax.evaluation.metrics import complete_metrics, retrieval_metrics
 from fne_jax.files import whole_folder, write_atomically
-from fne_jax.model.model import restore_model
+from fne_jax.model.model import load_workdir
 from fne_jax.studies import detector, match_lists, pretraining
 from fne_jax.studies.cells import Cell, Run
 from fne_jax.training.loop import train_and_evaluate
@@ -111,7 +111,7 @@ def measured(run: Run) -> dict[str, Any]:
     means over the steps after the warm-up, and what `detector.measure` gives; each where it is
     known.
     """
-    model = restore_model(run.workdir, "latest")
+    model = load_workdir(run.workdir, "latest")
     test = model.load_split("test")
     split = model.embed_split(test)
     result = retrieval_metrics(split.image_emb, split.text_emb, split.caption_image)

@@ -13,7 +13,7 @@ from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 from fne_jax.false_negatives import detectors, fitted_detector, pair_features, verdict_samples
 from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY, write_likely_matches
-from fne_jax.model.model import restore_model
+from fne_jax.model.model import load_workdir
 from fne_jax.studies import detector
 
 # What finds the matches: detectors that ask nobody, and one that is fitted to so many verdicts.
@@ -69,7 +69,7 @@ def write(wanted: MatchList) -> None:
     Raises:
       UserError: if the source cannot judge by these encoders, or the file cannot be written.
     """
-    model = restore_model(wanted.folder, "latest")
+    model = load_workdir(wanted.folder, "latest")
     train = model.load_split("train")
     evidence = detector.embedded_evidence(model, train)
     verdicts = _FITTED.fullmatch(wanted.source)

@@ -11,7 +11,7 @@ import numpy as np
 from fne_jax.evaluation.metric_names import DIRECTIONS
 from fne_jax.evaluation.ranked_lists import top_lists
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.model.model import restore_model
+from fne_jax.model.model import load_workdir
 from fne_jax.studies.cells import Run
 from fne_jax.studies.summary import Estimate, over_seeds
 
@@ -110,7 +110,7 @@ def systems_of(runs: Sequence[Run]) -> dict[int, list[EmbeddedSplit]]:
     found: dict[int, list[EmbeddedSplit]] = {}
     for run in runs:
         if of_cell[run.cell] == seeds:
-            model = restore_model(run.workdir, "latest")
+            model = load_workdir(run.workdir, "latest")
             split = model.embed_split(model.load_split("test"))
             found.setdefault(run.seed, []).append(split)
     return found

@@ -22,7 +22,7 @@ from fne_jax.data.sources.registry import load_split
 from fne_jax.encoders.dual_encoder import pool_mean_to_longest
 from fne_jax.errors import UserError
 from fne_jax.evaluation.results import read_values
-from fne_jax.model.model import restore_model
+from fne_jax.model.model import load_workdir
 from fne_jax.training.timeline import Phase, Timeline
 from tests.support.tiny import tiny_config
 
@@ -57,7 +57,7 @@ def converted(golden, config_path, tmp_path_factory):
 
 def test_the_authors_checkpoint_becomes_a_run(converted, golden):
     trajectory = golden / "trajectory"
-    restored = restore_model(converted, "best")
+    restored = load_workdir(converted, "best")
     assert restored.step == 3 and restored.config.fne.margin == pytest.approx(0.2)
     for params, prefix in (
         (restored.params, "final_"),

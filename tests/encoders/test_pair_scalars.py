@@ -122,7 +122,7 @@ def test_an_exported_pair_has_those_of_the_run(siglip, tmp_path, monkeypatch, le
         }
         model = model.with_params(model.params | {LEARNED: values})
         scale, bias = SCALE - learned[0], BIAS + learned[1]
-    monkeypatch.setattr(export, "restore_model", lambda *_: model)
+    monkeypatch.setattr(export, "load_workdir", lambda *_: model)
     export.export(tmp_path, "best", tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     source = load_file(siglip / "model.safetensors")

@@ -13,7 +13,7 @@ from fne_jax.data import captions
 from fne_jax.data.images.usable_images import read_ahead
 from fne_jax.errors import UserError
 from fne_jax.model import tokenizers
-from fne_jax.model.model import build_model, load_workdir, restore_model
+from fne_jax.model.model import build_model, load_workdir
 from fne_jax.parallel import sharding
 from fne_jax.training import loop
 from tests.support import TOP
@@ -135,7 +135,7 @@ def workdir(tmp_path_factory):
 
 
 def test_a_checkpoint_may_be_given_as_a_number(workdir, monkeypatch):
-    models = (restore_model(workdir, step, module=LinearTowers()) for step in (1, "2", "latest"))
+    models = (load_workdir(workdir, step, module=LinearTowers()) for step in (1, "2", "latest"))
     assert [model.step for model in models] == [1, 2, 2]
     monkeypatch.setenv("HOME", str(workdir.parent))
     with pytest.raises(UserError, match="there is no checkpoint '7'"):
@@ -149,9 +149,9 @@ compiled = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
 )
-from fne_jax.model.model import restore_model
+from fne_jax.model.model import load_workdir
 from tests.support.tiny import LinearTowers
-model = restore_model(pathlib.Path(sys.argv[1]), module=LinearTowers())
+model = load_workdir(pathlib.Path(sys.argv[1]), module=LinearTowers())
 print(len(compiled), "torch" in sys.modules, "tensorflow" in sys.modules)
 """
 

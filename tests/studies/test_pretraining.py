@@ -4,7 +4,7 @@ import pytest
 
 from fne_jax.data.sources import shapes_scenes
 from fne_jax.errors import UserError
-from fne_jax.model.model import restore_model
+from fne_jax.model.model import load_workdir
 from fne_jax.studies import pretraining
 from tests.support.runs import content_of
 from tests.support.tiny import tiny_config
@@ -50,7 +50,7 @@ def test_towers_learn_apart_and_are_stored_as_a_run(tmp_path, caplog):
     losses = [float(message.split()[-1]) for message in told]
     assert len(losses) == 4
     assert losses[1] < 0.8 * losses[0] and losses[3] < 0.8 * losses[2]
-    model = restore_model(folder)
+    model = load_workdir(folder)
     jax.tree.map(np.testing.assert_array_equal, model.params, model.momentum_params)
     stored = content_of(folder)
     pretraining.pretrain_towers(config, folder, 60)

@@ -15,7 +15,7 @@ from fne_jax.errors import Interrupted, UserError
 from fne_jax.evaluation import generality
 from fne_jax.model import checkpoints
 from fne_jax.model import model as model_lib
-from fne_jax.model.model import restore_model
+from fne_jax.model.model import load_workdir
 from fne_jax.objectives import registry
 from fne_jax.studies import cells, detector, execution, match_lists, schedule, summary
 from fne_jax.studies.cells import Cell
@@ -91,7 +91,7 @@ def test_a_run_from_a_shared_warm_up_equals_one_trained_alone(config_path, finis
 
     assert logged(tmp_path) == logged(run.workdir)
     # The warm-up ended inside of a window of three steps, and between two validations.
-    assert restore_model(run.warmup, "latest").step == 4
+    assert load_workdir(run.warmup, "latest").step == 4
 
 
 @pytest.mark.slow
@@ -119,7 +119,7 @@ def test_runs_that_know_of_matches_share_a_warm_up(config_path, monkeypatch, tmp
     with np.load(match_lists.MatchList(workdir / "fne" / "seed0", "similarity").path) as found:
         about = json.loads(str(found["about"]))
     # The run's last step, not the warm-up's.
-    assert about["step"] == restore_model(workdir / "fne" / "seed0", "latest").step > 4
+    assert about["step"] == load_workdir(workdir / "fne" / "seed0", "latest").step > 4
     assert "| clip:similarity@fne |" in (workdir / "study.md").read_text()
     rates = [result["sampled_false_negative_rate"] for result in (plain, similarity)]
     assert rates[0] != rates[1]
@@ -393,7 +393,7 @@ def test_the_weights_of_words_are_chosen_on_the_validation_split(
     weights, given = {"r1": 0.128, "map_at_r": -0.032}, []
     monkeypatch.setattr(generality, "choose_weights", lambda *split: given.append(split) or weights)
     result = execution.measured(runs[0])
-    model = restore_model(runs[0].workdir, "latest")
+    model = load_workdir(runs[0].workdir, "latest")
     val, test = model.load_split("val"), model.load_split("test")
     (chosen_by,) = given
     embedded = model.embed_split(val)
@@ -430,7 +430,7 @@ def test_estimates_are_those_of_a_t_test():
 
 def test_the_judged_candidates_are_those_of_the_memory(finished):
     workdir = finished[1] / "fne" / "seed0"
-    model = restore_model(workdir, "latest")
+    model = load_workdir(workdir, "latest")
     train = model.load_split("train")
     posterior, truth = detector.judged_candidates(model, train)
     queue = jax.device_get(model.queue)

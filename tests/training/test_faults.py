@@ -15,7 +15,7 @@ import pytest
 
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints
-from fne_jax.model.model import restore_model
+from fne_jax.model.model import load_workdir
 from fne_jax.parallel import processes
 from fne_jax.parallel.common_end import FailedElsewhereError
 from tests.support import TOP, faults
@@ -121,11 +121,11 @@ def test_a_folder_that_the_storage_refuses_is_not_told_as_damage(starts, monkeyp
 def test_a_folder_that_seems_to_be_missing_once_is_found(starts):
     workdir, towers = starts.untouched, LinearTowers()
     with faults.Operations(workdir) as operations:
-        restore_model(workdir, "latest", module=towers)
+        load_workdir(workdir, "latest", module=towers)
     asked = [o for o in operations.done if o[:2] == ("stat", "/checkpoints/3/state")]
     for operation in asked:
         with faults.Operations(workdir, operation, "EIO"):
-            assert restore_model(workdir, "latest", module=towers)
+            assert load_workdir(workdir, "latest", module=towers)
     assert len(asked) > 1
 
 
@@ -142,7 +142,7 @@ def test_what_another_process_cannot_read_ends_this_one_alike(
 ):
     monkeypatch.setattr(processes, "highest", lambda value: max(value, worst))
     with pytest.raises(kind, match=r"checkpoints/3 .*the log of another process tells") as raised:
-        restore_model(starts.untouched, "latest", module=LinearTowers())
+        load_workdir(starts.untouched, "latest", module=LinearTowers())
     assert type(raised.value) is kind and raised.value.exit_code == code
 
 

@@ -21,7 +21,7 @@ from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.encoders.transformer import TransformerLayer
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints
-from fne_jax.model.model import build_model, restore_model
+from fne_jax.model.model import build_model, load_workdir
 from fne_jax.parallel import sharding
 from fne_jax.training import loop
 from fne_jax.training.optimizer import learning_rate_factors
@@ -200,7 +200,7 @@ def test_a_run_on_kept_features_is_bit_identical(tmp_path, fields):
     assert [f.name.partition("-")[0] for f in folders] == ["image"] * 2 + ["text"] * 2
     written = {f: f.stat().st_mtime_ns for folder in folders for f in folder.iterdir()}
     # Evaluation reads what is there, and embeds as without it.
-    model, other = (restore_model(tmp_path / name, "latest") for name in ("kept", "plain"))
+    model, other = (load_workdir(tmp_path / name, "latest") for name in ("kept", "plain"))
     val = model.load_split("val")
     mine, theirs = model.embed_split(val), other.embed_split(val)
     np.testing.assert_array_equal(mine.image_emb, theirs.image_emb)

@@ -13,7 +13,7 @@ from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.sources.registry import load_split
 from fne_jax.errors import UserError
 from fne_jax.model import model as model_lib
-from fne_jax.model.model import build_model, restore_model
+from fne_jax.model.model import build_model, load_workdir
 from fne_jax.objectives import registry
 from fne_jax.objectives.learned_scalars import (
     BIAS_CHANGE,
@@ -143,7 +143,7 @@ def test_runs_keep_what_they_learned_and_hand_on_the_towers_alone(monkeypatch, t
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
     learned = ours.params[LEARNED]
     assert learned[LOG_TEMPERATURE_FACTOR] != 0
-    model = restore_model(whole, "latest")
+    model = load_workdir(whole, "latest")
     assert model.params[LEARNED] == learned
     assert model.embed_split(model.load_split("val")).image_emb.shape == (60, 16)
 

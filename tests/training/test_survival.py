@@ -23,7 +23,7 @@ import scipy.stats
 from fne_jax.data.batches import BatchOrder
 from fne_jax.errors import EnvironmentFailure, Interrupted, UserError
 from fne_jax.model import checkpoints
-from fne_jax.model.model import restore_model
+from fne_jax.model.model import load_workdir
 from fne_jax.objectives.similarity_statistics import GaussianStatistics, SimilarityStatistics
 from fne_jax.parallel import sharding
 from fne_jax.training import compiled_steps, loop
@@ -234,7 +234,7 @@ def test_arrays_other_than_the_saved_ones_are_told(own_run):
     changed = values["fingerprints"] | {"queue": values["fingerprints"]["queue"] ^ 1}
     position.write_text(json.dumps(values | {"fingerprints": changed}))
     with pytest.raises(UserError, match="14 is damaged: the arrays of 'queue' are not those"):
-        restore_model(own_run, "latest", module=LinearTowers())
+        load_workdir(own_run, "latest", module=LinearTowers())
     assert steps_of(own_run)[-1] == 14, "a reader moves nothing"
 
 

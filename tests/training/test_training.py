@@ -25,7 +25,7 @@ from fne_jax.data.sources.registry import load_split
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.model import model as model_lib
-from fne_jax.model.model import restore_model
+from fne_jax.model.model import load_workdir
 from fne_jax.objectives import registry
 from fne_jax.objectives.features import Features
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
@@ -404,7 +404,7 @@ def test_a_run_begins_with_another_runs_weights(whole_run, tmp_path, monkeypatch
 
     monkeypatch.setattr(model_lib, "build_module", towers)
     train(tmp_path, init_from=str(whole_run), num_epochs=0.2, optimizer__learning_rate=1e-9)
-    best, ours = restore_model(whole_run, "best"), restore_model(tmp_path, "latest")
+    best, ours = load_workdir(whole_run, "best"), load_workdir(tmp_path, "latest")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours.params, best.params)
     wider = {"encoder__text__mlp_width": 20, "init_from": str(whole_run)}
     with pytest.raises(UserError, match=r"text.*kernel.*: \(40, 16\) there, \(40, 20\) here"):

@@ -15,7 +15,7 @@ from fne_jax.false_negatives import kept_embeddings
 from fne_jax.false_negatives.judged_evaluation import EvaluationSample, first_results, pool
 from fne_jax.false_negatives.review_app.questions import Question
 from fne_jax.model import checkpoints
-from fne_jax.model.model import restore_model, stored_model
+from fne_jax.model.model import load_workdir, stored_model
 from fne_jax.parallel.compile_cache import use_compile_cache
 
 
@@ -63,7 +63,7 @@ def pool_of(
             )
         runs.append((folder, of_run))
     for folder, of_run in runs:
-        model = restore_model(folder, checkpoint)
+        model = load_workdir(folder, checkpoint)
         use_compile_cache(model.config.compile_cache)
         embedded, _ = kept_embeddings.embed(model, of_run, kept_path(folder, split))
         found.append(first_results(sample, embedded))
