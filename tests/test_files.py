@@ -3,7 +3,31 @@
 import pytest
 from etils import epath
 
-from fne_jax.files import whole_folder, write_atomically
+from fne_jax.errors import UserError
+from fne_jax.files import as_user_error, whole_folder, write_atomically
+
+
+@pytest.mark.parametrize(
+    ("advice", "error", "message", "exit_code"),
+    [
+        ("make room", OSError(28, "No space"), "a.txt: [Errno 28] No space; make room", 74),
+        ("", FileNotFoundError(2, "No such file"), "a.txt: [Errno 2] No such file", 2),
+        ("", ValueError("\nno JSON\nat all"), "a.txt: no JSON", 2),
+        ("", UserError("two\nlines"), "a.txt: two\nlines", 2),
+    ],
+)
+def test_an_error_is_told_with_its_file(advice, error, message, exit_code):
+    with (
+        pytest.raises(UserError) as told,
+        as_user_error("a.txt", advice, (OSError, ValueError, UserError)),
+    ):
+        raise error
+    assert str(told.value) == message and told.value.exit_code == exit_code
+
+
+def test_other_errors_pass():
+    with pytest.raises(ValueError, match="other"), as_user_error("a.txt"):
+        raise ValueError("other")
 
 
 @pytest.mark.parametrize("content", ["new\n", b"\x00new"])
