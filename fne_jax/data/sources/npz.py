@@ -86,38 +86,37 @@ def _captions(path, captions):
 
 def _owner(path, owner, captions, images):
     """Returns the [captions] int32 indices of the captions' images."""
-    if owner.shape != (captions,) or owner.dtype.kind not in "iu":
-        raise UserError(
-            f"{path}: caption_image: expected one index for each caption, an integer "
-            f"[{captions}], got {owner.dtype} {list(owner.shape)}"
-        )
-    if owner.min() < 0 or owner.max() >= images:
-        raise UserError(f"{path}: caption_image: expected indices from 0 to {images - 1}")
+    owner = _integers(path, "caption_image", owner, "caption", captions, images - 1)
     without = np.setdiff1d(np.arange(images), owner)
     if len(without):
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""
         raise UserError(
             f"{path}: caption_image: images[{without[0]}]{more} has no caption; each needs one"
         )
-    return owner.astype(np.int32)
+    return owner
 
 
 def _image_ids(path, image_id, images):
     """Returns the [images] int32 ids of the images, which are numbered where none are given."""
     if image_id is None:
         return np.arange(images, dtype=np.int32)
-    most = np.iinfo(np.int32).max
-    if image_id.shape != (images,) or image_id.dtype.kind not in "iu":
-        raise UserError(
-            f"{path}: image_id: expected one number for each image, an integer [{images}], got "
-            f"{image_id.dtype} {list(image_id.shape)}"
-        )
-    if image_id.min() < 0 or image_id.max() > most:
-        raise UserError(f"{path}: image_id: expected numbers from 0 to {most}")
+    image_id = _integers(path, "image_id", image_id, "image", images, np.iinfo(np.int32).max)
     numbers, counts = np.unique(image_id, return_counts=True)
     if counts.max() > 1:
         raise UserError(
             f"{path}: image_id: {numbers[counts.argmax()]} is there {counts.max()} times; ids must "
             "be unique"
         )
-    return image_id.astype(np.int32)
+    return image_id
+
+
+def _integers(path, name, values, each, count, most):
+    """Returns [count] whole numbers from 0 to the largest allowed as int32."""
+    if values.shape != (count,) or values.dtype.kind not in "iu":
+        raise UserError(
+            f"{path}: {name}: expected one number for each {each}, an integer [{count}], got "
+            f"{values.dtype} {list(values.shape)}"
+        )
+    if values.min() < 0 or values.max() > most:
+        raise UserError(f"{path}: {name}: expected numbers from 0 to {most}")
+    return values.astype(np.int32)

@@ -36,9 +36,9 @@ def test_arrays_are_taken_as_they_are(tmp_path):
     [
         ({"images": IMAGES.astype(np.float32)}, r"expected uint8 .* got float32 \[3, 8, 8, 3\]"),
         ({"images": IMAGES[:, :4]}, r"\[images, 8, 8, 3\] .*image_size\), got uint8 \[3, 4, 8, 3"),
-        ({"caption_image": np.array([2, 0, 1])}, "expected one index for each caption"),
-        ({"caption_image": np.array([2, 0, 1, 3])}, "expected indices from 0 to 2"),
-        ({"caption_image": np.array([2, 0, 1, -1])}, "expected indices from 0 to 2"),
+        ({"caption_image": np.array([2, 0, 1])}, "expected one number for each caption"),
+        ({"caption_image": np.array([2, 0, 1, 3])}, "expected numbers from 0 to 2"),
+        ({"caption_image": np.array([2, 0, 1, -1])}, "expected numbers from 0 to 2"),
         ({"caption_image": np.array([2.0, 0, 1, 2])}, r"an integer \[4\], got float64"),
         ({"caption_image": np.array([2, 0, 0, 2])}, r"images\[1\] has no caption"),
         ({"caption_image": np.array([0, 0, 0, 0])}, r"images\[1\] and 1 more has no caption"),
