@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fne_jax import files, train
-from fne_jax.data import loading
+from fne_jax.data.sources import registry
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints
 from fne_jax.model import model as model_lib
@@ -113,7 +113,7 @@ def test_a_dry_run_finds_what_the_run_would(tmp_path, whole_run, monkeypatch):
 
 
 def changed_split(monkeypatch, name, change):
-    load = loading.load_split
+    load = registry.load_split
 
     def changed(data, image_size, split):
         dataset = load(data, image_size, split)
