@@ -343,7 +343,7 @@ class _Pages:
 
 def _environment():
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fne_jax.review_app"),
+        loader=jinja2.PackageLoader("fne_jax.false_negatives.review_app"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -356,7 +356,7 @@ def _environment():
 
 @functools.cache
 def _static_files() -> dict[str, bytes]:
-    package = importlib.resources.files("fne_jax.review_app")
+    package = importlib.resources.files("fne_jax.false_negatives.review_app")
     files = {file.name: file.read_bytes() for file in (package / "static").iterdir()}
     return files | {"palette.css": html.palette().encode()}
 
