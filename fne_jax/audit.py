@@ -13,9 +13,16 @@ import pathlib
 from fne_jax import command_line, configuration
 from fne_jax.data import match_files
 from fne_jax.errors import UserError
-from fne_jax.false_negatives import audit_pages, suspect_options, suspects, verdict_fitting
+from fne_jax.false_negatives import (
+    audit_pages,
+    judged_split,
+    suspect_options,
+    suspects,
+    verdict_fitting,
+)
 from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY
-from fne_jax.false_negatives.verdict_store import VerdictStore, store_path
+from fne_jax.false_negatives.verdict_store import VerdictStore, read_any, store_path
+from fne_jax.model.model import load_workdir
 
 # Pairs of each caption and of each image that are looked at for training.
 _MATCHES_PER_QUERY = 100
@@ -26,23 +33,25 @@ def main(arguments: list[str]) -> None:
     options, overrides = _parse(arguments)
     if options.out is not None and pathlib.Path(options.out).is_file():
         raise UserError(f"--out={options.out} is a file; expected a folder")
-    theirs = suspect_options.caption_embeddings(options)
     fitting = options.verdicts is not None and options.fitted is not None
     # Read before the split is embedded, which may take long.
     fitted = None if fitting else suspect_options.read_fitted(options)
     if options.workdir is not None:
         workdir = pathlib.Path(options.workdir)
-        judged = suspects.judged_by_run(
-            workdir, options.checkpoint or "best", options.split, theirs
-        )
+        model = load_workdir(workdir, options.checkpoint or "best")
+        name, theirs = workdir.resolve().name, options.caption_embeddings
+        judged = judged_split.judged_by_model(model, name, options.split, theirs)
         out = pathlib.Path(options.out or workdir / f"audit_{options.split}")
     else:
         config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
         folder, out = pathlib.Path(options.embeddings), pathlib.Path(options.out or "")
-        judged = suspects.judged_by_embeddings(folder, config, options.split, theirs)
+        judged = judged_split.judged_by_embeddings(
+            folder, config, options.split, options.caption_embeddings
+        )
     said = None
     if options.verdicts is not None:
-        said = verdict_fitting.read_said(judged, pathlib.Path(options.verdicts))
+        verdicts = read_any(pathlib.Path(options.verdicts), judged.dataset, options.split)
+        said = verdict_fitting.said_of(judged, verdicts)
         print(verdict_fitting.describe_density(said))
     if fitting:
         judged = verdict_fitting.fit_and_write(judged, said, pathlib.Path(options.fitted))

@@ -16,22 +16,17 @@ import pathlib
 from typing import Any
 
 import jax
-import ml_collections
 
 from fne_jax import command_line, configuration
-from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 from fne_jax.evaluation import embedding_files, protocols, results
 from fne_jax.false_negatives import judged_evaluation
-from fne_jax.false_negatives.suspects import judged_by_embeddings
+from fne_jax.false_negatives.judged_split import judged_by_embeddings
 from fne_jax.false_negatives.verdict_store import read_any
-from fne_jax.files import as_user_error
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.model.model import Model, load_workdir, pretrained_model
-from fne_jax.objectives.similarity_statistics import SimilarityStatistics
+from fne_jax.model.model import load_workdir, pretrained_model
 from fne_jax.parallel import processes
 from fne_jax.parallel.compile_cache import use_compile_cache
-from fne_jax.report.in_words import what_was_learnt
 from fne_jax.training import metric_log
 
 # Where the model comes from; the options that each of these takes.
@@ -46,40 +41,22 @@ _USUAL = {"split": "test", "checkpoint": "best", "weights": "online"}
 _log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scored:
-    """A split to score, and what is known of it.
-
-    Attributes:
-      about: What the report says of it, with `name`, what a page calls it.
-      embedded: The embeddings.
-      dataset: The split itself; None if only its embeddings are there.
-      config: The config of the run, or of the data.
-      stats: The similarity statistics, on the host.
-    """
-
-    about: dict[str, Any]
-    embedded: EmbeddedSplit
-    dataset: PairDataset | None = None
-    config: ml_collections.ConfigDict | None = None
-    stats: SimilarityStatistics | None = None
-
-
 def main(arguments: list[str]) -> None:
     """Parses the command line, evaluates, prints the table and writes the report."""
     options, overrides = _parse(arguments)
     source = _source(options, overrides)
     json_path, page_path = _paths(options)
     processes.initialize(options)
-    scored = {"workdir": _of_run, "init": _of_pretrained, "embeddings": _of_embeddings}[source](
-        options, overrides
-    )
+    of = {"workdir": _of_run, "init": _of_pretrained, "embeddings": _of_embeddings}[source]
+    split, about = of(options, overrides)
     if jax.process_index() == 0:
-        measured = _report(scored, json_path, options)
+        measured = _report(split, about, json_path, options)
         if page_path is not None:
-            _write_page(page_path, scored, measured, options)
-        if source == "workdir":
-            _print_what_was_learnt(scored, measured, options)
+            _write_page(page_path, split, measured, options)
+        if source == "workdir" and "t2i_r1" in measured:  # not with a protocol of folds alone
+            values = {name: one.value for name, one in measured.items()}
+            log = metric_log.read_metrics(pathlib.Path(options.workdir))
+            print("", *results.what_was_learnt(values, log, len(split.image_emb)), sep="\n")
 
 
 def _parse(arguments):
@@ -215,55 +192,55 @@ def _evaluation_name(options: argparse.Namespace) -> str:
     return "_".join([chosen["split"], *rest])
 
 
-def _of_run(options: argparse.Namespace, overrides: list[str]) -> _Scored:
+def _of_run(
+    options: argparse.Namespace, overrides: list[str]
+) -> tuple[EmbeddedSplit, dict[str, Any]]:
+    """Returns a split as a run embeds it, and what the report says of it."""
     del overrides
     workdir = pathlib.Path(options.workdir)
     model = load_workdir(workdir, options.checkpoint or _USUAL["checkpoint"])
     weights = options.weights or _USUAL["weights"]
-    scored = _embedded(model, model.momentum() if weights == "momentum" else model, options)
-    about = {"name": workdir.resolve().name, **scored.about, "weights": weights}
-    return dataclasses.replace(scored, about=about, stats=jax.device_get(model.stats))
+    model = model.momentum() if weights == "momentum" else model
+    return _embedded(model, workdir.resolve().name, weights, options)
 
 
-def _of_pretrained(options: argparse.Namespace, overrides: list[str]) -> _Scored:
-    config = configuration.load_config(options.config, overrides)
-    model = pretrained_model(config)
-    scored = _embedded(model, model, options)
+def _of_pretrained(options, overrides):
+    """Returns the same of towers that were not trained."""
+    model = pretrained_model(configuration.load_config(options.config, overrides))
     name = f"pretrained, {pathlib.Path(options.config).stem}"
-    return dataclasses.replace(scored, about={"name": name, **scored.about, "weights": "online"})
+    split, about = _embedded(model, name, "online", options)
+    return dataclasses.replace(split, step=None), about
 
 
-def _embedded(model: Model, embedding: Model, options: argparse.Namespace) -> _Scored:
-    """Returns a split as a model, or one with other weights, embeds it."""
-    name = options.split or _USUAL["split"]
+def _embedded(model, name, weights, options):
+    split_name = options.split or _USUAL["split"]
     use_compile_cache(model.config.compile_cache)
-    dataset = model.load_split(name)
+    dataset = model.load_split(split_name)
     protocols.check_suits(options.protocol, dataset.image_id, dataset.caption_id)
-    about = {"split": name, "step": model.step}
-    return _Scored(about, embedding.embed_split(dataset), dataset, model.config)
+    split = dataclasses.replace(model.embed_split(dataset), name=name, split_name=split_name)
+    return split, {"name": name, "split": split_name, "step": model.step, "weights": weights}
 
 
-def _of_embeddings(options: argparse.Namespace, overrides: list[str]) -> _Scored:
+def _of_embeddings(options, overrides):
+    """Returns the same of anyone's embeddings."""
     folder = pathlib.Path(options.embeddings)
-    about = {"name": folder.resolve().name, "embeddings": options.embeddings}
+    name = folder.resolve().name
+    about = {"name": name, "embeddings": options.embeddings}
     if options.config is None:
-        split = embedding_files.read_embeddings(folder)
-        protocols.check_suits(options.protocol, split.image_id, split.caption_id)
-        return _Scored(about, split)
-    config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
-    judged = judged_by_embeddings(folder, config, options.split or _USUAL["split"])
-    protocols.check_suits(options.protocol, judged.embedded.image_id, judged.embedded.caption_id)
-    about["split"] = judged.split_name
-    return _Scored(about, judged.embedded, judged.dataset, config, judged.stats)
+        split = dataclasses.replace(embedding_files.read_embeddings(folder), name=name)
+    else:
+        config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
+        split = judged_by_embeddings(folder, config, options.split or _USUAL["split"])
+        about["split"] = split.split_name
+    protocols.check_suits(options.protocol, split.image_id, split.caption_id)
+    return split, about
 
 
-def _report(scored: _Scored, path: pathlib.Path | None, options: argparse.Namespace):
+def _report(split: EmbeddedSplit, about, path: pathlib.Path | None, options: argparse.Namespace):
     """Writes the dump, prints the table and writes the report; returns what was measured."""
-    split, about = scored.embedded, scored.about
-    judged = {} if options.verdicts is None else _judged(scored, options)
+    judged = {} if options.verdicts is None else _judged(split, about, options)
     if options.dump is not None:
-        folder = pathlib.Path(options.dump)
-        embedding_files.write_embeddings(folder, split, scored.dataset)
+        embedding_files.write_embeddings(pathlib.Path(options.dump), split)
     measured, left_out = protocols.measure(split, options.protocol)
     measured |= judged
     about |= {"images": len(split.image_emb), "captions": len(split.text_emb)}
@@ -280,48 +257,34 @@ def _report(scored: _Scored, path: pathlib.Path | None, options: argparse.Namesp
     return measured
 
 
-def _judged(scored: _Scored, options: argparse.Namespace) -> dict[str, protocols.Measurement]:
+def _judged(split, about, options) -> dict[str, protocols.Measurement]:
     """Returns the metrics by verdicts, and notes in the report what they are of."""
-    path, dataset = pathlib.Path(options.verdicts), scored.dataset
-    verdicts = read_any(path, dataset, scored.about["split"])
-    with as_user_error(f"--verdicts={path}", errors=UserError):
+    path = pathlib.Path(options.verdicts)
+    verdicts = read_any(path, split.dataset, split.split_name)
+    try:
         sample = judged_evaluation.find_sample(verdicts, options.sample)
-        measured = judged_evaluation.measure_judged(sample, scored.embedded, dataset, verdicts)
-    scored.about["verdicts"] = {"sample": sample.name, "number": len(verdicts)}
+        measured = judged_evaluation.measure_judged(sample, split, verdicts)
+    except UserError as error:
+        raise UserError(f"--verdicts={path}: {error}") from error
+    about["verdicts"] = {"sample": sample.name, "number": len(verdicts)}
     return measured
 
 
-def _write_page(path: pathlib.Path, scored: _Scored, measured, options: argparse.Namespace) -> None:
+def _write_page(path: pathlib.Path, split: EmbeddedSplit, measured, options) -> None:
     try:
         # Kept out of the module's imports: matplotlib and Jinja2 may be missing.
-        from fne_jax.report.run_report import Evaluated, write_run_report
+        from fne_jax.report.run_report import write_run_report
     except ImportError as error:
         _log.warning("no %s: pip install %s", path.name, error.name)
         return
-    about, log = scored.about, []
+    metrics, of_run = {key: one.as_json() for key, one in measured.items()}, {}
     if options.workdir is not None:
-        log = metric_log.read_metrics(pathlib.Path(options.workdir))
-    evaluated = Evaluated(
-        name=about["name"],
-        metrics={key: one.as_json() for key, one in measured.items()},
-        embedded=scored.embedded,
-        split=about.get("split", ""),
-        step=about.get("step") if options.init is None else None,
-        weights=about.get("weights", ""),
-        dataset=scored.dataset,
-        config=scored.config,
-        stats=scored.stats,
-        log=log,
-    )
-    write_run_report(path, evaluated)
+        of_run["weights"] = options.weights or _USUAL["weights"]
+        of_run["log"] = metric_log.read_metrics(pathlib.Path(options.workdir))
+    elif options.init is not None:
+        of_run["weights"] = "online"
+    write_run_report(path, split, metrics, **of_run)
     print(f"written to {path}")
-
-
-def _print_what_was_learnt(scored: _Scored, measured, options: argparse.Namespace) -> None:
-    values = {name: one.value for name, one in measured.items()}
-    log = metric_log.read_metrics(pathlib.Path(options.workdir))
-    if "t2i_r1" in values:  # not with a protocol of folds alone
-        print("", *what_was_learnt(values, log, len(scored.embedded.image_emb)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -10,39 +10,24 @@ python -m fne_jax.review --for-evaluation runs/a runs/b runs/c --split=test
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import getpass
 import os
 import pathlib
 import socket
-from collections.abc import Sequence
+from typing import Any
 
 from fne_jax import command_line
 from fne_jax.data import verdicts as verdicts_lib
-from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.false_negatives import suspect_options, suspects
 from fne_jax.false_negatives.judged_evaluation import FIRST, EvaluationSample
-from fne_jax.false_negatives.review_app.evaluation_questions import kept_path, pool_of
-from fne_jax.false_negatives.review_app.questions import Question, Questions
-from fne_jax.false_negatives.review_app.sample_questions import questions_of_sample
-from fne_jax.false_negatives.review_app.suspect_questions import questions_of
+from fne_jax.false_negatives.judged_split import judged_by_model
+from fne_jax.false_negatives.review_app import question_sources
+from fne_jax.false_negatives.review_app.questions import Questions
 from fne_jax.false_negatives.verdict_store import VerdictStore, store_path
-from fne_jax.index.split_search import SplitSearch
 from fne_jax.model.model import load_evaluation_split, load_workdir, stored_model
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.training.interruption import stop_signals
-
-
-@dataclasses.dataclass(frozen=True)
-class _Asked:
-    """What is asked: a title, a line on where it is from, the split, and what searches it."""
-
-    title: str
-    about: str
-    dataset: PairDataset
-    questions: Sequence[Question]
-    search: SplitSearch | None
 
 
 def main(arguments: list[str]) -> None:
@@ -191,21 +176,17 @@ def _serve(options: argparse.Namespace, workdir: pathlib.Path, path: pathlib.Pat
         asked = (_suspects if options.for_evaluation is None else _evaluation)(options, workdir)
         with VerdictStore(path) as store:
             review = Review(
-                title=asked.title,
-                about=asked.about,
+                **asked,
                 split=options.split,
-                dataset=asked.dataset,
-                questions=Questions(asked.dataset, asked.questions),
                 store=store,
                 reviewer=options.reviewer.strip(),
-                search=asked.search,
             )
             before = len(store.last(options.split))
             url = serving.address(options.host, bound)
 
             def tell() -> None:
                 counted = f"{len(review.questions):,} pairs to judge, {before:,} verdicts in {path}"
-                print(f"{asked.about}\n{counted}\nopen {url} (Ctrl-C ends it)", flush=True)
+                print(f"{review.about}\n{counted}\nopen {url} (Ctrl-C ends it)", flush=True)
 
             app = create_app(review, {options.host, socket.gethostname()})
             signal_number = serving.serve(app, bound, stop_signals(), tell)
@@ -217,40 +198,47 @@ def _serve(options: argparse.Namespace, workdir: pathlib.Path, path: pathlib.Pat
     )
 
 
-def _suspects(options: argparse.Namespace, workdir: pathlib.Path) -> _Asked:
-    """Returns the suspects of a run, or a sample of all pairs, and what searches its split."""
+def _suspects(options: argparse.Namespace, workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns a review's fields that tell of a run's suspects, or of a sample of all pairs."""
     # Read before the split is embedded, which may take long.
     fitted = suspect_options.read_fitted(options)
     model = load_workdir(workdir, options.checkpoint)
     use_compile_cache(model.config.compile_cache)
-    theirs = suspect_options.caption_embeddings(options)
-    kept = kept_path(workdir, options.split)
-    judged = suspects.judged_by_model(model, workdir.resolve().name, options.split, theirs, kept)
+    kept = question_sources.kept_path(workdir, options.split)
+    name = workdir.resolve().name
+    judged = judged_by_model(model, name, options.split, options.caption_embeddings, kept)
     judged = suspect_options.with_fitted(judged, fitted)
     if options.sample is None:
         found = suspect_options.find(options, judged)
         about = suspects.describe(judged, found, {}).replace("\n", "; ")
-        questions = questions_of(judged, found, options.limit)
+        questions = question_sources.questions_of_suspects(judged, found, options.limit)
     else:
-        questions = questions_of_sample(judged, options.sample, options.seed)
+        questions = question_sources.questions_of_sample(judged, options.sample, options.seed)
         about = f"a random sample of {len(questions):,} pairs, seed {options.seed}"
-    return _Asked(
-        judged.name,
-        about,
-        judged.dataset,
-        questions,
-        SplitSearch(model.embed_texts, judged.embedded),
-    )
+    return {
+        "title": name,
+        "about": about,
+        "dataset": judged.dataset,
+        "questions": Questions(judged.dataset, questions),
+        "embedded": judged,
+        "embed_texts": model.embed_texts,
+    }
 
 
-def _evaluation(options: argparse.Namespace, workdir: pathlib.Path) -> _Asked:
-    """Returns what several systems find first; without a search, whose model would be one's."""
+def _evaluation(options: argparse.Namespace, workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns the same of what several systems find first; a search's model would be one's."""
     del workdir
     sample = EvaluationSample(options.first, options.queries, options.seed)
     systems = [pathlib.Path(run) for run in options.for_evaluation]
-    pooled = pool_of(systems, options.checkpoint, options.split, sample)
-    title = f"evaluation of {len(systems)} systems"
-    return _Asked(title, pooled.about, pooled.dataset, pooled.questions, None)
+    dataset, questions, about = question_sources.questions_for_evaluation(
+        systems, options.checkpoint, options.split, sample
+    )
+    return {
+        "title": f"evaluation of {len(systems)} systems",
+        "about": about,
+        "dataset": dataset,
+        "questions": Questions(dataset, questions),
+    }
 
 
 if __name__ == "__main__":

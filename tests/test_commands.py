@@ -14,6 +14,7 @@ import urllib.request
 
 import numpy as np
 import pytest
+from fne_jax.false_negatives.review_app.evaluation_questions import pool_of
 
 from fne_jax import audit, evaluate, prepare, review, search, train
 from fne_jax.configuration import read_config
@@ -23,7 +24,6 @@ from fne_jax.evaluation.embedding_files import read_embeddings_of
 from fne_jax.evaluation.results import read_values
 from fne_jax.false_negatives import audit_pages, suspects
 from fne_jax.false_negatives.judged_evaluation import EvaluationSample
-from fne_jax.false_negatives.review_app.evaluation_questions import pool_of
 from fne_jax.false_negatives.review_app.questions import Question
 from fne_jax.model.model import load_evaluation_split
 from tests.support import TOP

@@ -10,8 +10,8 @@ import numpy as np
 
 from fne_jax.benchmarks.timing import machine, median_seconds, peak_memory_bytes
 from fne_jax.errors import UserError
-from fne_jax.evaluation.blocks import BLOCK_ROWS
 from fne_jax.evaluation.metrics import retrieval_metrics
+from fne_jax.evaluation.top_k import BLOCK_ROWS
 from fne_jax.objectives.similarity_statistics import cosine
 
 

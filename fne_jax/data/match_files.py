@@ -6,7 +6,6 @@ images and captions by their ids, so that it holds however the dataset is prepar
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
@@ -27,30 +27,10 @@ _ABOUT, _CAPTIONS = "about", "captions_checksum"
 _ARRAYS = {"caption_id": np.int64, "image_id": np.int64, "probability": np.float16}
 
 
-@dataclasses.dataclass(frozen=True)
-class KnownPairs:
-    """Pairs of a split that match, beside the labelled ones.
-
-    Attributes:
-      caption: [pairs] int64 index of each pair's caption.
-      image: [pairs] int64 index of each pair's image.
-    """
-
-    caption: np.ndarray
-    image: np.ndarray
-
-    @property
-    def checksum(self) -> str:
-        """16 hexadecimal digits over the pairs, in whatever order they came."""
-        pairs = np.unique(np.stack([self.caption, self.image], axis=1).astype(np.int64), axis=0)
-        return hashlib.sha256(pairs.tobytes()).hexdigest()[:16]
-
-
 def write_match_list(
     path: pathlib.Path,
     dataset: PairDataset,
-    pairs: KnownPairs,
-    probability: np.ndarray,
+    pairs: Pairs,
     about: Mapping[str, Any],
 ) -> None:
     """Writes a list of pairs that a detector takes for matches.
@@ -58,8 +38,7 @@ def write_match_list(
     Args:
       path: The file, which ends in `.npz`.
       dataset: The split that the pairs are of.
-      pairs: The pairs.
-      probability: [pairs] of each being a match.
+      pairs: The pairs and their probability.
       about: What made the list, for people: detector, run and the like.
 
     Raises:
@@ -70,7 +49,7 @@ def write_match_list(
         content,
         caption_id=dataset.caption_id[pairs.caption].astype(np.int64),
         image_id=dataset.image_id[pairs.image].astype(np.int64),
-        probability=np.asarray(probability, np.float16),
+        probability=np.asarray(pairs.probability, np.float16),
         captions_checksum=_captions_checksum(dataset),
         about=json.dumps(dict(about)),
     )
@@ -81,7 +60,7 @@ def write_match_list(
         raise UserError(f"{path}: cannot be written: {error}") from error
 
 
-def read_match_list(path: pathlib.Path, dataset: PairDataset) -> KnownPairs:
+def read_match_list(path: pathlib.Path, dataset: PairDataset) -> Pairs:
     """Returns the pairs of a list that `write_match_list` wrote.
 
     Args:
@@ -115,7 +94,7 @@ def read_match_list(path: pathlib.Path, dataset: PairDataset) -> KnownPairs:
             f"{path} is about other captions than those of the split; make it from a run on the "
             "same data"
         )
-    return KnownPairs(
+    return Pairs(
         _rows(path, "caption_id", arrays["caption_id"], dataset.caption_id),
         _rows(path, "image_id", arrays["image_id"], dataset.image_id),
     )

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.pairs import SPLITS, PairDataset
 from fne_jax.data.spreadsheet import cell_text, safe_cell
 from fne_jax.errors import UserError
@@ -115,7 +116,7 @@ def read_verdicts(
     last: dict[tuple[str, int, int, str], tuple[float, Verdict]] = {}
     for line, cells in _read(path):
         try:
-            verdict, moment = _verdict(cells)
+            verdict, seconds = _verdict(cells)
             if split is not None and verdict.split != split:
                 others[verdict.split] += 1
                 continue
@@ -124,9 +125,9 @@ def read_verdicts(
         except ValueError as error:
             raise UserError(f"{path}, line {line}: {error}") from error
         key = (verdict.split, verdict.image_id, verdict.caption_id, verdict.reviewer)
-        if key not in last or moment >= last[key][0]:
+        if key not in last or seconds >= last[key][0]:
             last.pop(key, None)  # so that the order is that of what counts
-            last[key] = moment, verdict
+            last[key] = seconds, verdict
     if split is not None and not last:
         refuse_other_splits(path, split, others)
     return [verdict for _, verdict in last.values()]
@@ -173,8 +174,8 @@ def agreed(verdicts: Iterable[Verdict]) -> list[Verdict]:
     return found
 
 
-def rows_of(verdicts: Sequence[Verdict], dataset: PairDataset) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the [n] int64 rows of the verdicts' captions and those of their images.
+def pairs_of(verdicts: Sequence[Verdict], dataset: PairDataset) -> Pairs:
+    """Returns the [n] pairs that verdicts are on, in the split's rows.
 
     Args:
       verdicts: [n] verdicts on pairs of the dataset.
@@ -191,7 +192,7 @@ def rows_of(verdicts: Sequence[Verdict], dataset: PairDataset) -> tuple[np.ndarr
         raise UserError(f"verdict: {error}") from error
     caption = [rows.caption[verdict.caption_id] for verdict in verdicts]
     image = [rows.image[verdict.image_id] for verdict in verdicts]
-    return np.array(caption, np.int64), np.array(image, np.int64)
+    return Pairs(np.array(caption, np.int64), np.array(image, np.int64))
 
 
 class _Rows:
@@ -292,21 +293,26 @@ def _verdict(cells) -> tuple[Verdict, float]:
     if values["split"] not in SPLITS:
         raise ValueError(f"split is {values['split']!r}; expected one of {', '.join(SPLITS)}")
     verdict = Verdict(**{"source_image_id": "", **values})
-    return verdict, _moment(verdict.time)
+    return verdict, moment(verdict.time)
 
 
-def _moment(time):
+def moment(time: str) -> float:
+    """Returns when a verdict was given, in seconds; before all others where that is not known.
+
+    Raises:
+      ValueError: if the text is no time with an offset.
+    """
     if not time:
         return -math.inf
     try:
-        moment = datetime.datetime.fromisoformat(time)
+        parsed = datetime.datetime.fromisoformat(time)
     except ValueError:
-        moment = None
-    if moment is None or moment.tzinfo is None:
+        parsed = None
+    if parsed is None or parsed.tzinfo is None:
         raise ValueError(
             f"time is {time!r}; expected ISO 8601 with its offset, such as 2026-05-04T12:30:00Z"
         )
-    return moment.timestamp()
+    return parsed.timestamp()
 
 
 def _text(name, value):

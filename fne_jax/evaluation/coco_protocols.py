@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from fne_jax.errors import UserError
 from fne_jax.evaluation.metrics import QueryScores, match_scores
-from fne_jax.evaluation.ranked_lists import Matches
 from fne_jax.evaluation.ranks import check_embeddings
 from fne_jax.model.embedded_split import EmbeddedSplit
 
@@ -61,13 +60,13 @@ def extended_scores(split: EmbeddedSplit, source: str) -> dict[str, QueryScores]
     matching = {"eccv": truth.eccv_gts, "cxc": truth.cxc_gts}[source]
     split = split.part(*test_rows(split.image_id, split.caption_id, source))
     check_embeddings(split.image_emb, split.text_emb)
-    image_queries, i2t = _matches(matching["i2t"], split.image_id, split.caption_id)
-    text_queries, t2i = _matches(matching["t2i"], split.caption_id, split.image_id)
+    rows, mask, count = _matches(matching["i2t"], split.image_id, split.caption_id)
+    i2t = match_scores(split.image_emb[rows], split.text_emb, mask, rows, count)
+    rows, mask, count = _matches(matching["t2i"], split.caption_id, split.image_id)
+    image = split.caption_image[rows]
     return {
-        "i2t": match_scores(split.image_emb[image_queries], split.text_emb, i2t, image_queries),
-        "t2i": match_scores(
-            split.text_emb[text_queries], split.image_emb, t2i, split.caption_image[text_queries]
-        ),
+        "i2t": i2t,
+        "t2i": match_scores(split.text_emb[rows], split.image_emb, mask, image, count),
     }
 
 
@@ -121,12 +120,15 @@ def _rows(kind, ids, wanted, protocol):
     return rows
 
 
-def _matches(
-    matching: Mapping[int, list[int]], query_ids: np.ndarray, gallery_ids: np.ndarray
-) -> tuple[np.ndarray, Matches]:
-    """Returns the rows of the queries that have matches, and the matches as gallery rows."""
-    row = {number: index for index, number in enumerate(gallery_ids.tolist())}
+def _matches(matching, query_ids, item_ids):
+    """Returns the rows of the queries that have matches, these as a mask, and their numbers.
+
+    The mask is [queries, items] bool, and the numbers count matches that are no items as well.
+    """
+    row = {number: index for index, number in enumerate(item_ids.tolist())}
     queries = [index for index, number in enumerate(query_ids.tolist()) if number in matching]
+    mask = np.zeros((len(queries), len(item_ids)), bool)
     lists = [set(matching[number]) for number in query_ids[queries].tolist()]
-    rows = [np.array([row[i] for i in ids if i in row], int) for ids in lists]
-    return np.array(queries), Matches(rows, np.array([len(ids) for ids in lists]))
+    for query, ids in enumerate(lists):
+        mask[query, [row[one] for one in ids if one in row]] = True
+    return np.array(queries), mask, np.array([len(ids) for ids in lists])

@@ -12,6 +12,7 @@ One more is written and never read: `top50.npz` with `i2t` [images, 50] rows of 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -24,8 +25,8 @@ import numpy as np
 
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
-from fne_jax.evaluation.ranked_lists import top_lists
-from fne_jax.files import as_user_error, write_atomically
+from fne_jax.evaluation.top_k import top_k
+from fne_jax.files import write_atomically
 from fne_jax.model.embedded_split import EmbeddedSplit
 
 TOP = 50
@@ -44,27 +45,26 @@ _ARRAYS = ("matches", "caption_id", "image_id", "caption_image", "text_embedding
 _ARRAYS += ("image_embeddings",)
 
 
-def write_embeddings(
-    folder: pathlib.Path, split: EmbeddedSplit, dataset: PairDataset | None
-) -> None:
+def write_embeddings(folder: pathlib.Path, split: EmbeddedSplit) -> None:
     """Writes a split's files; those of an older dump in the same folder go before.
 
     Args:
       folder: The folder to write into; it is created if need be.
-      split: What to write.
-      dataset: The split's dataset, for the names of images and captions; None if there is none.
+      split: What to write, with the names of images and captions if it has its dataset.
 
     Raises:
       UserError: if the folder cannot be written to.
     """
-    i2t, i2t_similarity = top_lists(split.image_emb, split.text_emb, TOP)
-    t2i, t2i_similarity = top_lists(split.text_emb, split.image_emb, TOP)
+    i2t, i2t_similarity = top_k(split.image_emb, split.text_emb, TOP)
+    t2i, t2i_similarity = top_k(split.text_emb, split.image_emb, TOP)
     lists = {"i2t": i2t, "t2i": t2i}
     lists |= {"i2t_similarity": i2t_similarity, "t2i_similarity": t2i_similarity}
     arrays = _order(split.caption_image, split.image_id, split.caption_id, split.truth)
     arrays |= {"image_embeddings": split.image_emb, "text_embeddings": split.text_emb}
-    with as_user_error(f"--dump={folder}: cannot be written"):
-        _write(folder, arrays, dataset, lists)
+    try:
+        _write(folder, arrays, split.dataset, lists)
+    except OSError as error:
+        raise UserError(f"--dump={folder}: cannot be written: {error}") from error
 
 
 def write_order(folder: pathlib.Path, dataset: PairDataset) -> None:
@@ -87,8 +87,10 @@ def write_order(folder: pathlib.Path, dataset: PairDataset) -> None:
             raise UserError(f"{path} is there already; give a folder without embeddings")
     truth = None if dataset.truth is None else dataset.truth.matrix()
     arrays = _order(dataset.caption_image, dataset.image_id, dataset.caption_id, truth)
-    with as_user_error(f"--out={folder}: cannot be written"):
+    try:
         _write(folder, arrays, dataset, None)
+    except OSError as error:
+        raise UserError(f"--out={folder}: cannot be written: {error}") from error
 
 
 def _order(caption_image, image_id, caption_id, truth):
@@ -200,7 +202,7 @@ def read_embeddings_of(folder: pathlib.Path, dataset: PairDataset) -> EmbeddedSp
                     f"{folder / _NAMES}: caption {captions[row]} is {theirs!r}, that of the split "
                     f"is {ours!r}; these are embeddings of another dataset or split"
                 )
-    return split
+    return dataclasses.replace(split, dataset=dataset)
 
 
 def read_caption_embeddings(path: pathlib.Path, captions: int) -> np.ndarray:
@@ -246,9 +248,10 @@ def _rows_of(path, ids, wanted):
 
 
 def _read_json(path):
-    errors = (OSError, ValueError, RecursionError)
-    with as_user_error(f"{path}: cannot be read as JSON", errors=errors):
+    try:
         return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
 
 
 def _read_captions(path, count):
@@ -274,11 +277,11 @@ def _check_parts(folder):
     for name in [*(f"{name}.npy" for name in _ARRAYS), _NAMES]:
         if name not in digests:
             continue
-        with (
-            as_user_error(f"{folder / name}: cannot be read"),
-            (folder / name).open("rb") as stream,
-        ):
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        try:
+            with (folder / name).open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot be read: {error}") from error
         if digest != digests[name]:
             raise UserError(
                 f"{folder / name} is not the file that was written with the others of this "
@@ -288,10 +291,12 @@ def _check_parts(folder):
 
 
 def _read_array(path):
-    if not path.exists():
-        raise UserError(f"{path} is not there")
-    with as_user_error(f"{path}: cannot be read as .npy", errors=_UNREADABLE):
+    try:
         array = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there") from error
+    except _UNREADABLE as error:
+        raise UserError(f"{path}: cannot be read as .npy: {error}") from error
     if not isinstance(array, np.ndarray):
         array.close()
         raise UserError(f"{path}: is an .npz archive; expected one array, as np.save writes it")

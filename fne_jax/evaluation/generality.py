@@ -16,7 +16,6 @@ import numpy as np
 
 from fne_jax.evaluation.metric_names import COMPLETE, CONTROLLED, WEIGHT
 from fne_jax.evaluation.metrics import match_scores
-from fne_jax.evaluation.ranked_lists import Matches
 
 # The metrics that are controlled. Each has a weight of its own: short captions make up most true
 # pairs, which mAP@R counts, while R@1 asks for a single sure caption.
@@ -50,8 +49,7 @@ def choose_weights(
     Raises:
       ValueError: naming queries without a match.
     """
-    of_images = Matches.of_matrix(matches)
-    found = [_metrics(image_emb, text_emb, of_images, words, weight) for weight in WEIGHTS]
+    found = [_metrics(image_emb, text_emb, matches, words, weight) for weight in WEIGHTS]
     return {key: WEIGHTS[int(np.argmax([one[key] for one in found]))] for key in KEYS}
 
 
@@ -81,9 +79,9 @@ def controlled_metrics(
     Raises:
       ValueError: naming queries without a match.
     """
-    of_images, named = Matches.of_matrix(matches), {}
+    named = {}
     for key in KEYS:
-        found = _metrics(image_emb, text_emb, of_images, words, weights[key])
+        found = _metrics(image_emb, text_emb, matches, words, weights[key])
         named[f"{COMPLETE}i2t_{key}{CONTROLLED}"] = found[key]
         named[f"{COMPLETE}i2t_{key}{WEIGHT}"] = weights[key]
     return named
@@ -95,5 +93,5 @@ def _metrics(image_emb, text_emb, matches, words, weight):
     one = np.ones((len(image_emb), 1), np.float32)
     share = -np.float32(weight) * np.asarray(words, np.float32)
     queries = np.concatenate([image_emb, one], axis=1)
-    gallery = np.concatenate([text_emb, share[:, None]], axis=1)
-    return match_scores(queries, gallery, matches, np.arange(len(image_emb))).metrics()
+    items = np.concatenate([text_emb, share[:, None]], axis=1)
+    return match_scores(queries, items, matches, np.arange(len(image_emb))).metrics()

@@ -18,7 +18,7 @@ WARMUP = "warmup"
 
 
 @dataclasses.dataclass(frozen=True)
-class Direction:
+class RetrievalDirection:
     """A direction of retrieval.
 
     Attributes:
@@ -58,8 +58,8 @@ class Metric:
 
 
 DIRECTIONS = {
-    "i2t": Direction("image to text", "image", "caption"),
-    "t2i": Direction("text to image", "caption", "image"),
+    "i2t": RetrievalDirection("image to text", "image", "caption"),
+    "t2i": RetrievalDirection("text to image", "caption", "image"),
 }
 # What matches are taken from, by the beginning of a metric's name.
 TRUTHS = {

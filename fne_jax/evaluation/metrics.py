@@ -22,9 +22,8 @@ import dataclasses
 import jax
 import numpy as np
 
-from fne_jax.evaluation.blocks import by_blocks
-from fne_jax.evaluation.ranked_lists import Matches, first_hits
 from fne_jax.evaluation.ranks import check_embeddings, match_ranks
+from fne_jax.evaluation.top_k import by_blocks, first_hits
 
 # K of the recalls: the share of queries with a match among the first K.
 RECALL_AT = (1, 5, 10)
@@ -134,10 +133,9 @@ def truth_scores(
         raise ValueError(
             f"matches: expected shape {(len(image_emb), len(text_emb))}, got {matches.shape}"
         )
-    i2t, t2i = Matches.of_matrix(matches), Matches.of_matrix(matches.T)
     return {
-        "i2t": match_scores(image_emb, text_emb, i2t, np.arange(len(image_emb))),
-        "t2i": match_scores(text_emb, image_emb, t2i, text_image_index),
+        "i2t": match_scores(image_emb, text_emb, matches, np.arange(len(image_emb))),
+        "t2i": match_scores(text_emb, image_emb, matches.T, text_image_index),
     }
 
 
@@ -154,7 +152,11 @@ def rank_scores(ranks: np.ndarray, image: np.ndarray, candidates: int) -> QueryS
 
 
 def match_scores(
-    queries: np.ndarray, gallery: np.ndarray, matches: Matches, image: np.ndarray
+    queries: np.ndarray,
+    items: np.ndarray,
+    matches: np.ndarray,
+    image: np.ndarray,
+    count: np.ndarray | None = None,
 ) -> QueryScores:
     """Returns scores against all matches of each query, in percent.
 
@@ -164,9 +166,11 @@ def match_scores(
 
     Args:
       queries: [queries, dim] L2-normalised embeddings.
-      gallery: [gallery, dim] L2-normalised embeddings.
-      matches: The matches of the queries; each query needs one.
+      items: [items, dim] L2-normalised embeddings.
+      matches: [queries, items] bool, true where an item matches.
       image: [queries] int, the image that a query is or belongs to.
+      count: [queries] int, the number of each query's matches, at least one, where some are not
+        among the items; None where all are.
 
     Raises:
       ValueError: naming queries without a match.
@@ -175,15 +179,16 @@ def match_scores(
       Musgrave et al., A Metric Learning Reality Check, ECCV 2020 (mAP@R); Chun et al., ECCV
       Caption, ECCV 2022 (its use for image-text retrieval).
     """
-    lonely = np.flatnonzero(matches.count == 0)
+    counts = matches.sum(axis=1) if count is None else count
+    lonely = np.flatnonzero(counts == 0)
     if len(lonely):
         raise ValueError(f"matches: queries without a match, rows {lonely[:10].tolist()}")
-    depth = max(max(RECALL_AT), int(matches.count.max()))
-    on_device = jax.device_put(gallery)
+    depth = max(max(RECALL_AT), int(counts.max()))
+    on_device = jax.device_put(items)
 
     def scores_of(part: slice) -> dict[str, np.ndarray]:
-        relevant, count = matches.block(part, len(gallery)), matches.count[part]
-        hits = first_hits(queries[part], on_device, relevant, depth)
+        count = counts[part]
+        hits = first_hits(queries[part], on_device, matches[part], depth)
         rank = np.arange(1, hits.shape[1] + 1)
         counted = hits & (rank <= count[:, None])
         precision = np.cumsum(hits, axis=1) / rank
@@ -192,7 +197,7 @@ def match_scores(
         shares["map_at_r"] = (precision * counted).sum(axis=1) / count
         return {name: 100.0 * np.asarray(values) for name, values in shares.items()}
 
-    return QueryScores(by_blocks(len(queries), scores_of), None, image, len(gallery))
+    return QueryScores(by_blocks(len(queries), scores_of), None, image, len(items))
 
 
 def _named(scores):

@@ -3,7 +3,7 @@
 Ties count against the model: an item that does not match but is exactly as similar as the match
 ranks before it. A collapsed model, all of whose embeddings are equal, so scores 0.
 
-Similarities are walked over in tiles here, and not in `blocks.by_blocks`: each of them serves both
+Similarities are walked over in tiles here, and not in `top_k.by_blocks`: each of them serves both
 directions, and the shape of a tile is what the speed depends on.
 """
 

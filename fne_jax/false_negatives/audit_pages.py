@@ -9,13 +9,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.pairs import PairDataset
 from fne_jax.data.spreadsheet import safe_cell
-from fne_jax.false_negatives import suspects as suspects_lib
-from fne_jax.false_negatives.detectors import DETECTORS, Judgement
-from fne_jax.false_negatives.suspects import RANKINGS, JudgedSplit, Suspects
-from fne_jax.false_negatives.unlabelled import UnlabelledPairs
-from fne_jax.files import as_user_error
+from fne_jax.errors import UserError
+from fne_jax.false_negatives.detectors import DETECTORS
+from fne_jax.false_negatives.judged_split import JudgedSplit
+from fne_jax.false_negatives.suspects import RANKINGS, Suspects, precision_text
 from fne_jax.report import example_cards, html
 
 CSV_NAME, JSONL_NAME = "likely_false_negatives.csv", "likely_false_negatives.jsonl"
@@ -52,7 +52,7 @@ def write_audit(
         "run": judged.name,
         "step": judged.step,
         "split": judged.split_name,
-        "suspected": len(suspects.pairs.caption),
+        "suspected": len(suspects.pairs),
         "least": suspects.least,
         "per_query": suspects.per_query,
         "rank_by": RANKINGS[suspects.rank_by],
@@ -60,15 +60,14 @@ def write_audit(
         "description": DETECTORS[suspects.detector].description,
         "score": DETECTORS[suspects.detector].score,
         "prior": judged.config.fne.prior,
-        "precision": suspects_lib.precision(judged, suspects),
+        "precision": precision_text(judged.dataset, suspects.pairs),
         "refuted": suspects.refuted,
         "of_run": judged.step is not None,
     }
-    listed = rows(
-        judged.dataset, suspects.pairs[:limit], suspects.judgement[:limit], suspects.detector
-    )
-    for row in listed:
-        row["confirmed"] = (row["caption_index"], row["image_index"]) in suspects.confirmed
+    pairs = suspects.pairs[:limit]
+    listed = rows(judged, pairs, suspects.detector)
+    for index, row in enumerate(listed):
+        row["confirmed"] = pairs.is_match is not None and bool(pairs.is_match[index])
     write(folder, judged.dataset, listed, about)
     if quality:
         html.write_text(folder / QUALITY_NAME, json.dumps(quality, indent=2) + "\n")
@@ -77,17 +76,15 @@ def write_audit(
     return len(listed)
 
 
-def rows(
-    dataset: PairDataset, pairs: UnlabelledPairs, judgement: Judgement, detector: str
-) -> list[Row]:
+def rows(split: JudgedSplit, pairs: Pairs, detector: str) -> list[Row]:
     """Returns a row for each pair, as CSV and JSON lines hold it.
 
     Args:
-      dataset: The split.
-      pairs: Pairs of its captions and images.
-      judgement: What the detector finds of them.
+      split: The split.
+      pairs: Pairs of its captions and images, as a detector judges them.
       detector: Its name.
     """
+    dataset = split.dataset
     own = dataset.caption_image[pairs.caption]
     in_truth = None
     if dataset.truth is not None:
@@ -97,11 +94,11 @@ def rows(
         row = {
             "rank": index + 1,
             # Digits rather than decimals: with a prior of 1e-4 most are tiny.
-            "probability": float(f"{judgement.probability[index]:.6g}"),
-            "score": round(float(judgement.score[index]), 6),
+            "probability": float(f"{pairs.probability[index]:.6g}"),
+            "score": round(float(pairs.score[index]), 6),
             "detector": detector,
             "similarity": round(float(pairs.similarity[index]), 6),
-            "labelled_similarity": round(float(pairs.own_similarity[index]), 6),
+            "labelled_similarity": round(float(split.own_similarity[caption]), 6),
             "caption_index": int(caption),
             "caption_id": int(dataset.caption_id[caption]),
             "caption": dataset.captions[caption],
@@ -112,8 +109,8 @@ def rows(
             "labelled_image_id": int(dataset.image_id[own[index]]),
             "labelled_source_image_id": dataset.source_image_id[own[index]],
         }
-        if judgement.evidence is not None:
-            nearest = int(judgement.evidence[index])
+        if pairs.nearest is not None:
+            nearest = int(pairs.nearest[index])
             row["nearest_own_caption"] = dataset.captions[nearest] if nearest >= 0 else ""
         if in_truth is not None:
             row["in_truth"] = bool(in_truth[index])
@@ -135,8 +132,10 @@ def write(
     Raises:
       UserError: if a file cannot be written.
     """
-    with as_user_error(f"{folder}: cannot be created"):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created: {error}") from error
     # With a byte order mark, without which Excel reads UTF-8 as the system's own encoding.
     html.write_text(folder / CSV_NAME, "\N{BYTE ORDER MARK}" + _csv_text(found))
     html.write_text(folder / JSONL_NAME, "".join(json.dumps(row) + "\n" for row in found))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from fne_jax.false_negatives.detectors import Judgement, PairsToJudge
-from fne_jax.false_negatives.unlabelled import hardest_candidates
+from fne_jax.data.pair_columns import Pairs
+from fne_jax.evaluation.top_k import top_k
+from fne_jax.false_negatives.detectors import Judge
+from fne_jax.model.embedded_split import EmbeddedSplit
 
 # How many of each query's hardest candidates are judged.
 HARDEST = (1, 20)
@@ -21,82 +22,67 @@ RECALL = 0.3
 _BINS = 10
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidates:
-    """The hardest candidates of some queries in one direction, a row a query, the hardest first.
-
-    Attributes:
-      caption: [queries, candidates] caption of each pair.
-      image: [queries, candidates] image of each pair.
-      similarity: [queries, candidates] cosine of the two; -inf where a query has no further one.
-    """
-
-    caption: np.ndarray
-    image: np.ndarray
-    similarity: np.ndarray
-
-    def hardest(self, count: int) -> PairsToJudge:
-        """Returns the first `count` pairs of each query."""
-        similarity = self.similarity[:, :count]
-        there = np.isfinite(similarity)
-        return PairsToJudge(
-            self.caption[:, :count][there], self.image[:, :count][there], similarity[there]
-        )
-
-
-def split_candidates(
-    image_emb: np.ndarray, text_emb: np.ndarray, caption_image: np.ndarray, *, seed: int
-) -> dict[str, Candidates]:
+def split_candidates(split: EmbeddedSplit, *, seed: int) -> dict[str, Pairs]:
     """Returns the hardest candidates of random images, `i2t`, and of random captions, `t2i`.
 
     Args:
-      image_emb: [images, dim] L2-normalised embeddings.
-      text_emb: [captions, dim] L2-normalised embeddings.
-      caption_image: [captions] image of each caption.
+      split: The split.
       seed: The seed of the queries, `QUERIES` of either kind at most.
+
+    Returns:
+      By `<direction>_hardest_<count>`, the pairs.
     """
-    rng = np.random.default_rng(seed)
-    most, rows = max(HARDEST), np.arange(len(image_emb))
-    query = rng.permutation(len(image_emb))[:QUERIES]
-    caption, similarity = hardest_candidates(image_emb[query], text_emb, query, caption_image, most)
+    rng, images = np.random.default_rng(seed), np.arange(len(split.image_emb))
+    query = rng.permutation(len(images))[:QUERIES]
+    groups = images[query], split.caption_image
+    caption, similarity = top_k(split.image_emb[query], split.text_emb, max(HARDEST), groups)
     image = np.broadcast_to(query[:, None], caption.shape)
-    found = {"i2t": Candidates(caption, image, similarity)}
-    query = rng.permutation(len(text_emb))[:QUERIES]
-    image, similarity = hardest_candidates(
-        text_emb[query], image_emb, caption_image[query], rows, most
-    )
+    found = hardest_pairs("i2t", Pairs(caption, image, similarity))
+    query = rng.permutation(len(split.text_emb))[:QUERIES]
+    groups = split.caption_image[query], images
+    image, similarity = top_k(split.text_emb[query], split.image_emb, max(HARDEST), groups)
     caption = np.broadcast_to(query[:, None], image.shape)
-    return found | {"t2i": Candidates(caption, image, similarity)}
+    return found | hardest_pairs("t2i", Pairs(caption, image, similarity))
+
+
+def hardest_pairs(direction: str, candidates: Pairs) -> dict[str, Pairs]:
+    """Returns by `<direction>_hardest_<count>` the hardest of each query, for each of `HARDEST`.
+
+    Args:
+      direction: `i2t` or `t2i`.
+      candidates: Columns of the shape [queries, candidates], the hardest first; of a similarity of
+        -inf where a query has no further one.
+    """
+    found = {}
+    for count in HARDEST:
+        pairs = candidates[:, :count]
+        found[f"{direction}_hardest_{count}"] = pairs[np.isfinite(pairs.similarity)]
+    return found
 
 
 def quality(
-    detectors: Mapping[str, Callable[[PairsToJudge], Judgement]],
-    candidates: Mapping[str, Candidates],
+    judges: Mapping[str, Judge],
+    candidates: Mapping[str, Pairs],
     is_true: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Returns how good detectors are among the hardest candidates.
 
     Args:
-      detectors: What judges pairs, by name.
-      candidates: The candidates, by direction.
+      judges: What judges pairs, by the names of the detectors.
+      candidates: What `hardest_pairs` returned.
       is_true: Takes [n] captions and [n] images and returns whether they match in truth.
 
     Returns:
-      By detector, and by `<direction>_hardest_<count>`, what `detection_scores` returns. Where no
+      By detector, and by the names of the candidates, what `detection_scores` returns. Where no
       query has a candidate there is nothing.
     """
-    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in detectors}
-    for direction, of_direction in candidates.items():
-        for count in HARDEST:
-            pairs = of_direction.hardest(count)
-            if not len(pairs.caption):
-                continue
+    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in judges}
+    for among, pairs in candidates.items():
+        if len(pairs):
             truth = is_true(pairs.caption, pairs.image)
-            for name, judge in detectors.items():
+            for name, judge in judges.items():
                 judged = judge(pairs)
-                found[name][f"{direction}_hardest_{count}"] = detection_scores(
-                    judged.probability, truth, judged.score
-                )
+                found[name][among] = detection_scores(judged.probability, truth, judged.score)
     return found
 
 

@@ -19,12 +19,26 @@ from typing import Any
 import numpy as np
 
 from fne_jax.errors import UserError
-from fne_jax.false_negatives.pair_features import FEATURES, SplitInputs, features
-from fne_jax.files import as_user_error, write_atomically
+from fne_jax.files import write_atomically
 
-# Features are handed on, so that who fits and judges needs this module alone.
-__all__ = ["FittedDetector", "SplitInputs", "Trees", "features", "fit", "read", "sigmoid", "write"]
-
+# What `pair_features` tells of a pair, and whether a higher one speaks for a match (1), against it
+# (-1) or either way (0).
+FEATURES = {
+    "similarity": 1,  # cosine of the two
+    "lead": 1,  # how far that exceeds the caption's similarity to its own image
+    "lead_of_image": 1,  # how far it exceeds the image's highest similarity to an own caption
+    # How many standard deviations it lies above the mean over random images, and over random
+    # captions: the rank of the pair among the caption's images and among the image's captions, by
+    # two numbers for each of them rather than by all similarities.
+    "rank_of_image": 1,
+    "rank_of_caption": 1,
+    "nearest_caption": 1,  # cosine of the caption and the nearest of the image's own
+    "image_similarity": 1,  # cosine of the image and the caption's own
+    "words_found": 1,  # share of the caption's terms, by weight, in the image's own captions
+    "words_in_one": 1,  # the same in the best single one of them
+    "words_missing": -1,  # weight of the terms that are in none
+    "words": 0,  # how many terms the caption has
+}
 # Verdicts of either kind without which nothing is fitted.
 LEAST_VERDICTS = 20
 _FOLDS = 5
@@ -303,8 +317,10 @@ def write(path: pathlib.Path, detector: FittedDetector) -> None:
     }
     for owner, names in ((detector, _TABLE), (detector.trees, _ARRAYS)):
         values |= {name: getattr(owner, name).tolist() for name in names}
-    with as_user_error(f"{path}: cannot be written"):
+    try:
         write_atomically(path, json.dumps(values) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 _NUMBERS = ("slope", "offset", "log_loss", "baseline")

@@ -18,13 +18,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fne_jax.data.pairs import PairDataset
-from fne_jax.data.verdicts import MATCH, NO_MATCH, UNSURE, Verdict, rows_of
+from fne_jax.data.pair_columns import Pairs
+from fne_jax.data.verdicts import MATCH, NO_MATCH, UNSURE, Verdict, pairs_of
 from fne_jax.errors import UserError
 from fne_jax.evaluation.metric_names import DIRECTIONS, JUDGED
 from fne_jax.evaluation.metrics import QueryScores
 from fne_jax.evaluation.protocols import Measurement, measurements
-from fne_jax.evaluation.ranked_lists import top_lists
+from fne_jax.evaluation.top_k import top_k
 from fne_jax.model.embedded_split import EmbeddedSplit
 
 # How many first results of a query are judged: for R@1 alone, or for P@10 as well.
@@ -72,54 +72,39 @@ class EvaluationSample:
         return drawn
 
 
-@dataclasses.dataclass(frozen=True)
-class FirstResults:
-    """What a system finds first for the queries of a sample.
-
-    Attributes:
-      caption: For each direction, [queries, first] rows of captions.
-      image: For each direction, [queries, first] rows of images.
-    """
-
-    caption: Mapping[str, np.ndarray]
-    image: Mapping[str, np.ndarray]
-
-
-def first_results(sample: EvaluationSample, split: EmbeddedSplit) -> FirstResults:
-    """Returns the first results of a system.
+def first_results(sample: EvaluationSample, split: EmbeddedSplit) -> dict[str, Pairs]:
+    """Returns what a system finds first for the queries of a sample.
 
     Args:
       sample: The queries.
       split: The whole split as the system embeds it.
+
+    Returns:
+      For each direction the pairs, in columns [queries, first].
     """
     drawn = sample.draw(split.image_id, split.caption_id)
-    captions, _ = top_lists(split.image_emb[drawn["i2t"]], split.text_emb, sample.first)
-    images, _ = top_lists(split.text_emb[drawn["t2i"]], split.image_emb, sample.first)
-    return FirstResults(
-        {"i2t": captions, "t2i": np.broadcast_to(drawn["t2i"][:, None], images.shape)},
-        {"i2t": np.broadcast_to(drawn["i2t"][:, None], captions.shape), "t2i": images},
-    )
+    captions, _ = top_k(split.image_emb[drawn["i2t"]], split.text_emb, sample.first)
+    images, _ = top_k(split.text_emb[drawn["t2i"]], split.image_emb, sample.first)
+    return {
+        "i2t": Pairs(captions, np.broadcast_to(drawn["i2t"][:, None], captions.shape)),
+        "t2i": Pairs(np.broadcast_to(drawn["t2i"][:, None], images.shape), images),
+    }
 
 
-def pool(
-    systems: Sequence[FirstResults], caption_image: np.ndarray, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def pool(systems: Sequence[Mapping[str, Pairs]], caption_image: np.ndarray, seed: int) -> Pairs:
     """Returns the pairs to judge: the unlabelled results of any system, each once.
 
     Args:
       systems: The first results of each system, of the same sample.
       caption_image: [captions] image of each caption.
       seed: The seed of their order, which tells nothing of the systems.
-
-    Returns:
-      The [pairs] rows of captions and of images.
     """
-    caption = np.concatenate([of.ravel() for one in systems for of in one.caption.values()])
-    image = np.concatenate([of.ravel() for one in systems for of in one.image.values()])
+    found = [pairs for system in systems for pairs in system.values()]
+    caption = np.concatenate([pairs.caption.ravel() for pairs in found])
+    image = np.concatenate([pairs.image.ravel() for pairs in found])
     other = caption_image[caption] != image
     pairs = np.unique(np.stack([caption[other], image[other]]).astype(np.int64), axis=1)
-    pairs = pairs[:, np.random.default_rng(seed).permutation(pairs.shape[1])]
-    return pairs[0], pairs[1]
+    return Pairs(*pairs[:, np.random.default_rng(seed).permutation(pairs.shape[1])])
 
 
 def find_sample(verdicts: Sequence[Verdict], name: str | None = None) -> EvaluationSample:
@@ -146,10 +131,7 @@ def find_sample(verdicts: Sequence[Verdict], name: str | None = None) -> Evaluat
 
 
 def measure_judged(
-    sample: EvaluationSample,
-    split: EmbeddedSplit,
-    dataset: PairDataset,
-    verdicts: Sequence[Verdict],
+    sample: EvaluationSample, split: EmbeddedSplit, verdicts: Sequence[Verdict]
 ) -> dict[str, Measurement]:
     """Returns R@1, and for a sample of ten results P@10, by verdicts and with their intervals.
 
@@ -158,8 +140,7 @@ def measure_judged(
 
     Args:
       sample: The queries.
-      split: The whole split as the system embeds it.
-      dataset: The split's dataset.
+      split: The whole split as the system embeds it, with its dataset.
       verdicts: Each reviewer's last verdict on each pair of the split, of whatever sample.
 
     Returns:
@@ -169,18 +150,18 @@ def measure_judged(
       UserError: if a verdict is of another dataset, or a result of the system was not judged.
     """
     found = first_results(sample, split)
-    worth = _worth_of(verdicts, dataset)
+    worth = _worth_of(verdicts, split.dataset)
     scores, missing = {}, {}
     for direction in DIRECTIONS:
-        caption, image = found.caption[direction], found.image[direction]
-        keys = caption.astype(np.int64) * len(dataset.image_id) + image
-        labelled = dataset.caption_image[caption] == image
+        caption, image = found[direction].caption, found[direction].image
+        keys = caption.astype(np.int64) * len(split.image_emb) + image
+        labelled = split.caption_image[caption] == image
         known = np.where(labelled, 1.0, _look_up(worth, keys))
         missing[direction] = int(np.isnan(known).sum())
         means = {"r1": 100 * known[:, 0]}
         if sample.first > 1:
             means[f"p{sample.first}"] = 100 * known.mean(axis=1)
-        query_image = image[:, 0] if direction == "i2t" else dataset.caption_image[caption[:, 0]]
+        query_image = image[:, 0] if direction == "i2t" else split.caption_image[caption[:, 0]]
         candidates = len(split.text_emb if direction == "i2t" else split.image_emb)
         scores[direction] = QueryScores(means, None, query_image, candidates)
     if any(missing.values()):
@@ -195,8 +176,8 @@ def measure_judged(
 
 def _worth_of(verdicts, dataset):
     """Returns [pairs] sorted keys of pairs, and [pairs] what each is worth."""
-    caption, image = rows_of(verdicts, dataset)
-    keys, pair = np.unique(caption * len(dataset.image_id) + image, return_inverse=True)
+    pairs = pairs_of(verdicts, dataset)
+    keys, pair = np.unique(pairs.caption * len(dataset.image_id) + pairs.image, return_inverse=True)
     worth = np.array([_WORTH[one.verdict] for one in verdicts])
     return keys, np.bincount(pair, worth) / np.bincount(pair)
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fne_jax.data.match_files import KnownPairs, write_match_list
-from fne_jax.data.pairs import PairDataset
-from fne_jax.evaluation.blocks import by_blocks
-from fne_jax.false_negatives.detectors import Evidence, Judgement, PairsToJudge, present
-from fne_jax.false_negatives.own_captions import OwnCaptions
+from fne_jax.data.match_files import write_match_list
+from fne_jax.data.pair_columns import Pairs
+from fne_jax.evaluation.top_k import by_blocks
+from fne_jax.false_negatives.detectors import Judge
+from fne_jax.false_negatives.judged_split import JudgedSplit
 from fne_jax.objectives.similarity_statistics import cosine
 
 # Of pairs that training is to take for matches. In trials with the truth in hand, finds of which 4
@@ -25,61 +24,33 @@ LEAST_PROBABILITY = 0.8
 _CAPTIONS = 1024
 
 
-@dataclasses.dataclass(frozen=True)
-class LikelyMatches:
-    """Unlabelled pairs that are likely matches, in the order of their captions.
-
-    Attributes:
-      caption: [pairs] int64 index.
-      image: [pairs] int64 index.
-      probability: [pairs] float32 by the detector.
-    """
-
-    caption: np.ndarray
-    image: np.ndarray
-    probability: np.ndarray
-
-
-def likely_matches(
-    judge: Callable[[PairsToJudge], Judgement],
-    image_emb: np.ndarray,
-    text_emb: np.ndarray,
-    caption_bank: np.ndarray,
-    caption_image: np.ndarray,
-    *,
-    per_caption: int,
-    least: float,
-) -> LikelyMatches:
+def likely_matches(split: JudgedSplit, judge: Judge, *, per_caption: int, least: float) -> Pairs:
     """Returns the pairs of a probability of `least` or more among each caption's candidates.
 
     The candidates are the images most similar to the caption, and those with an own caption most
     similar to it. All other pairs are left out, whatever the detector would say of them.
 
     Args:
-      judge: What `detectors.fitted` returned.
-      image_emb: [images, dim] L2-normalised embeddings.
-      text_emb: [captions, dim] L2-normalised embeddings.
-      caption_bank: [captions, dim] L2-normalised embeddings by which captions are compared.
-      caption_image: [captions] index of each caption's own image.
+      split: The split, with the bank of embeddings by which captions are compared.
+      judge: What judges its pairs.
       per_caption: How many images of either kind are judged of each caption.
       least: The least probability.
     """
-    images = len(image_emb)
-    own = OwnCaptions.of(caption_image, images)
+    images, bank, own = len(split.image_emb), split.caption_bank, split.own
     # [most, images] the captions of each image, its last one again where others have more.
     number = np.minimum(np.arange(own.count.max())[:, None], np.maximum(own.count - 1, 0))
     of_images = own.order[np.minimum(own.first + number, len(own.order) - 1)]
-    everything = jax.device_put((image_emb, caption_bank[of_images], own.count > 0))
+    everything = jax.device_put((split.image_emb, bank[of_images], own.count > 0))
     count = min(per_caption, images)
 
     def nearest(part: slice):
-        scores = jax.device_get(_scores(text_emb[part], caption_bank[part], *everything))
+        scores = jax.device_get(_scores(split.text_emb[part], bank[part], *everything))
         # On CPUs several times faster than XLA's top_k, which sorts.
         best = [np.argpartition(-score, count - 1, axis=1)[:, :count] for score in scores]
         image = np.concatenate(best, axis=1).astype(np.int32)
         return image, np.take_along_axis(scores[0], image, axis=1)
 
-    image, similarity = by_blocks(len(text_emb), nearest)
+    image, similarity = by_blocks(len(split.text_emb), nearest)
     found = []
     for start in range(0, len(image), _CAPTIONS):
         part = slice(start, start + _CAPTIONS)
@@ -87,21 +58,18 @@ def likely_matches(
         pair = caption[:, None] * images + image[part]
         pair, first = np.unique(pair, return_index=True)
         caption, other = np.divmod(pair, images)
-        unlabelled = caption_image[caption] != other
-        pairs = PairsToJudge(
-            caption[unlabelled], other[unlabelled], similarity[part].ravel()[first][unlabelled]
-        )
-        probability = judge(pairs).probability
-        kept = probability >= least
-        found.append((pairs.caption[kept], pairs.image[kept], probability[kept]))
-    return LikelyMatches(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+        pairs = Pairs(caption, other, similarity=similarity[part].ravel()[first])
+        pairs = judge(pairs[split.caption_image[caption] != other])
+        pairs = pairs[pairs.probability >= least]
+        found.append((pairs.caption, pairs.image, pairs.probability))
+    caption, image, probability = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return Pairs(caption, image, probability=probability)
 
 
 def write_likely_matches(
     path: pathlib.Path,
-    dataset: PairDataset,
-    evidence: Evidence,
-    judge: Callable[[PairsToJudge], Judgement],
+    split: JudgedSplit,
+    judge: Judge,
     *,
     per_caption: int,
     least: float,
@@ -111,9 +79,8 @@ def write_likely_matches(
 
     Args:
       path: The file, which ends in `.npz`.
-      dataset: The split.
-      evidence: What is known of it, with embeddings of images and captions and a bank of captions.
-      judge: What judges pairs, such as `detectors.fitted` returns.
+      split: The split.
+      judge: What judges its pairs.
       per_caption: How many images of either kind are judged of each caption.
       least: The least probability.
       about: What else is to describe the file, such as the detector.
@@ -125,22 +92,12 @@ def write_likely_matches(
     Raises:
       UserError: if the file cannot be written.
     """
-    found = likely_matches(
-        judge,
-        present(evidence.image_emb),
-        present(evidence.text_emb),
-        present(evidence.caption_bank),
-        evidence.caption_image,
-        per_caption=per_caption,
-        least=least,
-    )
-    count = len(found.caption)
-    about = {**about, "least_probability": least, "matches": count}
-    if dataset.truth is not None:
-        right = dataset.truth.is_true(found.caption, found.image)
-        about["precision"] = float(right.mean()) if count else None
-    pairs = KnownPairs(found.caption, found.image)
-    write_match_list(path, dataset, pairs, found.probability, about)
+    found = likely_matches(split, judge, per_caption=per_caption, least=least)
+    about = {**about, "least_probability": least, "matches": len(found)}
+    if split.dataset.truth is not None:
+        right = split.dataset.truth.is_true(found.caption, found.image)
+        about["precision"] = float(right.mean()) if len(found) else None
+    write_match_list(path, split.dataset, found, about)
     return about
 
 

@@ -11,7 +11,8 @@ from fne_jax.errors import UserError
 from fne_jax.false_negatives import fitted_detector, suspects
 from fne_jax.false_negatives.detectors import DETECTORS, PREFERENCE
 from fne_jax.false_negatives.fitted_detector import FittedDetector
-from fne_jax.false_negatives.suspects import JudgedSplit, Suspects
+from fne_jax.false_negatives.judged_split import JudgedSplit
+from fne_jax.false_negatives.suspects import Suspects
 
 _PER_QUERY = 5
 _log = logging.getLogger(__name__)
@@ -75,11 +76,6 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--fitted={options.fitted}: expected a name that ends in .json")
     if options.detector == "fitted" and options.fitted is None:
         raise UserError("--detector=fitted takes --fitted, a file that `audit --verdicts` writes")
-
-
-def caption_embeddings(options: argparse.Namespace) -> pathlib.Path | None:
-    """Returns the file of another encoder's embeddings, if one was given."""
-    return options.caption_embeddings and pathlib.Path(options.caption_embeddings)
 
 
 def read_fitted(options: argparse.Namespace) -> FittedDetector | None:

@@ -7,24 +7,15 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
+from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.pairs import PairDataset
-from fne_jax.data.verdicts import MATCH, NO_MATCH, Verdict, agreed, rows_of
-from fne_jax.evaluation.embedding_files import read_caption_embeddings, read_embeddings_of
-from fne_jax.false_negatives import detection_quality, detectors, kept_embeddings
-from fne_jax.false_negatives.fitted_detector import FittedDetector
+from fne_jax.data.verdicts import MATCH, NO_MATCH, Verdict, agreed, pairs_of
+from fne_jax.false_negatives import detection_quality, detectors
+from fne_jax.false_negatives.judged_split import JudgedSplit
 from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY, write_likely_matches
-from fne_jax.false_negatives.unlabelled import UnlabelledPairs, unlabelled_pairs
-from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.model.model import Model, load_evaluation_split, load_workdir
-from fne_jax.objectives.similarity_statistics import (
-    SimilarityStatistics,
-    update_similarity_statistics,
-)
+from fne_jax.false_negatives.unlabelled import unlabelled_pairs
 
 # By what pairs are ranked.
 RANKINGS = {
@@ -36,192 +27,24 @@ _PRECISION_AT, _RANDOM_PAIRS = 100, 100_000
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgedSplit:
-    """A split with a model's embeddings of it and all else that detectors take.
-
-    Attributes:
-      name: The name of the run, or of the folder of embeddings.
-      step: The step of the run's checkpoint; None for embeddings of any other model.
-      split_name: `train`, `val` or `test`.
-      config: The config of the run, or of the data.
-      dataset: The split.
-      embedded: Its embeddings.
-      stats: The similarity statistics, on the host.
-      caption_bank: [captions, dim] the momentum encoder's embeddings of the captions, or the
-        model's own where it has no momentum encoder; L2-normalised.
-      external: [captions, dim] another sentence encoder's, L2-normalised, or None.
-      fitted: The detector that was fitted to verdicts, or None.
-    """
-
-    name: str
-    step: int | None
-    split_name: str
-    config: ml_collections.ConfigDict
-    dataset: PairDataset
-    embedded: EmbeddedSplit
-    stats: SimilarityStatistics
-    caption_bank: np.ndarray | None = None
-    external: np.ndarray | None = None
-    fitted: FittedDetector | None = None
-
-    @property
-    def evidence(self) -> detectors.Evidence:
-        """What detectors take of it."""
-        return detectors.Evidence(
-            captions=self.dataset.captions,
-            caption_image=self.dataset.caption_image,
-            images=len(self.dataset.image_id),
-            prior=self.config.fne.prior,
-            stats=self.stats,
-            min_count=self.config.fne.min_count,
-            caption_bank=self.caption_bank,
-            external=self.external,
-            image_emb=self.embedded.image_emb,
-            text_emb=self.embedded.text_emb,
-            fitted=self.fitted,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class Suspects:
-    """Unlabelled pairs of a high probability.
+    """Unlabelled pairs of a high probability, and how they were found.
 
     Attributes:
-      pairs: The pairs, the most suspect first.
-      judgement: What the detector finds of them.
+      pairs: The pairs as the detector judges them, the most suspect first.
       detector: A key of `DETECTORS`.
       least: The least probability that was asked for.
       per_query: How many pairs of each caption and of each image were looked at.
       rank_by: A key of `RANKINGS`.
       refuted: How many pairs were left out since people say that they do not match.
-      confirmed: The rows of caption and image of the pairs that people say match.
     """
 
-    pairs: UnlabelledPairs
-    judgement: detectors.Judgement
+    pairs: Pairs
     detector: str
     least: float
     per_query: int
     rank_by: str
     refuted: int = 0
-    confirmed: frozenset[tuple[int, int]] = frozenset()
-
-
-def judged_by_run(
-    workdir: pathlib.Path,
-    checkpoint: str,
-    split_name: str,
-    caption_embeddings: pathlib.Path | None = None,
-) -> JudgedSplit:
-    """Returns a split as a run's checkpoint sees it, with the statistics of the run's last epoch.
-
-    Args:
-      workdir: The folder of the run.
-      checkpoint: `best`, `latest` or a step.
-      split_name: `train`, `val` or `test`.
-      caption_embeddings: An `.npy` of the captions' embeddings by another sentence encoder.
-
-    Raises:
-      UserError: if the folder is not a run's, or the checkpoint, the split or the captions'
-        embeddings cannot be read.
-    """
-    model = load_workdir(workdir, checkpoint)
-    return judged_by_model(model, workdir.resolve().name, split_name, caption_embeddings)
-
-
-def judged_by_model(
-    model: Model,
-    name: str,
-    split_name: str,
-    caption_embeddings: pathlib.Path | None = None,
-    kept: pathlib.Path | None = None,
-) -> JudgedSplit:
-    """Returns a split as a run's model sees it, with the statistics of the run's last epoch.
-
-    Args:
-      model: The run's, with its momentum encoders and its statistics.
-      name: The run's name.
-      split_name: `train`, `val` or `test`.
-      caption_embeddings: An `.npy` of the captions' embeddings by another sentence encoder.
-      kept: An `.npz` to keep the embeddings in for the next time, or None.
-
-    Raises:
-      UserError: if the split or the captions' embeddings cannot be read.
-    """
-    dataset = model.load_split(split_name)
-    external = _external(caption_embeddings, dataset)
-    embedded, caption_bank = kept_embeddings.embed(model, dataset, kept)
-    return JudgedSplit(
-        name=name,
-        step=model.step,
-        split_name=split_name,
-        config=model.config,
-        dataset=dataset,
-        embedded=embedded,
-        stats=jax.device_get(model.stats),
-        caption_bank=caption_bank,
-        external=external,
-    )
-
-
-def judged_by_embeddings(
-    folder: pathlib.Path,
-    config: ml_collections.ConfigDict,
-    split_name: str,
-    caption_embeddings: pathlib.Path | None = None,
-) -> JudgedSplit:
-    """Returns a split with anyone's embeddings of it, and the statistics that these give.
-
-    Args:
-      folder: The folder of the embeddings.
-      config: The resolved config of the data.
-      split_name: `train`, `val` or `test`.
-      caption_embeddings: An `.npy` of the captions' embeddings by another sentence encoder.
-
-    Raises:
-      UserError: if the embeddings or the split cannot be read, or do not belong together.
-    """
-    dataset = load_evaluation_split(config, split_name)
-    embedded = read_embeddings_of(folder, dataset)
-    batch = min(config.global_batch_size, len(dataset.captions))
-    return JudgedSplit(
-        name=folder.resolve().name,
-        step=None,
-        split_name=split_name,
-        config=config,
-        dataset=dataset,
-        embedded=embedded,
-        stats=split_statistics(embedded, batch=batch, seed=config.seed),
-        caption_bank=embedded.text_emb,
-        external=_external(caption_embeddings, dataset),
-    )
-
-
-def _external(path, dataset):
-    return None if path is None else read_caption_embeddings(path, len(dataset.captions))
-
-
-def split_statistics(embedded: EmbeddedSplit, *, batch: int, seed: int) -> SimilarityStatistics:
-    """Returns what an epoch of batches adds up to, as in training but for the model's learning.
-
-    Args:
-      embedded: The embeddings of the split.
-      batch: How many pairs compete for each other; a last batch of fewer is left out.
-      seed: The seed of the captions' order.
-    """
-    update = jax.jit(update_similarity_statistics)
-    stats = SimilarityStatistics.create()
-    order = np.random.default_rng(seed).permutation(len(embedded.text_emb))
-    for start in range(0, len(order) - batch + 1, batch):
-        rows = order[start : start + batch]
-        images = embedded.caption_image[rows]
-        stats = update(
-            stats,
-            jnp.asarray(embedded.image_emb[images]),
-            jnp.asarray(embedded.text_emb[rows]),
-            jnp.asarray(images[:, None] == images[None, :]),
-        )
-    return jax.device_get(stats)
 
 
 def find_suspects(
@@ -247,25 +70,16 @@ def find_suspects(
     Raises:
       UserError: if the detector needs what is not there, such as enough statistics.
     """
-    evidence = judged.evidence
-    detector = detectors.best_available(evidence) if detector is None else detector
-    judge = detectors.fitted(detector, evidence)
-    embedded = judged.embedded
-    pairs = unlabelled_pairs(
-        embedded.image_emb,
-        embedded.text_emb,
-        embedded.caption_image,
-        per_query=per_query,
-        relative=rank_by == "lead",
-    )
-    judgement = judge(detectors.PairsToJudge(pairs.caption, pairs.image, pairs.similarity))
+    detector = detectors.best_available(judged) if detector is None else detector
+    judge = detectors.judge_by(detector, judged)
+    pairs = judge(unlabelled_pairs(judged, per_query=per_query, relative=rank_by == "lead"))
     least = judged.config.fne.posterior_threshold if least is None else least
-    order = np.arange(len(pairs.caption))
+    order = np.arange(len(pairs))
     if rank_by == "probability":
         # What the detector does not tell apart stays in the order of similarity.
-        order = np.lexsort((order, -judgement.score, -judgement.probability))
-    order = order[judgement.probability[order] >= least]
-    return Suspects(pairs[order], judgement[order], detector, least, per_query, rank_by)
+        order = np.lexsort((order, -pairs.score, -pairs.probability))
+    order = order[pairs.probability[order] >= least]
+    return Suspects(pairs[order], detector, least, per_query, rank_by)
 
 
 def write_matches(
@@ -288,15 +102,13 @@ def write_matches(
     Raises:
       UserError: if the detector needs what is not there, or the file cannot be written.
     """
-    evidence = judged.evidence
-    detector = detectors.best_available(evidence) if detector is None else detector
+    detector = detectors.best_available(judged) if detector is None else detector
     if least is None and detector == "fitted" and judged.fitted is not None:
         least = judged.fitted.threshold(LEAST_PROBABILITY)
     about = write_likely_matches(
         path,
-        judged.dataset,
-        evidence,
-        detectors.fitted(detector, evidence),
+        judged,
+        detectors.judge_by(detector, judged),
         per_caption=per_query,
         least=LEAST_PROBABILITY if least is None else least,
         about={
@@ -317,7 +129,7 @@ def write_matches(
 def heed_verdicts(
     suspects: Suspects, verdicts: Sequence[Verdict], dataset: PairDataset
 ) -> Suspects:
-    """Returns the suspects without those that people refuted, and with what they confirmed.
+    """Returns the suspects without those that people refuted, and tells which they confirmed.
 
     Args:
       suspects: Suspects of a split.
@@ -328,20 +140,12 @@ def heed_verdicts(
       UserError: if a verdict is of another dataset.
     """
     votes = agreed(verdicts)
-    captions, images = rows_of(votes, dataset)
-    said = {
-        (int(caption), int(image)): vote.verdict
-        for vote, caption, image in zip(votes, captions, images, strict=True)
-    }
-    pairs = zip(suspects.pairs.caption.tolist(), suspects.pairs.image.tolist(), strict=True)
-    kept = np.array([said.get(pair) != NO_MATCH for pair in pairs], bool)
-    return dataclasses.replace(
-        suspects,
-        pairs=suspects.pairs[kept],
-        judgement=suspects.judgement[kept],
-        refuted=int((~kept).sum()),
-        confirmed=frozenset(pair for pair, verdict in said.items() if verdict == MATCH),
-    )
+    judged = pairs_of(votes, dataset).rows()
+    said = {pair: vote.verdict for vote, pair in zip(votes, judged, strict=True)}
+    of_pairs = np.array([said.get(pair, "") for pair in suspects.pairs.rows()], str)
+    pairs = suspects.pairs.replace(is_match=of_pairs == MATCH)
+    kept = of_pairs != NO_MATCH
+    return dataclasses.replace(suspects, pairs=pairs[kept], refuted=int((~kept).sum()))
 
 
 def detector_quality(judged: JudgedSplit) -> dict[str, Any]:
@@ -351,11 +155,8 @@ def detector_quality(judged: JudgedSplit) -> dict[str, Any]:
     """
     if judged.dataset.truth is None:
         return {}
-    evidence, embedded = judged.evidence, judged.embedded
-    candidates = detection_quality.split_candidates(
-        embedded.image_emb, embedded.text_emb, embedded.caption_image, seed=judged.config.seed
-    )
-    judges = {name: detectors.fitted(name, evidence) for name in detectors.available(evidence)}
+    judges = {name: detectors.judge_by(name, judged) for name in detectors.available(judged)}
+    candidates = detection_quality.split_candidates(judged, seed=judged.config.seed)
     return detection_quality.quality(judges, candidates, judged.dataset.truth.is_true)
 
 
@@ -368,7 +169,7 @@ def describe(judged: JudgedSplit, suspects: Suspects, quality: dict[str, Any]) -
       quality: What `detector_quality` returned.
     """
     of_step = "" if judged.step is None else f"step {judged.step}, "
-    dataset, count = judged.dataset, len(suspects.judgement.probability)
+    dataset, count = judged.dataset, len(suspects.pairs)
     lines = [
         f"{of_step}{judged.split_name}: {len(dataset.captions):,} captions, "
         f"{len(dataset.image_id):,} images",
@@ -378,7 +179,7 @@ def describe(judged: JudgedSplit, suspects: Suspects, quality: dict[str, Any]) -
     ]
     if suspects.refuted:
         lines.append(f"{suspects.refuted:,} more that reviewers refuted are left out")
-    measured = precision(judged, suspects)
+    measured = precision_text(dataset, suspects.pairs)
     return "\n".join([*lines, *([measured] if measured else []), *_quality_lines(quality)])
 
 
@@ -399,15 +200,14 @@ def _quality_lines(quality):
     return lines
 
 
-def precision(judged: JudgedSplit, suspects: Suspects) -> str:
-    """Returns `precision_text` of the first hundred pairs; "" where the truth is not known."""
-    if judged.dataset.truth is None or not len(suspects.judgement.probability):
+def precision_text(dataset: PairDataset, pairs: Pairs) -> str:
+    """Returns what share of the first hundred pairs, and of random ones, is in truth a match.
+
+    Returns "" where the truth is not known, or there are no pairs.
+    """
+    if dataset.truth is None or not len(pairs):
         return ""
-    return precision_text(judged.dataset, suspects.pairs[:_PRECISION_AT])
-
-
-def precision_text(dataset: PairDataset, pairs: UnlabelledPairs) -> str:
-    """Returns what share of some pairs, and of random unlabelled ones, is in truth a match."""
+    pairs = pairs[:_PRECISION_AT]
     right = dataset.truth.is_true(pairs.caption, pairs.image)
     rng = np.random.default_rng(0)
     caption = rng.integers(len(dataset.captions), size=_RANDOM_PAIRS)

@@ -2,77 +2,44 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fne_jax.evaluation.blocks import by_blocks
+from fne_jax.data.pair_columns import Pairs
+from fne_jax.evaluation.top_k import by_blocks
+from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.objectives.similarity_statistics import cosine
 
 
-@dataclasses.dataclass(frozen=True)
-class UnlabelledPairs:
-    """Pairs of a caption and an image that is not its own, those of the highest score first.
-
-    Attributes:
-      caption: [pairs] int64 index.
-      image: [pairs] int64 index.
-      similarity: [pairs] float32 of the two.
-      own_similarity: [pairs] float32, the caption's to its own image.
-    """
-
-    caption: np.ndarray
-    image: np.ndarray
-    similarity: np.ndarray
-    own_similarity: np.ndarray
-
-    def __getitem__(self, index: slice | np.ndarray) -> UnlabelledPairs:
-        """Returns the pairs of a slice or of a mask, in order."""
-        return UnlabelledPairs(
-            self.caption[index],
-            self.image[index],
-            self.similarity[index],
-            self.own_similarity[index],
-        )
-
-
-def unlabelled_pairs(
-    image_emb: np.ndarray,
-    text_emb: np.ndarray,
-    caption_image: np.ndarray,
-    *,
-    per_query: int,
-    relative: bool,
-) -> UnlabelledPairs:
+def unlabelled_pairs(split: EmbeddedSplit, *, per_query: int, relative: bool) -> Pairs:
     """Returns the best other images of each caption and the best other captions of each image.
 
     Args:
-      image_emb: [images, dim] L2-normalised embeddings.
-      text_emb: [captions, dim] L2-normalised embeddings.
-      caption_image: [captions] index of each caption's own image.
+      split: The split.
       per_query: Pairs kept of each caption, and of each image. A pair that both keep comes once.
       relative: Whether to score a pair by how far its similarity exceeds that of the caption to
         its own image, rather than by its similarity alone.
 
+    Returns:
+      The pairs and their similarities, those of the highest score first.
+
     Raises:
       ValueError: if an embedding is not finite.
     """
+    image_emb, text_emb = split.image_emb, split.text_emb
     for name, array in (("image_emb", image_emb), ("text_emb", text_emb)):
         if not np.isfinite(array).all():
             raise ValueError(f"{name}: not finite")
-    images, captions = image_emb.shape[0], np.arange(len(text_emb))
-    own = (text_emb * image_emb[caption_image]).sum(axis=1)
-    baseline = own if relative else np.zeros_like(own)
+    images, captions = len(image_emb), np.arange(len(text_emb))
+    baseline = split.own_similarity if relative else np.zeros(len(captions), np.float32)
     on_device = jax.device_put(image_emb)
     # Carried on from block to block: images as queries would need all similarities once more.
     of_images = jnp.full((images, per_query), -jnp.inf), jnp.zeros((images, per_query), jnp.int32)
 
     def best_of(part: slice):
         nonlocal of_images
-        block = text_emb[part], caption_image[part], baseline[part], captions[part]
+        block = text_emb[part], split.caption_image[part], baseline[part], captions[part]
         of_captions, of_images = _best(*block, on_device, of_images)
         return of_captions
 
@@ -88,43 +55,7 @@ def unlabelled_pairs(
     score = score[there][first]
     order = np.argsort(-score, kind="stable")
     caption, image = np.divmod(pair[order], images)
-    return UnlabelledPairs(caption, image, score[order] + baseline[caption], own[caption])
-
-
-def hardest_candidates(
-    query_emb: np.ndarray,
-    item_emb: np.ndarray,
-    query_image: np.ndarray,
-    item_image: np.ndarray,
-    count: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the most similar items of each query that are not of its own image.
-
-    Args:
-      query_emb: [queries, dim] L2-normalised embeddings.
-      item_emb: [items, dim] L2-normalised embeddings.
-      query_image: [queries] image of each query.
-      item_image: [items] image of each item.
-      count: How many items of each query.
-
-    Returns:
-      [queries, count] int32 rows of the items and [queries, count] float32 similarities, the most
-      similar first; of the length `items` where there are fewer, and of similarity -inf where
-      nothing but items of the own image is left.
-    """
-    count = min(count, len(item_emb))
-    items = jax.device_put(item_emb), jax.device_put(item_image)
-    similarity, rows = by_blocks(
-        len(query_emb), lambda part: _hardest(query_emb[part], query_image[part], *items, count)
-    )
-    return rows, similarity
-
-
-@functools.partial(jax.jit, static_argnames="count")
-def _hardest(query_emb, query_image, item_emb, item_image, count):
-    own = query_image[:, None] == item_image[None, :]
-    similarity = jnp.where(own, -jnp.inf, cosine(query_emb, item_emb))
-    return tuple(jax.lax.top_k(similarity, count))
+    return Pairs(caption, image, similarity=score[order] + baseline[caption])
 
 
 @jax.jit

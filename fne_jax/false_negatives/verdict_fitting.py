@@ -9,14 +9,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fne_jax.data.verdicts import MATCH, Verdict, agreed, rows_of
+from fne_jax.data.pair_columns import Pairs
+from fne_jax.data.verdicts import MATCH, Verdict, agreed, pairs_of
 from fne_jax.errors import UserError
 from fne_jax.false_negatives import fitted_detector
 from fne_jax.false_negatives.fitted_detector import FittedDetector
-from fne_jax.false_negatives.pair_features import SplitInputs, features
-from fne_jax.false_negatives.suspects import JudgedSplit, Suspects
+from fne_jax.false_negatives.judged_split import JudgedSplit
+from fne_jax.false_negatives.pair_features import features
+from fne_jax.false_negatives.suspects import Suspects
 from fne_jax.false_negatives.verdict_samples import density
-from fne_jax.false_negatives.verdict_store import read_any
 
 # Of which the threshold is told.
 _PRECISIONS = (0.5, 0.8, 0.9)
@@ -24,27 +25,8 @@ _PRECISIONS = (0.5, 0.8, 0.9)
 _RANKS, _LEAST_VERDICTS = (100, 1000, 10_000), 10
 
 
-@dataclasses.dataclass(frozen=True)
-class Said:
-    """What most reviewers say of unlabelled pairs of a split.
-
-    Attributes:
-      caption: [n] int64 row of each pair's caption.
-      image: [n] int64 row of each pair's image.
-      is_match: [n] bool.
-      weight: [n] float64, how many unlabelled pairs each stands for; NaN where no sample drew it.
-      samples: The names of the samples that drew some of them.
-    """
-
-    caption: np.ndarray
-    image: np.ndarray
-    is_match: np.ndarray
-    weight: np.ndarray
-    samples: list[str]
-
-
-def said_of(judged: JudgedSplit, verdicts: Sequence[Verdict]) -> Said:
-    """Returns what most reviewers say.
+def said_of(judged: JudgedSplit, verdicts: Sequence[Verdict]) -> Pairs:
+    """Returns what most reviewers say of unlabelled pairs, with `is_match`, `weight` and `sample`.
 
     Args:
       judged: The split.
@@ -54,28 +36,17 @@ def said_of(judged: JudgedSplit, verdicts: Sequence[Verdict]) -> Said:
       UserError: if a verdict is of another dataset.
     """
     kept = agreed(verdicts)
-    caption, image = rows_of(kept, judged.dataset)
-    other = judged.dataset.caption_image[caption] != image
+    pairs = pairs_of(kept, judged.dataset)
+    other = judged.caption_image[pairs.caption] != pairs.image
     kept = [verdict for verdict, unlabelled in zip(kept, other, strict=True) if unlabelled]
-    return Said(
-        caption[other],
-        image[other],
-        np.array([verdict.verdict == MATCH for verdict in kept], bool),
-        weights(kept),
-        sorted({verdict.sample for verdict in kept if verdict.sample}),
+    return pairs[other].replace(
+        is_match=np.array([verdict.verdict == MATCH for verdict in kept], bool),
+        weight=weights(kept),
+        sample=np.array([verdict.sample for verdict in kept], str),
     )
 
 
-def read_said(judged: JudgedSplit, path: pathlib.Path) -> Said:
-    """Returns `said_of` the verdicts of a file: a store, or a `.csv` or `.jsonl`.
-
-    Raises:
-      UserError: if the verdicts cannot be read.
-    """
-    return said_of(judged, read_any(path, judged.dataset, judged.split_name))
-
-
-def fit_and_write(judged: JudgedSplit, said: Said, path: pathlib.Path) -> JudgedSplit:
+def fit_and_write(judged: JudgedSplit, said: Pairs, path: pathlib.Path) -> JudgedSplit:
     """Fits a detector to verdicts, tells how good it is, and returns the split with it.
 
     Args:
@@ -93,18 +64,7 @@ def fit_and_write(judged: JudgedSplit, said: Said, path: pathlib.Path) -> Judged
     return dataclasses.replace(judged, fitted=detector)
 
 
-def split_inputs(judged: JudgedSplit) -> SplitInputs:
-    """Returns what features are taken from, of a split."""
-    return SplitInputs(
-        judged.embedded.image_emb,
-        judged.embedded.text_emb,
-        judged.caption_bank,
-        judged.dataset.captions,
-        judged.dataset.caption_image,
-    )
-
-
-def fit_detector(judged: JudgedSplit, said: Said, seed: int = 0) -> FittedDetector:
+def fit_detector(judged: JudgedSplit, said: Pairs, seed: int = 0) -> FittedDetector:
     """Returns a detector fitted to verdicts.
 
     Args:
@@ -116,11 +76,11 @@ def fit_detector(judged: JudgedSplit, said: Said, seed: int = 0) -> FittedDetect
       UserError: if the verdicts are too few.
     """
     about = {"run": judged.name, "step": judged.step, "split": judged.split_name}
-    about["samples"] = said.samples
+    about["samples"] = sorted(set(said.sample.tolist()) - {""})
     found = _density(said)
     if found is not None:
         about["density"] = dataclasses.asdict(found)
-    table = features(split_inputs(judged), said.caption, said.image)
+    table = features(judged, said.caption, said.image)
     return fitted_detector.fit(table, said.is_match, said.weight, seed, about)
 
 
@@ -132,7 +92,7 @@ def _density(said, among=None):
     return density(said.is_match[drawn], said.weight[drawn]) if drawn.any() else None
 
 
-def describe_density(said: Said) -> str:
+def describe_density(said: Pairs) -> str:
     """Returns how many pairs match at all, by the verdicts on random samples, as a line."""
     found = _density(said)
     if found is None:
@@ -152,7 +112,7 @@ def describe_density(said: Said) -> str:
     )
 
 
-def describe_precision(said: Said, suspects: Suspects, fitted_to_them: bool) -> str:
+def describe_precision(said: Pairs, suspects: Suspects, fitted_to_them: bool) -> str:
     """Returns which share of an audit's first pairs match, by the verdicts on random samples.
 
     Args:
@@ -163,14 +123,8 @@ def describe_precision(said: Said, suspects: Suspects, fitted_to_them: bool) -> 
     Returns:
       A line for the first pairs of each number that holds enough verdicts; "" where none does.
     """
-    rank = {
-        pair: number
-        for number, pair in enumerate(
-            zip(suspects.pairs.caption.tolist(), suspects.pairs.image.tolist(), strict=True)
-        )
-    }
-    of_said = zip(said.caption.tolist(), said.image.tolist(), strict=True)
-    ranks = np.array([rank.get(pair, len(rank)) for pair in of_said], int)
+    rank = {pair: number for number, pair in enumerate(suspects.pairs.rows())}
+    ranks = np.array([rank.get(pair, len(rank)) for pair in said.rows()], int)
     lines = []
     for first in (*(number for number in _RANKS if number < len(rank)), len(rank)):
         found = _density(said, ranks < first)

@@ -19,8 +19,9 @@ import dataclasses
 
 import numpy as np
 
+from fne_jax.data.pair_columns import Pairs
+from fne_jax.false_negatives.judged_split import JudgedSplit
 from fne_jax.false_negatives.own_captions import nearest_own_caption
-from fne_jax.false_negatives.pair_features import SplitInputs
 
 # Random unlabelled pairs that stand for all that are not among the hardest.
 _POOL = 300_000
@@ -28,21 +29,6 @@ _POOL = 300_000
 # Where a few percent match, the interval of their density is narrowest with strata that grow about
 # so: on `shapes` of 3.2 %, 200 verdicts have a standard error of 0.8 %, and 1.5 % with even strata.
 _STRATA = tuple(0.6**power for power in range(10, -1, -1))
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """Pairs to judge, in random order, so that the first of them are a smaller sample.
-
-    Attributes:
-      caption: [n] int64 caption of each pair.
-      image: [n] int64 image of each pair, not the caption's own.
-      weight: [n] float64, at least 1, the inverse of the probability with which it was drawn.
-    """
-
-    caption: np.ndarray
-    image: np.ndarray
-    weight: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +48,10 @@ class Density:
     verdicts: int
 
 
-def sample(split: SplitInputs, count: int, seed: int) -> Sample:
-    """Returns pairs to judge, none of them twice.
+def sample(split: JudgedSplit, count: int, seed: int) -> Pairs:
+    """Returns pairs to judge with their weights, in random order, none of them twice.
+
+    The first of them are a smaller sample.
 
     Args:
       split: The split.
@@ -81,7 +69,7 @@ def sample(split: SplitInputs, count: int, seed: int) -> Sample:
     # Pairs of one cell are as likely as each other to be drawn.
     cell = 2 * _strata(split, caption, image, stands_for) + is_hard
     drawn, probability = _draw(cell, _shares(cell, stands_for), count, rng)
-    return Sample(caption[drawn], image[drawn], stands_for[drawn] / probability)
+    return Pairs(caption[drawn], image[drawn], weight=stands_for[drawn] / probability)
 
 
 def density(is_match: np.ndarray, weight: np.ndarray) -> Density:
@@ -115,7 +103,7 @@ def density(is_match: np.ndarray, weight: np.ndarray) -> Density:
 
 def _random_others(split, rng):
     """Returns random unlabelled pairs that are not among the hardest, none of them twice."""
-    images, captions = len(split.image_emb), len(split.captions)
+    images, captions = len(split.image_emb), len(split.text_emb)
     own = np.arange(captions) * images + split.caption_image
     left_out = np.sort(np.concatenate([split.hardest, own]))
     wanted = min(_POOL, captions * images - len(left_out))

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import math
+import itertools
 import os
 import pathlib
 import sqlite3
@@ -19,7 +18,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from fne_jax.data.pairs import PairDataset
-from fne_jax.data.verdicts import FIELDS, Verdict, read_verdicts, refuse_other_splits, rows_of
+from fne_jax.data.verdicts import (
+    FIELDS,
+    Verdict,
+    moment,
+    pairs_of,
+    read_verdicts,
+    refuse_other_splits,
+)
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error
 
@@ -77,7 +83,7 @@ def read_any(path: pathlib.Path, dataset: PairDataset, split: str) -> list[Verdi
     verdicts = [verdict for verdict in stored if verdict.split == split]
     if not verdicts:
         refuse_other_splits(path, split, Counter(verdict.split for verdict in stored))
-    rows_of(verdicts, dataset)
+    pairs_of(verdicts, dataset)
     return verdicts
 
 
@@ -202,7 +208,10 @@ class VerdictStore:
         with self._told():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
-                there = {_key(one): one for one in map(_verdict, self._connection.execute(_LAST))}
+                there = {
+                    _key(one): one
+                    for one in itertools.starmap(Verdict, self._connection.execute(_LAST))
+                }
                 new = [
                     one
                     for one in verdicts
@@ -289,19 +298,9 @@ def _row(verdict, imported):
     return (*texts, imported)
 
 
-def _verdict(row):
-    return Verdict(*row)
-
-
 def _key(verdict):
     return verdict.split, verdict.caption_id, verdict.image_id, verdict.reviewer
 
 
 def _supersedes(verdict, there):
-    return verdict.verdict != there.verdict and _moment(verdict) >= _moment(there)
-
-
-def _moment(verdict):
-    if not verdict.time:
-        return -math.inf
-    return datetime.datetime.fromisoformat(verdict.time).timestamp()
+    return verdict.verdict != there.verdict and moment(verdict.time) >= moment(there.time)

@@ -101,20 +101,24 @@ class Model:
         return load_evaluation_split(self.config, name)
 
     def embed_split(self, dataset: PairDataset) -> EmbeddedSplit:
-        """Returns a split's embeddings, with its ids and its truth where that is known.
+        """Returns a split's embeddings, with all that the model and the split tell beside them.
 
         Raises:
           UserError: naming the images or captions whose embeddings are not finite.
         """
         tokens = self.tokenize(dataset.captions, self.config.evaluation.text_length)
-        dataset = self.with_kept(dataset, tokens)
+        read = self.with_kept(dataset, tokens)
         split = EmbeddedSplit(
-            self.embedder.images(self.params, dataset),
-            self.embedder.captions(self.params, tokens, dataset.kept.get("text")),
+            self.embedder.images(self.params, read),
+            self.embedder.captions(self.params, tokens, read.kept.get("text")),
             dataset.caption_image,
             dataset.image_id,
             dataset.caption_id,
             None if dataset.truth is None else dataset.truth.matrix(),
+            dataset,
+            step=self.step,
+            config=self.config,
+            stats=jax.device_get(self.stats),
         )
         for kind, rows in (("images", split.image_emb), ("captions", split.text_emb)):
             bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))

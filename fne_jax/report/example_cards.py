@@ -1,19 +1,26 @@
-"""Anchors, negatives and queries of a split as what a page shows of them."""
+"""What a page shows of an embedded split: its queries, and the negatives that FNE chooses."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
-import ml_collections
+import jax.numpy as jnp
 import numpy as np
 
+from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.pairs import PairDataset
+from fne_jax.evaluation.metric_names import DIRECTIONS
+from fne_jax.evaluation.ranks import match_ranks
+from fne_jax.evaluation.top_k import top_k
+from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.objectives.fne_settings import FNESettings
-from fne_jax.objectives.similarity_statistics import SimilarityStatistics
-from fne_jax.report import examples, html
+from fne_jax.objectives.negative_mining import hardest_negative
+from fne_jax.objectives.negative_sampling import candidate_weight, sample_negatives
+from fne_jax.objectives.similarity_statistics import cosine, false_negative_posterior
+from fne_jax.objectives.triplet_loss import rowwise_cosine
+from fne_jax.report import html
 
 # Anchors whose negatives are sampled, and those shown: the most suspect, and any others.
 _ANCHORS, _SHOWN_SUSPECT, _SHOWN_OTHERS = 256, 4, 2
@@ -21,61 +28,6 @@ _ANCHORS, _SHOWN_SUSPECT, _SHOWN_OTHERS = 256, 4, 2
 _SHOWN_QUERIES = 4
 
 Card = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Direction:
-    """One direction of retrieval over a split.
-
-    Attributes:
-      title: Image to text, or text to image.
-      query_emb: [queries, dim] L2-normalised embeddings.
-      item_emb: [items, dim] L2-normalised embeddings.
-      query_image: [queries] index of each query's image.
-      item_image: [items] index of each item's image.
-      pair_query: [pairs] the query that each labelled pair holds.
-      pair_item: [pairs] the item that each labelled pair holds.
-      show_query: Takes a query's index and returns what a page shows of it.
-      show_item: Takes an item's index and returns what a page shows of it.
-      is_true: Takes [n] queries and [n] items and returns whether they match in truth; None if
-        that is unknown.
-    """
-
-    title: str
-    query_emb: np.ndarray
-    item_emb: np.ndarray
-    query_image: np.ndarray
-    item_image: np.ndarray
-    pair_query: np.ndarray
-    pair_item: np.ndarray
-    show_query: Callable[[int], Card]
-    show_item: Callable[[int], Card]
-    is_true: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
-
-
-def directions(
-    dataset: PairDataset, image_emb: np.ndarray, text_emb: np.ndarray
-) -> tuple[Direction, Direction]:
-    """Returns image to text, and text to image."""
-    owner, rows, pairs = dataset.caption_image, np.arange(len(image_emb)), np.arange(len(text_emb))
-    truth = dataset.truth
-
-    def image(index: int) -> Card:
-        return show_image(dataset, index)
-
-    def caption(index: int) -> Card:
-        return {"text": dataset.captions[index]}
-
-    return (
-        Direction(
-            "image to text", image_emb, text_emb, rows, owner, owner, pairs, image, caption,
-            None if truth is None else lambda images, captions: truth.is_true(captions, images),
-        ),
-        Direction(
-            "text to image", text_emb, image_emb, owner, rows, pairs, owner, caption, image,
-            None if truth is None else truth.is_true,
-        ),
-    )  # fmt: skip
 
 
 def show_image(dataset: PairDataset, index: int) -> Card:
@@ -88,97 +40,180 @@ def show_image(dataset: PairDataset, index: int) -> Card:
     }
 
 
-def gallery(
-    direction: Direction, seed: int, stats: SimilarityStatistics, fne: ml_collections.ConfigDict
-) -> Card:
-    """Returns what hardest-negative mining and FNE choose for random anchors of a split.
+def _sides(split, way):
+    """Returns of the queries, and of the items, the embeddings, the images, and what shows one."""
+
+    def show_caption(row):
+        return {"text": split.dataset.captions[row]}
+
+    show = functools.partial(show_image, split.dataset)
+    images = split.image_emb, np.arange(len(split.image_emb)), show
+    captions = split.text_emb, split.caption_image, show_caption
+    return (images, captions) if way == "i2t" else (captions, images)
+
+
+def _pairs(way, query, item, **columns):
+    return Pairs(*((item, query) if way == "i2t" else (query, item)), **columns)
+
+
+def _items(way, pairs):
+    return pairs.caption if way == "i2t" else pairs.image
+
+
+def _is_true(split, pairs):
+    """Returns [pairs] whether they match in truth, or None where that is not known."""
+    truth = split.dataset.truth
+    return None if truth is None else truth.is_true(pairs.caption, pairs.image)
+
+
+def negatives(split: EmbeddedSplit, way: str) -> Card:
+    """Returns what hardest-negative mining and FNE choose for random anchors.
 
     Args:
-      direction: A direction over at least two images.
-      seed: The seed of the anchors and of FNE's negatives.
-      stats: The similarity statistics.
-      fne: `config.fne`.
+      split: A split of at least two images, with its dataset, config and statistics.
+      way: A key of `DIRECTIONS`.
     """
-    pairs = np.random.default_rng(seed).permutation(len(direction.pair_query))
+    (_, _, show_query), (_, item_image, show_item) = _sides(split, way)
+    captions = np.arange(len(split.text_emb))
+    of_pairs = (split.caption_image, captions) if way == "i2t" else (captions, split.caption_image)
+    order = np.random.default_rng(split.config.seed).permutation(len(captions))
     # One pair of each query, in the order of the permutation.
-    pairs = pairs[np.sort(np.unique(direction.pair_query[pairs], return_index=True)[1])]
-    pairs = pairs[: min(_ANCHORS, len(direction.item_emb))]
-    query, own = direction.pair_query[pairs], direction.pair_item[pairs]
-    choices = examples.choose_negatives(
-        jax.random.key(seed),
-        direction.query_emb[query],
-        direction.item_emb[own],
-        direction.item_emb,
-        direction.query_image[query][:, None] == direction.item_image[None, :],
-        stats,
-        FNESettings.from_config(fne),
-    )
-    rules = {"hardest": choices.hardest, "chosen": choices.chosen}
-
-    def candidate(rule: examples.Chosen, row: int) -> Card:
-        return direction.show_item(int(rule.index[row])) | {
-            "similarity": float(rule.similarity[row]),
-            "posterior": float(rule.posterior[row]),
-            "in_truth": _in_truth(direction, query[row], rule.index[row]),
-        }
+    order = order[np.sort(np.unique(of_pairs[0][order], return_index=True)[1])]
+    query, own = (rows[order[: min(_ANCHORS, len(item_image))]] for rows in of_pairs)
+    match, hardest, chosen, sampled = choose_negatives(split, way, query, own)
+    rules = {"hardest": hardest, "chosen": chosen}
+    in_truth = {name: _is_true(split, rule) for name, rule in rules.items()}
 
     def card(row: int) -> Card:
-        match = direction.show_item(int(own[row]))
-        return {
-            "anchor": direction.show_query(int(query[row])),
-            "match": match | {"similarity": float(choices.positive_similarity[row])},
-            "sampled": bool(choices.sampled[row]),
-        } | {name: candidate(rule, row) for name, rule in rules.items()}
-
-    def summary(rule: examples.Chosen) -> Card:
-        known = direction.is_true is not None
-        return {
-            "suspected": float((rule.posterior > fne.posterior_threshold).mean()),
-            "posterior": float(rule.posterior.mean()),
-            "in_truth": float(direction.is_true(query, rule.index).mean()) if known else None,
+        candidates = {
+            name: show_item(int(_items(way, rule)[row]))
+            | {
+                "similarity": float(rule.similarity[row]),
+                "posterior": float(rule.probability[row]),
+                "in_truth": None if in_truth[name] is None else bool(in_truth[name][row]),
+            }
+            for name, rule in rules.items()
+        }
+        return candidates | {
+            "anchor": show_query(int(query[row])),
+            "match": show_item(int(own[row])) | {"similarity": float(match.similarity[row])},
+            "sampled": bool(sampled[row]),
         }
 
-    order = np.argsort(-choices.hardest.posterior, kind="stable")
+    def summary(name: str) -> Card:
+        posterior, true = rules[name].probability, in_truth[name]
+        return {
+            "suspected": float((posterior > split.config.fne.posterior_threshold).mean()),
+            "posterior": float(posterior.mean()),
+            "in_truth": None if true is None else float(true.mean()),
+        }
+
+    order = np.argsort(-hardest.probability, kind="stable")
     # In the order of the permutation, so that the first of the others are any.
     others = np.sort(order[_SHOWN_SUSPECT:])
     return {
-        "title": direction.title,
-        "anchors": len(pairs),
-        "summaries": {name: summary(rule) for name, rule in rules.items()},
+        "title": DIRECTIONS[way].title,
+        "anchors": len(query),
+        "summaries": {name: summary(name) for name in rules},
         "suspect": [card(row) for row in order[:_SHOWN_SUSPECT]],
         "others": [card(row) for row in others[:_SHOWN_OTHERS]],
     }
 
 
-def queries(direction: Direction) -> Card:
-    """Returns the queries whose match leads by most, and those whose match trails by most."""
-    outcomes = examples.query_outcomes(
-        direction.query_emb, direction.item_emb, direction.query_image, direction.item_image
-    )
+def choose_negatives(
+    split: EmbeddedSplit, way: str, query: np.ndarray, own: np.ndarray
+) -> tuple[Pairs, Pairs, Pairs, np.ndarray]:
+    """Returns the negatives of hardest-negative mining and of FNE for some anchors.
+
+    Args:
+      split: The split, with its config and statistics.
+      way: A key of `DIRECTIONS`.
+      query: [anchors] rows of the anchors, no more than there are items; each needs an item that is
+        not of its image.
+      own: [anchors] rows of the items that match them.
+
+    Returns:
+      Each anchor with its match, with the hardest negative, and with that which FNE samples or
+      falls back on, the last two with the probability that they are false; and [anchors] bool,
+      false where every candidate weighs 0 and FNE falls back.
+    """
+    (anchor_emb, anchor_image, _), (item_emb, item_image, _) = _sides(split, way)
+    stats, settings = split.stats, FNESettings.from_config(split.config.fne)
+    rng, anchors = jax.random.key(split.config.seed), jnp.asarray(anchor_emb[query])
+    similarity = cosine(anchors, jnp.asarray(item_emb))
+    positive = rowwise_cosine(anchors, jnp.asarray(item_emb[own]))
+    same_image = jnp.asarray(anchor_image[query][:, None] == item_image[None, :])
+    hardest, _ = hardest_negative(rng, similarity, positive, ~same_image)
+    weights = candidate_weight(similarity, positive[:, None], same_image, stats, settings)
+    sampled = sample_negatives(rng, weights, hardest)
+
+    def of(index):
+        picked = jnp.take_along_axis(similarity, index[:, None], axis=1)[:, 0]
+        # Monotone, whatever the run trained with, as in an audit: by the authors' formula a pair
+        # far to the left, which no step would sample, is the most suspect of all.
+        posterior = false_negative_posterior(picked, stats, settings.prior, monotone=True)
+        columns = {"similarity": np.asarray(picked), "probability": np.asarray(posterior)}
+        return _pairs(way, query, np.asarray(index), **columns)
+
+    match = _pairs(way, query, own, similarity=np.asarray(positive))
+    return match, of(hardest), of(sampled), np.asarray(weights.sum(axis=1) > 0)
+
+
+def queries(split: EmbeddedSplit) -> list[Card]:
+    """Returns of both directions the queries whose match leads by most, and those trailing by most.
+
+    Args:
+      split: A split of at least two images, with its dataset.
+    """
+    return [_best_and_worst(split, way, *found) for way, found in query_outcomes(split).items()]
+
+
+def _best_and_worst(split, way, match, rival, rank):
+    (_, _, show_query), (_, _, show_item) = _sides(split, way)
+    in_truth = _is_true(split, rival)
+
+    def shown(pairs, query):
+        item = show_item(int(_items(way, pairs)[query]))
+        return item | {"similarity": float(pairs.similarity[query])}
 
     def card(query: int) -> Card:
-        match, rival = int(outcomes.match[query]), int(outcomes.rival[query])
+        true = None if in_truth is None else bool(in_truth[query])
         return {
-            "query": direction.show_query(query),
-            "rank": int(outcomes.rank[query]),
-            "match": direction.show_item(match)
-            | {"similarity": float(outcomes.match_similarity[query])},
-            "rival": direction.show_item(rival)
-            | {
-                "similarity": float(outcomes.rival_similarity[query]),
-                "in_truth": _in_truth(direction, query, rival),
-            },
+            "query": show_query(query),
+            "rank": int(rank[query]),
+            "match": shown(match, query),
+            "rival": shown(rival, query) | {"in_truth": true},
         }
 
-    best, worst = outcomes.best_and_worst(_SHOWN_QUERIES)
+    order = np.argsort(rival.similarity - match.similarity, kind="stable")
     return {
-        "title": direction.title,
-        "best": [card(int(query)) for query in best],
-        "worst": [card(int(query)) for query in worst],
+        "title": DIRECTIONS[way].title,
+        "best": [card(int(query)) for query in order[:_SHOWN_QUERIES]],
+        "worst": [card(int(query)) for query in order[::-1][:_SHOWN_QUERIES]],
     }
 
 
-def _in_truth(direction, query, item):
-    if direction.is_true is None:
-        return None
-    return bool(direction.is_true(np.array([query]), np.array([item]))[0])
+def query_outcomes(split: EmbeddedSplit) -> dict[str, tuple[Pairs, Pairs, np.ndarray]]:
+    """Returns how each query fared, by direction.
+
+    Args:
+      split: A split of at least two images.
+
+    Returns:
+      [queries] pairs of each query with its most similar match, and with the most similar item that
+      is not labelled one; and [queries] the place of the match, from 1, where an equally similar
+      rival counts before it.
+    """
+    ranks = match_ranks(split.image_emb, split.text_emb, split.caption_image)
+    captions, images = np.arange(len(split.text_emb)), np.arange(len(split.image_emb))
+    order = np.lexsort((-split.own_similarity, split.caption_image))
+    best = order[np.unique(split.caption_image[order], return_index=True)[1]]
+    matches = {"i2t": Pairs(best, images), "t2i": Pairs(captions, split.caption_image)}
+    found = {}
+    for way, rank in zip(DIRECTIONS, ranks, strict=True):
+        (query_emb, query_image, _), (item_emb, item_image, _) = _sides(split, way)
+        item, similarity = top_k(query_emb, item_emb, 1, (query_image, item_image))
+        rival = _pairs(way, np.arange(len(item)), item[:, 0], similarity=similarity[:, 0])
+        match = matches[way].replace(similarity=split.own_similarity[matches[way].caption])
+        found[way] = match, rival, rank + 1
+    return found

@@ -24,10 +24,10 @@ _SPACE = "\N{NO-BREAK SPACE}"
 _ABSOLUTE = re.compile(r"/|~|[A-Za-z]:[/\\]|\\\\|[a-z0-9]+://")
 
 
-@functools.cache
-def _environment() -> jinja2.Environment:
+def environment(package: str) -> jinja2.Environment:
+    """Returns what renders the templates of a package, which share their settings and filters."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fne_jax.report"),
+        loader=jinja2.PackageLoader(package),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -39,6 +39,11 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
+@functools.cache
+def _reports() -> jinja2.Environment:
+    return environment("fne_jax.report")
+
+
 def render(template: str, values: Mapping[str, Any]) -> str:
     """Returns a page.
 
@@ -46,12 +51,12 @@ def render(template: str, values: Mapping[str, Any]) -> str:
       template: The name of a file in templates/.
       values: What it shows; text in it is escaped, unless it is `svg_markup`'s.
     """
-    return _environment().get_template(template).render(values)
+    return _reports().get_template(template).render(values)
 
 
 def palette() -> str:
     """Returns the style sheet of the pages' colours."""
-    return _environment().get_template("palette.css").render()
+    return _reports().get_template("palette.css").render()
 
 
 def svg_markup(svg: str) -> markupsafe.Markup:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib.metadata
 import pathlib
@@ -15,11 +14,10 @@ import matplotlib  # noqa: F401  imported late in figures; without it there is n
 import ml_collections
 
 from fne_jax import configuration
-from fne_jax.data.pairs import PairDataset
-from fne_jax.evaluation.chance import chance_levels
 from fne_jax.evaluation.metric_names import COMPLETE, DIRECTIONS, JUDGED, RETRIEVAL
+from fne_jax.evaluation.results import chance_levels
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.objectives.similarity_statistics import SimilarityStatistics, can_suspect
+from fne_jax.objectives.similarity_statistics import can_suspect
 from fne_jax.report import example_cards, figures, html
 
 _PACKAGES = (
@@ -28,66 +26,45 @@ _PACKAGES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluated:
-    """What a page is about; what is not known is left out of it.
-
-    Attributes:
-      name: The name of the run, or of the folder of embeddings.
-      metrics: The metrics by name, each a number or `{"value", "low", "high"}`.
-      embedded: The embeddings of the split.
-      split: `train`, `val` or `test`; "" if that is not known.
-      step: The step of the checkpoint, or None.
-      weights: `online` or `momentum`; "" for a model that was not trained here.
-      dataset: The split itself, for its images and captions.
-      config: The config of the run, or of the data.
-      stats: The similarity statistics, on the host.
-      log: The lines of the run's metrics.jsonl.
-    """
-
-    name: str
-    metrics: Mapping[str, Any]
-    embedded: EmbeddedSplit
-    split: str = ""
-    step: int | None = None
-    weights: str = ""
-    dataset: PairDataset | None = None
-    config: ml_collections.ConfigDict | None = None
-    stats: SimilarityStatistics | None = None
-    log: Sequence[Mapping[str, float]] = ()
-
-
-def write_run_report(path: pathlib.Path, evaluated: Evaluated) -> None:
-    """Writes the page of an evaluation.
+def write_run_report(
+    path: pathlib.Path,
+    split: EmbeddedSplit,
+    metrics: Mapping[str, Any],
+    weights: str = "",
+    log: Sequence[Mapping[str, float]] = (),
+) -> None:
+    """Writes the page of an evaluation; what is not known of the split is left out of it.
 
     Args:
       path: The file to write.
-      evaluated: What was evaluated.
+      split: What was evaluated.
+      metrics: The metrics by name, each a number or `{"value", "low", "high"}`.
+      weights: `online` or `momentum`; "" for embeddings of any other model.
+      log: The lines of the run's metrics.jsonl.
 
     Raises:
       UserError: if the file cannot be written.
     """
-    metrics, config = evaluated.metrics, evaluated.config
-    chance = chance_levels(evaluated.embedded)
+    config, chance = split.config, chance_levels(split)
     page = html.render(
         "report.html",
         {
-            "name": evaluated.name,
-            "split": evaluated.split,
-            "step": evaluated.step,
-            "weights": evaluated.weights,
+            "name": split.name,
+            "split": split.split_name,
+            "step": split.step,
+            "weights": weights,
             "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
             "data": None if config is None else dataset_name(config.data),
-            "images": len(evaluated.embedded.image_emb),
-            "captions": len(evaluated.embedded.text_emb),
+            "images": len(split.image_emb),
+            "captions": len(split.text_emb),
             "rsum": _value(metrics["rsum"], chance["rsum"]) if "rsum" in metrics else None,
             "tables": metric_tables(metrics, chance),
-            "curves": _labelled(figures.learning_curves(evaluated.log)),
-            "single_values": figures.single_values(evaluated.log),
+            "curves": _labelled(figures.learning_curves(log)),
+            "single_values": figures.single_values(log),
             "config": None if config is None else configuration.flatten(config),
             "environment": environment(),
-            **_of_statistics(evaluated),
-            **_of_examples(evaluated),
+            **_of_statistics(split),
+            **_of_examples(split),
         },
     )
     html.write_text(path, page)
@@ -99,8 +76,8 @@ def dataset_name(data: ml_collections.ConfigDict) -> str:
     return f"{data.source} ({folder})" if folder and folder != data.source else data.source
 
 
-def _of_statistics(evaluated: Evaluated) -> dict[str, Any]:
-    config, stats = evaluated.config, evaluated.stats
+def _of_statistics(split: EmbeddedSplit) -> dict[str, Any]:
+    config, stats = split.config, split.stats
     if config is None or stats is None:
         return {"statistics": None, "figures_of_statistics": {}, "suspects": False}
     return {
@@ -112,19 +89,14 @@ def _of_statistics(evaluated: Evaluated) -> dict[str, Any]:
     }
 
 
-def _of_examples(evaluated: Evaluated) -> dict[str, Any]:
-    dataset, config, stats = evaluated.dataset, evaluated.config, evaluated.stats
-    if dataset is None or len(dataset.image_id) < 2:
-        return {"galleries": [], "queries": []}
-    embedded = evaluated.embedded
-    directions = example_cards.directions(dataset, embedded.image_emb, embedded.text_emb)
-    galleries = []
+def _of_examples(split: EmbeddedSplit) -> dict[str, Any]:
+    config, stats = split.config, split.stats
+    if split.dataset is None or len(split.image_emb) < 2:
+        return {"negatives": [], "queries": []}
+    negatives = []
     if config is not None and stats is not None and can_suspect(stats, config.fne.min_count):
-        galleries = [
-            example_cards.gallery(direction, config.seed, stats, config.fne)
-            for direction in directions
-        ]
-    return {"galleries": galleries, "queries": [example_cards.queries(d) for d in directions]}
+        negatives = [example_cards.negatives(split, way) for way in DIRECTIONS]
+    return {"negatives": negatives, "queries": example_cards.queries(split)}
 
 
 def metric_tables(metrics: Mapping[str, Any], chance: Mapping[str, float]) -> list[dict[str, Any]]:

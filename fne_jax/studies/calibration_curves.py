@@ -1,4 +1,8 @@
-"""What so many verdicts tell of a run's unlabelled pairs, the truth being the reviewer."""
+"""Made for a table of the docs: what so many verdicts tell of a run's unlabelled pairs.
+
+The truth is the reviewer. `study --verdicts` writes the table that docs/verdicts.md shows; nothing
+that trains or evaluates uses this module.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,11 @@ import numpy as np
 from fne_jax.errors import UserError
 from fne_jax.false_negatives import fitted_detector, verdict_samples
 from fne_jax.false_negatives.detection_quality import RECALL, ranking_scores
+from fne_jax.false_negatives.judged_split import JudgedSplit, embed
 from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY
-from fne_jax.false_negatives.pair_features import SplitInputs, features
+from fne_jax.false_negatives.pair_features import features
 from fne_jax.false_negatives.verdict_samples import Density
 from fne_jax.model.model import load_workdir
-from fne_jax.studies import detector
 from fne_jax.studies.cells import Run
 from fne_jax.studies.summary import Estimate, over_seeds
 
@@ -70,13 +74,12 @@ def of_runs(runs: Sequence[Run], budgets: Sequence[int]) -> list[OfRun]:
     for run in runs:
         model = load_workdir(run.workdir, "latest")
         train = model.load_split("train")
-        split = detector.split_inputs(detector.embedded_evidence(model, train))
-        found.append(of_split(split, train.truth.is_true, budgets, run.seed))
+        found.append(of_split(embed(model, train), train.truth.is_true, budgets, run.seed))
     return found
 
 
 def of_split(
-    split: SplitInputs,
+    split: JudgedSplit,
     is_true: Callable[[np.ndarray, np.ndarray], np.ndarray],
     budgets: Sequence[int],
     seed: int,
@@ -109,7 +112,7 @@ def of_split(
 
 
 def _random_pairs(split, rng):
-    caption = rng.integers(len(split.captions), size=_PAIRS)
+    caption = rng.integers(len(split.text_emb), size=_PAIRS)
     image = rng.integers(len(split.image_emb), size=_PAIRS)
     other = np.asarray(split.caption_image)[caption] != image
     return caption[other], image[other]

@@ -8,14 +8,21 @@ from typing import Any
 import jax
 import numpy as np
 
+from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.pairs import PairDataset
-from fne_jax.false_negatives import detection_quality, detectors
-from fne_jax.false_negatives.detection_quality import HARDEST, Candidates, detection_scores
-from fne_jax.false_negatives.pair_features import SplitInputs
-from fne_jax.false_negatives.unlabelled import hardest_candidates
+from fne_jax.evaluation.top_k import top_k
+from fne_jax.false_negatives.detection_quality import (
+    HARDEST,
+    detection_scores,
+    hardest_pairs,
+    quality,
+)
+from fne_jax.false_negatives.detectors import available, judge_by
+from fne_jax.false_negatives.judged_split import JudgedSplit, caption_bank
 from fne_jax.model.model import Model
 from fne_jax.objectives.similarity_statistics import cosine, false_negative_posterior
 
+_DETECTORS = ("gaussians", "captions", "words", "identical")
 # Training images, with a caption of each, whose candidates are judged.
 ANCHORS = 256
 
@@ -137,60 +144,27 @@ def judged_candidates(
     )
 
 
-def evidence_of(model: Model, train: PairDataset) -> detectors.Evidence:
-    """Returns what a run's model knows of its training split, but for the embeddings of images.
-
-    Args:
-      model: The model of the run, with its statistics and its momentum encoders.
-      train: Its training split.
-    """
-    tokens = model.tokenize(train.captions, model.config.evaluation.text_length)
-    return detectors.Evidence(
-        captions=train.captions,
-        caption_image=train.caption_image,
-        images=len(train.image_id),
-        prior=model.config.fne.prior,
-        stats=jax.device_get(model.stats),
-        min_count=model.config.fne.min_count,
-        caption_bank=model.embedder.captions(model.momentum_params, tokens),
-    )
-
-
-def embedded_evidence(model: Model, train: PairDataset) -> detectors.Evidence:
-    """Returns what a run's model knows of its training split, with all of its embeddings.
-
-    Args:
-      model: The model of the run, with its statistics and its momentum encoders.
-      train: Its training split.
-    """
-    # The matrix of all true matches, large for a training split, is not needed.
-    embedded = model.embed_split(dataclasses.replace(train, truth=None))
-    return dataclasses.replace(
-        evidence_of(model, train), image_emb=embedded.image_emb, text_emb=embedded.text_emb
-    )
-
-
-def split_inputs(evidence: detectors.Evidence) -> SplitInputs:
-    """Returns what a detector is fitted to, of evidence with embeddings."""
-    return SplitInputs(
-        evidence.image_emb,
-        evidence.text_emb,
-        evidence.caption_bank,
-        evidence.captions,
-        evidence.caption_image,
-    )
-
-
 def _quality(model, train, anchors):
     """Returns the quality of each detector that is there among the hardest of the queue."""
-    most = max(HARDEST)
-    images = anchors.image, anchors.slot_image
-    slot, similarity = hardest_candidates(anchors.image_emb, anchors.queue_text, *images, most)
+    groups = anchors.image, anchors.slot_image
+    slot, similarity = top_k(anchors.image_emb, anchors.queue_text, max(HARDEST), groups)
     own = np.broadcast_to(anchors.image[:, None], slot.shape)
-    found = {"i2t": Candidates(anchors.pair[slot], own, similarity)}
-    slot, similarity = hardest_candidates(anchors.text_emb, anchors.queue_image, *images, most)
+    candidates = hardest_pairs("i2t", Pairs(anchors.pair[slot], own, similarity))
+    slot, similarity = top_k(anchors.text_emb, anchors.queue_image, max(HARDEST), groups)
     own = np.broadcast_to(anchors.caption[:, None], slot.shape)
-    found["t2i"] = Candidates(own, anchors.slot_image[slot], similarity)
-    evidence = evidence_of(model, train)
-    judges = {name: detectors.fitted(name, evidence) for name in detectors.available(evidence)}
-    return detection_quality.quality(judges, found, train.truth.is_true)
+    candidates |= hardest_pairs("t2i", Pairs(own, anchors.slot_image[slot], similarity))
+    # Detectors that take no embeddings of the whole split: there are none, of width 0.
+    split = JudgedSplit(
+        image_emb=np.zeros((len(train.image_id), 0), np.float32),
+        text_emb=np.zeros((len(train.captions), 0), np.float32),
+        caption_image=train.caption_image,
+        image_id=train.image_id,
+        caption_id=train.caption_id,
+        dataset=train,
+        config=model.config,
+        stats=jax.device_get(model.stats),
+        caption_bank=caption_bank(model, train),
+    )
+    there = available(split)
+    judges = {name: judge_by(name, split) for name in _DETECTORS if name in there}
+    return quality(judges, candidates, train.truth.is_true)

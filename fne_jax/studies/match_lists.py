@@ -6,15 +6,15 @@ import dataclasses
 import logging
 import pathlib
 import re
-from collections.abc import Callable
 
 from fne_jax.data import match_files
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
-from fne_jax.false_negatives import detectors, fitted_detector, pair_features, verdict_samples
+from fne_jax.false_negatives import fitted_detector, pair_features, verdict_samples
+from fne_jax.false_negatives.detectors import judge_by
+from fne_jax.false_negatives.judged_split import embed
 from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY, write_likely_matches
 from fne_jax.model.model import load_workdir
-from fne_jax.studies import detector
 
 # What finds the matches: detectors that ask nobody, and one that is fitted to so many verdicts.
 SOURCES = ("similarity", "gaussians", "captions", "words", "identical", "fittedN")
@@ -71,17 +71,15 @@ def write(wanted: MatchList) -> None:
     """
     model = load_workdir(wanted.folder, "latest")
     train = model.load_split("train")
-    evidence = detector.embedded_evidence(model, train)
-    verdicts = _FITTED.fullmatch(wanted.source)
+    split = embed(model, train)
+    verdicts, least = _FITTED.fullmatch(wanted.source), LEAST_PROBABILITY
     if verdicts:
-        judge, least = _fitted(evidence, train, int(verdicts[1]), model.config.seed)
-    else:
-        judge, least = detectors.fitted(wanted.source, evidence), LEAST_PROBABILITY
+        fitted = _fitted(split, int(verdicts[1]), model.config.seed)
+        split, least = dataclasses.replace(split, fitted=fitted), fitted.threshold(least)
     written = write_likely_matches(
         wanted.path,
-        train,
-        evidence,
-        judge,
+        split,
+        judge_by("fitted" if verdicts else wanted.source, split),
         per_caption=PER_CAPTION,
         least=least,
         about={"detector": wanted.source, "step": model.step},
@@ -93,19 +91,9 @@ def write(wanted: MatchList) -> None:
         )
 
 
-def _fitted(
-    evidence: detectors.Evidence, train: PairDataset, verdicts: int, seed: int
-) -> tuple[Callable[[detectors.PairsToJudge], detectors.Judgement], float]:
-    """Returns a detector fitted to what the truth says of a sample, and its least probability.
-
-    That is the one from which on `LEAST_PROBABILITY` of the verdicts that it was not fitted to are
-    matches.
-    """
-    split = detector.split_inputs(evidence)
+def _fitted(split, verdicts, seed):
+    """Returns a detector fitted to what the truth says of a sample of so many pairs."""
     drawn = verdict_samples.sample(split, verdicts, seed)
     table = pair_features.features(split, drawn.caption, drawn.image)
-    is_match = train.truth.is_true(drawn.caption, drawn.image)
-    found = fitted_detector.fit(table, is_match, drawn.weight, seed)
-
-    judge = detectors.fitted("fitted", dataclasses.replace(evidence, fitted=found))
-    return judge, found.threshold(LEAST_PROBABILITY)
+    is_match = split.dataset.truth.is_true(drawn.caption, drawn.image)
+    return fitted_detector.fit(table, is_match, drawn.weight, seed)

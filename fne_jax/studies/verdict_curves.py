@@ -1,4 +1,8 @@
-"""What so many verdicts would have told of a study's systems, the truth being the reviewer."""
+"""Made for a table of the docs: what so many verdicts would have told of a study's systems.
+
+The truth is the reviewer. `study --verdicts` writes the table that docs/verdicts.md shows; nothing
+that trains or evaluates uses this module.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fne_jax.evaluation.metric_names import DIRECTIONS
-from fne_jax.evaluation.ranked_lists import top_lists
+from fne_jax.evaluation.top_k import top_k
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import load_workdir
 from fne_jax.studies.cells import Run
@@ -43,8 +47,8 @@ def outcomes(splits: Sequence[EmbeddedSplit]) -> dict[str, Outcomes]:
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in DIRECTIONS}
     for split in splits:
         images, captions = np.arange(len(split.image_emb)), np.arange(len(split.text_emb))
-        found["i2t"].append((top_lists(split.image_emb, split.text_emb, 1)[0][:, 0], images))
-        found["t2i"].append((captions, top_lists(split.text_emb, split.image_emb, 1)[0][:, 0]))
+        found["i2t"].append((top_k(split.image_emb, split.text_emb, 1)[0][:, 0], images))
+        found["t2i"].append((captions, top_k(split.text_emb, split.image_emb, 1)[0][:, 0]))
     results = {}
     for direction, pairs in found.items():
         caption, image = (np.stack(rows) for rows in zip(*pairs, strict=True))

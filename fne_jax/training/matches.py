@@ -12,7 +12,7 @@ import numpy as np
 
 from fne_jax import files
 from fne_jax.data import match_files, verdicts
-from fne_jax.data.match_files import KnownPairs
+from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.pairs import DatasetIdentity, PairDataset
 from fne_jax.errors import UserError
 from fne_jax.objectives import registry
@@ -83,7 +83,7 @@ def known_matches(
     return RunMatches((jax.tree.map(lambda array: sharding.place(array, place), table),), data)
 
 
-def read_matches(file: str, train: PairDataset) -> KnownPairs:
+def read_matches(file: str, train: PairDataset) -> Pairs:
     """Returns the pairs of the training split that `config.data.matches` tells.
 
     Raises:
@@ -94,4 +94,4 @@ def read_matches(file: str, train: PairDataset) -> KnownPairs:
         return match_files.read_match_list(path, train)
     found = verdicts.agreed(verdicts.read_verdicts(path, train, "train"))
     matches = [one for one in found if one.verdict == verdicts.MATCH]
-    return KnownPairs(*verdicts.rows_of(matches, train))
+    return verdicts.pairs_of(matches, train)

@@ -19,9 +19,9 @@ from fne_jax.progress import Progress
 from fne_jax.report.figures import statistics_images
 from fne_jax.training.checkpointing import Checkpoints
 from fne_jax.training.data_clock import DataClock
-from fne_jax.training.gallery import gallery_image
 from fne_jax.training.interruption import Stopped, StopRequest
 from fne_jax.training.metric_log import EVALUATED, MetricLog
+from fne_jax.training.retrieved_images import retrieved_images
 from fne_jax.training.step_results import StepResults
 from fne_jax.training.timeline import Timeline
 from fne_jax.training.train_state import TrainState
@@ -116,7 +116,7 @@ class Supervisor:
         self.log.write_histograms(step, {f"similarity_{k}": v for k, v in samples.items()})
         render = functools.partial(statistics_images, state.stats, self.config.fne)
         self.log.write_images(step, render)
-        self.log.write_images(step, lambda: {"gallery": gallery_image(self.val, split)})
+        self.log.write_images(step, lambda: {"gallery": retrieved_images(split)})
         _log.info("step %d: validation rSum %.1f", step, metrics["rsum"])
         return metrics
 

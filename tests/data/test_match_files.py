@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fne_jax.data import match_files
-from fne_jax.data.match_files import KnownPairs
+from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 
@@ -17,13 +17,15 @@ DATASET = PairDataset(
     caption_id=np.array([5, 900, 3, 12, 7]),
     source_image_id=["x", "y", "z"],
 )
-PAIRS = KnownPairs(np.array([2, 0, 4]), np.array([0, 1, 1]))
+PAIRS = Pairs(
+    np.array([2, 0, 4]), np.array([0, 1, 1]), probability=np.array([0.9, 0.8, 1.0], np.float32)
+)
 
 
 @pytest.fixture
 def stored(tmp_path):
     path = tmp_path / "lists" / "matches.npz"
-    match_files.write_match_list(path, DATASET, PAIRS, np.array([0.9, 0.8, 1.0]), {"by": "hand"})
+    match_files.write_match_list(path, DATASET, PAIRS, {"by": "hand"})
     return path
 
 
@@ -38,16 +40,15 @@ def test_a_list_comes_back_for_a_split_in_another_order(stored):
 
 
 def test_an_empty_list_is_one(tmp_path):
-    none = KnownPairs(np.zeros(0, int), np.zeros(0, int))
-    match_files.write_match_list(tmp_path / "a.npz", DATASET, none, np.zeros(0), {})
+    none = PAIRS[:0]
+    match_files.write_match_list(tmp_path / "a.npz", DATASET, none, {})
     assert match_files.read_match_list(tmp_path / "a.npz", DATASET).caption.shape == (0,)
 
 
 def test_the_checksum_tells_the_pairs_but_not_their_order():
     order = np.array([1, 2, 0])
-    turned = KnownPairs(PAIRS.caption[order], PAIRS.image[order])
-    assert turned.checksum == PAIRS.checksum
-    assert KnownPairs(PAIRS.caption, PAIRS.image[order]).checksum != PAIRS.checksum
+    assert PAIRS[order].checksum == PAIRS.checksum
+    assert Pairs(PAIRS.caption, PAIRS.image[order]).checksum != PAIRS.checksum
 
 
 @pytest.mark.parametrize(
@@ -91,4 +92,4 @@ def test_arrays_that_do_not_fit_are_named(stored, name, array):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     pathlib.Path(tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"a.npz: cannot be written"):
-        match_files.write_match_list(tmp_path / "file" / "a.npz", DATASET, PAIRS, np.ones(3), {})
+        match_files.write_match_list(tmp_path / "file" / "a.npz", DATASET, PAIRS, {})

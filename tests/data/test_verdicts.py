@@ -14,8 +14,8 @@ from fne_jax.data.verdicts import (
     FIELDS,
     Verdict,
     agreed,
+    pairs_of,
     read_verdicts,
-    rows_of,
     write_verdicts,
 )
 from fne_jax.errors import UserError
@@ -124,11 +124,10 @@ def test_verdicts_on_other_splits_alone_are_refused(tmp_path):
         read_any(tmp_path / "verdicts.sqlite", DATASET, "test")
 
 
-def test_rows_of_verdicts():
-    caption, image = rows_of(SOME, DATASET)
-    assert caption.tolist() == [0, 1, 2, 3] and image.tolist() == [1, 2, 0, 0]
+def test_pairs_of_verdicts():
+    assert pairs_of(SOME, DATASET).rows() == [(0, 1), (1, 2), (2, 0), (3, 0)]
     with pytest.raises(UserError, match="image_id 99 is none of the 3"):
-        rows_of([verdict(0, 1, image_id=99)], DATASET)
+        pairs_of([verdict(0, 1, image_id=99)], DATASET)
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from fne_jax.errors import UserError
-from fne_jax.evaluation import coco_protocols, protocols, ranked_lists
+from fne_jax.evaluation import coco_protocols, protocols
 from fne_jax.evaluation.metrics import complete_metrics, retrieval_metrics
 from fne_jax.evaluation.results import format_table
+from fne_jax.evaluation.top_k import top_k
 from fne_jax.model.embedded_split import EmbeddedSplit
 
 DIM = 8
@@ -51,8 +52,8 @@ def measured(coco):
 @pytest.mark.slow
 def test_eccv_and_cxc_are_the_packages(coco, package, measured):
     coco = coco.part(np.arange(5000), np.arange(25000))
-    i2t, _ = ranked_lists.top_lists(coco.image_emb, coco.text_emb, 50)
-    t2i, _ = ranked_lists.top_lists(coco.text_emb, coco.image_emb, 50)
+    i2t, _ = top_k(coco.image_emb, coco.text_emb, 50)
+    t2i, _ = top_k(coco.text_emb, coco.image_emb, 50)
     theirs = package.compute_all_metrics(
         dict(zip(coco.image_id.tolist(), coco.caption_id[i2t].tolist(), strict=True)),
         dict(zip(coco.caption_id.tolist(), coco.image_id[t2i].tolist(), strict=True)),

@@ -1,5 +1,6 @@
 """Embeddings written, read again, read from others, and refused by file and row."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_what_is_written_is_read_to_the_bit(split, tmp_path):
         ["a.jpg", "b.jpg", "c.jpg", "d.jpg"],
     )
     for _ in range(2):  # over an older one, too
-        write_embeddings(tmp_path / "dump", split, dataset)
+        write_embeddings(tmp_path / "dump", dataclasses.replace(split, dataset=dataset))
     read = read_embeddings(tmp_path / "dump")
     for name, expected in vars(split).items():
         np.testing.assert_array_equal(getattr(read, name), expected, err_msg=name)
@@ -67,15 +68,15 @@ def test_what_is_written_is_read_to_the_bit(split, tmp_path):
 
 
 def test_nothing_of_an_older_dump_is_taken_for_the_new_one_s(split, tmp_path):
-    write_embeddings(tmp_path, split, None)
-    write_embeddings(tmp_path, EmbeddedSplit(**(vars(split) | {"truth": None})), None)
+    write_embeddings(tmp_path, split)
+    write_embeddings(tmp_path, dataclasses.replace(split, truth=None))
     assert read_embeddings(tmp_path).truth is None
 
 
 def test_a_dump_needs_a_folder(split, tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(UserError, match=r"--dump=.*taken: cannot be written"):
-        write_embeddings(tmp_path / "taken", split, None)
+        write_embeddings(tmp_path / "taken", split)
     assert (tmp_path / "taken").read_text() == "a file"
 
 
@@ -180,10 +181,11 @@ def shuffled(split):
 
 
 def test_rows_are_found_by_their_ids(split, tmp_path):
-    write_embeddings(tmp_path, shuffled(split), None)
+    write_embeddings(tmp_path, shuffled(split))
     assert not np.array_equal(read_embeddings(tmp_path).image_id, split.image_id)
-    read = read_embeddings_of(tmp_path, dataset_of(split))
-    for name, expected in vars(split).items():
+    dataset = dataset_of(split)
+    read = read_embeddings_of(tmp_path, dataset)
+    for name, expected in vars(dataclasses.replace(split, dataset=dataset)).items():
         np.testing.assert_array_equal(getattr(read, name), expected, err_msg=name)
 
 
@@ -197,7 +199,7 @@ def test_rows_are_found_by_their_ids(split, tmp_path):
     ],
 )
 def test_rows_that_are_not_the_split_s_are_refused(split, tmp_path, name, change, message):
-    write_embeddings(tmp_path, EmbeddedSplit(**(vars(split) | {"truth": None})), None)
+    write_embeddings(tmp_path, dataclasses.replace(split, truth=None))
     (tmp_path / "parts.json").unlink()
     np.save(tmp_path / f"{name}.npy", change(getattr(split, name)))
     with pytest.raises(UserError, match=message):
@@ -205,14 +207,16 @@ def test_rows_that_are_not_the_split_s_are_refused(split, tmp_path, name, change
 
 
 def test_captions_that_are_not_the_split_s_are_refused(split, tmp_path):
-    write_embeddings(tmp_path, shuffled(split), dataset_of(shuffled(split), list("abcdefg")))
+    theirs = shuffled(split)
+    dataset = dataset_of(theirs, list("abcdefg"))
+    write_embeddings(tmp_path, dataclasses.replace(theirs, dataset=dataset))
     with pytest.raises(UserError, match=r"names.json: caption \d is '.', that of the split"):
         read_embeddings_of(tmp_path, dataset_of(split))
 
 
 def test_parts_of_two_dumps_are_not_scored(split, tmp_path):
-    write_embeddings(tmp_path / "one", split, None)
-    write_embeddings(tmp_path / "two", shuffled(split), None)
+    write_embeddings(tmp_path / "one", split)
+    write_embeddings(tmp_path / "two", shuffled(split))
     (tmp_path / "two" / "matches.npy").replace(tmp_path / "one" / "matches.npy")
     with pytest.raises(UserError, match=r"matches.npy is not the file that was written with"):
         read_embeddings(tmp_path / "one")
@@ -226,7 +230,7 @@ def test_a_dump_that_was_killed_is_not_scored(split, tmp_path, monkeypatch):
     """Wherever it ends, what is left of it and of the dump before it is refused."""
     written = []
     for last in range(20):
-        write_embeddings(tmp_path, split, None)
+        write_embeddings(tmp_path, split)
         left = iter(range(last))
 
         def write(path, content, left=left):
@@ -238,7 +242,7 @@ def test_a_dump_that_was_killed_is_not_scored(split, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(embedding_files, "write_atomically", write)
             try:
-                write_embeddings(tmp_path, shuffled(split), None)
+                write_embeddings(tmp_path, shuffled(split))
                 break
             except KeyboardInterrupt:
                 pass

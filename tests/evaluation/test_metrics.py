@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from fne_jax import retrieval_metrics
-from fne_jax.evaluation import blocks, metrics, ranked_lists, ranks
+from fne_jax.evaluation import metrics, ranks
+from fne_jax.evaluation import top_k as top_k_lib
+from fne_jax.evaluation.top_k import first_hits, top_k
 
 
 def unit(rng, rows, dim=6):
@@ -89,7 +91,7 @@ def test_blocks_do_not_show(monkeypatch):
     truth = rng.random((23, 46)) < 0.1
     truth[owner, np.arange(46)] = True
     whole = retrieval_metrics(image, text, owner) | metrics.complete_metrics(image, text, truth)
-    monkeypatch.setattr(blocks, "BLOCK_ROWS", 5)
+    monkeypatch.setattr(top_k_lib, "BLOCK_ROWS", 5)
     monkeypatch.setattr(ranks, "_TILE_IMAGES", 5)
     monkeypatch.setattr(ranks, "_TILE_TEXTS", 7)
     parts = retrieval_metrics(image, text, owner) | metrics.complete_metrics(image, text, truth)
@@ -143,26 +145,42 @@ def test_a_query_without_a_match_is_named():
         metrics.complete_metrics(np.eye(3), np.eye(3), truth)
 
 
-def test_top_lists_are_sorted_and_the_lower_row_goes_first(monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK_ROWS", 4)
+def test_the_first_items_are_sorted_and_the_lower_row_goes_first(monkeypatch):
+    monkeypatch.setattr(top_k_lib, "BLOCK_ROWS", 4)
     rng = np.random.default_rng(6)
     # Small integers over 4: many equal similarities, positive, negative and zero of both signs.
     queries = rng.integers(-1, 2, (11, 3)).astype(np.float32) / 4
     gallery = rng.integers(-1, 2, (30, 3)).astype(np.float32)
-    rows, similarities = ranked_lists.top_lists(queries, gallery, 9)
+    rows, similarities = top_k(queries, gallery, 9)
     expected = np.argsort(-(queries @ gallery.T), axis=1, kind="stable")[:, :9]
     np.testing.assert_array_equal(rows, expected)
     np.testing.assert_array_equal(
         similarities, np.take_along_axis(queries @ gallery.T, expected, axis=1)
     )
-    assert ranked_lists.top_lists(queries, gallery, 50)[0].shape == (11, 30)
+    assert top_k(queries, gallery, 50)[0].shape == (11, 30)
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_the_first_items_of_other_groups_against_a_plain_version(monkeypatch, count):
+    monkeypatch.setattr(top_k_lib, "BLOCK_ROWS", 4)
+    rng = np.random.default_rng(0)
+    query, item = unit(rng, 9, 5), unit(rng, 17, 5)
+    query_image, item_image = np.arange(9), rng.integers(0, 9, 17)
+    rows, similarity = top_k(query, item, count, (query_image, item_image))
+    assert rows.shape == similarity.shape == (9, min(count, 17))
+    for q in range(9):
+        others = np.flatnonzero(item_image != q)
+        expected = others[np.argsort(-(item[others] @ query[q]))][:count]
+        np.testing.assert_array_equal(rows[q, : len(expected)], expected)
+        assert np.isfinite(similarity[q, : len(expected)]).all()
+        assert (similarity[q, len(expected) :] == -np.inf).all()
 
 
 def test_equally_similar_items_that_do_not_match_come_first():
     queries, gallery = np.ones((1, 1), np.float32), np.ones((6, 1), np.float32)
     gallery[5] = 0.5
-    relevant = ranked_lists.Matches([np.array([0, 2, 5])], np.array([3])).block(slice(0, 1), 6)
-    hits = ranked_lists.first_hits(queries, gallery, relevant, 6)
+    relevant = np.isin(np.arange(6), [0, 2, 5])[None]
+    hits = first_hits(queries, gallery, relevant, 6)
     assert hits.tolist() == [[False, False, False, True, True, True]]
-    hits = ranked_lists.first_hits(queries, gallery, relevant, 3)
+    hits = first_hits(queries, gallery, relevant, 3)
     assert hits.tolist() == [[False, False, False]]

@@ -11,30 +11,33 @@ import pytest
 
 from fne_jax import audit, configuration
 from fne_jax.data import match_files
+from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.sources.shapes_scenes import SceneTruth
 from fne_jax.data.verdicts import Verdict
 from fne_jax.errors import UserError
-from fne_jax.evaluation import blocks
+from fne_jax.evaluation import top_k as top_k_lib
 from fne_jax.evaluation.embedding_files import write_embeddings
-from fne_jax.false_negatives import audit_pages, detectors, suspects, unlabelled
-from fne_jax.false_negatives.detectors import Judgement, PairsToJudge
+from fne_jax.false_negatives import audit_pages, suspects
+from fne_jax.false_negatives.detectors import judge_by
+from fne_jax.false_negatives.judged_split import split_statistics
+from fne_jax.false_negatives.unlabelled import unlabelled_pairs
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import load_evaluation_split
 from fne_jax.report import html
 from tests.support.embeddings import statistics, unit_rows
 from tests.support.pages import HOSTILE, Page, assert_safe_and_complete, hostile_split
+from tests.support.planted import judged_split
 from tests.support.tiny import tiny_config
 
 
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("per_query", [2, 9])
 def test_pairs_against_a_plain_version(monkeypatch, relative, per_query):
-    monkeypatch.setattr(blocks, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(top_k_lib, "BLOCK_ROWS", 4)
     rng = np.random.default_rng(0)
     image_emb, text_emb, owner = unit_rows(rng, 5, 3), unit_rows(rng, 11, 3), np.arange(11) % 5
-    pairs = unlabelled.unlabelled_pairs(
-        image_emb, text_emb, owner, per_query=per_query, relative=relative
-    )
+    split = EmbeddedSplit(image_emb, text_emb, owner, np.arange(5), np.arange(11))
+    pairs = unlabelled_pairs(split, per_query=per_query, relative=relative)
     similarity = text_emb @ image_emb.T
     own = similarity[np.arange(11), owner]
     score = similarity - own[:, None] * relative
@@ -47,15 +50,15 @@ def test_pairs_against_a_plain_version(monkeypatch, relative, per_query):
     expected = sorted(kept, key=lambda pair: -score[pair])
     assert list(zip(pairs.caption, pairs.image, strict=True)) == expected
     np.testing.assert_allclose(pairs.similarity, [similarity[p] for p in expected], atol=1e-6)
-    np.testing.assert_allclose(pairs.own_similarity, own[pairs.caption], atol=1e-6)
+    np.testing.assert_allclose(split.own_similarity, own, atol=1e-6)
 
 
 def test_embeddings_that_are_not_finite():
     text_emb = np.full((2, 3), np.nan, np.float32)
     with pytest.raises(ValueError, match="text_emb"):
-        unlabelled.unlabelled_pairs(
-            np.eye(3, dtype=np.float32)[:2], text_emb, np.arange(2), per_query=1, relative=False
-        )
+        rows = np.arange(2)
+        split = EmbeddedSplit(np.eye(3, dtype=np.float32)[:2], text_emb, rows, rows, rows)
+        unlabelled_pairs(split, per_query=1, relative=False)
 
 
 def about(suspected):
@@ -67,19 +70,19 @@ def about(suspected):
     }  # fmt: skip
 
 
-def judgement(probability):
-    evidence = np.arange(len(probability)) - 1  # the first has none
-    return Judgement(probability, np.sqrt(probability), evidence)
+def rows(split, caption, image, probability, similarity=None):
+    """Returns what an audit tells of pairs of a dataset."""
+    nearest = np.arange(len(probability)) - 1  # the first has none
+    similarity = np.ones(len(probability)) if similarity is None else similarity
+    pairs = Pairs(caption, image, similarity, probability, np.sqrt(probability), nearest)
+    return audit_pages.rows(judged(split, statistics()), pairs, "captions")
 
 
 def some_rows(split, count):
     index = np.arange(count)
     caption = index % len(split.captions)
     image = (split.caption_image[caption] + 1 + index // len(split.captions)) % len(split.image_id)
-    pairs = unlabelled.UnlabelledPairs(
-        caption, image, np.linspace(0.9, 0.1, count), np.full(count, 0.25)
-    )
-    return audit_pages.rows(split, pairs, judgement(np.linspace(1, 0, count)), "captions")
+    return rows(split, caption, image, np.linspace(1, 0, count), np.linspace(0.9, 0.1, count))
 
 
 def from_csv(folder):
@@ -149,8 +152,7 @@ def test_captions_of_one_image_stand_together(tmp_path, monkeypatch):
     split = hostile_split()
     image = np.array([1, 0, 1, 1, 2, 0])
     caption = np.array([8, 9, 10, 11, 12, 13])
-    pairs = unlabelled.UnlabelledPairs(caption, image, *np.ones((2, 6)))
-    found = audit_pages.rows(split, pairs, judgement(np.linspace(1, 0, 6)), "captions")
+    found = rows(split, caption, image, np.linspace(1, 0, 6))
     audit_pages.write(tmp_path, split, found, about(6))
     page = Page((tmp_path / "index.html").read_text())
     # Each suspected image once, and each caption's own.
@@ -165,9 +167,7 @@ def test_small_posteriors_can_be_told_apart():
     texts[3e-8] = "< 0.0001"
     for posterior, text in texts.items():
         assert html.posterior_text(posterior) == f"{text}\N{NO-BREAK SPACE}%"
-    split = hostile_split()
-    pairs = unlabelled.UnlabelledPairs(*np.zeros((2, 1), int), *np.ones((2, 1)))
-    row = audit_pages.rows(split, pairs, judgement(np.array([3.4567891e-7])), "gaussians")[0]
+    (row,) = rows(hostile_split(), *np.zeros((2, 1), int), np.array([3.4567891e-7]))
     assert row["probability"] == 3.45679e-7
 
 
@@ -177,12 +177,9 @@ def test_nothing_found_is_a_page_too(tmp_path):
 
 
 def judged(split, stats, **fne):
-    owner = split.caption_image
     rng = np.random.default_rng(0)
-    rows = unit_rows(rng, len(split.image_id), 4), unit_rows(rng, len(owner), 4)
-    embedded = EmbeddedSplit(*rows, owner, split.image_id, split.caption_id)
-    config = tiny_config(**fne)
-    return suspects.JudgedSplit("run", 3, "val", config, split, embedded, stats, rows[1])
+    emb = unit_rows(rng, len(split.image_id), 4), unit_rows(rng, len(split.captions), 4)
+    return judged_split(split, *emb, stats=stats, config=tiny_config(**fne))
 
 
 def test_nothing_is_suspected_before_the_count_that_the_loss_asks_for():
@@ -204,24 +201,23 @@ def test_what_ranks():
     settings = {"per_query": 3, "least": 0.0}
     found = suspects.find_suspects(split, rank_by="probability", **settings)
     assert found.detector == "words"  # its captions are of one image each twice
-    keys = list(zip(found.judgement.probability, found.judgement.score, strict=True))
+    keys = list(zip(found.pairs.probability, found.pairs.score, strict=True))
     assert keys == sorted(keys, reverse=True) and len(set(keys)) > 5
     # Each judgement is still that of its pair.
-    judge = detectors.fitted("words", split.evidence)
-    again = judge(PairsToJudge(found.pairs.caption, found.pairs.image, found.pairs.similarity))
-    np.testing.assert_array_equal(again.score, found.judgement.score)
-    np.testing.assert_array_equal(again.evidence, found.judgement.evidence)
+    again = judge_by("words", split)(Pairs(found.pairs.caption, found.pairs.image))
+    np.testing.assert_array_equal(again.score, found.pairs.score)
+    np.testing.assert_array_equal(again.nearest, found.pairs.nearest)
 
     by_lead = suspects.find_suspects(split, rank_by="lead", detector="gaussians", **settings)
-    lead = by_lead.pairs.similarity - by_lead.pairs.own_similarity
-    assert (np.diff(lead) <= 1e-6).all() and (np.diff(by_lead.judgement.score) > 0).any()
+    lead = by_lead.pairs.similarity - split.own_similarity[by_lead.pairs.caption]
+    assert (np.diff(lead) <= 1e-6).all() and (np.diff(by_lead.pairs.score) > 0).any()
 
 
 def test_what_reviewers_say(tmp_path):
     split = hostile_split()
     of_split = judged(split, statistics(), fne__prior=0.3)
     found = suspects.find_suspects(of_split, per_query=3, rank_by="probability", least=0.0)
-    pairs = list(zip(found.pairs.caption.tolist(), found.pairs.image.tolist(), strict=True))
+    pairs = found.pairs.rows()
 
     def verdict(number, said, reviewer="anna"):
         caption, image = pairs[number]
@@ -235,10 +231,8 @@ def test_what_reviewers_say(tmp_path):
     heeded = suspects.heed_verdicts(found, verdicts, split)
     kept = [number for number in range(len(pairs)) if number not in (0, 6)]
     assert heeded.refuted == 2
-    assert list(zip(heeded.pairs.caption, heeded.pairs.image, strict=True)) == [
-        pairs[number] for number in kept
-    ]
-    np.testing.assert_array_equal(heeded.judgement.score, found.judgement.score[kept])
+    assert heeded.pairs.rows() == [pairs[number] for number in kept]
+    np.testing.assert_array_equal(heeded.pairs.score, found.pairs.score[kept])
     audit_pages.write_audit(tmp_path, of_split, heeded, limit=20, quality={})
     lines = (tmp_path / audit_pages.JSONL_NAME).read_text().splitlines()
     confirmed = [json.loads(line)["confirmed"] for line in lines]
@@ -270,12 +264,10 @@ def test_precision_counts_what_is_in_truth_a_match(monkeypatch):
     monkeypatch.setattr(SceneTruth, "is_true", lambda self, caption, image: caption == 3)
     object.__setattr__(split, "truth", truth)
     caption = np.array([3, 0, 1, 2])
-    pairs = unlabelled.UnlabelledPairs(caption, 1 - split.caption_image[caption], *np.ones((2, 4)))
-    assert "precision at 4: 25.0%" in suspects.precision_text(split, pairs)
-    of = judgement(np.ones(4)), "captions"
-    assert [row["in_truth"] for row in audit_pages.rows(split, pairs, *of)] == [
-        True, False, False, False,
-    ]  # fmt: skip
+    pairs = caption, 1 - split.caption_image[caption]
+    assert "precision at 4: 25.0%" in suspects.precision_text(split, Pairs(*pairs))
+    in_truth = [row["in_truth"] for row in rows(split, *pairs, np.ones(4))]
+    assert in_truth == [True, False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -308,7 +300,7 @@ def test_statistics_of_a_split_are_those_of_its_batches():
     text_emb = image_emb[owner] + 0.5 * unit_rows(rng, 17, 4)
     text_emb /= np.linalg.norm(text_emb, axis=1, keepdims=True)
     split = EmbeddedSplit(image_emb, text_emb, owner, np.arange(6), np.arange(17))
-    stats = suspects.split_statistics(split, batch=5, seed=1)
+    stats = split_statistics(split, batch=5, seed=1)
     order = np.random.default_rng(1).permutation(17)[:15].reshape(3, 5)
     positive, negative = [], []
     for rows in order:
@@ -329,6 +321,7 @@ def test_statistics_of_a_split_are_those_of_its_batches():
 
 
 EMBEDDINGS_CONFIG = """
+from tests.support.planted import judged_split
 from tests.support.tiny import tiny_config
 
 def get_config():
@@ -367,7 +360,7 @@ def test_anyones_embeddings_are_audited(tmp_path, capsys):
     assert f"written to {matches}, for config.data.matches" in capsys.readouterr().out
     of_split = load_evaluation_split(configuration.load_config(str(config), []), "val")
     pairs = match_files.read_match_list(matches, of_split)
-    listed = set(zip(pairs.caption.tolist(), pairs.image.tolist(), strict=True))
+    listed = set(pairs.rows())
     assert 18 <= len(listed) <= 4 * 18 and (4, 7) in listed
     assert all(owner[caption] != image for caption, image in listed)
 
@@ -376,7 +369,7 @@ def test_anyones_embeddings_are_audited(tmp_path, capsys):
     split = EmbeddedSplit(image_emb, text_emb, owner, loaded.image_id, loaded.caption_id)
     rng = np.random.default_rng(1)
     moved = split.part(rng.permutation(9), rng.permutation(18))
-    write_embeddings(tmp_path / "moved", moved, None)
+    write_embeddings(tmp_path / "moved", moved)
     audit.main([f"--embeddings={tmp_path / 'moved'}", *arguments[1:]])
     again = json.loads((out / audit_pages.JSONL_NAME).read_text().splitlines()[0])
     assert again == first

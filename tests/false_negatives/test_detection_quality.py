@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from fne_jax.evaluation import blocks
 from fne_jax.false_negatives import detection_quality
-from fne_jax.false_negatives.detectors import Judgement
-from fne_jax.false_negatives.unlabelled import hardest_candidates
+from fne_jax.model.embedded_split import EmbeddedSplit
 from tests.support.embeddings import unit_rows
 
 
@@ -48,22 +46,6 @@ def test_calibration_counts_tenths():
     assert scores["roc_auc"] == pytest.approx(1 - metrics.roc_auc_score(truth, probability))
 
 
-@pytest.mark.parametrize("count", [3, 40])
-def test_hardest_candidates_against_a_plain_version(monkeypatch, count):
-    monkeypatch.setattr(blocks, "BLOCK_ROWS", 4)
-    rng = np.random.default_rng(0)
-    query, item = unit_rows(rng, 9, 5), unit_rows(rng, 17, 5)
-    query_image, item_image = np.arange(9), rng.integers(0, 9, 17)
-    rows, similarity = hardest_candidates(query, item, query_image, item_image, count)
-    assert rows.shape == similarity.shape == (9, min(count, 17))
-    for q in range(9):
-        others = np.flatnonzero(item_image != q)
-        expected = others[np.argsort(-(item[others] @ query[q]))][:count]
-        np.testing.assert_array_equal(rows[q, : len(expected)], expected)
-        assert np.isfinite(similarity[q, : len(expected)]).all()
-        assert (similarity[q, len(expected) :] == -np.inf).all()
-
-
 def test_quality_is_that_of_each_querys_hardest(monkeypatch):
     monkeypatch.setattr(detection_quality, "QUERIES", 6)
     monkeypatch.setattr(detection_quality, "HARDEST", (1, 4))
@@ -74,9 +56,10 @@ def test_quality_is_that_of_each_querys_hardest(monkeypatch):
 
     def judge(pairs):
         asked.append(pairs)
-        return Judgement(np.clip(pairs.similarity, 0, 1), pairs.similarity)
+        return pairs.replace(probability=np.clip(pairs.similarity, 0, 1), score=pairs.similarity)
 
-    candidates = detection_quality.split_candidates(image_emb, text_emb, owner, seed=0)
+    split = EmbeddedSplit(image_emb, text_emb, owner, np.arange(8), np.arange(24))
+    candidates = detection_quality.split_candidates(split, seed=0)
     found = detection_quality.quality(
         {"mine": judge}, candidates, lambda caption, image: truth[image, caption]
     )["mine"]

@@ -7,18 +7,26 @@ import re
 
 import numpy as np
 import pytest
-from sklearn.isotonic import IsotonicRegression
 
+from fne_jax.data.pair_columns import Pairs
 from fne_jax.errors import UserError
 from fne_jax.false_negatives import detectors, monotone_posterior, own_captions
-from fne_jax.false_negatives.detectors import DETECTORS, Evidence, PairsToJudge
-from fne_jax.false_negatives.fitted_detector import features, fit
-from fne_jax.false_negatives.monotone_posterior import MonotonePosterior, isotonic_regression
+from fne_jax.false_negatives.detectors import DETECTORS, judge_by
+from fne_jax.false_negatives.fitted_detector import fit
+from fne_jax.false_negatives.monotone_posterior import MonotonePosterior
 from fne_jax.false_negatives.own_captions import CaptionTerms, OwnCaptions
+from fne_jax.false_negatives.pair_features import features
 from fne_jax.false_negatives.verdict_samples import sample
 from fne_jax.objectives.similarity_statistics import false_negative_posterior
 from tests.support.embeddings import statistics, unit_rows
-from tests.support.planted import is_true, planted_split, unlabelled
+from tests.support.planted import (
+    bare_dataset,
+    is_true,
+    judged_split,
+    planted_split,
+    unlabelled,
+)
+from tests.support.tiny import tiny_config
 
 # Image 3 has one caption; the captions of an image do not stand together.
 OWNER = np.array([2, 0, 1, 0, 2, 1, 3, 0, 2])
@@ -33,10 +41,11 @@ def all_pairs():
     return caption, image
 
 
-def evidence(**changes):
-    emb = unit_rows(np.random.default_rng(0), 9, 5)
-    settings = {"prior": 0.1, "stats": statistics(), "min_count": 200, "caption_bank": emb}
-    return Evidence(CAPTIONS, OWNER, 4, **(settings | changes))
+def some_split(captions=CAPTIONS, owner=OWNER, images=4, **changes):
+    rng = np.random.default_rng(0)
+    emb = unit_rows(rng, images, 5), unit_rows(rng, len(captions), 5)
+    config = tiny_config(fne__prior=0.1, fne__min_count=200)
+    return judged_split(bare_dataset(captions, owner, images), *emb, **{"config": config} | changes)
 
 
 def own_of(caption, image):
@@ -45,7 +54,7 @@ def own_of(caption, image):
 
 def test_the_nearest_own_caption_against_a_plain_version(monkeypatch):
     monkeypatch.setattr(own_captions, "_BLOCK_PAIRS", 5)
-    emb, (caption, image) = evidence().caption_bank, all_pairs()
+    emb, (caption, image) = some_split().caption_bank, all_pairs()
     cosine, nearest = own_captions.nearest_own_caption(
         emb, OwnCaptions.of(OWNER, 4), caption, image
     )
@@ -76,32 +85,23 @@ def test_the_share_of_terms_against_a_plain_version(monkeypatch):
 
 def test_texts_that_say_the_same():
     caption, image = all_pairs()
-    judged = detectors.fitted("identical", evidence())(
-        PairsToJudge(caption, image, np.zeros(len(caption)))
-    )
+    judged = judge_by("identical", some_split())(Pairs(caption, image))
     same = {(c, i) for c, i, p in zip(caption, image, judged.probability, strict=True) if p == 1}
     # "A red dog!" and "A RED DOG"; texts without a word equal none.
     assert same == {(0, 3), (6, 2)} and set(judged.probability) == {0, 1}
     rows = judged.probability == 1
-    np.testing.assert_array_equal(judged.evidence[rows], [6, 0])
-    assert (judged.evidence[~rows] == -1).all()
+    np.testing.assert_array_equal(judged.nearest[rows], [6, 0])
+    assert (judged.nearest[~rows] == -1).all()
     assert own_captions.normalised(" Été,\tÀ-la_plage!  3") == "été à la plage 3"
 
 
 def test_gaussians_are_the_posterior_of_the_paper():
-    pairs = PairsToJudge(np.arange(3), np.array([1, 1, 0]), np.array([-0.9, 0.4, 0.8], np.float32))
-    judged = detectors.fitted("gaussians", evidence(prior=0.3))(pairs)
+    similarity = np.array([-0.9, 0.4, 0.8], np.float32)
+    pairs = Pairs(np.arange(3), np.array([1, 1, 0]), similarity)
+    judged = judge_by("gaussians", some_split(config=tiny_config(fne__prior=0.3)))(pairs)
     expected = false_negative_posterior(pairs.similarity, statistics(), 0.3, monotone=True)
     np.testing.assert_array_equal(judged.probability, expected)
     np.testing.assert_array_equal(judged.score, pairs.similarity)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_isotonic_regression_is_that_of_scikit_learn(seed):
-    rng = np.random.default_rng(seed)
-    value, weight = np.round(rng.random(50) + np.arange(50) / 60, 1), rng.random(50) + 0.1
-    expected = IsotonicRegression().fit_transform(np.arange(50), value, sample_weight=weight)
-    np.testing.assert_allclose(isotonic_regression(value, weight), expected, atol=1e-12)
 
 
 def test_the_posterior_of_samples_is_bayes_rule():
@@ -132,19 +132,19 @@ def test_detectors_by_captions_find_planted_matches(name):
     emb /= np.linalg.norm(emb, axis=1, keepdims=True)
     texts = [f"a t{topic[image]} w{rng.integers(9)}" for image in owner]
     bank = {"external": emb} if name == "external" else {"caption_bank": emb}
-    of_split = Evidence(texts, owner, 300, 1 / 299, statistics(), 0, **bank)
+    of_split = some_split(texts, owner, 300, config=tiny_config(fne__prior=1 / 299), **bank)
     caption = rng.integers(900, size=4000)
     image = rng.integers(300, size=4000)
     image[:2000] = owner[caption[:2000]] ^ 1  # the other of the topic
     kept = owner[caption] != image
     caption, image = caption[kept], image[kept]
     truth = topic[owner[caption]] == topic[image]
-    judged = detectors.fitted(name, of_split)(PairsToJudge(caption, image, np.zeros(len(caption))))
+    judged = judge_by(name, of_split)(Pairs(caption, image))
     assert judged.probability[truth].mean() > 0.5 and judged.probability[~truth].mean() < 0.02
     assert ((judged.probability >= 0) & (judged.probability <= 1)).all()
     rising = np.argsort(judged.score)
     assert (np.diff(judged.probability[rising]) >= 0).all()
-    np.testing.assert_array_equal(owner[judged.evidence], image)
+    np.testing.assert_array_equal(owner[judged.nearest], image)
 
 
 def test_similarity_is_calibrated_by_labelled_pairs():
@@ -159,14 +159,12 @@ def test_similarity_is_calibrated_by_labelled_pairs():
         return emb / np.linalg.norm(emb, axis=1, keepdims=True)
 
     images, texts = near_the_topic(), near_the_topic()
-    of_split = Evidence(
-        ["a"] * 3000, owner, 3000, 0.05, statistics(), 0, image_emb=images, text_emb=texts
-    )
+    dataset = bare_dataset(["a"] * 3000, owner, 3000)
+    of_split = judged_split(dataset, images, texts, config=tiny_config(fne__prior=0.05))
     caption, image = rng.integers(3000, size=(2, 200_000))
     caption, image = caption[caption != image], image[caption != image]
     similarity = (texts[caption] * images[image]).sum(axis=1)
-    judge = detectors.fitted("similarity", of_split)
-    judged = judge(PairsToJudge(caption, image, similarity))
+    judged = judge_by("similarity", of_split)(Pairs(caption, image, similarity))
     truth = topic[caption] == topic[image]
     np.testing.assert_array_equal(judged.score, similarity)
     for low, high in ((0.0, 0.05), (0.3, 0.6), (0.6, 0.9)):
@@ -180,51 +178,46 @@ def test_the_fitted_detector_judges_by_the_features_of_pairs():
     drawn = sample(split, 300, 0)
     said = is_true(split, topic, drawn.caption, drawn.image)
     detector = fit(features(split, drawn.caption, drawn.image), said, drawn.weight, 0)
-    of_split = Evidence(
-        split.captions, split.caption_image, 90, 0.05, statistics(), 0, split.caption_bank,
-        image_emb=split.image_emb, text_emb=split.text_emb, fitted=detector,
-    )  # fmt: skip
+    of_split = dataclasses.replace(split, fitted=detector)
     caption, image = unlabelled(split)
-    judged = detectors.fitted("fitted", of_split)(
-        PairsToJudge(caption, image, split.similarity(caption, image))
-    )
+    judged = judge_by("fitted", of_split)(Pairs(caption, image, split.similarity(caption, image)))
     expected = detector.probability(features(split, caption, image))
     np.testing.assert_allclose(judged.probability, expected, atol=1e-6)
     rising = np.argsort(judged.score)
     assert (np.diff(judged.probability[rising]) >= 0).all()
-    np.testing.assert_array_equal(split.caption_image[judged.evidence], image)
+    np.testing.assert_array_equal(split.caption_image[judged.nearest], image)
     truth = is_true(split, topic, caption, image)
     assert judged.probability[truth].mean() > judged.probability[~truth].mean() + 0.5
 
 
 def test_what_can_judge_and_what_is_preferred():
-    everything = evidence(external=unit_rows(np.random.default_rng(1), 9, 3))
-    rng = np.random.default_rng(2)
-    embedded = {"image_emb": unit_rows(rng, 4, 6), "text_emb": unit_rows(rng, 9, 6)}
-    everything = dataclasses.replace(everything, **embedded)
+    everything = some_split(external=unit_rows(np.random.default_rng(1), 9, 3))
     table, said = np.random.default_rng(3).random((80, 11)), np.arange(80) % 2 == 0
     taught = dataclasses.replace(everything, fitted=fit(table, said, np.ones(80), 0))
     assert detectors.available(taught) == list(DETECTORS)
     assert detectors.best_available(taught) == "fitted"
     assert detectors.available(everything) == [name for name in DETECTORS if name != "fitted"]
     assert detectors.best_available(everything) == "external"
-    assert detectors.best_available(evidence()) == "words"
-    single = dataclasses.replace(everything, captions=CAPTIONS[:4], caption_image=np.arange(4))
+    assert detectors.best_available(some_split()) == "words"
+    single = some_split(CAPTIONS[:4], np.arange(4), external=unit_rows(np.random.default_rng(1), 4))
     assert detectors.available(single) == ["gaussians", "similarity", "identical"]
     assert detectors.best_available(single) == "gaussians"
-    one_image = dataclasses.replace(everything, caption_image=np.zeros(9, int), images=1)
+    one_image = some_split(owner=np.zeros(9, int), images=1)
+    assert detectors.available(one_image) == ["gaussians", "identical"]
     assert detectors.best_available(one_image) == "gaussians"
     for name, of_split, message in (
-        ("external", evidence(), "give --caption-embeddings"),
+        ("external", some_split(), "give --caption-embeddings"),
         ("fitted", everything, "nothing was fitted to verdicts; give --fitted"),
-        ("fitted", evidence(fitted=taught.fitted), "no embeddings of images and captions"),
-        ("captions", evidence(caption_bank=None), "no text embeddings"),
-        ("similarity", evidence(), "no embeddings of images and captions"),
+        ("similarity", one_image, "there is one image"),
         ("words", single, "no image has a second caption"),
-        ("gaussians", evidence(stats=statistics(count=200)), "more than config.fne.min_count, 200"),
+        (
+            "gaussians",
+            some_split(stats=statistics(count=200)),
+            "more than config.fne.min_count, 200",
+        ),
     ):
         with pytest.raises(UserError, match=f"detector {name}: .*{message}"):
-            detectors.fitted(name, of_split)
+            judge_by(name, of_split)
 
 
 def test_the_example_of_the_posterior_runs():

@@ -9,8 +9,8 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from fne_jax.errors import UserError
 from fne_jax.false_negatives import fitted_detector
 from fne_jax.false_negatives.detection_quality import ranking_scores
-from fne_jax.false_negatives.fitted_detector import Trees, features, fit, read, write
-from fne_jax.false_negatives.pair_features import FEATURES
+from fne_jax.false_negatives.fitted_detector import FEATURES, Trees, fit, read, write
+from fne_jax.false_negatives.pair_features import features
 from fne_jax.false_negatives.verdict_samples import sample
 from tests.support.planted import is_true, planted_split, unlabelled
 

@@ -33,7 +33,8 @@ def system(seed):
     images = unit_rows(rng, 20, 3)
     text = images[OWNER] + 0.8 * unit_rows(rng, 40, 3)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
-    return EmbeddedSplit(images, text.astype(np.float32), OWNER, SPLIT.image_id, SPLIT.caption_id)
+    ids = OWNER, SPLIT.image_id, SPLIT.caption_id
+    return EmbeddedSplit(images, text.astype(np.float32), *ids, dataset=SPLIT)
 
 
 def is_true(caption, image):
@@ -48,7 +49,7 @@ def verdict(sample, caption, image, said=None, reviewer="anna"):
 
 def judged_pool(sample, systems):
     pairs = pool([first_results(sample, one) for one in systems], OWNER, sample.seed)
-    return [verdict(sample, *map(int, pair)) for pair in zip(*pairs, strict=True)]
+    return [verdict(sample, *pair) for pair in pairs.rows()]
 
 
 @pytest.mark.parametrize("first", [1, 10])
@@ -59,7 +60,7 @@ def test_scores_against_a_plain_version(first):
     assert len(asked) == len(verdicts)
     needed, values = set(), []
     for one in systems:
-        measured = measure_judged(sample, one, SPLIT, verdicts)
+        measured = measure_judged(sample, one, verdicts)
         similarity = one.image_emb @ one.text_emb.T
         drawn = sample.draw(SPLIT.image_id, SPLIT.caption_id)
         for direction, matrix in (("i2t", similarity), ("t2i", similarity.T)):
@@ -89,11 +90,11 @@ def test_the_order_tells_nothing_and_shared_results_come_once():
     sample = EvaluationSample(10, 20, 1)
     systems = [first_results(sample, system(seed)) for seed in (0, 1)]
     both, swapped = pool(systems, OWNER, 3), pool(systems[::-1], OWNER, 3)
-    np.testing.assert_array_equal(both, swapped)
+    assert both.rows() == swapped.rows()
     twice = pool([systems[0], systems[0]], OWNER, 3)
-    np.testing.assert_array_equal(twice, pool(systems[:1], OWNER, 3))
-    alone = set(zip(*pool(systems[:1], OWNER, 3), strict=True))
-    of_first = np.array([pair in alone for pair in zip(*both, strict=True)])
+    alone = pool(systems[:1], OWNER, 3).rows()
+    assert twice.rows() == alone
+    of_first = np.array([pair in alone for pair in both.rows()])
     # Neither first nor last.
     half = len(of_first) // 2
     assert abs(of_first[:half].mean() - of_first[half:].mean()) < 0.2 < of_first.mean() < 0.95
@@ -118,15 +119,15 @@ def test_a_system_that_was_not_judged_is_refused():
     sample, systems = EvaluationSample(1, 20, 0), [system(seed) for seed in range(3)]
     verdicts = judged_pool(sample, systems[:2])
     with pytest.raises(UserError, match="of this system's first results are not judged"):
-        measure_judged(sample, systems[2], SPLIT, verdicts)
+        measure_judged(sample, systems[2], verdicts)
     complete = judged_pool(sample, systems)
     with pytest.raises(UserError, match=r"^1 of this system's .*\((1|0) of image to text, "):
         own = judged_pool(sample, systems[2:])
         left_out = (own[0].caption_id, own[0].image_id)
         rest = [one for one in complete if (one.caption_id, one.image_id) != left_out]
-        measure_judged(sample, systems[2], SPLIT, rest)
+        measure_judged(sample, systems[2], rest)
     with pytest.raises(UserError, match="not judged"):
-        measure_judged(sample, systems[0], SPLIT, [])
+        measure_judged(sample, systems[0], [])
 
 
 def test_reviewers_who_differ_and_who_are_unsure():
@@ -134,7 +135,7 @@ def test_reviewers_who_differ_and_who_are_unsure():
     verdicts = judged_pool(sample, [one])
 
     def r1(verdicts):
-        measured = measure_judged(sample, one, SPLIT, verdicts)
+        measured = measure_judged(sample, one, verdicts)
         return np.array([measured[f"judged_{name}_r1"].value for name in ("i2t", "t2i")])
 
     def all_say(word, reviewer="anna"):
@@ -181,15 +182,15 @@ def test_evaluate_with_verdicts(tmp_path, capsys, kind):
     rng = np.random.default_rng(0)
     embedded = EmbeddedSplit(
         unit_rows(rng, len(split.image_id), 4), unit_rows(rng, len(split.captions), 4),
-        split.caption_image, split.image_id, split.caption_id,
+        split.caption_image, split.image_id, split.caption_id, dataset=split,
     )  # fmt: skip
-    write_embeddings(tmp_path / "theirs", embedded, split)
+    write_embeddings(tmp_path / "theirs", embedded)
     sample = EvaluationSample(1, 6, 0)
     pairs = pool([first_results(sample, embedded)], split.caption_image, 0)
     verdicts = [
         Verdict("val", int(split.image_id[i]), int(split.caption_id[c]), "", split.captions[c],
                 "no_match", "anna", sample=sample.name)
-        for c, i in zip(*pairs, strict=True)
+        for c, i in pairs.rows()
     ]  # fmt: skip
     path = tmp_path / f"verdicts.{kind}"
 
@@ -213,7 +214,7 @@ def test_evaluate_with_verdicts(tmp_path, capsys, kind):
     evaluate.main([*ours, config, "--split=val", f"--out={out}", f"--report={page}"])
     assert "as people judged" in capsys.readouterr().out
     report = json.loads(out.read_text())
-    expected = measure_judged(sample, embedded, split, verdicts)
+    expected = measure_judged(sample, embedded, verdicts)
     assert report["metrics"]["judged_t2i_r1"] == expected["judged_t2i_r1"].as_json()
     assert report["verdicts"] == {"sample": sample.name, "number": len(verdicts)}
     assert "As people judged the first results" in page.read_text()

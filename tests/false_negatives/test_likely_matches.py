@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from fne_jax.false_negatives import likely_matches as likely_lib
-from fne_jax.false_negatives.detectors import Judgement
 from fne_jax.false_negatives.likely_matches import likely_matches
 from tests.support.embeddings import unit_rows
+from tests.support.planted import bare_dataset, judged_split
 
 
 @pytest.mark.parametrize("per_caption", [1, 3, 50])
@@ -22,11 +22,11 @@ def test_equals_a_plain_search(monkeypatch, per_caption):
         np.testing.assert_allclose(pairs.similarity, expected, atol=1e-6)
         assert (caption_image[pairs.caption] != pairs.image).all()
         probability = chance[pairs.caption, pairs.image]
-        return Judgement(probability, probability)
+        return pairs.replace(probability=probability, score=probability)
 
-    found = likely_matches(
-        judge, image_emb, text_emb, bank, caption_image, per_caption=per_caption, least=0.4
-    )
+    dataset = bare_dataset(["a"] * 12, caption_image, images)
+    split = judged_split(dataset, image_emb, text_emb, bank)
+    found = likely_matches(split, judge, per_caption=per_caption, least=0.4)
     expected = {}
     for caption in range(12):
         of_images = [np.flatnonzero(caption_image == image) for image in range(images)]

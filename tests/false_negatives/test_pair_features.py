@@ -5,10 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
+from fne_jax.false_negatives import judged_split as judged_lib
 from fne_jax.false_negatives import own_captions, pair_features
-from fne_jax.false_negatives.pair_features import FEATURES, SplitInputs, features
+from fne_jax.false_negatives.fitted_detector import FEATURES
+from fne_jax.false_negatives.pair_features import features
 from tests.support.embeddings import unit_rows
-from tests.support.planted import unlabelled
+from tests.support.planted import bare_dataset, judged_split, unlabelled
 
 OWNER = np.array([2, 0, 1, 0, 2, 1, 3, 0, 2])
 CAPTIONS = [
@@ -20,7 +22,7 @@ CAPTIONS = [
 def split():
     rng = np.random.default_rng(0)
     embeddings = unit_rows(rng, 4, 5), unit_rows(rng, 9, 5), unit_rows(rng, 9, 7)
-    return SplitInputs(*embeddings, CAPTIONS, OWNER)
+    return judged_split(bare_dataset(CAPTIONS, OWNER, 4), *embeddings)
 
 
 def plainly(of, caption, image):
@@ -53,7 +55,7 @@ def plainly(of, caption, image):
 
 def test_features_against_a_plain_version(monkeypatch):
     monkeypatch.setattr(pair_features, "_BLOCK_PAIRS", 5)
-    monkeypatch.setattr(pair_features, "_BLOCK_ROWS", 2)
+    monkeypatch.setattr(judged_lib, "_BLOCK_ROWS", 2)
     monkeypatch.setattr(own_captions, "_BLOCK_PAIRS", 3)
     of = split()
     caption, image = (rows[::-1] for rows in unlabelled(of))
@@ -68,7 +70,7 @@ def test_features_against_a_plain_version(monkeypatch):
 
 
 def test_ranks_are_told_by_a_sample_of_the_others(monkeypatch):
-    monkeypatch.setattr(pair_features, "_OTHERS", 3)
+    monkeypatch.setattr(judged_lib, "_OTHERS", 3)
     of = split()
     mean, deviation = of.to_random_captions
     similarity = of.image_emb @ of.text_emb.T
@@ -82,7 +84,8 @@ def test_ranks_are_told_by_a_sample_of_the_others(monkeypatch):
 
 
 def test_captions_without_words_and_pairs_that_are_labelled():
-    wordless = SplitInputs(*unit_rows(np.random.default_rng(0), 3, 2, 5), ["?", "!"], np.arange(2))
+    emb = unit_rows(np.random.default_rng(0), 3, 2, 5)
+    wordless = judged_split(bare_dataset(["?", "!"], np.arange(2), 2), *emb)
     found = dict(zip(FEATURES, features(wordless, np.array([0]), np.array([1])).T, strict=True))
     assert all(found[name] == 0 for name in FEATURES if name.startswith("words"))
     with pytest.raises(ValueError, match="1 pairs are of a caption and its own image"):
@@ -90,7 +93,7 @@ def test_captions_without_words_and_pairs_that_are_labelled():
 
 
 def test_the_hardest_pairs_of_either_side(monkeypatch):
-    monkeypatch.setattr(pair_features, "HARDEST", 2)
+    monkeypatch.setattr(judged_lib, "HARDEST", 2)
     of = split()
     similarity = of.text_emb @ of.image_emb.T
     similarity[np.arange(9), OWNER] = -np.inf

@@ -9,15 +9,15 @@ import pytest
 
 from fne_jax import audit, configuration
 from fne_jax.data import match_files
+from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.verdicts import Verdict, write_verdicts
 from fne_jax.errors import UserError
 from fne_jax.evaluation.embedding_files import write_embeddings
 from fne_jax.false_negatives import audit_pages, fitted_detector, verdict_fitting
-from fne_jax.false_negatives.pair_features import SplitInputs
 from fne_jax.false_negatives.verdict_samples import sample
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import load_evaluation_split
-from tests.support.planted import is_true, planted_split
+from tests.support.planted import is_true, judged_split, planted_split
 
 CONFIG = """
 from tests.support.tiny import tiny_config
@@ -39,8 +39,8 @@ def written(tmp_path):
     text_emb = planted.text_emb[order]
     rows = dataset.caption_image, dataset.image_id, dataset.caption_id
     np.testing.assert_array_equal(rows[0], planted.caption_image[order])
-    write_embeddings(tmp_path / "theirs", EmbeddedSplit(planted.image_emb, text_emb, *rows), None)
-    split = SplitInputs(planted.image_emb, text_emb, text_emb, dataset.captions, rows[0])
+    write_embeddings(tmp_path / "theirs", EmbeddedSplit(planted.image_emb, text_emb, *rows))
+    split = judged_split(dataset, planted.image_emb, text_emb)
     drawn = sample(split, 500, 0)
     said = np.where(is_true(split, topic, drawn.caption, drawn.image), "match", "no_match")
     verdicts = [
@@ -149,9 +149,8 @@ def test_a_detector_of_other_embeddings_is_told(written, tmp_path, caplog):
 
 
 def test_a_density_by_verdicts_that_all_agree_is_no_prior():
-    said = verdict_fitting.Said(
-        *(np.arange(30), np.arange(30), np.zeros(30, bool)), np.full(30, 9.0), ["first"]
-    )
+    verdicts = {"is_match": np.zeros(30, bool), "weight": np.full(30, 9.0)}
+    said = Pairs(np.arange(30), np.arange(30), **verdicts)
     told = verdict_fitting.describe_density(said)
     assert told.startswith("0% of all unlabelled pairs match by all 30 verdicts (0.00% to 9.50%")
     assert "too few to tell config.fne.prior" in told

@@ -5,19 +5,19 @@ import doctest
 import numpy as np
 import pytest
 
-from fne_jax.false_negatives import pair_features, verdict_samples
+from fne_jax.false_negatives import judged_split, verdict_samples
 from fne_jax.false_negatives.verdict_samples import density, sample
 from tests.support.planted import is_true, planted_split, unlabelled
 
 
 @pytest.fixture
 def few_hardest(monkeypatch):
-    monkeypatch.setattr(pair_features, "HARDEST", 2)
+    monkeypatch.setattr(judged_split, "HARDEST", 2)
 
 
 def drawn_often(split, count, times):
     """Returns how often each pair was drawn, the weight it had last, and the samples."""
-    often = np.zeros((len(split.captions), len(split.image_emb)))
+    often = np.zeros((len(split.text_emb), len(split.image_emb)))
     weight, samples = np.full(often.shape, np.nan), []
     for seed in range(times):
         one = sample(split, count, seed)

@@ -12,15 +12,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fne_jax import evaluate
-from fne_jax.evaluation import blocks
-from fne_jax.evaluation.chance import chance_levels
+from fne_jax.evaluation import top_k as top_k_lib
+from fne_jax.evaluation.results import chance_levels
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.objectives.fne_settings import FNESettings
 from fne_jax.objectives.similarity_statistics import (
     SimilarityStatistics,
     false_negative_posterior,
 )
-from fne_jax.report import examples, figures, run_report
+from fne_jax.report import example_cards, figures, run_report
 from fne_jax.training.metric_log import MetricLog, read_metrics
 from tests.support.embeddings import statistics, unit_rows
 from tests.support.pages import HOSTILE, Page, assert_safe_and_complete, hostile_split
@@ -29,51 +28,58 @@ from tests.support.tiny import tiny_config
 
 def test_choices_against_a_plain_version():
     rng = np.random.default_rng(1)
-    anchors, gallery = unit_rows(rng, 5, 6), unit_rows(rng, 9, 6)
-    same = np.arange(5)[:, None] == np.arange(9)[None, :] % 5
-    settings = FNESettings.from_config(tiny_config(fne__elimination="hard", fne__prior=0.1).fne)
+    anchors, captions, owner = unit_rows(rng, 5, 6), unit_rows(rng, 9, 6), np.arange(9) % 5
+    config = tiny_config(fne__elimination="hard", fne__prior=0.1)
     stats = statistics(positive=(0.3, 0.2), negative=(0.1, 0.2))
-    choices = examples.choose_negatives(
-        jax.random.key(0), anchors, gallery[:5], gallery, same, stats, settings
+    split = EmbeddedSplit(
+        anchors, captions, owner, np.arange(5), np.arange(9), config=config, stats=stats
     )
-    similarity = anchors @ gallery.T
+    match, hardest, chosen, sampled = example_cards.choose_negatives(
+        split, "i2t", np.arange(5), np.arange(5)
+    )
+    similarity = anchors @ captions.T
     posterior = np.asarray(false_negative_posterior(similarity, stats, 0.1))
     for row in range(5):
-        others = [key for key in range(9) if not same[row, key]]
-        hardest = max(others, key=lambda key: similarity[row, key])
-        assert choices.hardest.index[row] == hardest
+        others = [key for key in range(9) if owner[key] != row]
+        assert hardest.caption[row] == max(others, key=lambda key: similarity[row, key])
         eligible = [
             key
             for key in others
-            if posterior[row, key] <= settings.posterior_threshold
-            and similarity[row, key] > 0.3 - settings.margin
+            if posterior[row, key] <= config.fne.posterior_threshold
+            and similarity[row, key] > 0.3 - config.fne.margin
         ]
-        assert choices.sampled[row] == bool(eligible)
-        assert choices.chosen.index[row] in (eligible or [hardest])
-        chosen = choices.chosen.index[row]
-        assert choices.chosen.posterior[row] == pytest.approx(posterior[row, chosen], abs=1e-5)
-        assert choices.chosen.similarity[row] == pytest.approx(similarity[row, chosen], abs=1e-5)
-    np.testing.assert_allclose(choices.positive_similarity, np.diagonal(similarity), atol=1e-5)
+        assert sampled[row] == bool(eligible)
+        key = chosen.caption[row]
+        assert key in (eligible or [hardest.caption[row]]) and chosen.image[row] == row
+        assert chosen.probability[row] == pytest.approx(posterior[row, key], abs=1e-5)
+        assert chosen.similarity[row] == pytest.approx(similarity[row, key], abs=1e-5)
+    np.testing.assert_allclose(match.similarity, np.diagonal(similarity), atol=1e-5)
 
 
 def test_outcomes_against_a_plain_version(monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(top_k_lib, "BLOCK_ROWS", 4)
     rng = np.random.default_rng(2)
-    queries, items = unit_rows(rng, 11, 3), unit_rows(rng, 6, 3)
-    items[5] = items[0]  # a tie counts against the query
-    query_label, item_label = np.arange(11) % 3, np.arange(6) % 3
-    of = examples.query_outcomes(queries, items, query_label, item_label)
-    similarity = queries @ items.T
-    for row in range(11):
-        own = [i for i in range(6) if item_label[i] == query_label[row]]
-        others = [i for i in range(6) if i not in own]
-        best = max(similarity[row, own])
-        assert of.match_similarity[row] == pytest.approx(best, abs=1e-6)
-        assert of.rival_similarity[row] == pytest.approx(max(similarity[row, others]), abs=1e-6)
-        assert of.rank[row] == 1 + sum(similarity[row, i] >= best - 1e-7 for i in others)
-    lead = of.match_similarity - of.rival_similarity
-    best, worst = of.best_and_worst(2)
-    assert set(best) == set(np.argsort(lead)[-2:]) and worst[0] == lead.argmin()
+    images, captions, owner = unit_rows(rng, 5, 3), unit_rows(rng, 11, 3), np.arange(11) % 5
+    images[4] = images[0]  # a tie counts against the query
+    split = EmbeddedSplit(images, captions, owner, np.arange(5), np.arange(11))
+    own = owner == np.arange(5)[:, None]
+    found = example_cards.query_outcomes(split)
+    for way, similarity, is_own in (
+        ("i2t", images @ captions.T, own),
+        ("t2i", captions @ images.T, own.T),
+    ):
+        match, rival, rank = found[way]
+        items = (match.caption, rival.caption) if way == "i2t" else (match.image, rival.image)
+        assert len(match) == len(rival) == len(rank) == len(similarity)
+        for row, of_row in enumerate(similarity):
+            best = of_row[is_own[row]].max()
+            highest = of_row[~is_own[row]].max()
+            assert match.similarity[row] == pytest.approx(best, abs=1e-6)
+            assert of_row[items[0][row]] == pytest.approx(best, abs=1e-6)
+            assert is_own[row, items[0][row]] and not is_own[row, items[1][row]]
+            assert rival.similarity[row] == pytest.approx(highest, abs=1e-6)
+            assert rank[row] == 1 + sum(of_row[~is_own[row]] >= best - 1e-7)
+    assert (found["t2i"][2][owner == 4] > 1).all()
 
 
 def test_metric_tables_show_every_metric_once():
@@ -173,19 +179,19 @@ def test_svg_takes_the_colour_and_width_of_its_page():
     assert not set(pages[0].ids) & set(pages[1].ids)
 
 
-def evaluated(split, **more):
-    """Returns what a page takes of a run over a split."""
+def embedded(split, **more):
+    """Returns a split as a run embeds it."""
     rng, owner = np.random.default_rng(3), split.caption_image
     rows = unit_rows(rng, len(split.image_id), 4), unit_rows(rng, len(owner), 4)
-    embedded = EmbeddedSplit(*rows, owner, split.image_id, split.caption_id)
     stats = statistics(positive=(0.5, 0.2), negative=(0.2, 0.2))
-    known = {"split": "test", "step": 12, "dataset": split, "config": tiny_config(), "stats": stats}
-    return run_report.Evaluated("run", {"rsum": 123.4}, embedded, **(known | more))
+    known = {"split_name": "test", "step": 12, "dataset": split, "config": tiny_config()}
+    known |= {"name": "run", "stats": stats}
+    return EmbeddedSplit(*rows, owner, split.image_id, split.caption_id, **(known | more))
 
 
-def page_of(folder, **what):
+def page_of(folder, log=(), **what):
     path = folder / "report.html"
-    run_report.write_run_report(path, evaluated(**what))
+    run_report.write_run_report(path, embedded(**what), {"rsum": 123.4}, log=log)
     page = Page(path.read_text())
     assert_safe_and_complete(page)
     return page
@@ -214,7 +220,7 @@ def test_the_head_tells_when_what_and_what_chance_would_be(tmp_path):
     page = page_of(tmp_path, split=hostile_split(), config=tiny_config(data__dir="/home/me/pets/"))
     shown = " ".join(page.text)
     today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
-    chance = chance_levels(evaluated(hostile_split()).embedded)["rsum"]
+    chance = chance_levels(embedded(hostile_split()))["rsum"]
     for part in (today, "synthetic (pets)", "7 images, 14 captions", f"would have {chance:.1f}"):
         assert part in shown
 
@@ -256,15 +262,15 @@ def test_a_dissimilar_pair_is_no_suspect():
     stats = statistics(positive=(0.3, 0.15), negative=(0.25, 0.05))
     assert false_negative_posterior(-0.08, stats, 0.01) > 0.999
     rest = np.sqrt(1 - 0.08**2 - 0.5**2)
-    gallery = np.array([[-0.08, 0.5, rest, 0], [0.5, -0.08, 0, rest]], np.float32)
-    # Each anchor's other candidate is its own.
-    choices = examples.choose_negatives(
-        jax.random.key(0), np.eye(2, 4, dtype=np.float32), np.eye(2, 4, dtype=np.float32), gallery,
-        np.array([[False, True], [True, False]]), stats,
-        FNESettings.from_config(tiny_config(fne__prior=0.01).fne),
+    captions = np.array([[-0.08, 0.5, rest, 0], [0.5, -0.08, 0, rest]], np.float32)
+    owner = np.array([1, 0])  # each anchor's other candidate is its own
+    split = EmbeddedSplit(
+        np.eye(2, 4, dtype=np.float32), captions, owner, np.arange(2), np.arange(2),
+        config=tiny_config(fne__prior=0.01), stats=stats,
     )  # fmt: skip
-    np.testing.assert_allclose(choices.hardest.similarity, -0.08, atol=1e-6)
-    assert (choices.hardest.posterior < 0.01).all()
+    _, hardest, _, _ = example_cards.choose_negatives(split, "i2t", np.arange(2), owner)
+    np.testing.assert_allclose(hardest.similarity, -0.08, atol=1e-6)
+    assert (hardest.probability < 0.01).all()
 
 
 def test_without_matplotlib_there_is_a_warning_and_no_page(tmp_path, monkeypatch, caplog):

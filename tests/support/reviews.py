@@ -5,7 +5,6 @@ import numpy as np
 from fne_jax.false_negatives.review_app.app import Review
 from fne_jax.false_negatives.review_app.questions import Question, Questions
 from fne_jax.false_negatives.verdict_store import VerdictStore
-from fne_jax.index.split_search import SplitSearch
 from fne_jax.model.embedded_split import EmbeddedSplit
 from tests.support.embeddings import unit_rows
 
@@ -40,7 +39,8 @@ def some_review(path, split, reviewer="anna", count=14):
         questions=Questions(split, some_questions(split, count)),
         store=VerdictStore(path),
         reviewer=reviewer,
-        search=SplitSearch(embed_texts, embedded),
+        embedded=embedded,
+        embed_texts=embed_texts,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from fne_jax.data import match_files
 from fne_jax.data.batches import training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
-from fne_jax.data.match_files import KnownPairs
+from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.sources.registry import load_split
 from fne_jax.data.verdicts import Verdict, write_verdicts
 from fne_jax.errors import UserError
@@ -118,10 +118,10 @@ def listed(path, train, chosen):
     """Writes a list of those of the unlabelled matches that a mask chooses; returns all of them."""
     image, caption = np.nonzero(train.truth.matrix())
     other = train.caption_image[caption] != image
-    pairs = KnownPairs(caption[other], image[other])
+    pairs = Pairs(caption[other], image[other])
     kept = chosen(np.arange(other.sum()))
-    some = KnownPairs(pairs.caption[kept], pairs.image[kept])
-    match_files.write_match_list(path, train, some, np.ones(kept.sum()), {})
+    some = pairs[kept].replace(probability=np.ones(kept.sum()))
+    match_files.write_match_list(path, train, some, {})
     return pairs
 
 

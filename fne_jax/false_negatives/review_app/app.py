@@ -9,12 +9,12 @@ import importlib.resources
 import json
 import logging
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 from urllib.parse import urlencode
 
 import anyio.to_thread
-import jinja2
+import jax
 import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -33,13 +33,15 @@ from fne_jax.data.images.preprocessing import small_jpeg
 from fne_jax.data.pairs import PairDataset
 from fne_jax.data.verdicts import WORDS, Verdict
 from fne_jax.errors import UserError
+from fne_jax.evaluation.top_k import top_k
 from fne_jax.false_negatives.review_app import questions as questions_lib
 from fne_jax.false_negatives.review_app.guard import Guard
 from fne_jax.false_negatives.review_app.questions import FILTERS, GROUPINGS, Questions
 from fne_jax.false_negatives.verdict_store import VerdictStore
-from fne_jax.index.split_search import SplitSearch
+from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.report import html
 
+_PACKAGE = "fne_jax.false_negatives.review_app"
 # The most pixels of a side of an image, by the name of its size in an address.
 SIZES = {"small": 240, "medium": 720, "large": 1600}
 # Results of a search at first, how many more are shown at a time, and the most.
@@ -64,7 +66,8 @@ class Review:
       questions: What is asked.
       store: Where the answers go.
       reviewer: Who answers.
-      search: Searches the split; None for a review without it.
+      embedded: The split's embeddings, which are searched; None for a review without a search.
+      embed_texts: Takes texts and returns their [texts, dim] L2-normalised embeddings.
     """
 
     title: str
@@ -74,7 +77,8 @@ class Review:
     questions: Questions
     store: VerdictStore
     reviewer: str
-    search: SplitSearch | None = None
+    embedded: EmbeddedSplit | None = None
+    embed_texts: Callable[[list[str]], np.ndarray] | None = None
 
 
 def create_app(review: Review, names: Collection[str] = ()) -> Starlette:
@@ -93,7 +97,7 @@ def create_app(review: Review, names: Collection[str] = ()) -> Starlette:
         Route("/images/{data}/{size}/{row:int}.jpg", pages.image),
         Route("/static/{name}", _static),
     ]
-    if review.search is not None:
+    if review.embedded is not None:
         routes.append(Route("/search", pages.search))
     return Starlette(
         routes=routes,
@@ -110,7 +114,10 @@ def create_app(review: Review, names: Collection[str] = ()) -> Starlette:
 class _Pages:
     def __init__(self, review: Review):
         self._review = review
-        self._reading = threading.Lock()
+        self._reading, self._embedding = threading.Lock(), threading.Lock()
+        if review.embedded is not None:
+            emb = review.embedded.image_emb, review.embedded.text_emb
+            self._image_emb, self._text_emb = jax.device_put(emb)
         owner = review.dataset.caption_image
         order = np.argsort(owner, kind="stable")
         starts = np.searchsorted(owner[order], np.arange(len(review.dataset.image_id) + 1))
@@ -118,14 +125,14 @@ class _Pages:
         # Stands in the addresses of images and in each verdict: what a browser kept of a server of
         # other data, at the same address, is neither shown nor judged as this one's.
         self._data = f"{review.split}-{review.dataset.identity.checksum}"
-        self._environment = _environment()
+        self._environment = html.environment(_PACKAGE)
         self._environment.globals |= {
             "review_title": review.title,
             "about": review.about,
             "split": review.split,
             "data": self._data,
             "reviewer": review.reviewer,
-            "can_search": review.search is not None,
+            "can_search": review.embedded is not None,
             "marks": _MARKS,
             "verdict_names": _NAMES,
         }
@@ -172,33 +179,35 @@ class _Pages:
         if row is not None and row >= images:
             raise HTTPException(404, f"There is no image {row}; the split has {images}.")
         values = {"query": query, "asked": None, "captions": [], "similar": [], "found": []}
-        search, shown = self._review.search, 0
+        shown, found = 0, None
         if row is not None:
             values["asked"] = self._image(row)
-            found = search.captions_for_image(row, _FIRST_RESULTS)
+            asked = self._review.embedded.image_emb[row][None]
+            captions = _found(top_k(asked, self._text_emb, _FIRST_RESULTS))
             values["captions"] = [
                 {
                     "text": self._review.dataset.captions[caption],
-                    "similarity": float(similarity),
+                    "similarity": similarity,
                     "own": bool(self._review.dataset.caption_image[caption] == row),
                     "link": "/search?"
                     + urlencode({"q": self._review.dataset.captions[caption]}, errors="replace"),
                 }
-                for caption, similarity in zip(found.rows, found.similarity, strict=True)
+                for caption, similarity in captions
             ]
-            found = search.images_for_image(row, count)
+            own = np.array([row]), np.arange(images)
+            found = _found(top_k(asked, self._image_emb, count, own))
         elif query:
-            found = search.images_for_text(query, count)
+            with self._embedding:
+                asked = self._review.embed_texts([query])
+            found = _found(top_k(asked, self._image_emb, count))
         else:
             # Somewhere to begin, the same at each visit.
             rows = np.random.default_rng(0).permutation(images)[:_FIRST_RESULTS]
-            found = None
             values["found"] = [self._image(int(one)) for one in rows]
         if found is not None:
-            shown = len(found.rows)
+            shown = len(found)
             values["found"] = [
-                self._image(int(one)) | {"similarity": float(similarity)}
-                for one, similarity in zip(found.rows, found.similarity, strict=True)
+                self._image(one) | {"similarity": similarity} for one, similarity in found
             ]
         more = min(shown + _FIRST_RESULTS, _MOST_RESULTS, images - (row is not None))
         asked = {"image": row} if row is not None else {"q": query}
@@ -341,22 +350,16 @@ class _Pages:
         return HTMLResponse(page.encode(errors="replace"), headers={"cache-control": "no-store"})
 
 
-def _environment():
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fne_jax.false_negatives.review_app"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["posterior"] = html.posterior_text
-    environment.filters["short_path"] = html.short_path
-    return environment
+def _found(result):
+    """Returns the row and the similarity of each item that a single query finds."""
+    (rows,), (similarity,) = result
+    there = np.isfinite(similarity)  # not the query's own image
+    return list(zip(rows[there].tolist(), similarity[there].tolist(), strict=True))
 
 
 @functools.cache
 def _static_files() -> dict[str, bytes]:
-    package = importlib.resources.files("fne_jax.false_negatives.review_app")
+    package = importlib.resources.files(_PACKAGE)
     files = {file.name: file.read_bytes() for file in (package / "static").iterdir()}
     return files | {"palette.css": html.palette().encode()}
 

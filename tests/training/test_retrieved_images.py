@@ -5,7 +5,7 @@ from PIL import Image
 
 from fne_jax.data.pairs import PairDataset
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.training.gallery import gallery_image
+from fne_jax.training.retrieved_images import retrieved_images
 
 COLOURS = np.array([(200, 0, 0), (0, 0, 200), (250, 250, 0), (0, 0, 0)], np.uint8)
 
@@ -26,9 +26,9 @@ def test_captions_stand_above_what_is_found_in_order_and_framed():
     truth[2, 0] = True
     split = EmbeddedSplit(
         np.eye(4, dtype=np.float32), similarity.astype(np.float32), dataset.caption_image,
-        dataset.image_id, dataset.caption_id, truth,
+        dataset.image_id, dataset.caption_id, truth, dataset,
     )  # fmt: skip
-    page = gallery_image(dataset, split)
+    page = retrieved_images(split)
     assert page.dtype == np.uint8 and page.shape == (1, 3 * 142, 5 * 120, 3)
     blue, green, grey = (59, 130, 196), (47, 158, 98), (225, 226, 230)
     frames = [[grey, blue, grey, green], [grey, grey, grey, green], [green, grey, grey, grey]]
@@ -53,7 +53,8 @@ def test_records_that_are_jpegs_are_shown_too():
         source_image_id=["x"],
     )
     one = np.ones((1, 1), np.float32)
-    split = EmbeddedSplit(one, one, dataset.caption_image, dataset.image_id, dataset.caption_id)
-    page = gallery_image(dataset, split)
+    ids = dataset.caption_image, dataset.image_id, dataset.caption_id
+    split = EmbeddedSplit(one, one, *ids, dataset=dataset)
+    page = retrieved_images(split)
     assert page.shape == (1, 142, 600, 3)
     assert np.abs(page[0, 82, 60].astype(int) - (0, 160, 0)).max() < 12

@@ -8,8 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fne_jax.data.images.preprocessing import small_jpeg
-from fne_jax.data.pairs import PairDataset
-from fne_jax.evaluation.ranked_lists import top_lists
+from fne_jax.evaluation.top_k import top_k
 from fne_jax.model.embedded_split import EmbeddedSplit
 
 _QUERIES, _RESULTS = 6, 5
@@ -19,20 +18,20 @@ _LABELLED, _TRUE, _OTHER = (47, 158, 98), (59, 130, 196), (225, 226, 230)
 _PAPER, _INK = (255, 255, 255), (31, 35, 41)
 
 
-def gallery_image(dataset: PairDataset, split: EmbeddedSplit) -> np.ndarray:
+def retrieved_images(split: EmbeddedSplit) -> np.ndarray:
     """Returns captions, evenly from all of them, each above the images most similar to it.
 
     The caption's own image has a green frame; where the truth is known, any other match a blue one.
 
     Args:
-      dataset: The split, for its captions and images.
-      split: Its embeddings.
+      split: The split, with its dataset.
 
     Returns:
       [1, height, width, 3] uint8.
     """
+    dataset = split.dataset
     captions = np.unique(np.linspace(0, len(dataset.captions) - 1, _QUERIES).astype(int))
-    found, _ = top_lists(split.text_emb[captions], split.image_emb, _RESULTS)
+    found, _ = top_k(split.text_emb[captions], split.image_emb, _RESULTS)
     row = _LINE + _SIDE + 2 * _FRAME
     page = Image.new("RGB", (_RESULTS * (_SIDE + 2 * _FRAME), len(captions) * row), _PAPER)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from fne_jax.false_negatives import kept_embeddings
+from fne_jax.false_negatives import judged_split
 from fne_jax.model.model import build_model, initial_params, load_evaluation_split
 from tests.support.runs import mesh_of
 from tests.support.tiny import LinearTowers, tiny_config
@@ -39,8 +39,8 @@ def test_what_is_kept_is_taken_while_nothing_changes(made, tmp_path, monkeypatch
     def embed(model=model, dataset=dataset):
         """Returns the embeddings, and whether they were made anew."""
         counted.clear()
-        embedded, bank = kept_embeddings.embed(model, dataset, path)
-        return [embedded.image_emb, embedded.text_emb, bank], bool(counted)
+        split = judged_split.embed(model, dataset, path)
+        return [split.image_emb, split.text_emb, split.caption_bank], bool(counted)
 
     first, anew = embed()
     assert anew and not np.allclose(first[1], first[2])
@@ -73,5 +73,5 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(made, tmp_path, monkeyp
         type(model), "tokenize", lambda self, texts, length: (np.ones((len(texts), 2), int),) * 2
     )
     (tmp_path / "reviews").write_text("a file")
-    kept_embeddings.embed(model, dataset, tmp_path / "reviews" / "kept.npz")
+    judged_split.embed(model, dataset, tmp_path / "reviews" / "kept.npz")
     assert "will be embedded again" in caplog.text

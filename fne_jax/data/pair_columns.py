@@ -1,0 +1,59 @@
+"""Pairs of a caption and an image, and what is known of each, column by column."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Pairs of a caption and an image of a split; a column that nobody asked for is None.
+
+    Attributes:
+      caption: [pairs] int row of each pair's caption.
+      image: [pairs] int row of each pair's image.
+      similarity: [pairs] float32 cosine of the two by a model.
+      probability: [pairs] float32 that the two match, by a detector.
+      score: [pairs] float32 by which a detector ranks them; the detector says what it is.
+      nearest: [pairs] int64, the image's own caption that the detector goes by, or -1.
+      is_match: [pairs] bool, whether most reviewers say that they match.
+      weight: [pairs] float64, how many unlabelled pairs each stands for: the inverse of the
+        probability with which a random sample drew it; NaN where none did.
+      sample: [pairs] the name of that sample, or "".
+    """
+
+    caption: np.ndarray
+    image: np.ndarray
+    similarity: np.ndarray | None = None
+    probability: np.ndarray | None = None
+    score: np.ndarray | None = None
+    nearest: np.ndarray | None = None
+    is_match: np.ndarray | None = None
+    weight: np.ndarray | None = None
+    sample: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.caption)
+
+    def __getitem__(self, index: slice | np.ndarray) -> Pairs:
+        """Returns the pairs of a slice, a mask or an order."""
+        return Pairs(
+            **{name: None if one is None else one[index] for name, one in vars(self).items()}
+        )
+
+    def replace(self, **columns: np.ndarray | None) -> Pairs:
+        """Returns the pairs with other columns."""
+        return dataclasses.replace(self, **columns)
+
+    def rows(self) -> list[tuple[int, int]]:
+        """Returns the rows of caption and image of each pair."""
+        return list(zip(self.caption.tolist(), self.image.tolist(), strict=True))
+
+    @property
+    def checksum(self) -> str:
+        """16 hexadecimal digits over the pairs, in whatever order they came."""
+        pairs = np.unique(np.stack([self.caption, self.image], axis=1).astype(np.int64), axis=0)
+        return hashlib.sha256(pairs.tobytes()).hexdigest()[:16]
