@@ -25,6 +25,7 @@ setuptools.setup(
         "orbax-checkpoint>=0.12.8",
         "ml-collections>=1.1.0",
         "numpy>=2.4.6",
+        "scipy>=1.17.1",  # isotonic regression and t-intervals
         "absl-py>=2.5.1",
         "transformers>=5.23.0",
         "tokenizers>=0.23.3",
@@ -61,8 +62,8 @@ setuptools.setup(
         "faiss": ["faiss-cpu>=1.15.1"],
         # The local page of `review`.
         "review": ["starlette>=1.10.0", "uvicorn>=0.54.0"],
-        # Scores detectors and tests differences, for `study`.
-        "study": ["scikit-learn>=1.9.1", "scipy>=1.17.1"],
+        # Fits detectors, for `study`.
+        "study": ["scikit-learn>=1.9.1"],
         # Fits a detector to verdicts, for `audit --verdicts`.
         "fitted": ["scikit-learn>=1.9.1"],
         # TensorBoard's page for what `config.logging.profile_step` writes.

@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> None:
     """Parses the command line, trains what is missing, and writes the tables."""
     options, overrides = _parse(arguments)
     try:
-        # scikit-learn, SciPy and matplotlib: only studies need them all.
+        # scikit-learn and matplotlib: only studies need both.
         from fne_jax.studies import cells, execution, outputs, schedule, summary
     except ImportError as error:
         raise UserError(f"{error}: install the extra with `pip install -e .[study]`") from error

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from scipy import optimize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class MonotonePosterior:
         of_matches = np.bincount(step[: len(matches)], minlength=len(score)) / len(matches)
         of_all = np.bincount(step[len(matches) :], minlength=len(score)) / len(all_pairs)
         weight = of_matches + of_all
-        share = isotonic_regression(of_matches / weight, weight)
+        share = optimize.isotonic_regression(of_matches / weight, weights=weight).x
         begins = np.append(True, share[1:] > share[:-1])
         share = share[begins]
         # The odds of the two samples are the ratio of their densities.
@@ -75,26 +76,3 @@ class MonotonePosterior:
         """Returns the float32 probability of a match for scores of any shape."""
         step = np.searchsorted(self.score, score, side="right") - 1
         return self.probability[np.maximum(step, 0)].astype(np.float32)
-
-
-def isotonic_regression(value: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Returns the never falling values that are nearest to some, by weighted squares.
-
-    By pooling adjacent violators: neighbours that fall take their weighted mean.
-
-    Args:
-      value: [n] values in order.
-      weight: [n] weights, each above 0.
-    """
-    means, weights, counts = [], [], []
-    for mean, mass in zip(value.tolist(), weight.tolist(), strict=True):
-        count = 1
-        while means and means[-1] >= mean:
-            before = weights.pop()
-            mean = (means.pop() * before + mean * mass) / (before + mass)
-            mass += before
-            count += counts.pop()
-        means.append(mean)
-        weights.append(mass)
-        counts.append(count)
-    return np.repeat(means, counts)
