@@ -1,9 +1,10 @@
-"""Towers pretrained apart, as the paper's are: each knows its kind of input, and not the other's.
+"""Made for a table of docs/study.md: towers pretrained apart, as the paper's are.
 
 The paper begins with a ViT that knows images and a BERT that knows language. On rendered scenes the
 like is an image tower that has learned to name what stands in each quarter of an image, and a text
 tower that has learned to fill in masked words; neither has seen which caption belongs to which
-image. A run of steps of each is stored as a run's folder, for `config.init_from`.
+image. A run of steps of each is stored as a run's folder, for `config.init_from`. `study
+--pretraining` alone uses this module.
 """
 
 from __future__ import annotations
