@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING
 
 from fne_jax.encoders.pretrained_weights import load_pretrained, save_pretrained
 from fne_jax.evaluation.metrics import retrieval_metrics
-from fne_jax.objectives.contrastive import clip_loss, infonce_loss, sigmoid_loss
-from fne_jax.objectives.features import Matches
-from fne_jax.objectives.fne_loss import fne_triplet_loss, fne_triplet_loss_from_uniform
+from fne_jax.objectives.contrastive import (
+    clip_loss,
+    infonce_loss,
+    multi_positive_loss,
+    sigmoid_loss,
+)
+from fne_jax.objectives.features import Features, Matches
+from fne_jax.objectives.fne_loss import fne_triplet_loss
 from fne_jax.objectives.memory_queue import MemoryQueue
-from fne_jax.objectives.multi_positive import multi_positive_loss
 from fne_jax.objectives.negative_mining import (
     hardest_negative,
     mined_triplet_loss,
     random_negative,
     semi_hard_negative,
 )
-from fne_jax.objectives.negative_sampling import (
-    sample_negatives,
-    sample_negatives_from_uniform,
-    sampling_weights,
-)
+from fne_jax.objectives.negative_sampling import sample_negatives, sampling_weights
 from fne_jax.objectives.similarity_statistics import (
     SimilarityStatistics,
     false_negative_posterior,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fne_jax.model.model import load_workdir
 
 __all__ = [
+    "Features",
     "Matches",
     "MemoryQueue",
     "SimilarityStatistics",
@@ -44,7 +45,6 @@ __all__ = [
     "clip_loss",
     "false_negative_posterior",
     "fne_triplet_loss",
-    "fne_triplet_loss_from_uniform",
     "hardest_negative",
     "hardest_negative_triplet_loss",
     "infonce_loss",
@@ -55,7 +55,6 @@ __all__ = [
     "random_negative",
     "retrieval_metrics",
     "sample_negatives",
-    "sample_negatives_from_uniform",
     "sampling_weights",
     "save_pretrained",
     "semi_hard_negative",

@@ -58,8 +58,8 @@ def _parse(arguments):
     parser.add_argument(
         "--objectives",
         default="fne,hardest",
-        help=f"some of {', '.join((*registry.MAIN, *registry.FNE_VARIANTS))}, with commas between; "
-        "with a colon and `truth`, or what finds them at the end of the warm-up, as in "
+        help=f"some of {', '.join((*registry.OBJECTIVES, *registry.FNE_VARIANTS))}, with commas "
+        "between; with a colon and `truth`, or what finds them at the end of the warm-up, as in "
         "multi_positive:similarity, an objective that knows of matches beyond the labels; with an "
         "at sign they are found by another's finished run, as in multi_positive:fitted5000@clip",
     )

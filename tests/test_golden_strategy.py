@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from fne_jax import (
+    Features,
     MemoryQueue,
     SimilarityStatistics,
     false_negative_posterior,
-    fne_triplet_loss_from_uniform,
     hardest_negative_triplet_loss,
     sampling_weights,
     update_similarity_statistics,
 )
+from fne_jax.objectives.fne_loss import _loss_from_uniforms
 from fne_jax.objectives.similarity_statistics import cosine
 from tests.support import TOP
 
@@ -82,9 +83,8 @@ def test_replays_the_authors_steps(strategy_file):
     @jax.jit
     def differentiate(image_emb, text_emb, draws, momentum, image_id, queue, stats):
         def loss_fn(*online):
-            return fne_triplet_loss_from_uniform(
-                *draws, *online, *momentum, image_id, queue, stats, **settings
-            )
+            features = Features(*online, *momentum, image_id)
+            return _loss_from_uniforms(jnp.stack(draws), features, queue, stats, **settings)
 
         return jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(image_emb, text_emb)
 
@@ -92,7 +92,7 @@ def test_replays_the_authors_steps(strategy_file):
     def weigh(anchor, keys, same_image, stats):
         similarity = cosine(anchor, keys)
         weights = sampling_weights(
-            similarity, jnp.diagonal(similarity), same_image, stats, **settings
+            similarity, jnp.diagonal(similarity)[:, None], same_image, stats, **settings
         )
         return weights, similarity, false_negative_posterior(similarity, stats)
 
@@ -147,7 +147,7 @@ def test_warmup_triplet(golden):
     margin = float(figures["margin"])
     differentiate = jax.jit(
         jax.value_and_grad(
-            lambda *emb: hardest_negative_triplet_loss(*emb, margin=margin), argnums=(0, 1)
+            lambda *emb: hardest_negative_triplet_loss(Features(*emb), margin=margin)[0], (0, 1)
         )
     )
     loss, grads = differentiate(figures["image_emb"], figures["text_emb"])

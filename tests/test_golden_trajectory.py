@@ -14,8 +14,9 @@ import pytest
 from configs import base
 from fne_jax import MemoryQueue, SimilarityStatistics, load_pretrained
 from fne_jax.encoders.dual_encoder import DualEncoder
-from fne_jax.objectives.fne_loss import fne_triplet_loss_from_uniform
-from fne_jax.objectives.registry import StatisticsRule, hardest_objective
+from fne_jax.objectives.fne_loss import _loss_from_uniforms
+from fne_jax.objectives.similarity_statistics import StatisticsRule
+from fne_jax.objectives.triplet_loss import hardest_negative_triplet_loss
 from fne_jax.parallel.sharding import StepLayout, create_mesh, replicated
 from fne_jax.training.encoder_passes import WholeBatch
 from fne_jax.training.optimizer import build_optimizer
@@ -102,26 +103,16 @@ def build_step(arrays, *, warmup):
         learning_rate=optax.constant_schedule(float(arrays["learning_rate"])),
     )
 
-    def from_uniform(rng, features, queue, stats, *, draws):
-        return fne_triplet_loss_from_uniform(
-            *draws,
-            features.image,
-            features.text,
-            features.momentum_image,
-            features.momentum_text,
-            features.image_id,
-            queue,
-            stats,
-            margin=margin,
-            min_count=int(arrays["ready_count"]),
-        )
+    def replay(features, queue, stats, rng, *, draws):
+        settings = {"margin": margin, "min_count": int(arrays["ready_count"])}
+        return _loss_from_uniforms(jnp.stack(draws), features, queue, stats, **settings)
 
     # What it returns lies where it was given, or the next call would compile another program.
     @functools.partial(jax.jit, out_shardings=replicated(one_device()))
     def step(state, batch, draws):
-        objective = functools.partial(from_uniform, draws=draws)
+        objective = functools.partial(replay, draws=draws)
         if warmup:
-            objective = functools.partial(hardest_objective, margin=margin)
+            objective = functools.partial(hardest_negative_triplet_loss, margin=margin)
         return train_step(
             name_by_place(state, batch),
             batch,

@@ -11,8 +11,7 @@ import optax
 
 from fne_jax.benchmarks.timing import machine, median_seconds
 from fne_jax.objectives.features import Features
-from fne_jax.objectives.fne_loss import fne_loss
-from fne_jax.objectives.fne_settings import FNESettings
+from fne_jax.objectives.fne_loss import fne_triplet_loss
 from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.similarity_statistics import (
     GaussianStatistics,
@@ -58,7 +57,7 @@ def strategy(
 
         def loss_fn(*online):
             features = Features(*online, momentum_image_emb, momentum_text_emb, image_id)
-            return fne_loss(rng, features, queue, stats, FNESettings(key_chunk=key_chunk))
+            return fne_triplet_loss(features, queue, stats, rng, key_chunk=key_chunk)
 
         return stats, jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(image_emb, text_emb)
 

@@ -18,7 +18,6 @@ from fne_jax.encoders.rematerialization import REMATS
 from fne_jax.encoders.transformer import ALL
 from fne_jax.errors import UserError
 from fne_jax.objectives import registry
-from fne_jax.objectives.fne_settings import ELIMINATIONS
 from fne_jax.objectives.key_blocks import BLOCK
 
 _ANY = 10**9  # stands for no upper bound
@@ -169,7 +168,7 @@ FIELDS = {
     "encoder.remat": _choice(*REMATS),
     "momentum": _number(0, 0.999999),
     "queue_size": _whole(1, 2**28),
-    "objective.name": _choice(*registry.MAIN),
+    "objective.name": _choice(*registry.OBJECTIVES),
     "objective.queue": _FLAG,
     "objective.temperature": _number(1e-4, 100, also=(0,)),
     "objective.bias": _number(-1000, 1000, also=(None,)),
@@ -183,7 +182,7 @@ FIELDS = {
     "fne.posterior_threshold": _number(0, 1),
     "fne.min_count": _whole(0, 2**31 - 1),
     "fne.mask_same_image": _FLAG,
-    "fne.elimination": _choice(*ELIMINATIONS),
+    "fne.elimination": _choice(*registry.ELIMINATIONS),
     "fne.cut_down": _FLAG,
     "fne.monotone": _FLAG,
     "fne.ema_decay": _number(1e-6, 1),

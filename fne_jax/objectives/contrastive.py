@@ -5,53 +5,45 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fne_jax.objectives import checks
-from fne_jax.objectives.features import (
-    Features,
-    Matches,
-    check_features,
-    directions,
-    excluded_keys,
-)
+from fne_jax.objectives import checks, learned_scalars
+from fne_jax.objectives.features import Features, check_features, directions
 from fne_jax.objectives.memory_queue import MemoryQueue
-from fne_jax.objectives.similarity_statistics import cosine
+from fne_jax.objectives.similarity_statistics import SimilarityStatistics, cosine
+
+# Stands for the logarithm of 0: its exponential is 0, and unlike -inf it has a finite gradient
+# where an anchor has no negative at all.
+_LOG_ZERO = -1e30
 
 
 def infonce_loss(
-    image_emb: jax.Array,
-    text_emb: jax.Array,
-    momentum_image_emb: jax.Array,
-    momentum_text_emb: jax.Array,
-    image_id: jax.Array,
-    queue: MemoryQueue | None,
+    features: Features,
+    queue: MemoryQueue | None = None,
+    stats: SimilarityStatistics | None = None,
+    rng: jax.Array | None = None,
     *,
     temperature: float | jax.Array = 0.07,
-    matches: Matches | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, None]:
     """Returns the contrastive loss over the batch's momentum keys and the queue.
 
     >>> import jax.numpy as jnp
     >>> image_emb = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> text_emb = jnp.array([[0.8, 0.6], [0.6, 0.8]])  # similarities 0.8 own, 0.6 other
-    >>> loss = infonce_loss(
-    ...     image_emb, text_emb, image_emb, text_emb, jnp.arange(2), None, temperature=0.1
-    ... )
+    >>> features = Features(image_emb, text_emb, image_emb, text_emb, jnp.arange(2))
+    >>> loss, _ = infonce_loss(features, temperature=0.1)
     >>> print(f"{loss:.3f}")  # log(1 + exp((0.6 - 0.8) / 0.1))
     0.127
 
     Args:
-      image_emb: [batch, dim] L2-normalised online image embeddings.
-      text_emb: [batch, dim] L2-normalised online text embeddings of the matching captions.
-      momentum_image_emb: [batch, dim] the momentum encoder's embeddings of the same images.
-      momentum_text_emb: [batch, dim] the momentum encoder's embeddings of the same captions.
-      image_id: [batch] integer ids. Keys of the anchor's own image, other than its own match, and
-        empty slots of the queue take no part.
-      queue: The queue of momentum embeddings, or None for the batch's keys only.
+      features: The embeddings of the batch. Keys of the anchor's own image, other than its own
+        match, and known matches take no part.
+      queue: The queue of momentum embeddings, whose empty slots take no part either; or None for
+        the batch's keys only.
+      stats: Not used.
+      rng: Not used.
       temperature: Divisor of the similarities, above 0; 0.07 in MoCo and ALBEF.
-      matches: Known matches, which take no part either; or None.
 
     Returns:
-      The [] float32 cross entropy, the mean over the anchors of both directions.
+      The [] float32 cross entropy, the mean over the anchors of both directions, and None.
 
     Raises:
       ValueError: on a wrong shape, dtype or range.
@@ -60,35 +52,34 @@ def infonce_loss(
       He et al., MoCo, arXiv 1911.05722, equation 1; Li et al., ALBEF, arXiv 2107.07651,
       section 3.2.
     """
-    momentum = jax.lax.stop_gradient((momentum_image_emb, momentum_text_emb))
-    features = Features(image_emb, text_emb, *momentum, image_id, matches=matches)
-    check_features(features, queue)
-    checks.in_range("temperature", temperature, 0, low_open=True)
-    own = jnp.eye(image_id.shape[0], dtype=bool)
+    del stats, rng
+    temperature = _temperature(temperature, features)
 
     def losses(direction):
-        in_batch, in_queue = excluded_keys(direction, image_id, queue)
-        logits = cosine(direction.anchor, direction.batch_keys) / temperature
-        logits = jnp.where(in_batch & ~own, -jnp.inf, logits)
+        in_batch, in_queue = direction.excluded()
+        batch_keys = jax.lax.stop_gradient(direction.batch_keys)
+        logits = cosine(direction.anchor, batch_keys) / temperature
+        logits = jnp.where(in_batch & ~features.own, -jnp.inf, logits)
         positive = jnp.diagonal(logits)
         normaliser = jax.nn.logsumexp(logits, axis=1)
-        if in_queue is not None:
+        if direction.queue_keys is not None:
             logits = cosine(direction.anchor, direction.queue_keys) / temperature
             logits = jnp.where(in_queue, -jnp.inf, logits)
             normaliser = jnp.logaddexp(normaliser, jax.nn.logsumexp(logits, axis=1))
         return normaliser - positive
 
     image_to_text, text_to_image = directions(features, queue)
-    return (losses(image_to_text).mean() + losses(text_to_image).mean()) / 2
+    return (losses(image_to_text).mean() + losses(text_to_image).mean()) / 2, None
 
 
 def clip_loss(
-    image_emb: jax.Array,
-    text_emb: jax.Array,
+    features: Features,
+    queue: MemoryQueue | None = None,
+    stats: SimilarityStatistics | None = None,
+    rng: jax.Array | None = None,
     *,
     temperature: float | jax.Array = 0.05,
-    same_image: jax.Array | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, None]:
     """Returns the contrastive loss within a batch, both sides of every pair with gradient.
 
     Towers that start from random weights learn several times faster with it than against
@@ -97,19 +88,19 @@ def clip_loss(
     >>> import jax.numpy as jnp
     >>> image_emb = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> text_emb = jnp.array([[0.8, 0.6], [0.6, 0.8]])  # similarities 0.8 own, 0.6 other
-    >>> print(f"{clip_loss(image_emb, text_emb, temperature=0.1):.3f}")  # log(1 + exp(-2))
+    >>> loss, _ = clip_loss(Features(image_emb, text_emb), temperature=0.1)
+    >>> print(f"{loss:.3f}")  # log(1 + exp(-2))
     0.127
 
     Args:
-      image_emb: [batch, dim] L2-normalised image embeddings.
-      text_emb: [batch, dim] L2-normalised embeddings of the matching captions.
+      features: The embeddings of the batch. What it excludes takes no part.
+      queue: Not used.
+      stats: Not used.
+      rng: Not used.
       temperature: Divisor of the similarities, above 0.
-      same_image: [batch, batch] bool, true for images (rows) and captions that are no negatives of
-        each other, such as those of one image; off the diagonal they take no part. None lets all
-        take part.
 
     Returns:
-      The [] float32 cross entropy, the mean over the anchors of both directions.
+      The [] float32 cross entropy, the mean over the anchors of both directions, and None.
 
     Raises:
       ValueError: on a wrong shape, dtype or range.
@@ -117,26 +108,88 @@ def clip_loss(
     References:
       Radford et al., CLIP, ICML 2021, arXiv 2103.00020, figure 3.
     """
-    batch, _ = checks.embeddings(image_emb=image_emb, text_emb=text_emb)
-    checks.in_range("temperature", temperature, 0, low_open=True)
-    own = jnp.eye(batch, dtype=bool)
-    same_image = own if same_image is None else same_image
-    checks.shape("same_image", same_image, (batch, batch))
-    logits = jnp.where(same_image & ~own, -jnp.inf, cosine(image_emb, text_emb) / temperature)
+    del queue, stats, rng
+    logits = _logits(features, temperature)
+    logits = jnp.where(features.excluded & ~features.own, -jnp.inf, logits)
     positive = jnp.diagonal(logits)
     normaliser = jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0)
-    return (normaliser / 2 - positive).mean()
+    return (normaliser / 2 - positive).mean(), None
+
+
+def multi_positive_loss(
+    features: Features,
+    queue: MemoryQueue | None = None,
+    stats: SimilarityStatistics | None = None,
+    rng: jax.Array | None = None,
+    *,
+    temperature: float | jax.Array = 0.05,
+    matches_are_positives: bool = False,
+) -> tuple[jax.Array, None]:
+    """Returns the decoupled contrastive loss of all matches within a batch.
+
+    Each positive of an anchor is compared with the anchor's negatives alone, never with its other
+    positives, so that none is pushed away for another's sake: the mean over the positives p of
+    log(1 + sum over the negatives n of exp((s_n - s_p) / temperature)). Both sides of every pair
+    have gradient. With one positive for each anchor this is `clip_loss`:
+
+    >>> import jax.numpy as jnp
+    >>> from fne_jax.objectives.features import Matches
+    >>> image_emb = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> text_emb = jnp.array([[0.8, 0.6], [0.6, 0.8]])  # similarities 0.8 own, 0.6 other
+    >>> features = Features(image_emb, text_emb)
+    >>> print(f"{multi_positive_loss(features, temperature=0.1)[0]:.3f}")
+    0.127
+
+    If the caption of pair 1 also matches the image of pair 0, that image and that caption have no
+    negative left; the caption of pair 0 and the image of pair 1 have one each, as before.
+
+    >>> features = features.replace(matches=Matches(jnp.array([[True, True], [False, True]])))
+    >>> loss, _ = multi_positive_loss(features, temperature=0.1, matches_are_positives=True)
+    >>> print(f"{loss:.3f}")
+    0.063
+
+    Args:
+      features: The embeddings of the batch. An image and all its captions, by `image_id`, are
+        positives; what else it excludes takes no part.
+      queue: Not used.
+      stats: Not used.
+      rng: Not used.
+      temperature: Divisor of the similarities, above 0.
+      matches_are_positives: Whether known matches are positives too; else they take no part.
+
+    Returns:
+      The [] float32 loss, the mean over the anchors of both directions, and None.
+
+    Raises:
+      ValueError: on a wrong shape, dtype or range.
+
+    References:
+      Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, arXiv 2004.11362, equation 2,
+      whose denominators hold the anchor's other positives too.
+    """
+    del queue, stats, rng
+    logits = _logits(features, temperature)
+    positives = features.matching if matches_are_positives else features.labelled
+    negatives = jnp.where(positives | features.excluded, _LOG_ZERO, logits)
+
+    def direction(keys_axis):
+        negative = jax.nn.logsumexp(negatives, axis=keys_axis, keepdims=True)
+        losses = jnp.where(positives, jax.nn.softplus(negative - logits), 0.0)
+        return (losses.sum(axis=keys_axis) / positives.sum(axis=keys_axis)).mean()
+
+    return (direction(1) + direction(0)) / 2, None
 
 
 def sigmoid_loss(
-    image_emb: jax.Array,
-    text_emb: jax.Array,
+    features: Features,
+    queue: MemoryQueue | None = None,
+    stats: SimilarityStatistics | None = None,
+    rng: jax.Array | None = None,
     *,
     temperature: float | jax.Array = 0.1,
     bias: float | jax.Array = -10.0,
-    same_image: jax.Array | None = None,
-    positives: jax.Array | None = None,
-) -> jax.Array:
+    matches_are_positives: bool = False,
+) -> tuple[jax.Array, None]:
     """Returns the pairwise sigmoid loss within a batch: each pair is judged by itself.
 
     SigLIP learns temperature and bias, starting from these defaults; give traced values to do so.
@@ -144,23 +197,22 @@ def sigmoid_loss(
     >>> import jax.numpy as jnp
     >>> image_emb = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> text_emb = jnp.array([[0.8, 0.6], [0.6, 0.8]])  # similarities 0.8 own, 0.6 other
-    >>> loss = sigmoid_loss(image_emb, text_emb, temperature=0.1, bias=-7.0)
+    >>> loss, _ = sigmoid_loss(Features(image_emb, text_emb), temperature=0.1, bias=-7.0)
     >>> print(f"{loss:.3f}")  # log(1 + exp(-1)) of its own match, and of the other
     0.627
 
     Args:
-      image_emb: [batch, dim] L2-normalised image embeddings.
-      text_emb: [batch, dim] L2-normalised embeddings of the matching captions.
+      features: The embeddings of the batch. What it excludes, and is no positive, takes no part.
+      queue: Not used.
+      stats: Not used.
+      rng: Not used.
       temperature: Divisor of the similarities, above 0.
       bias: Number added to the logits, about the log odds of a match at similarity 0.
-      same_image: [batch, batch] bool, true for images (rows) and captions that are no negatives of
-        each other, such as those of one image; unless they are positives, they take no part. None
-        lets all take part.
-      positives: [batch, batch] bool, true for images (rows) and captions that match; those of one
-        pair do in any case. None knows of no others.
+      matches_are_positives: Whether known matches and all captions of an image, by `image_id`, are
+        positives; else an anchor has its own alone.
 
     Returns:
-      The [] float32 loss, summed over all pairs and divided by the batch.
+      The [] float32 loss, summed over all pairs and divided by the batch, and None.
 
     Raises:
       ValueError: on a wrong shape, dtype or range.
@@ -169,14 +221,20 @@ def sigmoid_loss(
       Zhai et al., Sigmoid Loss for Language Image Pre-Training, ICCV 2023, arXiv 2303.15343,
       equation 1 and algorithm 1.
     """
-    batch, _ = checks.embeddings(image_emb=image_emb, text_emb=text_emb)
-    checks.in_range("temperature", temperature, 0, low_open=True)
-    own = jnp.eye(batch, dtype=bool)
-    same_image = own if same_image is None else same_image
-    checks.shape("same_image", same_image, (batch, batch))
-    positives = own if positives is None else positives
-    checks.shape("positives", positives, (batch, batch))
-    positives = positives | own
-    logits = cosine(image_emb, text_emb) / temperature + bias
+    del queue, stats, rng
+    logits = _logits(features, temperature) + learned_scalars.bias(bias, features.learned)
+    positives = features.matching if matches_are_positives else features.own
     losses = jax.nn.softplus(jnp.where(positives, -logits, logits))
-    return jnp.where(same_image & ~positives, 0.0, losses).sum() / batch
+    losses = jnp.where(features.excluded & ~positives, 0.0, losses)
+    return losses.sum() / len(features.image), None
+
+
+def _logits(features, temperature):
+    """Returns the [batch, batch] similarities of images and captions over the temperature."""
+    check_features(features)
+    return cosine(features.image, features.text) / _temperature(temperature, features)
+
+
+def _temperature(start, features):
+    checks.in_range("temperature", start, 0, low_open=True)
+    return learned_scalars.temperature(start, features.learned)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from fne_jax.objectives import checks
 from fne_jax.objectives.memory_queue import EMPTY_ID, MemoryQueue
@@ -24,11 +25,11 @@ class Matches:
     >>> from fne_jax.objectives.contrastive import infonce_loss
     >>> image_emb = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> text_emb = jnp.array([[0.8, 0.6], [0.6, 0.8]])
-    >>> embeddings = image_emb, text_emb, image_emb, text_emb
+    >>> features = Features(image_emb, text_emb, image_emb, text_emb, jnp.arange(2))
     >>> # The caption of pair 1 also matches the image of pair 0, which have no negative then.
     >>> matches = Matches(batch=jnp.array([[True, True], [False, True]]))
     >>> for known in (None, matches):
-    ...     loss = infonce_loss(*embeddings, jnp.arange(2), None, temperature=0.1, matches=known)
+    ...     loss, _ = infonce_loss(features.replace(matches=known), temperature=0.1)
     ...     print(f"{loss:.3f}")
     0.127
     0.063
@@ -75,13 +76,15 @@ class Features:
     Attributes:
       image: [batch, dim] online image embeddings.
       text: [batch, dim] online text embeddings of the matching captions.
-      momentum_image: [batch, dim] the momentum encoder's embeddings of the same images. Train steps
-        leave both out for objectives that use no keys, as the registry says.
+      momentum_image: [batch, dim] the momentum encoder's embeddings of the same images. Losses
+        within the batch need neither these nor the next.
       momentum_text: [batch, dim] the momentum encoder's embeddings of the same captions.
-      image_id: [batch] integer ids of the images.
-      same_image: [batch, batch] bool, true where two pairs count as one image in losses and
-        statistics within the batch; None leaves only the diagonal out.
-      matches: Known matches, or None where none are known.
+      image_id: [batch] integer ids of the images; keys with the anchor's id are never its
+        negatives. Losses within the batch go by `same_image`, and take None for ids that differ.
+      same_image: [batch, batch] bool, true for images (rows) and captions that are no negatives of
+        each other in losses and statistics within the batch, such as those of one image; None
+        leaves only the diagonal out, as the authors do.
+      matches: Known matches, which are no negatives either; None where none are known.
       learned: What an objective learns beside the encoders, as `learned_scalars.initial` begins
         it; None where all its numbers are fixed.
       split: The devices that share the scoring of the queue, though each holds all of it.
@@ -89,25 +92,36 @@ class Features:
 
     image: jax.Array
     text: jax.Array
-    momentum_image: jax.Array
-    momentum_text: jax.Array
-    image_id: jax.Array
+    momentum_image: jax.Array | None = None
+    momentum_text: jax.Array | None = None
+    image_id: jax.Array | None = None
     same_image: jax.Array | None = None
     matches: Matches | None = None
     learned: Mapping[str, jax.Array] | None = None
     split: RowSplit = flax.struct.field(pytree_node=False, default=NOT_SPLIT)
 
     @property
-    def excluded(self) -> jax.Array | None:
-        """[batch, batch] bool, true for images (rows) and captions that are no negatives.
+    def own(self) -> jax.Array:
+        """[batch, batch] bool, true for the image (row) and the caption of one pair."""
+        return jnp.eye(len(self.image), dtype=bool)
 
-        None where nothing but the diagonal is left out.
-        """
-        if self.matches is None:
-            return self.same_image
-        if self.same_image is None:
-            return self.matches.batch
-        return self.same_image | self.matches.batch
+    @property
+    def labelled(self) -> jax.Array:
+        """[batch, batch] bool, true for an image (row) and the captions of that image."""
+        if self.image_id is None:
+            return self.own
+        return self.image_id[:, None] == self.image_id[None, :]
+
+    @property
+    def matching(self) -> jax.Array:
+        """[batch, batch] bool, true for an image (row), its captions, and those known to match."""
+        return self.labelled if self.matches is None else self.labelled | self.matches.batch
+
+    @property
+    def excluded(self) -> jax.Array:
+        """[batch, batch] bool, true for images (rows) and captions that are no negatives."""
+        excluded = self.own if self.same_image is None else self.own | self.same_image
+        return excluded if self.matches is None else excluded | self.matches.batch
 
 
 class Direction(NamedTuple):
@@ -116,7 +130,9 @@ class Direction(NamedTuple):
     Attributes:
       anchor: [batch, dim] online embeddings of one modality.
       batch_keys: [batch, dim] momentum embeddings of the other; key i matches anchor i.
+      image_id: [batch] integer image ids of both.
       queue_keys: [size, dim] the queue's embeddings of the other, or None without a queue.
+      queue_id: [size] their image ids, or None without a queue.
       batch_matches: [batch, batch] bool, true where an anchor (row) is known to match a key of the
         batch; None where nothing is known.
       queue_matches: [batch, size] bool, the same of the queue's keys, or None.
@@ -124,20 +140,51 @@ class Direction(NamedTuple):
 
     anchor: jax.Array
     batch_keys: jax.Array
+    image_id: jax.Array
     queue_keys: jax.Array | None
+    queue_id: jax.Array | None
     batch_matches: jax.Array | None = None
     queue_matches: jax.Array | None = None
 
+    def excluded(self) -> tuple[jax.Array, jax.Array | None]:
+        """Returns which keys are no negatives of an anchor: its image's, and its known matches.
+
+        Returns:
+          [batch, batch] bool, own matches included; and [batch, size] bool, empty slots included,
+          or None without a queue.
+        """
+        in_batch = self.image_id[:, None] == self.image_id[None, :]
+        if self.batch_matches is not None:
+            in_batch = in_batch | self.batch_matches
+        if self.queue_id is None:
+            return in_batch, None
+        in_queue = self.image_id[:, None] == self.queue_id[None, :]
+        in_queue = in_queue | (self.queue_id == EMPTY_ID)[None, :]
+        if self.queue_matches is not None:
+            in_queue = in_queue | self.queue_matches
+        return in_batch, in_queue
+
 
 def directions(features: Features, queue: MemoryQueue | None) -> tuple[Direction, Direction]:
-    """Returns the two directions: images that ask among texts, and texts among images."""
-    image_to_text = Direction(
-        features.image, features.momentum_text, None if queue is None else queue.text
-    )
-    text_to_image = Direction(
-        features.text, features.momentum_image, None if queue is None else queue.image
-    )
-    matches = features.matches
+    """Returns the two directions: images that ask among texts, and texts among images.
+
+    Raises:
+      ValueError: if the batch lacks momentum embeddings or ids, or what is there does not fit.
+    """
+    image_keys, text_keys = features.momentum_image, features.momentum_text
+    image_id, matches = features.image_id, features.matches
+    if image_keys is None or text_keys is None or image_id is None:
+        raise ValueError(
+            "momentum_image, momentum_text, image_id: expected arrays, as this loss compares with "
+            "keys, got None"
+        )
+    check_features(features)
+    slots = None, None, None
+    if queue is not None:
+        _check_queue(queue, features)
+        slots = queue.text, queue.image, queue.image_id
+    image_to_text = Direction(features.image, text_keys, image_id, slots[0], slots[2])
+    text_to_image = Direction(features.text, image_keys, image_id, slots[1], slots[2])
     if matches is None:
         return image_to_text, text_to_image
     return (
@@ -146,59 +193,26 @@ def directions(features: Features, queue: MemoryQueue | None) -> tuple[Direction
     )
 
 
-def excluded_keys(
-    direction: Direction, image_id: jax.Array, queue: MemoryQueue | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Returns which keys are no negatives of an anchor: its image's, and its known matches.
-
-    Args:
-      direction: The anchors and their keys.
-      image_id: [batch] integer image ids of the anchors.
-      queue: The queue of the direction's keys, or None for the batch's alone.
-
-    Returns:
-      [batch, batch] bool, own matches included; and [batch, size] bool, empty slots included, or
-      None without a queue.
-    """
-    in_batch = image_id[:, None] == image_id[None, :]
-    if direction.batch_matches is not None:
-        in_batch = in_batch | direction.batch_matches
-    if queue is None:
-        return in_batch, None
-    in_queue = image_id[:, None] == queue.image_id[None, :]
-    in_queue = in_queue | (queue.image_id == EMPTY_ID)[None, :]
-    if direction.queue_matches is not None:
-        in_queue = in_queue | direction.queue_matches
-    return in_batch, in_queue
-
-
-def check_features(features: Features, queue: MemoryQueue | None) -> None:
-    """Raises ValueError unless embeddings, ids and queue fit together.
-
-    The messages name the arguments as `fne_triplet_loss` does (`image_emb`, ...).
-    """
-    batch, dim = checks.embeddings(
-        image_emb=features.image,
-        text_emb=features.text,
-        momentum_image_emb=features.momentum_image,
-        momentum_text_emb=features.momentum_text,
-    )
-    checks.ids("image_id", features.image_id, batch)
-    if queue is not None:
-        checks.shape("queue.image", queue.image, (queue.size, dim))
-        checks.shape("queue.text", queue.text, (queue.size, dim))
-        checks.ids("queue.image_id", queue.image_id, queue.size)
+def check_features(features: Features) -> None:
+    """Raises ValueError unless all that is given of a batch fits together."""
+    names = "image", "text", "momentum_image", "momentum_text"
+    given = {name: getattr(features, name) for name in names}
+    batch, _ = checks.embeddings(**{name: emb for name, emb in given.items() if emb is not None})
+    if features.image_id is not None:
+        checks.ids("image_id", features.image_id, batch)
+    if features.same_image is not None:
+        checks.shape("same_image", features.same_image, (batch, batch))
     if features.matches is not None:
-        check_matches(features.matches, batch, queue)
+        checks.shape("matches.batch", features.matches.batch, (batch, batch))
 
 
-def check_matches(matches: Matches, batch: int, queue: MemoryQueue | None) -> None:
-    """Raises ValueError unless known matches fit the batch and the queue."""
-    checks.shape("matches.batch", matches.batch, (batch, batch))
-    if queue is None:
-        return
-    for name in ("queue_text", "queue_image"):
-        mask = getattr(matches, name)
+def _check_queue(queue, features):
+    batch, dim = features.image.shape
+    checks.shape("queue.image", queue.image, (queue.size, dim))
+    checks.shape("queue.text", queue.text, (queue.size, dim))
+    checks.ids("queue.image_id", queue.image_id, queue.size)
+    for name in ("queue_text", "queue_image") if features.matches is not None else ():
+        mask = getattr(features.matches, name)
         if mask is None:
             raise ValueError(f"matches.{name}: expected [batch, size] bool, as there is a queue")
         checks.shape(f"matches.{name}", mask, (batch, queue.size))

@@ -17,27 +17,28 @@ import jax
 import jax.numpy as jnp
 
 from fne_jax.objectives import checks
-from fne_jax.objectives.features import Features, Matches, check_features, directions
-from fne_jax.objectives.fne_settings import FNESettings
-from fne_jax.objectives.key_blocks import KeyBlocks, Weigh
+from fne_jax.objectives.features import Features
+from fne_jax.objectives.key_blocks import BLOCK, KeyBlocks
 from fne_jax.objectives.memory_queue import MemoryQueue
-from fne_jax.objectives.negative_sampling import candidate_weight, first_exceeding, sample_entry
+from fne_jax.objectives.negative_sampling import first_exceeding, sample_entry, sampling_weights
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics, false_negative_posterior
 from fne_jax.objectives.triplet_loss import Choice, TripletAux, triplet_loss_of_choices
 
 
 def fne_triplet_loss(
-    rng: jax.Array,
-    image_emb: jax.Array,
-    text_emb: jax.Array,
-    momentum_image_emb: jax.Array,
-    momentum_text_emb: jax.Array,
-    image_id: jax.Array,
+    features: Features,
     queue: MemoryQueue | None,
     stats: SimilarityStatistics,
+    rng: jax.Array,
     *,
-    matches: Matches | None = None,
-    **settings,
+    margin: float = 0.2,
+    tau: float = 0.5,
+    elimination_tau: float | None = None,
+    prior: float = 1e-4,
+    posterior_threshold: float = 1e-3,
+    min_count: int = 200,
+    monotone: bool = False,
+    key_chunk: int | None = None,
 ) -> tuple[jax.Array, TripletAux]:
     """Returns the triplet loss over negatives sampled by false-negative elimination.
 
@@ -47,175 +48,101 @@ def fne_triplet_loss(
     >>> import jax, jax.numpy as jnp
     >>> image_emb = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> text_emb = jnp.array([[0.8, 0.6], [0.6, 0.8]])  # similarities 0.8 own, 0.6 other
-    >>> momentum = image_emb, text_emb  # stand for the momentum encoders' embeddings
+    >>> # The online embeddings stand for the momentum encoders' here.
+    >>> features = Features(image_emb, text_emb, image_emb, text_emb, jnp.arange(2))
     >>> stats = SimilarityStatistics.create()
-    >>> loss, aux = jax.jit(fne_triplet_loss)(
-    ...     jax.random.key(0), image_emb, text_emb, *momentum, image_id=jnp.arange(2),
-    ...     queue=None, stats=stats, margin=0.3,
-    ... )
+    >>> loss, aux = jax.jit(fne_triplet_loss)(features, None, stats, jax.random.key(0), margin=0.3)
     >>> print(f"{loss:.3f}", aux.negative_i2t.tolist())
     0.200 [1, 0]
 
     Args:
-      rng: PRNG key from which the negatives are sampled.
-      image_emb: [batch, dim] L2-normalised online image embeddings.
-      text_emb: [batch, dim] L2-normalised online text embeddings of the matching captions.
-      momentum_image_emb: [batch, dim] the momentum encoder's embeddings of the same images.
-      momentum_text_emb: [batch, dim] the momentum encoder's embeddings of the same captions.
-      image_id: [batch] integer ids; keys with the anchor's id are never its negatives.
+      features: The embeddings of the batch.
       queue: The queue of momentum embeddings, or None for the batch's keys only.
       stats: The similarity statistics, already updated for this batch.
-      matches: Known matches, which are never negatives either; or None.
-      **settings: The fields of `FNESettings` by name: `margin=0.2`, `tau=0.5`,
-        `elimination_tau=None` (as `tau`), `prior=1e-4`, `posterior_threshold=1e-3`,
-        `min_count=200`, `monotone=False`, and `key_chunk=None`, the keys of the queue that are
-        scored at a time (a multiple of 16; None for all), to save memory. `decay` and
-        `elimination_decay` are deprecated names of `tau` and `elimination_tau`.
+      rng: PRNG key from which the negatives are sampled.
+      margin: Similarity by which the positive should win, at least 0.
+      tau: See `sampling_weights`, as for the five that follow.
+      elimination_tau: Of suspected candidates.
+      prior: Of being an unlabelled match.
+      posterior_threshold: Above which a candidate is suspected.
+      min_count: Before which none is.
+      monotone: Whether the posterior never falls.
+      key_chunk: Keys of the queue that are scored at a time, a multiple of 16, so that scratch
+        memory is O(batch * key_chunk) rather than O(batch * keys); None scores all at once.
 
     Returns:
       The [] float32 loss, summed over both directions and divided by the batch, and a TripletAux.
 
     Raises:
-      TypeError: on an unknown setting.
       ValueError: on a wrong shape, dtype or range.
 
     References:
       Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380, section 3.
     """
-    momentum = momentum_image_emb, momentum_text_emb
-    features = Features(image_emb, text_emb, *momentum, image_id, matches=matches)
-    return fne_loss(rng, features, queue, stats, FNESettings.from_keywords(settings))
+    return _loss_from_uniforms(
+        jax.random.uniform(rng, (2, jnp.shape(features.image)[0])),
+        features,
+        queue,
+        stats,
+        margin=margin,
+        key_chunk=key_chunk,
+        tau=tau,
+        elimination_tau=elimination_tau,
+        prior=prior,
+        posterior_threshold=posterior_threshold,
+        min_count=min_count,
+        monotone=monotone,
+    )
 
 
-def fne_triplet_loss_from_uniform(
-    uniform_i2t: jax.Array,
-    uniform_t2i: jax.Array,
-    image_emb: jax.Array,
-    text_emb: jax.Array,
-    momentum_image_emb: jax.Array,
-    momentum_text_emb: jax.Array,
-    image_id: jax.Array,
+def _loss_from_uniforms(
+    uniforms: jax.Array,
+    features: Features,
     queue: MemoryQueue | None,
     stats: SimilarityStatistics,
     *,
-    matches: Matches | None = None,
-    **settings,
+    margin: float = 0.2,
+    prior: float = 1e-4,
+    monotone: bool = False,
+    key_chunk: int | None = None,
+    **weighing,
 ) -> tuple[jax.Array, TripletAux]:
-    """Returns `fne_triplet_loss` of given uniform numbers, to replay a recorded run.
+    """Returns `fne_triplet_loss` of uniform numbers in [0, 1), to replay a recorded run.
 
-    >>> import jax, jax.numpy as jnp
-    >>> unit = jnp.eye(3)
-    >>> embeddings = unit, unit, unit, unit
-    >>> low, high = jnp.full(3, 0.1), jnp.full(3, 0.9)
-    >>> loss, aux = jax.jit(fne_triplet_loss_from_uniform)(
-    ...     low, high, *embeddings, jnp.arange(3), None, SimilarityStatistics.create()
-    ... )
-    >>> aux.negative_i2t.tolist(), aux.negative_t2i.tolist()
-    ([1, 0, 0], [2, 2, 1])
-
-    Args:
-      uniform_i2t: [batch] numbers in [0, 1), by which the image anchors' negatives are sampled.
-      uniform_t2i: [batch] numbers in [0, 1), by which the text anchors' negatives are sampled.
-      image_emb: [batch, dim] L2-normalised online image embeddings.
-      text_emb: [batch, dim] L2-normalised online text embeddings of the matching captions.
-      momentum_image_emb: [batch, dim] the momentum encoder's embeddings of the same images.
-      momentum_text_emb: [batch, dim] the momentum encoder's embeddings of the same captions.
-      image_id: [batch] integer ids; keys with the anchor's id are never its negatives.
-      queue: The queue of momentum embeddings, or None for the batch's keys only.
-      stats: The similarity statistics, already updated for this batch.
-      matches: Known matches, which are never negatives either; or None.
-      **settings: The fields of `FNESettings` by name.
-
-    Returns:
-      The [] float32 loss, summed over both directions and divided by the batch, and a TripletAux.
-
-    Raises:
-      TypeError: on an unknown setting.
-      ValueError: on a wrong shape, dtype or range.
+    They are [2, batch], by which the image anchors' and the text anchors' negatives are sampled.
     """
-    momentum = momentum_image_emb, momentum_text_emb
-    features = Features(image_emb, text_emb, *momentum, image_id, matches=matches)
-    settings = FNESettings.from_keywords(settings)
-    return fne_loss_from_uniform((uniform_i2t, uniform_t2i), features, queue, stats, settings)
-
-
-def fne_loss(
-    rng: jax.Array,
-    features: Features,
-    queue: MemoryQueue | None,
-    stats: SimilarityStatistics,
-    settings: FNESettings,
-) -> tuple[jax.Array, TripletAux]:
-    """Returns `fne_triplet_loss` of features and settings that are structs.
-
-    Args:
-      rng: PRNG key from which the negatives are sampled.
-      features: The embeddings of the batch.
-      queue: The queue of momentum embeddings, or None for the batch's keys only.
-      stats: The similarity statistics, already updated for this batch.
-      settings: The constants of the method.
-
-    Returns:
-      The [] float32 loss, summed over both directions and divided by the batch, and a TripletAux.
-
-    Raises:
-      ValueError: on a wrong shape or dtype.
-    """
-    uniform_i2t, uniform_t2i = jax.random.uniform(rng, (2, jnp.shape(features.image)[0]))
-    return fne_loss_from_uniform((uniform_i2t, uniform_t2i), features, queue, stats, settings)
-
-
-def fne_loss_from_uniform(
-    uniforms: tuple[jax.Array, jax.Array],
-    features: Features,
-    queue: MemoryQueue | None,
-    stats: SimilarityStatistics,
-    settings: FNESettings,
-) -> tuple[jax.Array, TripletAux]:
-    """Returns `fne_loss` of given uniform numbers.
-
-    Args:
-      uniforms: Twice [batch] numbers in [0, 1), for the image anchors and for the text anchors.
-      features: The embeddings of the batch.
-      queue: The queue of momentum embeddings, or None for the batch's keys only.
-      stats: The similarity statistics, already updated for this batch.
-      settings: The constants of the method.
-
-    Returns:
-      The [] float32 loss, summed over both directions and divided by the batch, and a TripletAux.
-
-    Raises:
-      ValueError: on a wrong shape or dtype.
-    """
-    check_features(features, queue)
-    for name, uniform in zip(("uniform_i2t", "uniform_t2i"), uniforms, strict=True):
-        checks.shape(name, uniform, jnp.shape(features.image)[:1])
-    weigh = functools.partial(candidate_weight, stats=stats, settings=settings)
+    checks.shape("uniforms", uniforms, (2, len(features.image)))
+    if key_chunk is not None and (key_chunk < BLOCK or key_chunk % BLOCK):
+        raise ValueError(f"key_chunk: expected a multiple of {BLOCK} or None, got {key_chunk}")
+    posterior = {"stats": stats, "prior": prior, "monotone": monotone}
+    weigh = functools.partial(sampling_weights, margin=margin, **posterior, **weighing)
 
     def choose(uniform, direction):
-        blocks = KeyBlocks.create(direction, features.image_id, queue, features.split)
-        return _choose(uniform, blocks, weigh, settings)
+        blocks = KeyBlocks.create(direction, features.split, weigh)
+        return _choose(uniform, blocks, margin, key_chunk)
 
-    image_to_text, text_to_image = directions(features, queue)
-    choices = choose(uniforms[0], image_to_text), choose(uniforms[1], text_to_image)
-    posterior = functools.partial(
-        false_negative_posterior, stats=stats, prior=settings.prior, monotone=settings.monotone
+    return triplet_loss_of_choices(
+        choose,
+        uniforms,
+        features,
+        queue,
+        functools.partial(false_negative_posterior, **posterior),
+        margin=margin,
     )
-    return triplet_loss_of_choices(choices, features, queue, posterior, margin=settings.margin)
 
 
-def _choose(uniform: jax.Array, blocks: KeyBlocks, weigh: Weigh, settings: FNESettings) -> Choice:
-    """Returns the negatives of one direction, sampled by weight or else the hardest."""
-    table = blocks.table(weigh, settings.key_chunk)
+def _choose(uniform, blocks, margin, key_chunk):
+    """Returns the Choice of one direction, sampled by weight or else the hardest."""
+    block_weight, block_best = blocks.table(key_chunk)
 
-    best = blocks.scores(table.best.argmax(axis=1).astype(jnp.int32), weigh)
+    best = blocks.scores(block_best.argmax(axis=1).astype(jnp.int32))
     candidates = jnp.where(best.candidate, best.similarity, -jnp.inf)
     hardest = _pick(best.index, candidates.argmax(axis=1))
-    violates = settings.margin + candidates.max(axis=1) - blocks.positive > 0
+    violates = margin + candidates.max(axis=1) - blocks.positive > 0
     fallback = jnp.where(violates, hardest, 0)
 
-    block, target, _ = sample_entry(uniform, table.weight)
-    inside = blocks.scores(block, weigh)
+    block, target, _ = sample_entry(uniform, block_weight)
+    inside = blocks.scores(block)
     offset, _ = first_exceeding(target, inside.weight)
     # Also false where rounding gave a block a weight that none of its keys has.
     sampled = _pick(inside.weight, offset) > 0

@@ -11,16 +11,15 @@ table, which is small, is then handed to the anchors' devices: so no device read
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from fne_jax.objectives.features import NOT_SPLIT, Direction, RowSplit
-from fne_jax.objectives.memory_queue import MemoryQueue
+from fne_jax.objectives.features import Direction, RowSplit
 from fne_jax.objectives.similarity_statistics import cosine
 
 # Keys in a block: their gathered embeddings, [batch, BLOCK, dim], and the table of blocks,
@@ -30,18 +29,6 @@ BLOCK = 16
 # Maps similarities, each anchor's positive similarity, and which keys are no negatives (of the
 # anchor's image, or known to match) to weights; the arguments broadcast against each other.
 Weigh = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-class BlockTable(NamedTuple):
-    """What is kept of each block of keys.
-
-    Attributes:
-      weight: [batch, blocks] sum of the weights.
-      best: [batch, blocks] highest similarity to a candidate, -inf where there is none.
-    """
-
-    weight: jax.Array
-    best: jax.Array
 
 
 class BlockScores(NamedTuple):
@@ -61,87 +48,76 @@ class BlockScores(NamedTuple):
     candidate: jax.Array
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class KeyBlocks:
     """The candidates of one direction; no gradient flows through any of them.
 
     Attributes:
+      weigh: Maps similarities to weights.
       anchor: [batch, dim] embeddings of the anchors.
       positive: [batch] similarity of each anchor to its own match.
       image_id: [batch] image ids of the anchors, which are those of the batch's keys as well.
       batch_similarity: [batch, batch] similarities of the batch's keys (rows) to the anchors
         (columns).
-      queue_keys: [size, dim] the queue's keys, or None without a queue.
-      queue_id: [size] their image ids, or None without a queue.
       batch_matches: [batch, batch] bool, true where a key of the batch (row) is known to match an
         anchor (column); None where nothing is known.
-      queue_matches: [size, batch] bool, the same of the queue's keys, or None.
+      slots: The queue's keys, [size, dim], their image ids, [size], and their known matches,
+        [size, batch] bool or None; None without a queue.
       split: The devices that share the queue's keys.
     """
 
+    weigh: Weigh
     anchor: jax.Array
     positive: jax.Array
     image_id: jax.Array
     batch_similarity: jax.Array
-    queue_keys: jax.Array | None
-    queue_id: jax.Array | None
     batch_matches: jax.Array | None
-    queue_matches: jax.Array | None
-    split: RowSplit = flax.struct.field(pytree_node=False, default=NOT_SPLIT)
+    slots: tuple[jax.Array, jax.Array, jax.Array | None] | None
+    split: RowSplit
 
     @classmethod
-    def create(
-        cls,
-        direction: Direction,
-        image_id: jax.Array,
-        queue: MemoryQueue | None,
-        split: RowSplit = NOT_SPLIT,
-    ) -> KeyBlocks:
-        """Returns the candidates of a direction: the batch's keys, then the queue's.
-
-        Args:
-          direction: the anchors and their keys.
-          image_id: [batch] integer image ids of the anchors.
-          queue: where the direction's queue keys come from, for their image ids; or None.
-          split: the devices that share the queue's keys.
-        """
+    def create(cls, direction: Direction, split: RowSplit, weigh: Weigh) -> KeyBlocks:
+        """Returns the candidates of a direction: the batch's keys, then the queue's."""
         anchor, batch_keys = jax.lax.stop_gradient((direction.anchor, direction.batch_keys))
         similarity = cosine(batch_keys, anchor)
-        in_batch, in_queue = direction.batch_matches, direction.queue_matches
+        in_batch, in_queue = (
+            None if matches is None else jnp.asarray(matches).T
+            for matches in (direction.batch_matches, direction.queue_matches)
+        )
+        slots = None
+        if direction.queue_keys is not None:
+            slots = jnp.asarray(direction.queue_keys), jnp.asarray(direction.queue_id), in_queue
         return cls(
+            weigh=weigh,
             anchor=anchor,
             positive=jnp.diagonal(similarity),
-            image_id=jnp.asarray(image_id),
+            image_id=jnp.asarray(direction.image_id),
             batch_similarity=similarity,
-            queue_keys=None if queue is None else jnp.asarray(direction.queue_keys),
-            queue_id=None if queue is None else jnp.asarray(queue.image_id),
-            batch_matches=None if in_batch is None else jnp.asarray(in_batch).T,
-            queue_matches=None if queue is None or in_queue is None else jnp.asarray(in_queue).T,
+            batch_matches=in_batch,
+            slots=slots,
             split=split,
         )
 
-    def table(self, weigh: Weigh, key_chunk: int | None) -> BlockTable:
-        """Returns the weight and the best similarity of every block.
+    def table(self, key_chunk: int | None) -> tuple[jax.Array, jax.Array]:
+        """Returns what is kept of each block of keys.
 
         Args:
-          weigh: maps similarities to weights.
           key_chunk: keys of the queue scored at a time, a multiple of BLOCK; None for all.
+
+        Returns:
+          [batch, blocks] sums of the weights, and [batch, blocks] highest similarities to a
+          candidate, -inf where there is none.
         """
-        parts = [self._reduce(self.batch_similarity, self.image_id, self.batch_matches, weigh)]
-        if self.queue_keys is not None:
-            parts += self._scan_queue(self.queue_keys, weigh, key_chunk)
+        parts = [self._reduce(self.batch_similarity, self.image_id, self.batch_matches)]
+        if self.slots is not None:
+            parts += self._scan_queue(self.slots, key_chunk)
         weight, best = (jnp.concatenate(part, axis=0).T for part in zip(*parts, strict=True))
         if self.anchor.shape[0] % self.split.devices == 0:
             weight, best = self.split.rows(weight), self.split.rows(best)
-        return BlockTable(weight, best)
+        return weight, best
 
-    def scores(self, block: jax.Array, weigh: Weigh) -> BlockScores:
-        """Returns the keys of one block for each anchor.
-
-        Args:
-          block: [batch] int32, the block's number in the `BlockTable`.
-          weigh: maps similarities to weights.
-        """
+    def scores(self, block: jax.Array) -> BlockScores:
+        """Returns the keys of one block for each anchor, of [batch] int32 numbers of blocks."""
         batch = self.anchor.shape[0]
         batch_blocks = -(-batch // BLOCK)
         column = jnp.arange(BLOCK, dtype=jnp.int32)[None, :]
@@ -152,25 +128,26 @@ class KeyBlocks:
         excluded = self.image_id[row] == self.image_id[:, None]
         if self.batch_matches is not None:
             excluded = excluded | _of_anchors(self.batch_matches, row)
-        if self.queue_keys is not None and self.queue_id is not None:
-            size = self.queue_keys.shape[0]
+        if self.slots is not None:
+            keys, key_id, matches = self.slots
+            size = len(keys)
             slot = (block[:, None] - batch_blocks) * BLOCK + column
             in_queue = (block >= batch_blocks)[:, None]
             row = jnp.clip(slot, 0, size - 1)
             from_queue = jnp.einsum(
                 "bd,bnd->bn",
                 self.anchor.astype(jnp.float32),
-                self.queue_keys[row].astype(jnp.float32),
+                keys[row].astype(jnp.float32),
                 precision=jax.lax.Precision.HIGHEST,
             )
             similarity = jnp.where(in_queue, from_queue, similarity)
-            queue_excluded = self.queue_id[row] == self.image_id[:, None]
-            if self.queue_matches is not None:
-                queue_excluded = queue_excluded | _of_anchors(self.queue_matches, row)
+            queue_excluded = key_id[row] == self.image_id[:, None]
+            if matches is not None:
+                queue_excluded = queue_excluded | _of_anchors(matches, row)
             excluded = jnp.where(in_queue, queue_excluded, excluded)
             exists = jnp.where(in_queue, slot < size, exists)
             index = jnp.where(in_queue, batch + slot, index)
-        weight = weigh(similarity, self.positive[:, None], excluded)
+        weight = self.weigh(similarity, self.positive[:, None], excluded)
         return BlockScores(
             index=index,
             similarity=similarity,
@@ -178,36 +155,34 @@ class KeyBlocks:
             candidate=exists & ~excluded,
         )
 
-    def _reduce(self, similarity, key_id, matches, weigh):
+    def _reduce(self, similarity, key_id, matches):
         """Returns the weights and best similarities, [blocks, batch], of [keys, batch] scores."""
         excluded = key_id[:, None] == self.image_id[None, :]
         if matches is not None:
             excluded = excluded | matches
-        weight = weigh(similarity, self.positive[None, :], excluded)
+        weight = self.weigh(similarity, self.positive[None, :], excluded)
         others = jnp.where(excluded, -jnp.inf, similarity)
         return _by_block(weight, jnp.sum), _by_block(others, jnp.max)
 
-    def _scan_queue(self, queue_keys, weigh, key_chunk):
-        size, batch = queue_keys.shape[0], self.anchor.shape[0]
+    def _scan_queue(self, slots, key_chunk):
+        size, batch = len(slots[0]), len(self.anchor)
         chunk = size if key_chunk is None else min(key_chunk, size)
-
-        # Without known matches there is None among them, which is an empty tree.
-        slots = queue_keys, self.queue_id, self.queue_matches
 
         def table_of(slots):
             keys, key_id, matches = slots
             # What is known of matches lies with the anchors, and would have to move.
             if matches is not None or len(keys) % (self.split.devices * BLOCK):
-                return self._reduce(cosine(keys, self.anchor), key_id, matches, weigh)
+                return self._reduce(cosine(keys, self.anchor), key_id, matches)
             rows = self.split.rows
             similarity = rows(cosine(rows(keys), self.anchor))
-            weight, best = self._reduce(similarity, rows(key_id), None, weigh)
+            weight, best = self._reduce(similarity, rows(key_id), None)
             return rows(weight), rows(best)
 
         def step(_, start):
             take = functools.partial(
                 jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk
             )
+            # Without known matches there is None among them, which is an empty tree.
             return None, table_of(jax.tree.map(take, slots))
 
         chunked = size - size % chunk

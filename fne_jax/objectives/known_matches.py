@@ -21,32 +21,12 @@ number of an image in its split and by that of a pair (a caption), both of any s
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fne_jax.objectives.features import Matches
-
-
-class KnownMatches(Protocol):
-    """A table of known matches: a pytree of arrays."""
-
-    caption_image: jax.Array | np.ndarray
-
-    def match(self, image: jax.Array, pair: jax.Array) -> jax.Array:
-        """Returns whether images are known to match the captions of pairs.
-
-        Args:
-          image: int32 numbers of images, at least 0, of any shape.
-          pair: int32 numbers of pairs, at least 0; both broadcast.
-
-        Returns:
-          bool, of the shape to which both broadcast.
-        """
-        ...
 
 
 @flax.struct.dataclass
@@ -73,7 +53,15 @@ class CompleteMatches:
         return cls(bits, np.asarray(caption_image, np.int32))
 
     def match(self, image: jax.Array, pair: jax.Array) -> jax.Array:
-        """See `KnownMatches`."""
+        """Returns whether images match the captions of pairs.
+
+        Args:
+          image: int32 numbers of images, at least 0, of any shape.
+          pair: int32 numbers of pairs, at least 0; both broadcast.
+
+        Returns:
+          bool, of the shape to which both broadcast.
+        """
         byte = jnp.asarray(self.bits)[pair, jnp.asarray(image) // 8]
         return (byte >> (jnp.asarray(image) % 8).astype(jnp.uint8)) & 1 == 1
 
@@ -120,7 +108,7 @@ class ListedMatches:
         )
 
     def match(self, image: jax.Array, pair: jax.Array) -> jax.Array:
-        """See `KnownMatches`; a binary search in the pair's images."""
+        """As `CompleteMatches.match`, by a binary search in the pair's images."""
         image, pair = jnp.broadcast_arrays(jnp.asarray(image), jnp.asarray(pair))
         images, start = jnp.asarray(self.image), jnp.asarray(self.start)
         low, end = start[pair], start[pair + 1]
@@ -132,6 +120,9 @@ class ListedMatches:
             low, high = jnp.where(below, middle + 1, low), jnp.where(below, high, middle)
         found = images[jnp.minimum(low, len(images) - 1)] == image
         return found & (low < end)
+
+
+KnownMatches = CompleteMatches | ListedMatches
 
 
 def matches_of_step(known: KnownMatches, pair_id: jax.Array, queue_pair_id: jax.Array) -> Matches:

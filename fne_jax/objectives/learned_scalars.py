@@ -43,14 +43,16 @@ def towers_of(params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: part for name, part in params.items() if name != LEARNED}
 
 
-def temperature(start: float, learned: Mapping[str, jax.Array] | None) -> float | jax.Array:
+def temperature(
+    start: float | jax.Array, learned: Mapping[str, jax.Array] | None
+) -> float | jax.Array:
     """Returns the temperature by now, of the one that it began at; that itself if it is fixed."""
     if learned is None:
         return start
     return start * jnp.exp(learned[LOG_TEMPERATURE_FACTOR])
 
 
-def bias(start: float, learned: Mapping[str, jax.Array] | None) -> float | jax.Array:
+def bias(start: float | jax.Array, learned: Mapping[str, jax.Array] | None) -> float | jax.Array:
     """Returns the bias by now, of the one that it began at; that itself if it is fixed."""
     return start if learned is None else start + learned[BIAS_CHANGE]
 

@@ -30,13 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from fne_jax.objectives import checks
-from fne_jax.objectives.features import (
-    Features,
-    Matches,
-    check_features,
-    directions,
-    excluded_keys,
-)
+from fne_jax.objectives.features import Features
 from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.negative_sampling import sample_negatives
 from fne_jax.objectives.similarity_statistics import (
@@ -80,76 +74,35 @@ def random_negative(rng, similarity, positive, candidate) -> tuple[jax.Array, ja
 
 
 def mined_triplet_loss(
-    rng: jax.Array,
-    image_emb: jax.Array,
-    text_emb: jax.Array,
-    momentum_image_emb: jax.Array,
-    momentum_text_emb: jax.Array,
-    image_id: jax.Array,
+    features: Features,
     queue: MemoryQueue | None,
     stats: SimilarityStatistics,
+    rng: jax.Array,
     *,
     rule: Rule,
-    matches: Matches | None = None,
-    **settings,
+    margin: float = 0.2,
+    prior: float = 1e-4,
 ) -> tuple[jax.Array, TripletAux]:
     """Returns the triplet loss over momentum keys with the negatives that a rule chooses.
 
     >>> import jax, jax.numpy as jnp
     >>> image_emb = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> text_emb = jnp.array([[0.8, 0.6], [0.6, 0.8]])  # similarities 0.8 own, 0.6 other
+    >>> features = Features(image_emb, text_emb, image_emb, text_emb, jnp.arange(2))
+    >>> stats, rng = SimilarityStatistics.create(), jax.random.key(0)
     >>> loss, aux = mined_triplet_loss(
-    ...     jax.random.key(0), image_emb, text_emb, image_emb, text_emb, jnp.arange(2), None,
-    ...     SimilarityStatistics.create(), rule=hardest_negative, margin=0.3,
+    ...     features, None, stats, rng, rule=hardest_negative, margin=0.3
     ... )
     >>> print(f"{loss:.3f}", aux.negative_i2t.tolist())
     0.200 [1, 0]
 
     Args:
-      rng: PRNG key from which the rule may sample.
-      image_emb: [batch, dim] L2-normalised online image embeddings.
-      text_emb: [batch, dim] L2-normalised online text embeddings of the matching captions.
-      momentum_image_emb: [batch, dim] the momentum encoder's embeddings of the same images.
-      momentum_text_emb: [batch, dim] the momentum encoder's embeddings of the same captions.
-      image_id: [batch] integer ids; keys with the anchor's id are no candidates.
+      features: The embeddings of the batch.
       queue: The queue of momentum embeddings, whose empty slots are no candidates; or None for
         the batch's keys only.
       stats: The similarity statistics, for the posterior in the TripletAux alone.
-      rule: `hardest_negative`, `semi_hard_negative`, `random_negative`, or another of their kind.
-      matches: Known matches, which are no candidates either; or None.
-      **settings: `margin=0.2`, the similarity by which the positive should win, and `prior=1e-4`,
-        for the posterior in the TripletAux alone.
-
-    Returns:
-      The [] float32 loss, summed over both directions and divided by the batch, and a TripletAux.
-
-    Raises:
-      TypeError: on an unknown setting.
-      ValueError: on a wrong shape, dtype or range.
-    """
-    momentum = momentum_image_emb, momentum_text_emb
-    features = Features(image_emb, text_emb, *momentum, image_id, matches=matches)
-    return mined_loss(rng, features, queue, stats, rule=rule, **settings)
-
-
-def mined_loss(
-    rng: jax.Array,
-    features: Features,
-    queue: MemoryQueue | None,
-    stats: SimilarityStatistics,
-    *,
-    rule: Rule,
-    margin: float = 0.2,
-    prior: float = 1e-4,
-) -> tuple[jax.Array, TripletAux]:
-    """Returns `mined_triplet_loss` of features that are a struct.
-
-    Args:
       rng: PRNG key from which the rule may sample.
-      features: The embeddings of the batch.
-      queue: The queue of momentum embeddings, or None for the batch's keys only.
-      stats: The similarity statistics, for the posterior in the TripletAux alone.
-      rule: Which candidate becomes the negative.
+      rule: `hardest_negative`, `semi_hard_negative`, `random_negative`, or another of their kind.
       margin: Similarity by which the positive should win, at least 0.
       prior: Share of false negatives, for the posterior in the TripletAux alone.
 
@@ -159,13 +112,12 @@ def mined_loss(
     Raises:
       ValueError: on a wrong shape, dtype or range.
     """
-    check_features(features, queue)
     checks.in_range("margin", margin, 0)
 
     def choose(rng, direction):
         similarity = cosine(direction.anchor, direction.batch_keys)
         positive = jnp.diagonal(similarity)
-        in_batch, in_queue = excluded_keys(direction, features.image_id, queue)
+        in_batch, in_queue = direction.excluded()
         candidate = ~in_batch
         if in_queue is not None:
             in_queue_similarity = cosine(direction.anchor, direction.queue_keys)
@@ -176,11 +128,10 @@ def mined_loss(
         hardest = _most_similar(similarity, candidate)
         return Choice(index, hardest, found, candidate.any(axis=1))
 
-    i2t_rng, t2i_rng = jax.random.split(rng)
-    image_to_text, text_to_image = directions(features, queue)
-    choices = choose(i2t_rng, image_to_text), choose(t2i_rng, text_to_image)
     posterior = functools.partial(false_negative_posterior, stats=stats, prior=prior)
-    return triplet_loss_of_choices(choices, features, queue, posterior, margin=margin)
+    return triplet_loss_of_choices(
+        choose, jax.random.split(rng), features, queue, posterior, margin=margin
+    )
 
 
 def _most_similar(similarity, candidate):

@@ -16,13 +16,14 @@ exp(-0.5 (0.65 - 0.7)^2) = 1.00.
 >>> import jax.numpy as jnp
 >>> from fne_jax.objectives.similarity_statistics import GaussianStatistics
 >>> similarity = jnp.array([[0.8, 0.6, 0.9], [0.3, 0.7, 0.65]])
->>> same_image = jnp.array([[True, False, False], [False, True, False]])
+>>> excluded = jnp.array([[True, False, False], [False, True, False]])
 >>> stats = SimilarityStatistics(
 ...     positive=GaussianStatistics.from_moments(500, mean=0.7, variance=0.01),
 ...     negative=GaussianStatistics.from_moments(1000, mean=0.4, variance=0.02),
 ... )
+>>> positive_similarity = jnp.array([[0.8], [0.7]])
 >>> weights = sampling_weights(
-...     similarity, jnp.array([0.8, 0.7]), same_image, stats, prior=0.1, posterior_threshold=0.5
+...     similarity, positive_similarity, excluded, stats, prior=0.1, posterior_threshold=0.5
 ... )
 >>> for row in weights.tolist():
 ...     print([round(weight, 2) for weight in row])
@@ -33,9 +34,9 @@ A uniform number picks the first key whose cumulative weight exceeds that share 
 0.5 of 1.61 lies within key 1, 0.7 of it within key 2.
 
 >>> fallback = jnp.array([0, 0])  # for rows whose weights are all 0
->>> sample_negatives_from_uniform(jnp.array([0.5, 0.5]), weights, fallback).tolist()
+>>> _sample_from_uniform(jnp.array([0.5, 0.5]), weights, fallback).tolist()
 [1, 2]
->>> sample_negatives_from_uniform(jnp.array([0.7, 0.5]), weights, fallback).tolist()
+>>> _sample_from_uniform(jnp.array([0.7, 0.5]), weights, fallback).tolist()
 [2, 2]
 """
 
@@ -45,7 +46,6 @@ import jax
 import jax.numpy as jnp
 
 from fne_jax.objectives import checks
-from fne_jax.objectives.fne_settings import FNESettings
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics, false_negative_posterior
 
 # Columns whose weights are summed before any cumulative sum. About the square root of a large
@@ -56,93 +56,77 @@ GROUP = 128
 def sampling_weights(
     similarity: jax.Array,
     positive_similarity: jax.Array,
-    same_image: jax.Array,
+    excluded: jax.Array,
     stats: SimilarityStatistics,
-    **settings,
+    *,
+    margin: float = 0.2,
+    tau: float = 0.5,
+    elimination_tau: float | None = None,
+    prior: float = 1e-4,
+    posterior_threshold: float = 1e-3,
+    min_count: int = 200,
+    monotone: bool = False,
 ) -> jax.Array:
     """Returns how much each candidate deserves to be the negative.
 
     Ordinary candidates weigh `exp(-tau (s - d)^2)`, with s their similarity to the anchor and d
     that of the anchor's own match: the harder, the more. Suspected false negatives weigh
-    `exp(-elimination_tau P)`, with P their posterior. Keys of the anchor's own image, and
-    candidates too easy to matter (`s <= mean positive similarity - margin`), weigh 0. The head of
-    this module works an example.
+    `exp(-elimination_tau P)`, with P their posterior. Keys that are no candidates, and candidates
+    too easy to matter (`s <= mean positive similarity - margin`), weigh 0. The head of this module
+    works an example.
+
+    The first three arrays may have any layout, such as [batch, keys]; they have as many axes as
+    each other, and broadcast.
 
     Args:
-      similarity: [batch, keys] cosine similarity of each anchor to each key.
-      positive_similarity: [batch] cosine similarity of each anchor to its own match.
-      same_image: [batch, keys] bool, true where a key shows the anchor's image.
+      similarity: Cosine similarities of candidates to their anchors.
+      positive_similarity: Those of the anchors to their own matches.
+      excluded: bool, true where a key is no candidate: it shows its anchor's image, or is known to
+        match.
       stats: The similarity statistics, already updated for this batch.
-      **settings: The fields of `FNESettings` by name: `margin=0.2` of the triplet loss; `tau=0.5`
-        and `elimination_tau=None` (as `tau`), the strengths above; `prior=1e-4`, the share of
-        candidates that are unlabelled matches; `posterior_threshold=1e-3`, above which a candidate
-        is suspected; `min_count=200`, the positive similarities that must have been seen before
-        any is; `monotone=False`, whether the posterior is kept from falling as similarity rises.
-        `decay` and `elimination_decay` are deprecated names of `tau` and `elimination_tau`.
+      margin: That of the triplet loss, at least 0.
+      tau: Strength of the weight of ordinary candidates, at least 0; 0 makes them all equal.
+      elimination_tau: Strength of the weight of suspected ones, at least 0; None takes `tau`, as
+        the paper does. A very large number removes them altogether.
+      prior: Share of candidates that are unlabelled matches, in (0, 1).
+      posterior_threshold: Posterior above which a candidate is suspected, in [0, 1]; 1 suspects
+        none.
+      min_count: Positive similarities that must have been seen before anything is suspected.
+      monotone: Whether the posterior is held where the authors' formula would fall as similarity
+        rises.
 
     Returns:
-      [batch, keys] float32 weights, at least 0, without gradient. A row may be all 0.
+      The float32 weights, at least 0, without gradient. Those of an anchor may all be 0.
 
     Raises:
-      TypeError: on an unknown setting.
       ValueError: on a wrong shape or a setting out of range.
 
     References:
       Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380, section 3.3.
     """
-    settings = FNESettings.from_keywords(settings)
-    if jnp.ndim(similarity) != 2:
-        raise ValueError(f"similarity: expected shape [batch, keys], got {jnp.shape(similarity)}")
-    checks.shape("positive_similarity", positive_similarity, (similarity.shape[0],))
-    checks.shape("same_image", same_image, similarity.shape)
-    batch, keys = similarity.shape
-    if keys < batch:
+    elimination_tau = tau if elimination_tau is None else elimination_tau
+    checks.in_range("margin", margin, 0)
+    checks.in_range("tau", tau, 0)
+    checks.in_range("elimination_tau", elimination_tau, 0)
+    checks.in_range("posterior_threshold", posterior_threshold, 0, 1)
+    checks.in_range("min_count", min_count, 0)
+    shapes = [jnp.shape(array) for array in (similarity, positive_similarity, excluded)]
+    if len({len(shape) for shape in shapes}) > 1:
         raise ValueError(
-            f"similarity: expected at least as many keys as the {batch} anchors, which each have "
-            f"their own match among them, got {keys}"
+            "similarity, positive_similarity, excluded: expected as many axes as each other, got "
+            f"shapes {', '.join(map(str, shapes))}"
         )
-    return candidate_weight(
-        jax.lax.stop_gradient(similarity).astype(jnp.float32),
-        jax.lax.stop_gradient(positive_similarity)[:, None],
-        same_image,
-        stats,
-        settings,
-    )
-
-
-def candidate_weight(
-    similarity: jax.Array,
-    positive_similarity: jax.Array,
-    same_image: jax.Array,
-    stats: SimilarityStatistics,
-    settings: FNESettings,
-) -> jax.Array:
-    """Returns what candidates weigh, element by element, for arrays of any layout.
-
-    Args:
-      similarity: float32 similarities of candidates to their anchors.
-      positive_similarity: Similarities of the anchors to their own matches.
-      same_image: bool, true where a key is no candidate: it shows its anchor's image, or is known
-        to match.
-      stats: The similarity statistics.
-      settings: The constants of the method.
-
-    Returns:
-      The float32 weights, of the shape to which the three arrays broadcast.
-    """
-    elimination_tau = settings.tau if settings.elimination_tau is None else settings.elimination_tau
-    posterior = false_negative_posterior(
-        similarity, stats, settings.prior, monotone=settings.monotone
-    )
-    suspected = stats.positive.count > settings.min_count
-    suspected &= posterior > settings.posterior_threshold
+    similarity, positive_similarity = jax.lax.stop_gradient((similarity, positive_similarity))
+    similarity = similarity.astype(jnp.float32)
+    posterior = false_negative_posterior(similarity, stats, prior, monotone=monotone)
+    suspected = (stats.positive.count > min_count) & (posterior > posterior_threshold)
     exponent = jnp.where(
         suspected,
         elimination_tau * posterior,
-        settings.tau * jnp.square(similarity - positive_similarity),
+        tau * jnp.square(similarity - positive_similarity),
     )
-    too_easy = similarity <= stats.positive.mean - settings.margin
-    return jnp.where(same_image | too_easy, 0.0, jnp.exp(-exponent))
+    too_easy = similarity <= stats.positive.mean - margin
+    return jnp.where(excluded | too_easy, 0.0, jnp.exp(-exponent))
 
 
 def sample_negatives(rng: jax.Array, weights: jax.Array, fallback: jax.Array) -> jax.Array:
@@ -164,30 +148,15 @@ def sample_negatives(rng: jax.Array, weights: jax.Array, fallback: jax.Array) ->
     Raises:
       ValueError: on a wrong shape or dtype.
     """
-    return sample_negatives_from_uniform(
-        jax.random.uniform(rng, jnp.shape(weights)[:1]), weights, fallback
-    )
+    return _sample_from_uniform(jax.random.uniform(rng, jnp.shape(weights)[:1]), weights, fallback)
 
 
-def sample_negatives_from_uniform(
-    uniform: jax.Array, weights: jax.Array, fallback: jax.Array
-) -> jax.Array:
+def _sample_from_uniform(uniform: jax.Array, weights: jax.Array, fallback: jax.Array) -> jax.Array:
     """Returns the first key whose cumulative weight exceeds `uniform` times the row's total.
 
-    This is `sample_negatives` with its randomness as an argument, for replays. Sums are taken over
-    groups of columns and then inside the chosen group: one float32 cumulative sum over a long row
-    is neither monotone nor cheap. The head of this module works an example.
-
-    Args:
-      uniform: [batch] numbers in [0, 1).
-      weights: [batch, keys] weights, at least 0.
-      fallback: [batch] integer index returned for rows whose weights are all 0.
-
-    Returns:
-      [batch] int32 indices. An entry of weight 0 is never sampled.
-
-    Raises:
-      ValueError: on a wrong shape or dtype.
+    This is `sample_negatives` of [batch] numbers in [0, 1), for replays. Sums are taken over groups
+    of columns and then inside the chosen group: one float32 cumulative sum over a long row is
+    neither monotone nor cheap. The head of this module works an example.
     """
     if jnp.ndim(weights) != 2:
         raise ValueError(f"weights: expected shape [batch, keys], got {jnp.shape(weights)}")

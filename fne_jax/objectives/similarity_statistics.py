@@ -28,13 +28,14 @@ pairs, of their row and of their column: 0.3 and 0.2 for pair 0, 0.4 and 0.6 for
 
 from __future__ import annotations
 
-import warnings
+import dataclasses
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from fne_jax.objectives import checks
+from fne_jax.objectives.features import Features
 
 # A narrower Gaussian is as good as a point, and its exponent would overflow the log-odds.
 MIN_VARIANCE = 1e-8
@@ -120,7 +121,6 @@ def update_similarity_statistics(
     same_image: jax.Array | None = None,
     *,
     ema_decay: float = 1.0,
-    keep: float | None = None,
 ) -> SimilarityStatistics:
     """Returns the similarity statistics with one batch added.
 
@@ -139,7 +139,6 @@ def update_similarity_statistics(
       ema_decay: Share of the old statistics that is kept at each update, in (0, 1]. 1 accumulates
         until a reset (the paper resets at each epoch); below 1 the statistics are an exponential
         moving average over some 1 / (1 - ema_decay) batches, for data without epochs.
-      keep: Deprecated name of `ema_decay`.
 
     Returns:
       The updated statistics. No gradient flows through them.
@@ -150,9 +149,6 @@ def update_similarity_statistics(
     References:
       Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380, section 3.2.
     """
-    if keep is not None:
-        warnings.warn("keep is now called ema_decay", DeprecationWarning, stacklevel=2)
-        ema_decay = keep
     checks.embeddings(image_emb=image_emb, text_emb=text_emb)
     checks.in_range("ema_decay", ema_decay, 0, 1, low_open=True)
     batch = image_emb.shape[0]
@@ -171,6 +167,38 @@ def update_similarity_statistics(
         positive=stats.positive.update(jnp.diagonal(similarity), mutual, ema_decay),
         negative=stats.negative.update(hardest, jnp.stack([mutual, mutual]), ema_decay),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class StatisticsRule:
+    """How the batches of a run enter the similarity statistics.
+
+    Attributes:
+      ema_decay: The share of the old statistics that is kept at each step, in (0, 1].
+      steps_per_epoch: The steps after which statistics with an `ema_decay` of 1 begin anew; None
+        for never.
+    """
+
+    ema_decay: float
+    steps_per_epoch: int | None
+
+    def before_step(self, stats: SimilarityStatistics, step: jax.Array) -> SimilarityStatistics:
+        """Returns the statistics that a step adds to: empty ones where an epoch begins.
+
+        Args:
+          stats: The statistics after the step before.
+          step: [] int32 number of steps done.
+        """
+        if self.ema_decay < 1 or self.steps_per_epoch is None:
+            return stats
+        starts_epoch = step % self.steps_per_epoch == 0
+        return jax.tree.map(lambda value: jnp.where(starts_epoch, 0.0, value), stats)
+
+    def add(self, stats: SimilarityStatistics, features: Features) -> SimilarityStatistics:
+        """Returns the statistics with a batch added."""
+        return update_similarity_statistics(
+            stats, features.image, features.text, features.excluded, ema_decay=self.ema_decay
+        )
 
 
 def false_negative_posterior(

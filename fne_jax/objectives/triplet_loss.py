@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from fne_jax.objectives import checks
-from fne_jax.objectives.features import Direction, Features, directions
+from fne_jax.objectives.features import Direction, Features, check_features, directions
 from fne_jax.objectives.memory_queue import MemoryQueue
-from fne_jax.objectives.similarity_statistics import cosine
+from fne_jax.objectives.similarity_statistics import SimilarityStatistics, cosine
 
 
 @flax.struct.dataclass
@@ -59,7 +59,8 @@ class TripletAux:
 
 
 def triplet_loss_of_choices(
-    choices: tuple[Choice, Choice],
+    choose: Callable[[jax.Array, Direction], Choice],
+    random: Sequence[jax.Array] | jax.Array,
     features: Features,
     queue: MemoryQueue | None,
     posterior: Callable[[jax.Array], jax.Array],
@@ -72,8 +73,8 @@ def triplet_loss_of_choices(
     so the backward pass holds no [batch, keys] matrix.
 
     Args:
-      choices: The choices of the image anchors among the text keys, and of the text anchors among
-        the image keys.
+      choose: Returns the negatives of one direction, of what it needs to sample.
+      random: What the choices of either direction need to sample, such as two PRNG keys.
       features: The embeddings of the batch.
       queue: The queue of momentum embeddings, or None for the batch's keys only.
       posterior: Maps similarities to the posterior that is logged.
@@ -82,8 +83,8 @@ def triplet_loss_of_choices(
     Returns:
       The [] float32 loss, summed over both directions and divided by the batch, and a TripletAux.
     """
-    i2t, t2i = choices
     image_to_text, text_to_image = directions(features, queue)
+    i2t, t2i = choose(random[0], image_to_text), choose(random[1], text_to_image)
     hinge_i2t, negative_i2t = _hinge(image_to_text, i2t, margin)
     hinge_t2i, negative_t2i = _hinge(text_to_image, t2i, margin)
     # Stacked rather than joined: rows that are split over devices then stay where they are.
@@ -110,50 +111,49 @@ def _hinge(direction: Direction, choice: Choice, margin: float) -> tuple[jax.Arr
 
 
 def hardest_negative_triplet_loss(
-    image_emb: jax.Array,
-    text_emb: jax.Array,
+    features: Features,
+    queue: MemoryQueue | None = None,
+    stats: SimilarityStatistics | None = None,
+    rng: jax.Array | None = None,
     *,
     margin: float = 0.2,
-    same_image: jax.Array | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, None]:
     """Returns the in-batch triplet loss with the hardest negative, FNE's warm-up.
 
     >>> import jax.numpy as jnp
     >>> image_emb = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> text_emb = jnp.array([[0.8, 0.6], [0.6, 0.8]])  # similarities 0.8 own, 0.6 other
-    >>> print(f"{hardest_negative_triplet_loss(image_emb, text_emb, margin=0.3):.3f}")
+    >>> loss, _ = hardest_negative_triplet_loss(Features(image_emb, text_emb), margin=0.3)
+    >>> print(f"{loss:.3f}")
     0.200
 
     Args:
-      image_emb: [batch, dim] L2-normalised image embeddings.
-      text_emb: [batch, dim] L2-normalised embeddings of the matching captions.
-      margin: Similarity by which the positive should win, 0.2 in the paper.
-      same_image: [batch, batch] bool, true for images (rows) and captions that are no negatives of
-        each other, such as those of one image; None leaves only the diagonal out, as the authors
-        do.
+      features: The embeddings of the batch.
+      queue: Not used.
+      stats: Not used.
+      rng: Not used.
+      margin: Similarity by which the positive should win, at least 0; 0.2 in the paper.
 
     Returns:
-      The [] float32 loss, summed over both directions and divided by the batch.
+      The [] float32 loss, summed over both directions and divided by the batch, and None.
 
     Raises:
-      ValueError: on a wrong shape, dtype or a negative margin.
+      ValueError: on a wrong shape, dtype or range.
 
     References:
       Faghri et al., VSE++, BMVC 2018, arXiv 1707.05612, equation 6.
     """
-    batch, _ = checks.embeddings(image_emb=image_emb, text_emb=text_emb)
+    del queue, stats, rng
+    check_features(features)
     checks.in_range("margin", margin, 0)
-    own = jnp.eye(batch, dtype=bool)
-    same_image = own if same_image is None else same_image
-    checks.shape("same_image", same_image, (batch, batch))
-    similarity = cosine(image_emb, text_emb)
+    similarity = cosine(features.image, features.text)
     positive = jnp.diagonal(similarity)
 
     def worst_hinge(anchor_axis):
         gap = margin + similarity - jnp.expand_dims(positive, 1 - anchor_axis)
-        return jnp.where(same_image | own, 0.0, jax.nn.relu(gap)).max(axis=1 - anchor_axis)
+        return jnp.where(features.excluded, 0.0, jax.nn.relu(gap)).max(axis=1 - anchor_axis)
 
-    return (worst_hinge(0) + worst_hinge(1)).sum() / batch
+    return (worst_hinge(0) + worst_hinge(1)).sum() / len(features.image), None
 
 
 def rowwise_cosine(a: jax.Array, b: jax.Array) -> jax.Array:

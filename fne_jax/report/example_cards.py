@@ -15,9 +15,9 @@ from fne_jax.evaluation.metric_names import DIRECTIONS
 from fne_jax.evaluation.ranks import match_ranks
 from fne_jax.evaluation.top_k import top_k
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.objectives.fne_settings import FNESettings
+from fne_jax.objectives import registry
 from fne_jax.objectives.negative_mining import hardest_negative
-from fne_jax.objectives.negative_sampling import candidate_weight, sample_negatives
+from fne_jax.objectives.negative_sampling import sample_negatives, sampling_weights
 from fne_jax.objectives.similarity_statistics import cosine, false_negative_posterior
 from fne_jax.objectives.triplet_loss import rowwise_cosine
 from fne_jax.report import html
@@ -138,20 +138,20 @@ def choose_negatives(
       false where every candidate weighs 0 and FNE falls back.
     """
     (anchor_emb, anchor_image, _), (item_emb, item_image, _) = _sides(split, way)
-    stats, settings = split.stats, FNESettings.from_config(split.config.fne)
+    stats, settings = split.stats, registry.weighing_settings(split.config.fne)
     rng, anchors = jax.random.key(split.config.seed), jnp.asarray(anchor_emb[query])
     similarity = cosine(anchors, jnp.asarray(item_emb))
     positive = rowwise_cosine(anchors, jnp.asarray(item_emb[own]))
     same_image = jnp.asarray(anchor_image[query][:, None] == item_image[None, :])
     hardest, _ = hardest_negative(rng, similarity, positive, ~same_image)
-    weights = candidate_weight(similarity, positive[:, None], same_image, stats, settings)
+    weights = sampling_weights(similarity, positive[:, None], same_image, stats, **settings)
     sampled = sample_negatives(rng, weights, hardest)
 
     def of(index):
         picked = jnp.take_along_axis(similarity, index[:, None], axis=1)[:, 0]
         # Monotone, whatever the run trained with, as in an audit: by the authors' formula a pair
         # far to the left, which no step would sample, is the most suspect of all.
-        posterior = false_negative_posterior(picked, stats, settings.prior, monotone=True)
+        posterior = false_negative_posterior(picked, stats, settings["prior"], monotone=True)
         columns = {"similarity": np.asarray(picked), "probability": np.asarray(posterior)}
         return _pairs(way, query, np.asarray(index), **columns)
 

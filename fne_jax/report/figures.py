@@ -15,8 +15,8 @@ import ml_collections
 import numpy as np
 
 from fne_jax.evaluation.metric_names import WARMUP, describe
-from fne_jax.objectives.fne_settings import FNESettings
-from fne_jax.objectives.negative_sampling import candidate_weight
+from fne_jax.objectives.negative_sampling import sampling_weights
+from fne_jax.objectives.registry import weighing_settings
 from fne_jax.objectives.similarity_statistics import (
     GaussianStatistics,
     SimilarityStatistics,
@@ -296,12 +296,12 @@ def _weights(stats, fne):
     shifts = ((-1, "a deviation below the mean"), (0, "at the mean"), (1, "a deviation above it"))
     for (colour, width, dashes), (shift, label) in zip(_LINES, shifts, strict=True):
         positive = mean + shift * deviation
-        weight = candidate_weight(
+        weight = sampling_weights(
             jnp.asarray(similarity, jnp.float32),
             jnp.full(similarity.shape, positive, jnp.float32),
             jnp.zeros(similarity.shape, bool),
             stats,
-            FNESettings.from_config(fne),
+            **weighing_settings(fne),
         )
         look = {"color": colour, "lw": width, "ls": dashes}
         axes.plot(similarity, weight, label=f"{label} ({positive:.2f})", **look)

@@ -25,7 +25,7 @@ _FROM = ":"
 _BY = "@"
 # What each objective, or variant of FNE, changes in the config.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
-    name: (f"objective.name={name}",) for name in registry.MAIN
+    name: (f"objective.name={name}",) for name in registry.OBJECTIVES
 } | {
     name: ("objective.name=fne", *(f"{field}={value}" for field, value in changes.items()))
     for name, changes in registry.FNE_VARIANTS.items()

@@ -17,6 +17,7 @@ from fne_jax.model.kept_features import kept_towers
 from fne_jax.model.model import Model, initial_params
 from fne_jax.objectives import registry
 from fne_jax.objectives.known_matches import KnownMatches
+from fne_jax.objectives.similarity_statistics import StatisticsRule
 from fne_jax.parallel import sharding
 from fne_jax.training.encoder_passes import MicroBatches, WholeBatch
 from fne_jax.training.timeline import Phase, Timeline
@@ -41,9 +42,6 @@ def jitted_steps(
       model: The model to be trained.
       schedule: The learning rate as a function of the updates already applied.
       state: Concrete or abstract, for the structure and the shardings of its arrays.
-
-    Raises:
-      UserError: if the config names an objective that there is not.
     """
     mesh = model.mesh
     replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
@@ -62,7 +60,7 @@ def jitted_steps(
         pixel_statistics=(config.image_mean, config.image_std),
         learning_rate=schedule,
     )
-    rule = registry.statistics_rule(config.fne, timeline.steps_per_epoch)
+    rule = StatisticsRule(config.fne.ema_decay, timeline.steps_per_epoch)
     common = {"settings": settings, "statistics_rule": rule}
     warmup, main = registry.warmup_objective(config), registry.main_objective(config)
     use_keys = registry.uses_keys(config)

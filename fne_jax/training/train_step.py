@@ -18,8 +18,8 @@ from fne_jax.objectives.features import Features, Matches, RowSplit
 from fne_jax.objectives.known_matches import KnownMatches, matches_of_step
 from fne_jax.objectives.learned_scalars import BIAS_CHANGE, LEARNED, LOG_TEMPERATURE_FACTOR
 from fne_jax.objectives.memory_queue import MemoryQueue
-from fne_jax.objectives.registry import Objective, StatisticsRule
-from fne_jax.objectives.similarity_statistics import SimilarityStatistics
+from fne_jax.objectives.registry import Objective
+from fne_jax.objectives.similarity_statistics import SimilarityStatistics, StatisticsRule
 from fne_jax.objectives.triplet_loss import TripletAux
 from fne_jax.parallel.sharding import StepLayout
 from fne_jax.training.encoder_passes import EncoderPasses
@@ -136,7 +136,7 @@ def train_step(
             image, text, *momentum, image_id, same_image, matches, learned or None, split
         )
         stats = statistics_rule.add(state.stats, features)
-        loss, aux = objective(sampling_rng, features, state.queue, stats)
+        loss, aux = objective(features, state.queue, stats, sampling_rng)
         return loss, (stats, aux)
 
     with jax.named_scope(ONLINE_ENCODERS):

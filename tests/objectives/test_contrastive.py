@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 import fne_jax
-from fne_jax import MemoryQueue
-from tests.support.fne import arguments_of, assert_gradient, keys_of, make_batch, matching_rows
+from fne_jax import Features, MemoryQueue
+from tests.support.fne import assert_gradient, keys_of, make_batch, matching_rows
 
 IDS = np.array([0, 1, 1, 2, 3])
 SAME = IDS[:, None] == IDS[None, :]
@@ -32,8 +32,8 @@ def test_infonce_is_cross_entropy_over_other_images():
     def differentiate(image, queue):
         return jax.value_and_grad(
             lambda image: fne_jax.infonce_loss(
-                image, *arguments_of(features)[1:], queue, temperature=0.3
-            )
+                features.replace(image=image), queue, temperature=0.3
+            )[0]
         )(image)
 
     loss, grads = differentiate(features.image, queue)
@@ -58,7 +58,8 @@ def test_clip_loss_is_cross_entropy_within_the_batch():
     @jax.jit
     def differentiate(same_image):
         return jax.value_and_grad(
-            lambda *x: fne_jax.clip_loss(*x, temperature=0.3, same_image=same_image), (0, 1)
+            lambda *x: fne_jax.clip_loss(Features(*x, same_image=same_image), temperature=0.3)[0],
+            (0, 1),
         )(image, text)
 
     loss, grads = differentiate(SAME)
@@ -78,9 +79,8 @@ def test_sigmoid_loss_judges_each_pair():
             total += np.log1p(np.exp(logits[i, j]))
 
     def loss_fn(image, text, temperature, bias):
-        return fne_jax.sigmoid_loss(
-            image, text, temperature=temperature, bias=bias, same_image=SAME
-        )
+        features = Features(image, text, same_image=SAME)
+        return fne_jax.sigmoid_loss(features, temperature=temperature, bias=bias)[0]
 
     differentiate = jax.jit(jax.value_and_grad(loss_fn, (0, 1, 2, 3)))
     arguments = image, text, np.float32(0.4), np.float32(-2.0)

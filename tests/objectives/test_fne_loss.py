@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 import fne_jax
-from fne_jax import MemoryQueue
-from fne_jax.objectives.features import Features
-from fne_jax.objectives.fne_loss import fne_loss, fne_loss_from_uniform
-from fne_jax.objectives.fne_settings import FNESettings
+from fne_jax import Features, MemoryQueue
+from fne_jax.objectives.fne_loss import _loss_from_uniforms
 from fne_jax.objectives.similarity_statistics import cosine
 from fne_jax.objectives.triplet_loss import rowwise_cosine
 from tests.support.fne import (
@@ -26,20 +24,21 @@ from tests.support.fne import (
 TRUSTED = statistics()
 
 
-@functools.partial(jax.jit, static_argnames="settings")
-def differentiate(uniforms, features, queue, stats, settings):
+@functools.partial(jax.jit, static_argnames=("margin", "key_chunk"))
+def differentiate(uniforms, features, queue, stats, margin=0.2, key_chunk=None):
     """Returns (loss, aux) and the gradient for all four embeddings."""
 
     def loss_fn(*embeddings):
         drawn = Features(*embeddings, features.image_id)
-        return fne_loss_from_uniform(uniforms, drawn, queue, stats, settings)
+        settings = {"margin": margin, "key_chunk": key_chunk}
+        return _loss_from_uniforms(uniforms, drawn, queue, stats, **settings)
 
     embeddings = arguments_of(features)[:4]
     return jax.value_and_grad(loss_fn, (0, 1, 2, 3), has_aux=True)(*embeddings)
 
 
 def uniforms_of(seed, batch):
-    return tuple(np.random.default_rng(seed).random((2, batch)).astype(np.float32))
+    return np.random.default_rng(seed).random((2, batch)).astype(np.float32)
 
 
 @pytest.mark.parametrize("positive_mean", [0.3, 0.7, 1.3])  # at 1.3 nothing can be sampled
@@ -48,7 +47,7 @@ def test_loss_agrees_with_the_slow_version(positive_mean):
     for seed in range(6):
         features, queue = make_batch(seed)
         uniforms = uniforms_of(seed, 6)
-        (loss, aux), _ = differentiate(uniforms, features, queue, stats, FNESettings(margin=0.4))
+        (loss, aux), _ = differentiate(uniforms, features, queue, stats, 0.4)
         expected, chosen = slow_loss(uniforms, features, queue, stats, 0.4)
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
         np.testing.assert_array_equal(aux.negative_i2t, chosen[0])
@@ -65,7 +64,7 @@ def test_chunks_of_keys_change_nothing(key_chunk):
     for positive_mean in (0.4, 1.3):  # at 1.3 nothing can be sampled
         stats = statistics((positive_mean, 0.02), (0.2, 0.02), counts=(500, 999))
         at_once, chunked = (
-            differentiate(uniforms, features, queue, stats, FNESettings(key_chunk=chunk))
+            differentiate(uniforms, features, queue, stats, key_chunk=chunk)
             for chunk in (None, key_chunk)
         )
         (loss, aux), grads = at_once
@@ -88,7 +87,7 @@ def test_chunks_of_keys_bound_the_memory():
     shaped = jax.ShapeDtypeStruct
     emb, ids = shaped((batch, dim), jnp.float32), shaped((batch,), jnp.int32)
     queue = jax.eval_shape(lambda: MemoryQueue.create(jax.random.key(0), queue_size, dim))
-    uniforms = (shaped((batch,), jnp.float32),) * 2
+    uniforms = shaped((2, batch), jnp.float32)
 
     def scratch_mib(key_chunk):
         compiled = differentiate.lower(
@@ -96,7 +95,7 @@ def test_chunks_of_keys_bound_the_memory():
             Features(emb, emb, emb, emb, ids),
             queue,
             TRUSTED,
-            FNESettings(key_chunk=key_chunk),
+            key_chunk=key_chunk,
         ).compile()
         return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
@@ -112,15 +111,13 @@ def test_eight_devices_sample_what_one_samples(key_chunk):
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     features, queue = make_batch(3, batch=16, dim=9, queue_size=77, filled=77, images=40)
-    jitted = jax.jit(fne_loss, static_argnums=4)
-    settings = FNESettings(margin=0.4, key_chunk=key_chunk)
-    loss, aux = jitted(jax.random.key(7), features, queue, TRUSTED, settings)
+    jitted = jax.jit(functools.partial(fne_jax.fne_triplet_loss, margin=0.4, key_chunk=key_chunk))
+    loss, aux = jitted(features, queue, TRUSTED, jax.random.key(7))
     sharded_loss, sharded_aux = jitted(
-        jax.random.key(7),
         jax.device_put(features, rows),
         jax.device_put(queue, replicated),
         TRUSTED,
-        settings,
+        jax.random.key(7),
     )
     np.testing.assert_allclose(sharded_loss, loss, rtol=1e-6)
     for name in ("negative_i2t", "negative_t2i"):
@@ -133,7 +130,7 @@ def test_gradient_is_that_of_the_chosen_triplets():
 
     def loss_and_gradient(image, text):
         moved = features.replace(image=image, text=text)
-        (loss, _), grads = differentiate(uniforms, moved, queue, TRUSTED, FNESettings(margin=0.4))
+        (loss, _), grads = differentiate(uniforms, moved, queue, TRUSTED, 0.4)
         for momentum_grad in grads[2:]:
             np.testing.assert_array_equal(momentum_grad, 0)
         assert all((np.asarray(grad) != 0).any() for grad in grads[:2])
@@ -145,7 +142,7 @@ def test_gradient_is_that_of_the_chosen_triplets():
 def test_a_lone_pair_without_a_queue_has_no_loss():
     image, text = matching_rows(np.random.default_rng(0), 1, 5)
     loss, aux = jax.jit(fne_jax.fne_triplet_loss)(
-        jax.random.key(0), image, text, image, text, np.array([3]), None, TRUSTED
+        Features(image, text, image, text, np.array([3])), None, TRUSTED, jax.random.key(0)
     )
     assert loss == 0 and aux.fallback_fraction == 1
 
@@ -154,9 +151,8 @@ def test_backward_pass_has_no_product_over_the_keys():
     features, queue = make_batch(0, queue_size=1009)
 
     def loss_fn(image, text):
-        return fne_jax.fne_triplet_loss(
-            jax.random.key(0), image, text, *arguments_of(features)[2:], queue, TRUSTED
-        )[0]
+        moved = features.replace(image=image, text=text)
+        return fne_jax.fne_triplet_loss(moved, queue, TRUSTED, jax.random.key(0))[0]
 
     def dots_over_keys(function):
         text = str(jax.make_jaxpr(function)(features.image, features.text))
@@ -165,45 +161,30 @@ def test_backward_pass_has_no_product_over_the_keys():
     assert dots_over_keys(loss_fn) == dots_over_keys(jax.grad(loss_fn, (0, 1))) == 2
 
 
-def test_the_public_calls_are_the_losses_of_the_structs():
+def test_every_setting_reaches_the_loss():
     features, queue = make_batch(5)
-    keywords = {"margin": 0.3, "tau": 0.7, "min_count": 5, "key_chunk": 16}
-    settings = FNESettings(**keywords)
-    rng, uniforms = jax.random.key(3), uniforms_of(0, 6)
+    settings = {
+        "margin": 0.3, "tau": 0.7, "elimination_tau": 0.9, "prior": 0.1,
+        "posterior_threshold": 0.2, "min_count": 5, "monotone": True, "key_chunk": 16,
+    }  # fmt: skip
+    rng = jax.random.key(3)
 
-    def program(function):
-        return str(jax.make_jaxpr(function)(features))
-
-    struct = program(lambda f: fne_loss(rng, f, queue, TRUSTED, settings))
-    public = program(
-        lambda f: fne_jax.fne_triplet_loss(rng, *arguments_of(f), queue, TRUSTED, **keywords)
-    )
-    default = program(lambda f: fne_jax.fne_triplet_loss(rng, *arguments_of(f), queue, TRUSTED))
-    assert struct == public != default
-
-    struct = program(lambda f: fne_loss_from_uniform(uniforms, f, queue, TRUSTED, settings))
-    public = program(
-        lambda f: fne_jax.fne_triplet_loss_from_uniform(
-            *uniforms, *arguments_of(f), queue, TRUSTED, **keywords
-        )
-    )
-    assert struct == public
-
-
-def test_the_old_name_of_tau_still_works():
-    features, queue = make_batch(5)
-
-    def loss_fn(**settings):
-        return jax.make_jaxpr(
-            lambda image: fne_jax.fne_triplet_loss(
-                jax.random.key(0), image, *arguments_of(features)[1:], queue, TRUSTED, **settings
+    def program(**settings):
+        return str(
+            jax.make_jaxpr(lambda f: fne_jax.fne_triplet_loss(f, queue, TRUSTED, rng, **settings))(
+                features
             )
-        )(features.image)
+        )
 
-    with pytest.warns(DeprecationWarning, match="decay is now called tau") as warned:
-        old = loss_fn(decay=0.7)
-    assert warned[0].filename == __file__
-    assert str(old) == str(loss_fn(tau=0.7)) != str(loss_fn())
+    replay = jax.make_jaxpr(
+        lambda f: _loss_from_uniforms(
+            jax.random.uniform(rng, (2, 6)), f, queue, TRUSTED, **settings
+        )
+    )(features)
+    assert program(**settings) == str(replay)
+    for name in settings:
+        chunked = {"key_chunk": 16} if name == "key_chunk" else {}
+        assert (program(**{name: settings[name]}) == program()) == bool(chunked), name
 
 
 @pytest.mark.parametrize(
@@ -212,28 +193,26 @@ def test_the_old_name_of_tau_still_works():
         ({"margin": -0.1}, "margin: expected a number in"),
         ({"prior": 0.0}, r"prior: expected a number in \(0, 1\), got 0.0"),
         ({"key_chunk": 24}, "key_chunk: expected a multiple of 16 or None, got 24"),
-        ({"text_emb": np.ones((5, 9), np.float32)}, r"text_emb: expected shape \(6, 9\)"),
+        ({"text": np.ones((5, 9), np.float32)}, r"text: expected shape \(6, 9\) as image has"),
         ({"image_id": np.ones(6, np.float32)}, "image_id: expected an integer dtype, got float32"),
-        ({"image_emb": np.ones((6, 9), np.int32)}, "image_emb: expected a float dtype"),
+        ({"image": np.ones((6, 9), np.int32)}, "image: expected a float dtype"),
+        ({"momentum_text": None}, "momentum_text, image_id: expected arrays, as this loss"),
         ({"queue": make_batch(0, dim=8)[1]}, "queue.image: expected shape"),
     ],
 )
 def test_wrong_arguments_are_named_while_tracing(change, message):
     features, queue = make_batch(0)
-    names = "image_emb", "text_emb", "momentum_image_emb", "momentum_text_emb", "image_id"
-    arguments = dict(zip(names, arguments_of(features), strict=True)) | {"queue": queue} | change
+    of_batch = {name: value for name, value in change.items() if hasattr(features, name)}
+    settings = {name: value for name, value in change.items() if name not in of_batch}
+    arguments = {"queue": queue, "stats": TRUSTED, "rng": jax.random.key(0), **settings}
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(
-            lambda: fne_jax.fne_triplet_loss(jax.random.key(0), **arguments, stats=TRUSTED)
-        )
+        jax.eval_shape(lambda: fne_jax.fne_triplet_loss(features.replace(**of_batch), **arguments))
 
 
 def test_uniform_numbers_of_another_batch_are_refused():
     features, queue = make_batch(0)
-    with pytest.raises(ValueError, match=r"uniform_t2i: expected shape \(6,\), got \(5,\)"):
-        fne_jax.fne_triplet_loss_from_uniform(
-            np.zeros(6, "f"), np.zeros(5, "f"), *arguments_of(features), queue, TRUSTED
-        )
+    with pytest.raises(ValueError, match=r"uniforms: expected shape \(2, 6\), got \(2, 5\)"):
+        _loss_from_uniforms(np.zeros((2, 5), "f"), features, queue, TRUSTED)
 
 
 def test_half_precision_embeddings_are_compared_in_float32():
@@ -241,7 +220,7 @@ def test_half_precision_embeddings_are_compared_in_float32():
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), arguments_of(features)[:4])
     loss, _ = jax.eval_shape(
         lambda: fne_jax.fne_triplet_loss(
-            jax.random.key(0), *half, features.image_id, queue, TRUSTED
+            Features(*half, features.image_id), queue, TRUSTED, jax.random.key(0)
         )
     )
     assert loss.dtype == jnp.float32

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from fne_jax.objectives.features import RowSplit, directions
-from fne_jax.objectives.fne_loss import fne_loss
-from fne_jax.objectives.fne_settings import FNESettings
+from fne_jax.objectives.fne_loss import fne_triplet_loss
 from fne_jax.objectives.key_blocks import BLOCK, KeyBlocks
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.parallel.sharding import StepLayout
@@ -24,12 +23,12 @@ def weigh(similarity, positive, same_image):
 def blocks_of(features, queue, key_chunk):
     """Returns the table, and the scores of every block, of the image anchors."""
     direction, _ = directions(features, queue)
-    blocks = KeyBlocks.create(direction, features.image_id, queue)
-    table = blocks.table(weigh, key_chunk)
-    batch, count = table.weight.shape
+    blocks = KeyBlocks.create(direction, features.split, weigh)
+    table = blocks.table(key_chunk)
+    batch, count = table[0].shape
     numbers = jax.numpy.arange(count)
     number_of_all = functools.partial(jax.numpy.full, (batch,))
-    return table, jax.vmap(lambda number: blocks.scores(number_of_all(number), weigh))(numbers)
+    return table, jax.vmap(lambda number: blocks.scores(number_of_all(number)))(numbers)
 
 
 def test_blocks_are_slices_of_the_full_matrix():
@@ -41,17 +40,15 @@ def test_blocks_are_slices_of_the_full_matrix():
     # The last block of the batch's keys and of the queue's is short.
     borders = [(0, 16), (16, 19), (19, 35), (35, 51), (51, 64)]
     for key_chunk in (None, BLOCK):
-        table, scores = blocks_of(features, queue, key_chunk)
-        assert table.weight.shape == (19, len(borders))
+        (weights, best), scores = blocks_of(features, queue, key_chunk)
+        assert weights.shape == (19, len(borders))
         for block, (start, end) in enumerate(borders):
             part = slice(start, end)
             np.testing.assert_allclose(
-                table.weight[:, block], weight[:, part].sum(axis=1), rtol=1e-5, atol=1e-6
+                weights[:, block], weight[:, part].sum(axis=1), rtol=1e-5, atol=1e-6
             )
             others = np.where(same, -np.inf, similarity)[:, part]
-            np.testing.assert_allclose(
-                table.best[:, block], others.max(axis=1), rtol=1e-5, atol=1e-6
-            )
+            np.testing.assert_allclose(best[:, block], others.max(axis=1), rtol=1e-5, atol=1e-6)
             size = end - start
             index, found, weighed, other = (np.asarray(array[block]) for array in scores)
             assert (index[:, :size] == np.arange(start, end)).all()
@@ -64,12 +61,12 @@ def test_blocks_are_slices_of_the_full_matrix():
 @pytest.mark.parametrize(("queue_size", "key_chunk"), [(256, None), (256, 128), (200, None)])
 def test_devices_that_share_the_queue_choose_what_one_does(queue_size, key_chunk):
     features, queue = make_batch(5, batch=16, dim=7, queue_size=queue_size, filled=190, images=9)
-    layout, settings = StepLayout(mesh_of(2, 4)), FNESettings(key_chunk=key_chunk)
+    layout = StepLayout(mesh_of(2, 4))
 
     @jax.jit
     def choose(features):
         stats = SimilarityStatistics.create()
-        return fne_loss(jax.random.key(3), features, queue, stats, settings)
+        return fne_triplet_loss(features, queue, stats, jax.random.key(3), key_chunk=key_chunk)
 
     split = features.replace(split=RowSplit(8, layout.rows))
     text = choose.lower(split).compile().as_text()

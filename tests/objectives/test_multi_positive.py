@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fne_jax
+from fne_jax import Features, Matches
 from tests.support.fne import assert_gradient, matching_rows
 
 BATCH, DIM = 7, 5
@@ -25,6 +26,19 @@ def masks():
     excluded = rng.random((BATCH, BATCH)) < 0.3
     assert (excluded & positives).any() and (excluded & ~positives).any()
     return positives, excluded
+
+
+def features_of(image, text, positives, excluded):
+    matches = None if positives is None else Matches(positives)
+    return Features(image, text, same_image=excluded, matches=matches)
+
+
+def multi_positive(image, text, temperature, positives, excluded):
+    return fne_jax.multi_positive_loss(
+        features_of(image, text, positives, excluded),
+        temperature=temperature,
+        matches_are_positives=True,
+    )[0]
 
 
 def slow_multi_positive(image, text, temperature, positives, excluded):
@@ -45,8 +59,8 @@ def test_multi_positive_loss_is_the_mean_over_positives_of_what_negatives_exceed
     positives, excluded = masks()
     differentiate = jax.jit(
         jax.value_and_grad(
-            lambda image, text, temperature: fne_jax.multi_positive_loss(
-                image, text, temperature=temperature, positives=positives, excluded=excluded
+            lambda image, text, temperature: multi_positive(
+                image, text, temperature, positives, excluded
             ),
             (0, 1, 2),
         )
@@ -64,10 +78,11 @@ def test_with_one_positive_each_it_is_clip_loss():
     _, excluded = masks()
 
     def ours(image, text, mask, temperature):
-        return fne_jax.multi_positive_loss(image, text, temperature=temperature, excluded=mask)
+        return multi_positive(image, text, temperature, None, mask)
 
     def clips(image, text, mask, temperature):
-        return fne_jax.clip_loss(image, text, temperature=temperature, same_image=mask)
+        features = Features(image, text, same_image=mask)
+        return fne_jax.clip_loss(features, temperature=temperature)[0]
 
     ours, clips = (jax.jit(jax.value_and_grad(loss, (0, 1))) for loss in (ours, clips))
     for temperature in (0.02, 0.3):
@@ -89,9 +104,7 @@ def test_it_is_finite_at_any_temperature_and_without_negatives(temperature):
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def differentiate(image, text, positives, excluded):
-        return fne_jax.multi_positive_loss(
-            image, text, temperature=temperature, positives=positives, excluded=excluded
-        )
+        return multi_positive(image, text, temperature, positives, excluded)
 
     for p, e in ((positives, excluded), (everything, own), (own, everything)):
         loss, grads = differentiate(image, text, p, e)
@@ -105,10 +118,11 @@ def test_positives_do_not_compete():
     text = jnp.array([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
     same = np.array([0, 0, 1])
     positives = same[:, None] == same[None, :]
-    loss = fne_jax.multi_positive_loss(image, text, temperature=0.1, positives=positives)
+    loss = multi_positive(image, text, 0.1, positives, None)
     expected = slow_multi_positive(image, text, 0.1, positives, np.eye(3, dtype=bool))
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    assert loss < fne_jax.clip_loss(image, text, temperature=0.1)
+    by_label, _ = fne_jax.multi_positive_loss(Features(image, text, image_id=same), temperature=0.1)
+    assert by_label == loss < fne_jax.clip_loss(Features(image, text), temperature=0.1)[0]
 
 
 def test_sigmoid_loss_takes_several_positives():
@@ -123,14 +137,10 @@ def test_sigmoid_loss_takes_several_positives():
             total += np.log1p(np.exp(logits[i, j]))
 
     def loss_fn(image, text, temperature, bias):
+        features = features_of(image, text, positives, excluded)
         return fne_jax.sigmoid_loss(
-            image,
-            text,
-            temperature=temperature,
-            bias=bias,
-            same_image=excluded,
-            positives=positives,
-        )
+            features, temperature=temperature, bias=bias, matches_are_positives=True
+        )[0]
 
     differentiate = jax.jit(jax.value_and_grad(loss_fn, (0, 1, 2, 3)))
     arguments = image, text, np.float32(0.4), np.float32(-2.0)
@@ -140,8 +150,9 @@ def test_sigmoid_loss_takes_several_positives():
 
 def test_wrong_arguments_are_named():
     image, text = pairs()
-    for name in ("positives", "excluded"):
-        with pytest.raises(ValueError, match=rf"{name}: expected shape \(7, 7\), got \(7, 6\)"):
-            fne_jax.multi_positive_loss(image, text, **{name: np.ones((7, 6), bool)})
+    mask = np.ones((7, 6), bool)
+    for change in ({"same_image": mask}, {"matches": Matches(mask)}):
+        with pytest.raises(ValueError, match=r"expected shape \(7, 7\), got \(7, 6\)"):
+            fne_jax.multi_positive_loss(Features(image, text, **change))
     with pytest.raises(ValueError, match="temperature: expected a number in"):
-        fne_jax.multi_positive_loss(image, text, temperature=0.0)
+        fne_jax.multi_positive_loss(Features(image, text), temperature=0.0)

@@ -8,10 +8,8 @@ import pytest
 from scipy import stats as scipy_stats
 
 import fne_jax
-from fne_jax.objectives.features import Features
-from fne_jax.objectives.negative_mining import mined_loss
+from fne_jax import Features
 from tests.support.fne import (
-    arguments_of,
     assert_gradient,
     keys_of,
     make_batch,
@@ -28,9 +26,8 @@ def differentiate(rng, features, queue, rule):
     """Returns (loss, aux) and the gradient for the online embeddings."""
 
     def loss_fn(image, text):
-        return fne_jax.mined_triplet_loss(
-            rng, image, text, *arguments_of(features)[2:], queue, TRUSTED, rule=rule, margin=0.4
-        )
+        moved = features.replace(image=image, text=text)
+        return fne_jax.mined_triplet_loss(moved, queue, TRUSTED, rng, rule=rule, margin=0.4)
 
     return jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(features.image, features.text)
 
@@ -89,7 +86,9 @@ def test_random_negatives_are_uniform_over_other_images():
     features, queue = make_batch(0)
 
     def negatives(rng):
-        _, aux = mined_loss(rng, features, queue, TRUSTED, rule=fne_jax.random_negative)
+        _, aux = fne_jax.mined_triplet_loss(
+            features, queue, TRUSTED, rng, rule=fne_jax.random_negative
+        )
         return aux.negative_i2t
 
     keys = jax.random.split(jax.random.key(0), 3000)
@@ -107,16 +106,3 @@ def test_a_lone_pair_has_no_mined_negative(rule):
     lone = Features(image, text, image, text, np.array([3]))
     (loss, aux), _ = differentiate(jax.random.key(0), lone, None, getattr(fne_jax, rule))
     assert loss == 0 and aux.fallback_fraction == 1
-
-
-def test_old_names_of_the_rules_still_work():
-    for old, new in (
-        ("hardest_key", "hardest_negative"),
-        ("semi_hard_key", "semi_hard_negative"),
-        ("random_key", "random_negative"),
-    ):
-        with pytest.warns(DeprecationWarning, match=f"{old} is now fne_jax.{new}") as warned:
-            assert getattr(fne_jax, old) is getattr(fne_jax, new)
-        assert warned[0].filename == __file__
-    with pytest.raises(AttributeError, match="no attribute 'softest_key'"):
-        _ = fne_jax.softest_key

@@ -7,13 +7,14 @@ import pytest
 from scipy import stats as scipy_stats
 
 import fne_jax
+from fne_jax.objectives.negative_sampling import _sample_from_uniform
 from tests.support.fne import slow_posterior, slow_sample, slow_weights, statistics
 
 TRUSTED = statistics()
 
 weigh = jax.jit(fne_jax.sampling_weights)
 sample = jax.jit(fne_jax.sample_negatives)
-sample_from_uniform = jax.jit(fne_jax.sample_negatives_from_uniform)
+sample_from_uniform = jax.jit(_sample_from_uniform)
 
 
 @pytest.mark.parametrize("min_count", [200, 700])
@@ -23,7 +24,7 @@ def test_weights_agree_with_the_slow_version(min_count):
     d = rng.uniform(0.5, 0.9, 4).astype(np.float32)
     same = rng.random((4, 23)) < 0.2
     settings = {"margin": 0.3, "tau": 0.7, "prior": 0.02, "min_count": min_count}
-    ours = weigh(s, d, same, TRUSTED, posterior_threshold=0.1, **settings)
+    ours = weigh(s, d[:, None], same, TRUSTED, posterior_threshold=0.1, **settings)
     slow = slow_weights(s, d, same, TRUSTED, threshold=0.1, **settings)
     np.testing.assert_allclose(ours, slow, rtol=1e-5)
     assert (slow == 0).any() and (slow > 0).any()
@@ -31,7 +32,7 @@ def test_weights_agree_with_the_slow_version(min_count):
 
 def test_parts_of_the_weights_can_be_switched_off():
     s = np.array([[0.55, 0.72, 0.95]], np.float32)
-    args = s, np.array([0.8], np.float32), np.zeros((1, 3), bool), TRUSTED
+    args = s, np.array([[0.8]], np.float32), np.zeros((1, 3), bool), TRUSTED
     posterior = slow_posterior(s, TRUSTED, 0.5)
     cutdown = np.exp(-0.5 * (s - 0.8) ** 2)
     off = weigh(*args, prior=0.5, posterior_threshold=1.0)
@@ -45,26 +46,32 @@ def test_parts_of_the_weights_can_be_switched_off():
     assert 0 < (posterior > 0.8).sum() < 3
 
 
-def test_the_old_names_of_tau_still_work():
-    args = np.full((2, 3), 0.6, "f"), np.full(2, 0.8, "f"), np.zeros((2, 3), bool), TRUSTED
-    with pytest.warns(DeprecationWarning) as warned:
-        old = fne_jax.sampling_weights(*args, margin=0.3, decay=2.0, elimination_decay=3.0)
-    assert [str(w.message) for w in warned] == [
-        "decay is now called tau",
-        "elimination_decay is now called elimination_tau",
-    ]
-    assert {w.filename for w in warned} == {__file__}
-    new = fne_jax.sampling_weights(*args, margin=0.3, tau=2.0, elimination_tau=3.0)
-    np.testing.assert_array_equal(old, new)
-    assert (new < 1).all()
-    with pytest.raises(TypeError, match="decay is the old name of tau; give tau alone"):
-        fne_jax.sampling_weights(*args, decay=2.0, tau=2.0)
-
-
-def test_fewer_keys_than_anchors_are_refused():
-    with pytest.raises(ValueError, match=r"at least as many keys as the 3 anchors.*, got 2"):
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("margin", -0.1, r"margin: expected a number in \[0, inf\], got -0.1"),
+        ("tau", -1.0, "tau: expected a number"),
+        ("elimination_tau", -1.0, "elimination_tau: expected a number"),
+        ("prior", 0.0, r"prior: expected a number in \(0, 1\), got 0.0"),
+        ("prior", 1.0, "prior: expected a number"),
+        ("posterior_threshold", 2.0, "posterior_threshold: expected a number"),
+        ("min_count", -1, "min_count: expected a number"),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting, value, message):
+    with pytest.raises(ValueError, match=message):
         fne_jax.sampling_weights(
-            np.ones((3, 2), "f"), np.ones(3, "f"), np.zeros((3, 2), bool), TRUSTED
+            np.ones((2, 3), "f"), np.ones((2, 1), "f"), np.zeros((2, 3), bool), TRUSTED,
+            **{setting: value},
+        )  # fmt: skip
+
+
+def test_arrays_that_would_broadcast_by_accident_are_refused():
+    with pytest.raises(
+        ValueError, match=r"as many axes as each other, got shapes \(3, 3\), \(3,\)"
+    ):
+        fne_jax.sampling_weights(
+            np.ones((3, 3), "f"), np.ones(3, "f"), np.zeros((3, 3), bool), TRUSTED
         )
 
 

@@ -13,12 +13,10 @@ import pytest
 
 import fne_jax
 from configs import base
-from fne_jax.objectives import negative_mining, registry
-from fne_jax.objectives.fne_loss import fne_loss_from_uniform
-from fne_jax.objectives.fne_settings import FNESettings
-from fne_jax.objectives.similarity_statistics import SimilarityStatistics
+from fne_jax.objectives import registry
+from fne_jax.objectives.fne_loss import _loss_from_uniforms
+from fne_jax.objectives.similarity_statistics import SimilarityStatistics, StatisticsRule
 from tests.support.fne import (
-    arguments_of,
     excluded_of,
     keys_of,
     make_batch,
@@ -62,12 +60,12 @@ def objective_of(name, **fields):
 @pytest.mark.parametrize("positive_mean", [0.3, 1.3])  # at 1.3 nothing can be sampled
 def test_fne_samples_among_what_is_left(with_queue, positive_mean):
     stats = statistics((positive_mean, 0.01), (0.2, 0.02), counts=(500, 999))
-    loss_fn = jax.jit(fne_loss_from_uniform, static_argnums=4)
+    loss_fn = jax.jit(functools.partial(_loss_from_uniforms, margin=0.4))
     changed = 0
     for seed in range(4):
         features, queue = batch_with_matches(seed, with_queue)
-        uniforms = tuple(np.random.default_rng(seed).random((2, 6)).astype(np.float32))
-        loss, aux = loss_fn(uniforms, features, queue, stats, FNESettings(margin=0.4))
+        uniforms = np.random.default_rng(seed).random((2, 6)).astype(np.float32)
+        loss, aux = loss_fn(uniforms, features, queue, stats)
         expected, chosen = slow_loss(uniforms, features, queue, stats, 0.4)
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
         np.testing.assert_array_equal(aux.negative_i2t, chosen[0])
@@ -82,12 +80,12 @@ def test_fne_samples_among_what_is_left(with_queue, positive_mean):
 def test_fne_in_chunks_leaves_the_same_out():
     sizes = {"batch": 19, "queue_size": 16 * 7 + 5}
     features, queue = batch_with_matches(3, filled=16 * 7, dim=7, **sizes)
-    uniforms = tuple(np.random.default_rng(0).random((2, 19)).astype(np.float32))
+    uniforms = np.random.default_rng(0).random((2, 19)).astype(np.float32)
     stats = statistics((0.4, 0.02), (0.2, 0.02), counts=(500, 999))
     expected, chosen = slow_loss(uniforms, features, queue, stats, 0.2)
-    loss_fn = jax.jit(fne_loss_from_uniform, static_argnums=4)
+    loss_fn = jax.jit(_loss_from_uniforms, static_argnames="key_chunk")
     for chunk in (48, None):
-        loss, aux = loss_fn(uniforms, features, queue, stats, FNESettings(key_chunk=chunk))
+        loss, aux = loss_fn(uniforms, features, queue, stats, key_chunk=chunk)
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
         np.testing.assert_array_equal(aux.negative_t2i, chosen[1])
         assert max(aux.negative_i2t) > 19, "the case should reach into the queue"
@@ -100,10 +98,10 @@ def test_rules_choose_among_what_is_left(with_queue):
         (fne_jax.hardest_negative, lambda s, d: np.ones_like(s, bool)),
         (fne_jax.semi_hard_negative, lambda s, d: s < d[:, None]),
     ):
-        loss_fn = jax.jit(functools.partial(negative_mining.mined_loss, rule=rule, margin=0.4))
+        loss_fn = jax.jit(functools.partial(fne_jax.mined_triplet_loss, rule=rule, margin=0.4))
         for seed in range(4):
             features, queue = batch_with_matches(seed, with_queue)
-            loss, aux = loss_fn(jax.random.key(0), features, queue, stats)
+            loss, aux = loss_fn(features, queue, stats, jax.random.key(0))
             total, chosen = 0.0, (aux.negative_i2t, aux.negative_t2i)
             for (anchor, keys, left), index in zip(left_of(features, queue), chosen, strict=True):
                 s = anchor @ keys.T
@@ -122,7 +120,7 @@ def test_rules_choose_among_what_is_left(with_queue):
 def test_random_negatives_reach_all_that_is_left_and_nothing_else():
     features, queue = batch_with_matches(5)
     stats = SimilarityStatistics.create()
-    draw = jax.jit(jax.vmap(lambda rng: objective_of("random")(rng, features, queue, stats)[1]))
+    draw = jax.jit(jax.vmap(lambda rng: objective_of("random")(features, queue, stats, rng)[1]))
     aux = draw(jax.random.split(jax.random.key(0), 300))
     for index, (_, _, left) in zip(
         (aux.negative_i2t, aux.negative_t2i), left_of(features, queue), strict=True
@@ -144,16 +142,12 @@ def test_infonce_is_cross_entropy_over_what_is_left(with_queue):
     @jax.jit
     def differentiate(image):
         return jax.value_and_grad(
-            lambda image: objective(None, features.replace(image=image), queue, None)[0]
+            lambda image: objective(features.replace(image=image), queue, None, None)[0]
         )(image)
 
     loss, grads = differentiate(features.image)
     np.testing.assert_allclose(loss, total / 12, rtol=1e-5)
     assert np.isfinite(grads).all()
-    same = fne_jax.infonce_loss(
-        *arguments_of(features), queue, temperature=0.3, matches=features.matches
-    )
-    np.testing.assert_allclose(same, loss, rtol=1e-6)
 
 
 def in_batch_negatives(features):
@@ -171,7 +165,7 @@ def test_clip_is_cross_entropy_over_what_is_left():
             rest = np.exp((scores[i, negative[i]] - scores[i, i]) / 0.3)
             total += np.log1p(rest.sum())
     objective = objective_of("clip", **{"objective.temperature": 0.3})
-    loss, _ = objective(None, features, None, None)
+    loss, _ = objective(features, None, None, None)
     np.testing.assert_allclose(loss, total / 12, rtol=1e-5)
 
 
@@ -183,7 +177,7 @@ def test_hardest_within_the_batch_leaves_matches_out():
         for i in range(6):
             gaps = [0.2 + scores[i, j] - scores[i, i] for j in np.flatnonzero(negative[i])]
             total += max([0.0, *gaps])
-    loss, _ = objective_of("hardest", **{"objective.queue": False})(None, features, None, None)
+    loss, _ = objective_of("hardest", **{"objective.queue": False})(features, None, None, None)
     np.testing.assert_allclose(loss, total / 6, rtol=1e-5)
 
 
@@ -203,19 +197,19 @@ def test_losses_of_several_positives_drop_matches_or_take_them(oracle):
                 for j in np.flatnonzero(positive[i])
             ]
             total += np.mean(of)
-    loss, _ = objective_of("multi_positive", **fields)(None, features, None, None)
+    loss, _ = objective_of("multi_positive", **fields)(features, None, None, None)
     np.testing.assert_allclose(loss, total / 12, rtol=1e-5)
 
     if oracle == "drop":
         positives = np.eye(6, dtype=bool)
     logits = s / 0.3 - 1.0
     total = np.log1p(np.exp(-logits[positives])).sum() + np.log1p(np.exp(logits[left])).sum()
-    loss, _ = objective_of("sigmoid", **fields)(None, features, None, None)
+    loss, _ = objective_of("sigmoid", **fields)(features, None, None, None)
     np.testing.assert_allclose(loss, total / 6, rtol=1e-5)
 
 
 def test_matches_are_neither_competitors_nor_negatives_of_the_statistics():
-    rule = registry.StatisticsRule(ema_decay=1.0, steps_per_epoch=None)
+    rule = StatisticsRule(ema_decay=1.0, steps_per_epoch=None)
     counts = set()
     for seed in range(4):
         features, _ = batch_with_matches(seed, batch=9, dim=3)
@@ -239,7 +233,8 @@ def test_matches_are_neither_competitors_nor_negatives_of_the_statistics():
 def test_matches_that_do_not_fit_are_named():
     features, queue = batch_with_matches(0)
     with pytest.raises(ValueError, match=r"matches.batch: expected shape \(6, 6\), got \(5, 6\)"):
-        arguments = *arguments_of(features), queue
-        fne_jax.infonce_loss(*arguments, matches=fne_jax.Matches(jnp.ones((5, 6), bool)))
+        other = fne_jax.Matches(jnp.ones((5, 6), bool))
+        fne_jax.infonce_loss(features.replace(matches=other), queue)
     with pytest.raises(ValueError, match=r"matches.queue_text: expected"):
-        fne_jax.infonce_loss(*arguments, matches=fne_jax.Matches(features.matches.batch))
+        batch_alone = fne_jax.Matches(features.matches.batch)
+        fne_jax.infonce_loss(features.replace(matches=batch_alone), queue)

@@ -1,8 +1,11 @@
 """The registry of objectives: what its entries read, and who reads it."""
 
+import inspect
+
 import ml_collections
 import pytest
 
+import fne_jax
 from configs import base
 from fne_jax import configuration
 from fne_jax.errors import UserError
@@ -34,25 +37,60 @@ class Recording:
         return value
 
 
-ROLES = [
-    pytest.param(role, id=f"{kind}-{name}")
-    for kind, roles in (("main", registry.MAIN), ("warmup", registry.WARMUP))
-    for name, role in roles.items()
-]
-
-
-@pytest.mark.parametrize("role", ROLES)
-def test_an_entry_names_the_fields_that_it_reads(role):
+def fields_read(build, config):
     read = set()
-    for queue in (True, False):
-        role.build(Recording(config_with(objective__queue=queue), read))
-    assert read == set(role.fields)
+    build(Recording(config, read))
+    return read
 
 
-def test_every_entry_serves_for_something():
-    assert set(registry.MAIN) | set(registry.WARMUP) == set(registry.OBJECTIVES)
-    for name, entry in registry.OBJECTIVES.items():
-        assert entry.name == name and entry.description and entry.source
+def test_a_warmup_reads_nothing_that_comes_after_it():
+    for name in registry.WARMUP:
+        config = config_with(warmup__objective=name)
+        read = fields_read(registry.warmup_objective, config)
+        assert not read & registry.fields_after_warmup(config)
+
+
+def test_an_objective_reads_what_comes_after_the_warmup_and_the_margin():
+    for name in registry.OBJECTIVES:
+        for queue in (True, False):
+            config = config_with(objective__name=name, objective__queue=queue)
+            read = fields_read(registry.main_objective, config)
+            assert read - registry.fields_after_warmup(config) <= {"fne.margin"}
+
+
+def fne_settings(**changes):
+    config = config_with(**{f"fne__{name}": value for name, value in changes.items()})
+    return registry.OBJECTIVES["fne"].settings(config)
+
+
+def test_the_configs_defaults_are_the_losses_own():
+    settings = fne_settings()
+    parameters = inspect.signature(fne_jax.fne_triplet_loss).parameters.values()
+    defaults = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+    # The config names it; the loss takes it from tau.
+    assert settings.pop("elimination_tau") == defaults["tau"]
+    assert defaults.pop("elimination_tau") is None
+    assert settings == defaults
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"elimination": "none"}, {"posterior_threshold": 1.0, "tau": 0.5}),
+        ({"elimination": "hard"}, {"elimination_tau": 1e30, "posterior_threshold": 1e-3}),
+        ({"cut_down": False}, {"tau": 0.0, "elimination_tau": 0.5}),
+        ({"tau": 0.7}, {"tau": 0.7, "elimination_tau": 0.7}),
+        ({"elimination_tau": 0.9}, {"tau": 0.5, "elimination_tau": 0.9}),
+        ({"monotone": True}, {"monotone": True}),
+        ({"key_chunk": 32}, {"key_chunk": 32}),
+        ({"margin": 0.3, "prior": 0.1}, {"margin": 0.3, "prior": 0.1}),
+        ({"min_count": 7}, {"min_count": 7}),
+        ({}, {"elimination_tau": 0.5, "posterior_threshold": 1e-3, "key_chunk": None}),
+    ],
+)
+def test_parts_of_fne_are_switched_by_the_config(changes, expected):
+    settings = fne_settings(**changes)
+    assert {name: settings[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -65,29 +103,25 @@ def test_every_entry_serves_for_something():
     ],
 )
 def test_unknown_names_are_told_early(change, message):
-    for function in (registry.check, registry.main_objective, registry.warmup_objective):
-        with pytest.raises(UserError, match=message):
-            function(config_with(**change))
-    registry.check(config_with())
+    with pytest.raises(UserError, match=message):
+        configuration.validate(config_with(**change))
 
 
 def test_positives_are_for_losses_that_take_several():
     able = {name for name, entry in registry.OBJECTIVES.items() if entry.takes_positives}
     assert able == {"multi_positive", "sigmoid"}
-    for name in registry.MAIN:
+    for name in registry.OBJECTIVES:
         config = config_with(objective__name=name, objective__oracle="positives")
         if name in able:
-            registry.check(config)
             configuration.validate(config)
             continue
-        for function in (registry.check, configuration.validate):
-            with pytest.raises(UserError, match=rf"config.objective.oracle is .*name={name} takes"):
-                function(config)
+        with pytest.raises(UserError, match=rf"config.objective.oracle is .*name={name} takes"):
+            configuration.validate(config)
         configuration.validate(config_with(objective__name=name, objective__oracle="drop"))
 
 
 def test_the_study_compares_what_the_registry_has():
-    assert set(cells.OBJECTIVES) == set(registry.MAIN) | set(registry.FNE_VARIANTS)
+    assert set(cells.OBJECTIVES) == set(registry.OBJECTIVES) | set(registry.FNE_VARIANTS)
     assert cells.OBJECTIVES["random"] == ("objective.name=random",)
     assert cells.OBJECTIVES["fne_no_queue"] == ("objective.name=fne", "objective.queue=False")
 
@@ -107,7 +141,7 @@ def test_the_docs_list_the_registry():
     section = pages_of_docs.section("objectives.md", "## The registry")
     table = [line for line in section.splitlines() if line.startswith("| `")]
     assert table == [
-        f"| `{entry.name}` | {entry.description} | {entry.source} | "
-        f"{'yes' if entry.main else 'no'} | {'yes' if entry.warmup else 'no'} |"
-        for entry in registry.OBJECTIVES.values()
+        f"| `{name}` | {entry.description} | {entry.source} | "
+        f"{'yes' if name in registry.WARMUP else 'no'} |"
+        for name, entry in registry.OBJECTIVES.items()
     ]

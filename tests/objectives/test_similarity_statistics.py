@@ -85,16 +85,6 @@ def test_averaged_statistics_forget():
     np.testing.assert_allclose(stats.positive.mean, (image * text).sum(axis=1).mean(), rtol=1e-5)
 
 
-def test_the_old_name_of_the_average_still_works():
-    image, text = matching_rows(np.random.default_rng(0), 7, 5, noise=0.1)
-    with pytest.warns(DeprecationWarning, match="keep is now called ema_decay") as warned:
-        old = fne_jax.update_similarity_statistics(TRUSTED, image, text, keep=0.5)
-    assert warned[0].filename == __file__
-    new = fne_jax.update_similarity_statistics(TRUSTED, image, text, ema_decay=0.5)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool(a == b), old, new))
-    assert new.positive.count == 250 + 7
-
-
 def test_an_average_that_keeps_nothing_or_more_than_all_is_refused():
     rows = np.eye(2, dtype=np.float32)
     for ema_decay in (0.0, 1.1):

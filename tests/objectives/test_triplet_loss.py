@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 import fne_jax
+from fne_jax import Features
 from fne_jax.objectives.triplet_loss import take_keys
 from tests.support.fne import matching_rows
 
@@ -20,8 +21,9 @@ def test_hardest_negative_loss_is_the_plain_double_loop():
         expected += max(0.0, *(0.2 + s[i, j] - s[i, i] for j in others))
         expected += max(0.0, *(0.2 + s[j, i] - s[i, i] for j in others))
     loss_fn = jax.jit(fne_jax.hardest_negative_triplet_loss)
-    np.testing.assert_allclose(loss_fn(image, text, same_image=same), expected / 5, rtol=1e-5)
-    assert loss_fn(image, text) != loss_fn(image, text, same_image=same)
+    loss, _ = loss_fn(Features(image, text, same_image=same))
+    np.testing.assert_allclose(loss, expected / 5, rtol=1e-5)
+    assert loss_fn(Features(image, text))[0] != loss
 
 
 def test_indices_name_the_batchs_keys_first_and_then_the_queues():

@@ -280,7 +280,7 @@ def test_objectives_change_what_they_are_named_for(config_path):
     }
     as_it_is = (True, "soft", True)
     assert chosen == {
-        **{name: (name, *as_it_is) for name in registry.MAIN},
+        **{name: (name, *as_it_is) for name in registry.OBJECTIVES},
         "fne_no_queue": ("fne", False, "soft", True),
         "fne_no_elimination": ("fne", True, "none", True),
         "fne_no_cutdown": ("fne", True, "soft", False),

@@ -316,8 +316,8 @@ def test_workdirs_that_cannot_be_written(own_run, tmp_path):
 def poisoned(objective, image_ids):
     """The objective, but NaN for batches that hold any of the images."""
 
-    def wrapped(rng, features, queue, stats):
-        loss, aux = objective(rng, features, queue, stats)
+    def wrapped(features, queue, stats, rng):
+        loss, aux = objective(features, queue, stats, rng)
         hit = jnp.isin(features.image_id, jnp.asarray(image_ids)).any()
         return loss * jnp.where(hit, jnp.nan, 1.0), aux
 

@@ -26,9 +26,8 @@ from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.model import model as model_lib
 from fne_jax.model.model import load_workdir
-from fne_jax.objectives import registry
 from fne_jax.objectives.features import Features
-from fne_jax.objectives.similarity_statistics import SimilarityStatistics
+from fne_jax.objectives.similarity_statistics import SimilarityStatistics, StatisticsRule
 from fne_jax.parallel import sharding
 from fne_jax.training import loop, metric_log
 from fne_jax.training.interruption import StopRequest
@@ -142,14 +141,13 @@ def test_statistics_begin_anew_with_each_epoch_or_decay():
     image /= jnp.linalg.norm(image, axis=1, keepdims=True)
     features = Features(image, image, image, image, jnp.arange(6), jnp.eye(6, dtype=bool))
     config = tiny_config()
-    rule = registry.statistics_rule(config.fne, steps_per_epoch=3)
+    rule = StatisticsRule(config.fne.ema_decay, steps_per_epoch=3)
     stats, counts = SimilarityStatistics.create(), []
     for step in range(5):
         stats = rule.add(rule.before_step(stats, jnp.int32(step)), features)
         counts.append(int(stats.positive.count))
     assert counts == [6, 12, 18, 6, 12]
-    config.fne.ema_decay = 0.5
-    rule = registry.statistics_rule(config.fne, steps_per_epoch=3)
+    rule = StatisticsRule(ema_decay=0.5, steps_per_epoch=3)
     for step in range(5):
         stats = rule.add(rule.before_step(stats, jnp.int32(step)), features)
     np.testing.assert_allclose(stats.positive.count, 12 / 2**5 + 12 * (1 - 1 / 2**5))
