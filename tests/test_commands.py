@@ -14,7 +14,6 @@ import urllib.request
 
 import numpy as np
 import pytest
-from fne_jax.false_negatives.review_app.evaluation_questions import pool_of
 
 from fne_jax import audit, evaluate, prepare, review, search, train
 from fne_jax.configuration import read_config
@@ -24,6 +23,7 @@ from fne_jax.evaluation.embedding_files import read_embeddings_of
 from fne_jax.evaluation.results import read_values
 from fne_jax.false_negatives import audit_pages, suspects
 from fne_jax.false_negatives.judged_evaluation import EvaluationSample
+from fne_jax.false_negatives.review_app.question_sources import questions_for_evaluation
 from fne_jax.false_negatives.review_app.questions import Question
 from fne_jax.model.model import load_evaluation_split
 from tests.support import TOP
@@ -285,16 +285,15 @@ def test_systems_are_compared_by_verdicts(shapes_run, tmp_path, capsys):
     evaluate.main([*momentum, f"--dump={theirs}"])
     evaluate.main([*momentum, f"--dump={of_val}", "--split=val"])
     sample = EvaluationSample(1, 8, 3)
-    pooled = pool_of([workdir, theirs], "best", "test", sample)
-    of_run = pool_of([workdir], "best", "test", sample)
-    asked, of_run = ({(q.caption, q.image) for q in one.questions} for one in (pooled, of_run))
-    assert of_run < asked and len(asked) == len(pooled.questions)
+    dataset, pooled, _ = questions_for_evaluation([workdir, theirs], "best", "test", sample)
+    _, of_run, _ = questions_for_evaluation([workdir], "best", "test", sample)
+    asked, of_run = ({(q.caption, q.image) for q in one} for one in (pooled, of_run))
+    assert of_run < asked and len(asked) == len(pooled)
     # Nothing tells which system found a pair, nor how sure it was.
-    assert set(pooled.questions) == {Question(*pair, sample=sample.name) for pair in asked}
+    assert set(pooled) == {Question(*pair, sample=sample.name) for pair in asked}
     with pytest.raises(UserError, match="of another dataset or split"):
-        pool_of([workdir, of_val], "best", "test", sample)
+        questions_for_evaluation([workdir, of_val], "best", "test", sample)
 
-    dataset = pooled.dataset
     caption, image = np.array(sorted(asked)).T
     verdicts = [
         Verdict("test", int(dataset.image_id[i]), int(dataset.caption_id[c]), "",
