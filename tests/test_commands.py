@@ -21,7 +21,7 @@ from fne_jax.data.verdicts import Verdict, read_verdicts, write_verdicts
 from fne_jax.errors import UserError
 from fne_jax.evaluation.embedding_files import read_embeddings_of
 from fne_jax.evaluation.results import read_values
-from fne_jax.false_negatives import audit_pages, suspects
+from fne_jax.false_negatives import audit_pages
 from fne_jax.false_negatives.judged_evaluation import EvaluationSample
 from fne_jax.false_negatives.review_app.question_sources import questions_for_evaluation
 from fne_jax.false_negatives.review_app.questions import Question
@@ -191,12 +191,12 @@ def test_audit_lists_likely_false_negatives(shapes_run, capsys, tmp_path, monkey
     arguments = (f"--workdir={workdir}", "--split=val", "--checkpoint=latest")
     # In so short a run, hardly any pair is each other's first choice.
     assert "nothing is suspected before" in refused("audit", *arguments, "--detector=gaussians")
-    load_workdir = suspects.load_workdir
+    load_workdir = audit.load_workdir
 
     def restore_with_statistics(*arguments):
         return dataclasses.replace(load_workdir(*arguments), stats=statistics())
 
-    monkeypatch.setattr(suspects, "load_workdir", restore_with_statistics)
+    monkeypatch.setattr(audit, "load_workdir", restore_with_statistics)
     listed = (*arguments, "--min-probability=0", "--limit=70", f"--out={tmp_path}")
     audit.main([*listed, "--detector=gaussians"])
     assert_all_in(capsys.readouterr().out, "45 captions, 9 images", "precision at 100: ")
