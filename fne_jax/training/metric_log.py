@@ -7,16 +7,13 @@ import logging
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from fne_jax.errors import first_line
 from fne_jax.files import as_user_error, write_atomically
-
-if TYPE_CHECKING:
-    from clu.metric_writers import MetricWriter
+from fne_jax.training.trackers import Tracker
 
 FILE_NAME = "metrics.jsonl"
 EVALUATED = "eval_"  # begins the names of what a validation measured
@@ -60,7 +57,7 @@ class MetricLog:
       workdir: the run's folder.
       resumed_step: step that the run resumes from, or 0.
       validated: whether the validation at that step stands; if not, its line is dropped too.
-      also: Writers that get TensorBoard's scalars too, see `trackers.open_trackers`.
+      also: What gets TensorBoard's scalars too.
     """
 
     def __init__(
@@ -68,7 +65,7 @@ class MetricLog:
         workdir: pathlib.Path,
         resumed_step: int,
         validated: bool = True,
-        also: Sequence[MetricWriter] = (),
+        also: Sequence[Tracker] = (),
     ):
         self._path = workdir / FILE_NAME
         self._also = also
@@ -97,8 +94,8 @@ class MetricLog:
         with as_user_error(f"{self._path}: cannot be written"), self._path.open("a") as stream:
             stream.write(json.dumps({"step": step, **finite}) + "\n")
         self._to_tensorboard(lambda writer: writer.write_scalars(step, _tagged(scalars)))
-        for writer in self._also:
-            writer.write_scalars(step, _tagged(scalars))
+        for tracker in self._also:
+            tracker.write_scalars(step, _tagged(scalars))
 
     def write_histograms(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes histograms to TensorBoard."""
@@ -107,10 +104,6 @@ class MetricLog:
     def write_images(self, step: int, render: Callable[[], Mapping[str, np.ndarray]]) -> None:
         """Writes [1, height, width, 3] uint8 images; without TensorBoard none is rendered."""
         self._to_tensorboard(lambda writer: writer.write_images(step, _tagged(render())))
-
-    def flush(self) -> None:
-        """Makes TensorBoard's file current."""
-        self._to_tensorboard(lambda writer: writer.flush())
 
     def _to_tensorboard(self, write):
         """Writes to TensorBoard's file, if there is one; after an error there is none."""
@@ -130,24 +123,19 @@ class MetricLog:
             )
 
     def close(self) -> None:
-        """Makes TensorBoard's file current and waits until the other writers have sent it all."""
-        self.flush()
-        for writer in self._also:
-            writer.close()
+        """Makes TensorBoard's file current and waits until the trackers have sent it all."""
+        self._to_tensorboard(lambda writer: writer.flush())
+        for tracker in self._also:
+            tracker.close()
 
     def _drop_after(self, step, validated):
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text().splitlines():
-            try:
-                values = json.loads(line)
-                redone = not validated and any(name.startswith(EVALUATED) for name in values)
-                if values["step"] < step or (values["step"] == step and not redone):
-                    kept.append(line)
-            except ValueError:  # a line cut off by a crash
-                break
-        write_atomically(self._path, "".join(line + "\n" for line in kept))
+        def stays(line):
+            redone = not validated and any(name.startswith(EVALUATED) for name in line)
+            return line["step"] < step or (line["step"] == step and not redone)
+
+        if self._path.exists():
+            kept = filter(stays, read_metrics(self._path.parent))
+            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _tagged(values):

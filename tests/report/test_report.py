@@ -294,7 +294,7 @@ def test_a_full_disk_ends_tensorboard_and_not_the_log(tmp_path, caplog):
         for step in (1, 2):
             noise = np.random.default_rng(step).integers(256, size=(1, 99, 99, 3), dtype=np.uint8)
             log.write_images(step, lambda image=noise: {"gallery": image})
-            log.flush()
+            log.close()
             log.write(step, {"loss": 0.5 * step})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -306,7 +306,7 @@ def test_a_full_disk_ends_tensorboard_and_not_the_log(tmp_path, caplog):
 def test_tensorboard_gets_the_figures(tmp_path, monkeypatch):
     log = MetricLog(tmp_path, 0)
     log.write_images(7, lambda: figures.statistics_images(statistics(), tiny_config().fne))
-    log.flush()
+    log.close()
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
     names = {"statistics/similarity_distributions", "statistics/sampling_weights"}
     assert set(events.Tags()["tensors"]) == names
