@@ -32,8 +32,6 @@ def main(arguments: list[str]) -> None:
     machine = topology.find(options.topology)
     config = configuration.load_config(options.config, overrides)
     pairs = published.training_pairs(options.pairs, pathlib.Path(options.config).stem)
-    for tower in published.published_towers(config.encoder):
-        _log.info("%s: architecture as published, nothing is read", tower)
     steps = None if pairs is None else max(pairs // config.global_batch_size, 1)
     _log.info("compiling for %d devices; minutes for encoders of base size", len(machine.devices))
     compiled = program.compile_step(config, machine, steps or _SOME_STEPS_PER_EPOCH)

@@ -91,16 +91,15 @@ def initial_state(folder, arrays):
 def build_step(arrays, *, warmup):
     """Returns our train step with the draws as arguments."""
     margin = float(arrays["margin"])
-    layout = StepLayout(one_device())
     settings = StepSettings(
         module=None,
-        passes=WholeBatch(layout),
-        layout=layout,
+        passes=WholeBatch(StepLayout(one_device())),
         momentum=float(arrays["momentum"]),
         mask_same_image=False,
         # The recorded pixels are normalised already.
         pixel_statistics=((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
         learning_rate=optax.constant_schedule(float(arrays["learning_rate"])),
+        statistics_rule=StatisticsRule(ema_decay=1.0, steps_per_epoch=None),
     )
 
     def replay(features, queue, stats, rng, *, draws):
@@ -118,7 +117,6 @@ def build_step(arrays, *, warmup):
             batch,
             settings=settings,
             objective=objective,
-            statistics_rule=StatisticsRule(ema_decay=1.0, steps_per_epoch=None),
             use_keys=not warmup,
         )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import importlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,12 +13,56 @@ import jax.numpy as jnp
 import ml_collections
 
 from fne_jax.benchmarks.timing import machine, median_seconds
+from fne_jax.configuration import with_model_defaults
 from fne_jax.encoders.attention import ATTENTIONS, attend, resolve
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import UserError
+from fne_jax.planning.useful import matrix_flops, plain
 
 # Side of the square product that stands for the device's peak.
 PEAK_SIDE = 4096
+# The configs whose encoders are measured; configs/ is not part of the installed package.
+SIZES = {"vit_b16_384": "configs.base", "shapes": "configs.shapes", "flickr8k": "configs.flickr8k"}
+# Ids of BERT-base's tokenizer.
+BERT_IDS = 30522
+
+
+def encoder_lines(
+    sizes: Sequence[str], batch: int, repeats: int, *, dtype: str | None, against_pytorch: bool
+) -> Iterator[dict[str, Any]]:
+    """Yields for each size the encoders' line and one for each implementation of attention.
+
+    Args:
+      sizes: Keys of `SIZES`.
+      batch: Pairs.
+      repeats: Timed calls of each.
+      dtype: The compute dtype; None for the config's.
+      against_pytorch: Whether to yield the lines of the image tower and its parts beside PyTorch's
+        instead.
+
+    Raises:
+      UserError: if the configs or PyTorch are not there.
+    """
+    for size in sizes:
+        try:
+            module = importlib.import_module(SIZES[size])
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"{error}: the sizes are those of configs/; run this from the top of the repository"
+            ) from error
+        config = with_model_defaults(module.get_config(), architectures={})
+        encoder, data = config.encoder, config.data
+        encoder.compute_dtype = dtype or encoder.compute_dtype
+        if against_pytorch:
+            lines = import_pytorch().image_tower(encoder, batch, repeats)
+        else:
+            ids = BERT_IDS if size == "vit_b16_384" else data.vocab_size
+            lines = itertools.chain(
+                [encoders(encoder, ids, data.text_length, batch, repeats)],
+                attention(encoder, batch, repeats),
+            )
+        for line in lines:
+            yield {"size": size} | line
 
 
 def encoders(
@@ -33,44 +79,45 @@ def encoders(
 
     Returns:
       One benchmark line: medians in seconds, pairs and FLOPs a second, and the share of the peak
-      of `square_product`; FLOPs as `forward_flops` and `training_flops` count them.
+      of `square_product`; FLOPs are those of matrix products, without what `remat` computes again.
 
     Raises:
       UserError: if the towers' sizes do not fit together, or their attention cannot run here.
     """
-    module = build_dual_encoder(encoder, vocab_size)
     side = encoder.image.image_size
     rng = jax.random.key(0)
     pixels = jax.random.normal(rng, (batch, side, side, 3))
     ids = jax.random.randint(rng, (batch, text_tokens), 0, vocab_size)
     inputs = (pixels, ids, jnp.ones_like(ids))
+
+    def passes(module):
+        def forward(params, *inputs):
+            return module.apply({"params": params}, *inputs)
+
+        def train(params, *inputs):
+            def mean_similarity(params):
+                image, text = module.apply(
+                    {"params": params}, *inputs, deterministic=False, rngs={"dropout": rng}
+                )
+                return (image * text).sum() / batch
+
+            return jax.value_and_grad(mean_similarity)(params)
+
+        return {"forward": forward, "train": train}
+
+    module = build_dual_encoder(encoder, vocab_size)
     params = jax.jit(module.init)(rng, *inputs)["params"]
-
-    @jax.jit
-    def forward(params, *inputs):
-        return module.apply({"params": params}, *inputs)
-
-    @jax.jit
-    def train(params, *inputs):
-        def mean_similarity(params):
-            image, text = module.apply(
-                {"params": params}, *inputs, deterministic=False, rngs={"dropout": rng}
-            )
-            return (image * text).sum() / batch
-
-        return jax.value_and_grad(mean_similarity)(params)
-
     seconds, peak = _seconds_and_peak(
         {
-            "forward": functools.partial(forward, params, *inputs),
-            "train": functools.partial(train, params, *inputs),
+            name: functools.partial(jax.jit(run), params, *inputs)
+            for name, run in passes(module).items()
         },
         jnp.dtype(encoder.compute_dtype),
         repeats,
     )
     flops = {
-        "forward": batch * forward_flops(encoder, text_tokens),
-        "train": batch * training_flops(encoder, text_tokens),
+        name: matrix_flops(run, params, *inputs)
+        for name, run in passes(build_dual_encoder(plain(encoder), vocab_size)).items()
     }
     tokens = image_tokens(encoder)
     chosen = functools.partial(resolve, encoder.attention, dtype=jnp.dtype(encoder.compute_dtype))
@@ -93,11 +140,6 @@ def attention(
     encoder: ml_collections.ConfigDict, batch: int, repeats: int
 ) -> Iterator[dict[str, Any]]:
     """Times attention without its projections, of the image tower's size, on one device.
-
-    Args:
-      encoder: `config.encoder`.
-      batch: Images at a time.
-      repeats: Timed calls of each.
 
     Yields:
       For each of `ATTENTIONS`, timed in turns, a benchmark line as `encoders` gives; for one that
@@ -126,7 +168,7 @@ def attention(
         compiled = jax.jit(functools.partial(train, run))
         functions[f"{name} train"] = functools.partial(compiled, grad, *arrays)
     seconds, peak = _seconds_and_peak(functions, dtype, repeats)
-    products = batch * _attention_flops(tokens, encoder.image.width)
+    products = batch * 4 * tokens**2 * encoder.image.width
     flops = {"forward": products, "train": 3 * products}
     for name in ATTENTIONS:
         if name in errors:
@@ -144,40 +186,6 @@ def attention(
             **figures,
             **machine(),
         }
-
-
-def forward_flops(encoder: ml_collections.ConfigDict, text_tokens: int) -> int:
-    """Returns the FLOPs of the products that embed one pair, 2 for each multiplication.
-
-    With w the width and m that of the MLP, a layer takes for each of its t tokens 8 w^2 for the
-    four projections, 4 t w for scores and mixture of attention, and 4 w m for the MLP. The image
-    tower also takes 6 p^2 w for each of its patches of p pixels a side, and either tower 2 w d for
-    a projection to d dimensions. Softmax, norms and activations are left out.
-
-    Args:
-      encoder: `config.encoder`.
-      text_tokens: The tokens of a caption.
-    """
-    layers = 0
-    for tower, tokens in ((encoder.image, image_tokens(encoder)), (encoder.text, text_tokens)):
-        projections = 8 * tokens * tower.width**2
-        mlps = 4 * tokens * tower.width * tower.mlp_width
-        layers += tower.layers * (projections + _attention_flops(tokens, tower.width) + mlps)
-    heads = 2 * encoder.projection_dim * (encoder.image.width + encoder.text.width)
-    return layers + heads + _patch_flops(encoder)
-
-
-def training_flops(encoder: ml_collections.ConfigDict, text_tokens: int) -> int:
-    """Returns the FLOPs of one pair's forward and backward pass.
-
-    The gradient of a product takes two of its size; only pixels need none. Activations that are
-    computed again (`remat`) do not count.
-
-    Args:
-      encoder: `config.encoder`.
-      text_tokens: The tokens of a caption.
-    """
-    return 3 * forward_flops(encoder, text_tokens) - _patch_flops(encoder)
 
 
 def square_product(dtype: Any) -> Callable[[], jax.Array]:
@@ -204,15 +212,15 @@ def _speeds(flops, seconds, peak):
     return speeds
 
 
-def _attention_flops(tokens, width):
-    return 4 * tokens**2 * width
-
-
-def _patch_flops(encoder):
-    image = encoder.image
-    return 6 * (image_tokens(encoder) - 1) * image.patch_size**2 * image.width
-
-
 def image_tokens(encoder):
     """Returns the number of patches and the class token."""
     return 1 + (encoder.image.image_size // encoder.image.patch_size) ** 2
+
+
+def import_pytorch():
+    """Returns the benchmarks of PyTorch, which is not among what the package installs."""
+    try:
+        from fne_jax.benchmarks import pytorch
+    except ImportError as error:
+        raise UserError(f"{error}: install the extra with `pip install -e .[convert]`") from error
+    return pytorch

@@ -12,15 +12,14 @@ from typing import Any
 
 import ml_collections
 
-from fne_jax.benchmarks.encoders import forward_flops, image_tokens
+from fne_jax.benchmarks.encoders import image_tokens
 from fne_jax.benchmarks.step import with_random_towers
+from fne_jax.planning.topology import CHIPS
+from fne_jax.planning.useful import useful_flops
 
 JAX = "jax"
 # In the order of a round; each runs in a process of its own, which has the device to itself.
 PARTS = (JAX, "pytorch_float32", "pytorch_bfloat16")
-# Forward passes' worth of useful work: the online encoders' forward and, twice as much, backward,
-# and the momentum encoders' forward; as in fne_jax/planning.
-PASSES = 4
 # Cards whose peaks are below those of the chip's name in NVIDIA's tables.
 _SLOWER_CARDS = ("pcie", "nvl")
 _log = logging.getLogger(__name__)
@@ -32,7 +31,6 @@ def compare(
     *,
     run_part: Callable[[str, str | None], dict[str, Any]],
     run_plan: Callable[[str], dict[str, Any]],
-    peaks: Mapping[str, float],
     peak_flops: float | None = None,
     topology: str | None = None,
     save: Callable[[dict[str, Any]], None] = lambda result: None,
@@ -47,7 +45,6 @@ def compare(
       run_part: Takes one of `PARTS` and the platform that it must run on, None while that is not
         known, and returns what it measured, or `error`.
       run_plan: Takes a topology, and returns the plan of the config for it, or `error`.
-      peaks: By the name of a chip, its peak in FLOPs a second.
       peak_flops: The device's peak; None for that of its chip.
       topology: The topology of the plan; None for one of the device's chip.
       save: Takes the result after every part, so that a run cut short leaves what it has.
@@ -70,13 +67,13 @@ def compare(
             found = run_part(name, parts.get(JAX, {}).get("platform"))
             parts[name] = _joined(parts.get(name), found)
             device = next((part["device"] for part in parts.values() if "device" in part), "")
-            result["chip"] = chip = chip_of(device, peaks)
-            result["peak_flops"] = peak_flops or peaks.get(chip)
+            result["chip"] = chip = chip_of(device)
+            result["peak_flops"] = peak_flops or (CHIPS[chip].flops if chip else None)
             _rate(result)
             save(result)
     topology = topology or (f"{result['chip']}:1" if result["chip"] else None)
     if topology is None:
-        result["plan"] = {"error": f"no chip is known of this device; name one: {sorted(peaks)}"}
+        result["plan"] = {"error": f"no chip is known of this device; name one: {sorted(CHIPS)}"}
     else:
         _log.info("plan for %s", topology)
         result["plan"] = run_plan(topology)
@@ -85,24 +82,18 @@ def compare(
     return result
 
 
-def chip_of(device: str, chips: Mapping[str, Any]) -> str | None:
-    """Returns the key of `chips` that is part of a device's name; None for cards of lower peaks."""
+def chip_of(device: str) -> str | None:
+    """Returns the key of `CHIPS` that is part of a device's name; None for cards of lower peaks."""
     name = device.lower()
     if any(card in name for card in _SLOWER_CARDS):
         return None
-    return next((chip for chip in chips if chip in name), None)
+    return next((chip for chip in CHIPS if chip in name), None)
 
 
 def json_of(
     command: Sequence[str], environment: Mapping[str, str], seconds: float
 ) -> dict[str, Any]:
-    """Returns the JSON object that a command prints last, or `error` with its last words.
-
-    Args:
-      command: The command.
-      environment: Variables that it has beside this process's.
-      seconds: How long it may take.
-    """
+    """Returns the JSON object that a command prints last, or `error` with its last words."""
     try:
         done = subprocess.run(
             command,
@@ -122,16 +113,15 @@ def json_of(
 
 
 def _about(config):
-    sized, _ = with_random_towers(config)
-    encoder, tokens, batch = sized.encoder, sized.data.text_length, sized.global_batch_size
-    useful = PASSES * forward_flops(encoder, tokens)
+    sized, ids = with_random_towers(config)
+    batch, useful = sized.global_batch_size, useful_flops(sized, {}, ids)
     return {
         "benchmark": "step",
         "batch": batch,
         "micro_batches": sized.micro_batches,
         "queue": sized.queue_size,
-        "image_tokens": image_tokens(encoder),
-        "text_tokens": tokens,
+        "image_tokens": image_tokens(sized.encoder),
+        "text_tokens": sized.data.text_length,
         "useful_flops_per_pair": useful,
         "useful_flops_per_step": batch * useful,
         "chip": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from fne_jax.benchmarks.timing import machine, median_seconds
+from fne_jax.errors import UserError
 from fne_jax.objectives.features import Features
 from fne_jax.objectives.fne_loss import fne_triplet_loss
 from fne_jax.objectives.memory_queue import MemoryQueue
@@ -28,17 +30,47 @@ _STATS = SimilarityStatistics(
 )
 
 
+# Batch, slots and dimension: the paper's own setting, and a large batch over a long queue.
+CASES = ((32, 8224, 768), (256, 65536, 768))
+# Keys scored at a time that suit a CPU's cache; measured beside all at once.
+KEY_CHUNK = 1024
+# Parameters of ViT-B/16 and BERT-base together, rounded.
+_PARAMETERS = 200_000_000
+
+
+def strategy_lines(
+    batch: int | None, queue_size: int | None, dim: int | None, key_chunk: int | None, repeats: int
+) -> Iterator[dict[str, Any]]:
+    """Yields the strategy's lines, then the queue's and the momentum encoders'.
+
+    Args:
+      batch: Anchors; None for `CASES`, or the first of them where others are given.
+      queue_size: Slots of the queue, or None.
+      dim: Dimension of the embeddings, or None.
+      key_chunk: Keys scored at a time; None for all at once, and `KEY_CHUNK`.
+      repeats: Timed calls of each.
+
+    Raises:
+      UserError: if the queue is shorter than a batch.
+    """
+    given, cases = (batch, queue_size, dim), CASES
+    if any(value is not None for value in given):
+        cases = (tuple(v or d for v, d in zip(given, CASES[0], strict=True)),)
+    for batch, queue_size, dim in cases:
+        if batch > queue_size:
+            raise UserError(f"--queue is {queue_size}; expected at least a batch, {batch}")
+        for chunk in (None, KEY_CHUNK) if key_chunk is None else (key_chunk,):
+            yield strategy(batch, queue_size, dim, chunk, repeats)
+        yield queue_update(batch, queue_size, dim, repeats)
+    yield momentum_update(_PARAMETERS, repeats)
+
+
 def strategy(
     batch: int, queue_size: int, dim: int, key_chunk: int | None, repeats: int
 ) -> dict[str, Any]:
     """Times statistics, both directions and the gradient against the two bare products.
 
-    Args:
-      batch: Number of anchors in either direction.
-      queue_size: Number of slots in the queue.
-      dim: Dimension of the embeddings.
-      key_chunk: Keys of the queue that are scored at a time, a multiple of 16; None for all.
-      repeats: Number of timed calls of each.
+    Of the queue `key_chunk` keys, a multiple of 16, are scored at a time; all for None.
 
     Returns:
       One benchmark line: medians in seconds and their ratio, and the strategy's scratch memory.

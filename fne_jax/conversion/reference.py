@@ -95,8 +95,7 @@ def convert(path: pathlib.Path, config: ml_collections.ConfigDict, workdir: path
     # Nothing was written before all of it was known to fit.
     with run_folder.held(workdir):
         # Their data is not known: a run may go on from here on any.
-        files = run_folder.RunFiles(config, architectures, tokenizer, data={})
-        run_folder.begin(workdir, files, begun=False)
+        run_folder.begin(workdir, model, architectures, data={})
         checkpoints = Checkpoints(workdir, config.checkpoint)
         checkpoints.save(state, {}, {BEST_METRIC: float(saved["best_rsum"])})
         checkpoints.finish()

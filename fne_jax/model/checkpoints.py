@@ -7,7 +7,6 @@ each field.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import os
@@ -69,9 +68,6 @@ def reader(workdir: pathlib.Path) -> ocp.CheckpointManager:
     """Returns a manager that leaves everything as it is, for runs that may be training.
 
     Each process reads by itself, so that an error of one leaves no other waiting.
-
-    Args:
-      workdir: The folder of the run.
 
     Raises:
       UserError: If the checkpoints cannot be listed.
@@ -199,13 +195,12 @@ def _read_here(manager, step, like, where):
     position = _read_item(manager, step, where, position=ocp.args.JsonRestore()).position
     if not isinstance(position, dict):
         raise DamagedCheckpoint(f"{where} is damaged: its position is no object")
-    layout = position.setdefault("layout", 1)
+    layout = position.get("layout")
     if layout != LAYOUT:
-        writer = position.get("fne_jax", "an early version")
         raise UserError(
-            f"{where} has layout {layout}, written by fne_jax {writer}; this is fne_jax "
-            f"{importlib.metadata.version('fne-jax')}, which reads layout {LAYOUT}. Go on with the "
-            "fne_jax that wrote it, or begin a new run in another --workdir."
+            f"{where} has layout {layout}; this fne_jax reads layout {LAYOUT}. Go on with the "
+            f"fne_jax that wrote it ({position.get('fne_jax')}), or begin a new run in another "
+            "--workdir."
         )
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(like))
     restore = ocp.args.PyTreeRestore(

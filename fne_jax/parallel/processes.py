@@ -49,9 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def initialize(options: argparse.Namespace) -> None:
     """Joins the run's processes, if there are several; call it before JAX sees its devices.
 
-    Args:
-      options: what `add_arguments` parsed.
-
     Raises:
       UserError: If flags or variables do not fit together.
       EnvironmentFailure: If the other processes cannot be reached.

@@ -75,11 +75,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of [micro-batch, row, ...]: rows over both axes."""
-    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
-
-
 def parameter_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     """Returns the sharding of a parameter of this shape, of its momentum and of Adam's moments.
 
@@ -183,10 +178,6 @@ def place(array: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def _as_they_are(params):
-    return params
-
-
 @dataclasses.dataclass(frozen=True)
 class StepLayout:
     """Where a train step wants its arrays; without it the compiler may shard products anyhow.
@@ -204,7 +195,7 @@ class StepLayout:
     """
 
     mesh: Mesh
-    cast: Callable[[Any], Any] = _as_they_are
+    cast: Callable[[Any], Any] = lambda params: params
 
     def replicated(self, tree: Any) -> Any:
         """Returns arrays of which every device holds a full copy."""

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import re
 
-from fne_jax.planning import hlo, kernels, operations, traffic
+from fne_jax.planning import hlo, operations, traffic
 from fne_jax.planning.traffic import COLLECTIVES
 
 
@@ -66,29 +66,8 @@ class Kernel:
     count: int
 
 
-@dataclasses.dataclass
 class Account:
-    """The work of a program.
-
-    Attributes:
-      work: The work of each scope.
-      collectives: All collectives of the program.
-      kernels: All calls of kernels.
-    """
-
-    work: dict[str, Work]
-    collectives: list[Collective]
-    kernels: list[Kernel]
-
-
-def account(
-    text: str,
-    scopes: tuple[str, ...],
-    other: str = "other",
-    float32: operations.Float32 = operations.TPU_FLOAT32,
-    in_tiles: bool = False,
-) -> Account:
-    """Returns the work of a compiled program.
+    """The work of a compiled program.
 
     Where a scope lies within another, the inner one counts. An instruction that XLA made up, and
     so has no name, belongs to what reads it.
@@ -100,78 +79,79 @@ def account(
       float32: How long the device takes over matrix products of float32.
       in_tiles: Whether bytes are those of arrays padded to whole tiles, as TPUs hold them.
 
+    Attributes:
+      work: The work of each scope.
+      collectives: All collectives of the program.
+      kernels: All calls of kernels.
+
     Raises:
       ValueError: if a loop's trip count cannot be read.
     """
-    counter = _Counter(hlo.parse(text, in_tiles=in_tiles), scopes, other, float32)
-    counter.visit(counter.module.entry, 1, other)
-    return Account(dict(counter.work), counter.collectives, counter.kernels)
 
+    def __init__(
+        self,
+        text: str,
+        scopes: tuple[str, ...],
+        other: str = "other",
+        float32: operations.Float32 = operations.TPU_FLOAT32,
+        in_tiles: bool = False,
+    ):
+        self.work: dict[str, Work] = collections.defaultdict(Work)
+        self.collectives: list[Collective] = []
+        self.kernels: list[Kernel] = []
+        self._module, self._float32, self._chains = hlo.parse(text, in_tiles), float32, set()
+        self._scopes = re.compile("|".join(rf"(?<!\w){re.escape(s)}(?!\w)" for s in scopes))
+        self._visit(self._module.entry, 1, other)
 
-class _Counter:
-    def __init__(self, module, scopes, other, float32):
-        self.module, self.other, self.float32 = module, other, float32
-        self.scope_pattern = re.compile("|".join(rf"(?<!\w){re.escape(s)}(?!\w)" for s in scopes))
-        self.work = collections.defaultdict(Work)
-        self.collectives, self.chains, self.kernels = [], set(), []
+    def _visit(self, name, times, outer, fused=False):
+        """Adds what a computation does when it runs so many times within a scope.
 
-    def visit(self, name, times, outer):
-        """Adds what a computation does when it runs so many times within a scope."""
-        computation = self.module.computations[name]
-        scopes = self.scopes_of(computation, outer)
+        The memory of a fused one is counted at its fusion.
+        """
+        computation = self._module.computations[name]
+        scopes = self._scopes_of(computation, outer)
         for instruction in computation.instructions.values():
             scope, opcode = scopes[instruction.name], instruction.opcode
-            for source, size in traffic.main_memory(self.module, computation, instruction).items():
-                self.work[self.scope_of_name(source) or scope].bytes += times * size
+            moved = {} if fused else traffic.main_memory(self._module, computation, instruction)
+            for source, size in moved.items():
+                self.work[self._scope_of_name(source) or scope].bytes += times * size
             if opcode == "fusion":
-                self.add_operations(instruction.called("calls"), times, scope)
-            else:
-                self.add_operation(instruction, computation, times, scope)
+                self._visit(instruction.called("calls"), times, scope, fused=True)
+                continue
+            self._add_operation(instruction, computation, times, scope)
             if opcode == "while":
-                trips = hlo.trip_count(self.module, computation, instruction)
-                self.visit(instruction.called("body"), times * trips, scope)
-            elif opcode == "call":
-                self.visit(instruction.called("to_apply"), times, scope)
-            elif opcode == "async-start":
-                self.visit(instruction.called("calls"), times, scope)
+                trips = hlo.trip_count(self._module, computation, instruction)
+                self._visit(instruction.called("body"), times * trips, scope)
+            elif opcode in ("call", "async-start"):
+                called = instruction.called("to_apply" if opcode == "call" else "calls")
+                self._visit(called, times, scope)
             elif opcode == "conditional":
                 for branch in hlo.branches(instruction):
-                    self.visit(branch, times, scope)
+                    self._visit(branch, times, scope)
 
-    def add_operations(self, name, times, outer):
-        """Adds the operations of a fused computation; its memory is counted at the fusion."""
-        computation = self.module.computations[name]
-        scopes = self.scopes_of(computation, outer)
-        for instruction in computation.instructions.values():
-            scope = scopes[instruction.name]
-            if instruction.opcode == "fusion":
-                self.add_operations(instruction.called("calls"), times, scope)
-            else:
-                self.add_operation(instruction, computation, times, scope)
-
-    def add_operation(self, instruction, computation, times, scope):
+    def _add_operation(self, instruction, computation, times, scope):
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            self.add_collective(kind, instruction, computation, times, scope)
+            self._add_collective(kind, instruction, computation, times, scope)
             return
         work = self.work[scope]
-        done = operations.count(computation, instruction, self.float32)
-        kernel = kernels.target(instruction)
+        done = operations.count(computation, instruction, self._float32)
+        kernel = operations.kernel(instruction)
         if kernel is not None:
             self.kernels.append(Kernel(kernel, scope, done.flops or None, times))
         work.flops += times * done.flops
         work.matrix_passes += times * done.matrix_passes
 
-    def add_collective(self, kind, instruction, computation, times, scope):
+    def _add_collective(self, kind, instruction, computation, times, scope):
         # One that overlaps with other work is written into each of its fusions. Its channel tells
         # nothing: all collectives of a `shard_map` share one.
         chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
         if chain:
-            if chain.group(1) in self.chains:
+            if chain.group(1) in self._chains:
                 return
-            self.chains.add(chain.group(1))
+            self._chains.add(chain.group(1))
         taken = collections.Counter()
-        scopes = self.scopes_of(computation, scope)
+        scopes = self._scopes_of(computation, scope)
         for operand in instruction.operands:
             # XLA joins small collectives under the name of one of them.
             source = scope if len(instruction.operands) == 1 else scopes[operand]
@@ -184,9 +164,9 @@ class _Counter:
             size = size * given // taken.total() if gathers else size
             self.collectives.append(Collective(kind, source, size, times))
 
-    def scopes_of(self, computation, outer):
+    def _scopes_of(self, computation, outer):
         """Returns the scope of each instruction of a computation."""
-        named = {i.name: self.scope_of_name(i.op_name) for i in computation.instructions.values()}
+        named = {i.name: self._scope_of_name(i.op_name) for i in computation.instructions.values()}
         # Backwards, so that a chain of unnamed instructions takes what reads its end.
         for instruction in reversed(list(computation.instructions.values())):
             if named[instruction.name] is None:
@@ -198,6 +178,6 @@ class _Counter:
                 named[instruction.name] = next(filter(None, read), None)
         return {name: scope or outer for name, scope in named.items()}
 
-    def scope_of_name(self, op_name):
-        found = self.scope_pattern.findall(op_name)
+    def _scope_of_name(self, op_name):
+        found = self._scopes.findall(op_name)
         return found[-1] if found else None

@@ -129,7 +129,7 @@ class Module:
     entry: str
 
 
-def parse(text: str, *, in_tiles: bool = False) -> Module:
+def parse(text: str, in_tiles: bool = False) -> Module:
     """Returns the program that a text prints.
 
     Args:
@@ -169,11 +169,6 @@ def branches(instruction: Instruction) -> list[str]:
 
 def trip_count(module: Module, computation: Computation, instruction: Instruction) -> int:
     """Returns how often a loop runs, as XLA says, or as its condition compares a counter.
-
-    Args:
-      module: The program.
-      computation: The computation that holds the loop.
-      instruction: The loop.
 
     Raises:
       ValueError: if neither can be read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import ml_collections
@@ -9,6 +10,8 @@ import ml_collections
 from fne_jax.encoders.architectures import read_architecture
 from fne_jax.encoders.towers import TOWERS
 from fne_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 _BASE = {
     "hidden_size": 768,
@@ -68,23 +71,18 @@ TRAINING_PAIRS = {"coco": 566_747, "flickr30k": 145_000}
 def read_architectures(encoder: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
     """Returns the config.json of each pretrained tower: from here if published, else its source's.
 
-    Args:
-      encoder: `config.encoder`.
-
     Raises:
       UserError: if a source of another name is not there.
     """
-    names = {tower: encoder[tower].pretrained for tower in TOWERS if encoder[tower].pretrained}
-    return {
-        tower: PUBLISHED[name] if name in PUBLISHED else read_architecture(name)
-        for tower, name in names.items()
-    }
-
-
-def published_towers(encoder: ml_collections.ConfigDict) -> list[str]:
-    """Returns the names of the config's towers whose architecture is known here."""
-    names = (encoder[tower].pretrained for tower in TOWERS)
-    return [name for name in names if name in PUBLISHED]
+    architectures = {}
+    for tower in TOWERS:
+        name = encoder[tower].pretrained
+        if name in PUBLISHED:
+            _log.info("%s: architecture as published, nothing is read", name)
+            architectures[tower] = PUBLISHED[name]
+        elif name:
+            architectures[tower] = read_architecture(name)
+    return architectures
 
 
 def training_pairs(given: str | None, config_name: str) -> int | None:

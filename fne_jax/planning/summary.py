@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from fne_jax.planning.accounting import account
+from fne_jax.planning.accounting import Account
 from fne_jax.planning.operations import TPU_FLOAT32
 from fne_jax.planning.program import Program
 from fne_jax.planning.topology import Topology
@@ -65,26 +65,26 @@ def summarize(
       pairs: The number of training pairs; None if unknown.
       steps_per_epoch: The number of steps in an epoch; None if unknown.
     """
-    config, chip = program.config, topology.chip
-    state = program.state
+    training, chip = program.training, topology.chip
+    config, state = training.model.config, training.state
     kinds = {
         "parameters": state.params,
         "frozen": state.frozen_params,
         "momentum": state.momentum_params,
         "adam": state.opt_state,
         "queue": state.queue,
-        "batch": program.batch,
+        "batch": training.abstract_batch(),
     }
     sizes = {kind: _bytes_per_device(tree) for kind, tree in kinds.items()}
     limit = program.limit or (chip.main_memory if chip else None)
     plan = {
         "topology": topology.name,
         "devices": len(topology.devices),
-        "mesh": dict(program.mesh.shape),
+        "mesh": dict(training.model.mesh.shape),
         "global_batch_size": config.global_batch_size,
         "micro_batches": config.micro_batches,
         "queue_size": config.queue_size,
-        "fits": program.fits and (limit is None or program.memory <= limit),
+        "fits": program.text is not None and (limit is None or program.memory <= limit),
         "hbm_bytes_per_chip": program.memory,
         "hbm_limit_bytes_per_chip": limit and int(limit),
         "bytes_per_chip": {**sizes, "activations": program.scratch},
@@ -104,8 +104,8 @@ def summarize(
 def _work(program, topology):
     """Returns what a step computes, moves and sends."""
     chip = topology.chip
-    found = account(program.text, SCOPES, float32=chip.float32 if chip else TPU_FLOAT32)
-    in_tiles = account(program.text, SCOPES, in_tiles=True).work.values()
+    found = Account(program.text, SCOPES, float32=chip.float32 if chip else TPU_FLOAT32)
+    in_tiles = Account(program.text, SCOPES, in_tiles=True).work.values()
     total = {
         field: sum(getattr(work, field) for work in found.work.values())
         for field in ("flops", "matrix_passes", "bytes")

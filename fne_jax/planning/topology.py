@@ -11,7 +11,6 @@ import jax
 from jax.experimental import topologies
 
 from fne_jax.errors import UserError, first_line
-from fne_jax.planning import gpus
 from fne_jax.planning.operations import TPU_FLOAT32, Float32
 
 # Platforms, as JAX's devices name them.
@@ -55,6 +54,69 @@ CHIPS = {
     "h200": Chip(989.5e12, 141e9, 4800e9, 450e9, Float32(2, 989.5 / 67)),
     "b200": Chip(2250e12, 180e9, 8000e9, 900e9, Float32(2, 2250 / 80)),
 }
+# NVIDIA's GPUs as XLA's GpuTargetConfigProto names what it asks of one when it compiles for it:
+# figures of XLA's repository (openxla/xla), xla/backends/gpu/target_config/specs: a100_sxm_80,
+# h100_sxm, h200 and b200, each a .txtpb. The feature extension is whether instructions that later
+# GPUs lack are used (sm_90a, sm_100a).
+_HOPPER = {
+    "major": 9, "extension": "ACCELERATED_FEATURES", "core_count": 132, "fpus_per_core": 128,
+    "clock_rate_ghz": 1.98, "l2_cache_size": 52428800, "shared_memory_per_core": 233472,
+    "shared_memory_per_block_optin": 232448,
+}  # fmt: skip
+GPUS = {
+    "a100": {
+        "name": "NVIDIA A100-SXM4-80GB", "major": 8, "extension": "NONE", "core_count": 108,
+        "fpus_per_core": 64, "clock_rate_ghz": 1.41, "l2_cache_size": 41943040,
+        "shared_memory_per_core": 167936, "shared_memory_per_block_optin": 166912,
+        "device_memory_size": 85100068864, "memory_bandwidth": 2039040000000,
+    },
+    "h100": _HOPPER | {
+        "name": "NVIDIA H100 80GB HBM3", "device_memory_size": 84942979072,
+        "memory_bandwidth": 3352320000000,
+    },
+    "h200": _HOPPER | {
+        "name": "NVIDIA H200 141GB HBM3e", "device_memory_size": 151397597184,
+        "memory_bandwidth": 4800000000000,
+    },
+    "b200": _HOPPER | {
+        "name": "NVIDIA B200", "major": 10, "core_count": 148, "clock_rate_ghz": 1.965,
+        "l2_cache_size": 132644864, "device_memory_size": 191514411008,
+        "memory_bandwidth": 7672320000000,
+    },
+}  # fmt: skip
+# What all have in common is of the same files, too; the version of cuDNN is that of the files of
+# h100 and h200.
+_TARGET = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {shared_memory_per_core}
+  threads_per_core_limit: 2048
+  core_count: {core_count}
+  fpus_per_core: {fpus_per_core}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {memory_bandwidth}
+  l2_cache_size: {l2_cache_size}
+  clock_rate_ghz: {clock_rate_ghz}
+  device_memory_size: {device_memory_size}
+  shared_memory_per_block_optin: {shared_memory_per_block_optin}
+  cuda_compute_capability {{ major: {major} feature_extension: {extension} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  device_vendor: "NVIDIA Corporation"
+  device_address_bits: 64
+  name: "{name}"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{name}"
+"""
 # Those that NVLink joins in one machine; the links of several machines are not in the figures.
 _MOST_GPUS = 8
 # No TPU is touched: libtpu is neither to ask a Cloud TPU's metadata server, nor to log that there
@@ -95,13 +157,9 @@ def find(name: str) -> Topology:
     kind, _, shape = name.partition(":")
     if kind == CPU and re.fullmatch(r"[1-9]\d*", shape):
         return Topology(name, _cpu_devices(int(shape)), None)
-    if kind in gpus.GPUS and re.fullmatch(rf"[1-{_MOST_GPUS}]", shape):
+    if kind in GPUS and re.fullmatch(rf"[1-{_MOST_GPUS}]", shape):
         return Topology(name, _gpu_devices(name, kind, shape), CHIPS[kind])
-    if (
-        kind in gpus.GPUS
-        or kind not in CHIPS
-        or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape)
-    ):
+    if kind in GPUS or kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
         raise UserError(
             f"--topology={name}: there is no such machine; {_EXAMPLES} "
             f"(known chips: {', '.join(CHIPS)}; at most {_MOST_GPUS} GPUs)"
@@ -142,7 +200,7 @@ def _gpu_devices(name, kind, count):
         described = topologies.get_topology_desc(
             platform="cuda",
             topology_name="",
-            target_config=gpus.target_config(gpus.GPUS[kind]),
+            target_config=_TARGET.format(**GPUS[kind]),
             topology=f"1x1x{count}",  # slices, machines of each, devices of each
         )
     except Exception as error:  # JAX raises whatever the plugin or its loading did

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 
-from fne_jax.planning import kernels
+from fne_jax.planning import operations
 from fne_jax.planning.hlo import MAIN_MEMORY, Array, Computation, Instruction, Module
 
 # Neither read nor write: they name, group or wait for what is there.
@@ -76,7 +76,7 @@ def main_memory(
     elif opcode.endswith("-start") and opcode != "all-reduce-start":
         total = _main_bytes(instruction.arrays)  # lists what it takes beside what it gives
     else:
-        total = sum(map(_main_bytes, operands)) + _main_bytes(kernels.results(instruction))
+        total = sum(map(_main_bytes, operands)) + _main_bytes(operations.results(instruction))
     return collections.Counter({"": total})
 
 

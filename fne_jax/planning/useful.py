@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import ml_collections
 from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from fne_jax.encoders.freezing import is_frozen_below
+from fne_jax.encoders.rematerialization import NONE
+from fne_jax.model.kept_features import kept_towers
+from fne_jax.model.model import build_module, initial_params
 
 # Forward passes' worth of work on a pair by what is trained: the online encoders' forward, twice as
 # much backward, and the momentum encoders' forward.
-PASSES = 4
+_PASSES = 4
+
+
+def useful_flops(
+    config: ml_collections.ConfigDict,
+    architectures: Mapping[str, Mapping[str, Any]],
+    vocab_size: int,
+) -> int:
+    """Returns the useful operations on one pair, its caption of full length.
+
+    What is frozen runs forwards once, or not at all where its output is kept.
+    """
+    config = config.copy_and_resolve_references()
+    config.encoder = plain(config.encoder)
+    module = build_module(config, architectures, vocab_size)
+    side, tokens = config.encoder.image.image_size, (1, config.data.text_length)
+    shapes = ((1, side, side, 3), jnp.float32), (tokens, jnp.int32), (tokens, jnp.int32)
+    pixels, *texts = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    params, _ = jax.eval_shape(lambda: initial_params(module, config, jax.random.key(0)))
+
+    def forward(*inputs, method=None):
+        run = functools.partial(module.apply, method=method)
+        return matrix_flops(run, {"params": params}, *inputs)
+
+    frozen = {
+        tower: forward(*own, method=f"frozen_{tower}")
+        for tower, own in (("image", [pixels]), ("text", texts))
+        if is_frozen_below(module, tower)
+    }
+    kept = kept_towers(module, config, training=True)
+    once = sum(flops for tower, flops in frozen.items() if tower not in kept)
+    return _PASSES * (forward(pixels, *texts) - sum(frozen.values())) + once
+
+
+def plain(encoder: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns `config.encoder` with products that can be counted, and nothing computed again."""
+    encoder = encoder.copy_and_resolve_references()
+    encoder.attention, encoder.remat = "xla", NONE  # neither padded nor hidden in a kernel
+    return encoder
 
 
 def matrix_flops(function: Callable[..., Any], *arguments: Any) -> int:
@@ -20,10 +66,6 @@ def matrix_flops(function: Callable[..., Any], *arguments: Any) -> int:
     A multiplication and an addition are two operations. What only the compiled program adds, such
     as padding, is not among them. A loop counts as often as it runs, and of a choice the largest
     branch.
-
-    Args:
-      function: A function of arrays that can be traced.
-      *arguments: Arrays, or their shapes and dtypes.
 
     Raises:
       ValueError: if it holds a loop of unknown length, or a kernel of its own.

@@ -80,8 +80,7 @@ def pretrain_towers(config: ml_collections.ConfigDict, folder: pathlib.Path, ste
     # A copy: a donated state must not hold one buffer twice.
     state = state.replace(params=params, momentum_params=jax.tree.map(jnp.copy, params))
     with run_folder.held(folder):
-        files = run_folder.RunFiles(config, architectures, tokenizer, {"train": train.identity})
-        run_folder.begin(folder, files, begun=False)
+        run_folder.begin(folder, model, architectures, {"train": train.identity})
         stored = Checkpoints(folder, config.checkpoint)
         stored.save(state, {}, {checkpoints.BEST_METRIC: 0.0})
         stored.finish()

@@ -55,10 +55,6 @@ class Checkpoints:
     What a killed save left behind is removed at the start. Damaged checkpoints are set aside: moved
     to the folder `damaged_checkpoints` beside, with a warning, if others remain.
 
-    Args:
-      workdir: The folder of the run.
-      settings: `config.checkpoint`.
-
     Attributes:
       folder: Where the checkpoints lie.
 
@@ -146,13 +142,20 @@ class Checkpoints:
     ) -> None:
         """Begins to write the state and the JSON-able position under the state's step.
 
-        A checkpoint that is already there is left alone: the same step means the same state.
+        A checkpoint that is already there is left alone, as the same step means the same state, but
+        for the metrics of a validation that comes after it was saved.
 
         Raises:
           EnvironmentFailure: if this or the save before failed; the checkpoints before are intact.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
+            if metrics is not None:
+                with self._refusing():
+                    item = ocp.Checkpointer(ocp.JsonCheckpointHandler(filename=METRICS))
+                    item.save(self.folder / str(step) / METRICS, metrics)
+                    item.close()
+                    self._manager.reload()
             return
         fields = state.stored()
         about = {
@@ -181,14 +184,6 @@ class Checkpoints:
             self._manager.close()
         # Whoever starts processes may end all of them when the first has gone.
         processes.barrier("checkpoints are written")
-
-    def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds the validation of a checkpoint that was saved before it was validated."""
-        with self._refusing():
-            item = ocp.Checkpointer(ocp.JsonCheckpointHandler(filename=METRICS))
-            item.save(self.folder / str(step) / METRICS, metrics)
-            item.close()
-            self._manager.reload()
 
     @contextlib.contextmanager
     def _refusing(self):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,19 @@ Encode = Callable[[Any, Any, jax.Array | None], Any]
 LossOfEmbeddings = Callable[[jax.Array, jax.Array, dict[str, jax.Array]], tuple[jax.Array, Any]]
 
 
-class EncoderPasses(Protocol):
-    """What a train step asks of the encoders."""
+@dataclasses.dataclass(frozen=True)
+class WholeBatch:
+    """All rows at once.
+
+    Attributes:
+      layout: How rows and parameters lie on the devices.
+    """
+
+    layout: StepLayout
 
     def embed(self, encode: Encode, params: Any, inputs: Any) -> Any:
         """Returns what `encode` makes of all rows without dropout."""
+        return self.layout.on_rows(encode, params, inputs, None)
 
     def loss_and_gradients(
         self,
@@ -50,24 +58,6 @@ class EncoderPasses(Protocol):
         `encode` is given both trees of parameters as a pair.
         """
 
-
-@dataclasses.dataclass(frozen=True)
-class WholeBatch:
-    """All rows at once.
-
-    Attributes:
-      layout: How rows and parameters lie on the devices.
-    """
-
-    layout: StepLayout
-
-    def embed(self, encode, params, inputs):
-        """See `EncoderPasses`."""
-        return self.layout.on_rows(encode, params, inputs, None)
-
-    def loss_and_gradients(self, encode, params, frozen, inputs, rng, loss_fn):
-        """See `EncoderPasses`."""
-
         def loss_of(params):
             embeddings = self.layout.on_rows(encode, (params, frozen), inputs, rng)
             return loss_fn(*embeddings, params.get(LEARNED, {}))
@@ -76,26 +66,22 @@ class WholeBatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class MicroBatches:
+class MicroBatches(WholeBatch):
     """A loop over parts of the batch, each spread over all devices.
 
+    Each part has dropout of its own, the same in both of its passes. The gradients of all parts are
+    summed in float32.
+
     Attributes:
-      layout: How rows and parameters lie on the devices.
       count: Number of parts; it must divide each device's rows.
     """
 
-    layout: StepLayout
     count: int
 
-    def embed(self, encode, params, inputs):
-        """See `EncoderPasses`."""
+    def embed(self, encode, params, inputs):  # noqa: D102 as above
         return self._embed(encode, params, inputs, None)
 
-    def loss_and_gradients(self, encode, params, frozen, inputs, rng, loss_fn):
-        """See `EncoderPasses`; each part has dropout of its own, the same in both of its passes.
-
-        The gradients of all parts are summed in float32.
-        """
+    def loss_and_gradients(self, encode, params, frozen, inputs, rng, loss_fn):  # noqa: D102
 
         def gradients_of_rows(params, frozen, rows, rng):
             def add(total, part):

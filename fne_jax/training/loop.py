@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import flax.linen as nn
 import jax
 import ml_collections
 
-from fne_jax import configuration
-from fne_jax.data.batches import Batch, BatchOrder, training_batches
-from fne_jax.data.images.preprocessing import TrainingImages
-from fne_jax.data.pairs import PairDataset
-from fne_jax.data.sources.registry import load_split
-from fne_jax.errors import UserError
-from fne_jax.model.model import build_model, load_evaluation_split
-from fne_jax.model.tokenizers import run_tokenizer
-from fne_jax.parallel import processes, sharding
+from fne_jax.errors import Interrupted, UserError
+from fne_jax.evaluation.metric_names import WARMUP
+from fne_jax.evaluation.results import score_split
+from fne_jax.parallel import sharding
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.progress import Progress
+from fne_jax.report.figures import statistics_images
 from fne_jax.training import workdir as run_folder
 from fne_jax.training.checkpointing import Checkpoints
-from fne_jax.training.compiled_steps import compile_phases, jitted_steps
-from fne_jax.training.data_clock import DataClock
-from fne_jax.training.interruption import StopRequest
-from fne_jax.training.matches import known_matches
-from fne_jax.training.metric_log import MetricLog
-from fne_jax.training.optimizer import learning_rate_schedule
-from fne_jax.training.step_results import StepResults
-from fne_jax.training.supervisor import Supervisor
-from fne_jax.training.timeline import Timeline
-from fne_jax.training.trackers import check_installed, open_trackers
-from fne_jax.training.train_state import abstract_state, first_state
+from fne_jax.training.interruption import Stopped, StopRequest
+from fne_jax.training.metric_log import EVALUATED, MetricLog
+from fne_jax.training.retrieved_images import retrieved_images
+from fne_jax.training.setup import RunSetup
+from fne_jax.training.step_results import DataClock, StepResults
+from fne_jax.training.trackers import open_trackers
+from fne_jax.training.train_state import TrainState, first_state
 
 _log = logging.getLogger(__name__)
 
@@ -62,30 +53,33 @@ def train_and_evaluate(
       Interrupted: After a signal that asks to stop, with everything saved.
     """
     with run_folder.errors_told(workdir):
-        _train(config, workdir, warmup_only, module)
+        _prepare_and_train(config, workdir, warmup_only, module)
 
 
-def _train(config, workdir, warmup_only, module):
-    # Config and devices.
-    begun = run_folder.is_begun(workdir)
-    config, architectures = configuration.resolve(config, workdir if begun else None)
-    if begun:
-        run_folder.check_begun(workdir, config)
-    with processes.failing_together("config.logging.also"):
-        check_installed(config.logging.also)
+def _prepare_and_train(config, workdir, warmup_only, module):
     use_compile_cache(config.compile_cache)
-    mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
-    configuration.check_batches(config, mesh.size)
-
-    # Data.
-    train, val, known = _load(config, mesh)
-    data = {"train": train.identity, "val": val.identity} | known.data
-    if begun:
-        run_folder.check_data(workdir, data)
-    order = batch_order(config, train)
-    timeline = Timeline.of(config, order.steps_per_epoch)
+    stop = StopRequest()
+    run = RunSetup.of(config, workdir, module=module, before_batch=stop.check)
+    training, timeline = run.training, run.training.timeline
     last_step = timeline.warmup_end if warmup_only else timeline.total_steps
-    _log.info("data: %d training pairs, %s", len(train.captions), timeline)
+    _tell(run, warmup_only)
+    state = None if run.begun else first_state(training.model, training.state)
+
+    # Nothing is written before here, where all that may be wrong has shown.
+    with run_folder.held(workdir):
+        run_folder.begin(workdir, training.model, run.architectures, run.data, begun=run.begun)
+        checkpoints, position = Checkpoints(workdir, training.model.config.checkpoint), {}
+        if run.begun:
+            state, position = checkpoints.restore_newest(training.state)
+            _log.info("resumed from step %d of %s", int(state.step), workdir)
+        _train(run, workdir, last_step, state, position, checkpoints, stop)
+        _log.info("the run is complete: %d steps are done", last_step)
+
+
+def _tell(run, warmup_only):
+    """Logs what the run is, and warns of one that ends too early."""
+    config, timeline, state = run.training.model.config, run.training.timeline, run.training.state
+    _log.info("data: %d training pairs, %s", len(run.train.captions), timeline)
     if timeline.fne_start_step >= timeline.total_steps and not warmup_only:
         _log.warning(
             "the run ends within the warm-up, without any step of config.objective: "
@@ -93,151 +87,135 @@ def _train(config, workdir, warmup_only, module):
             config.fne.start_epoch,
             config.num_epochs,
         )
-
-    # Model, optimizer and steps.
-    stop = StopRequest()
-    tokenizer = run_tokenizer(config, workdir if begun else None, train.captions)
-    model = build_model(
-        config, architectures, tokenizer, mesh, module=module, before_batch=stop.check
-    )
-    schedule = learning_rate_schedule(
-        config.optimizer, timeline.steps_per_epoch, timeline.total_steps
-    )
-    abstract = abstract_state(model, schedule)
-    jitted = jitted_steps(config, timeline, model, schedule, abstract)
     trained, frozen = (
         sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
-        for params in (abstract.params, abstract.frozen_params)
+        for params in (state.params, state.frozen_params)
     )
     share = f", {frozen:.1f} M of them frozen," if frozen else ""
-    _log.info("model: %.1f M parameters%s on %d devices", trained + frozen, share, mesh.size)
-    state = None if begun else first_state(model, abstract)
-
-    # Nothing is written before here, where all that may be wrong has shown.
-    with run_folder.held(workdir):
-        files = run_folder.RunFiles(config, architectures, tokenizer, data)
-        run_folder.begin(workdir, files, begun)
-
-        # State, new or restored.
-        checkpoints, position = Checkpoints(workdir, config.checkpoint), {}
-        if begun:
-            state, position = checkpoints.restore_newest(abstract)
-            _log.info("resumed from step %d of %s", int(state.step), workdir)
-        first_step = int(state.step)
-        # A signal may have come before or during the validation of a step that was then saved.
-        validated = not timeline.validates(first_step) or checkpoints.is_validated(first_step)
-        if first_step >= last_step and validated:
-            _log.info("the run is complete: %d steps are done", first_step)
-            return
-
-        # What frozen encoders make of the data, once for all steps, where it is kept.
-        tokens = model.tokenize(train.captions, config.data.text_length)
-        if config.data.keep_frozen:
-            whole = model.with_params(state.all_params)
-            train = whole.with_kept(train, tokens, training=True)
-            val = whole.with_kept(val, model.tokenize(val.captions, config.evaluation.text_length))
-            del whole  # its parameters may be the state's own, which is donated
-
-        # What watches over the run.
-        supervisor = Supervisor(
-            config=config,
-            timeline=timeline,
-            last_step=last_step,
-            model=model,
-            val=val,
-            checkpoints=checkpoints,
-            log=MetricLog(
-                workdir, first_step, validated, open_trackers(config, workdir, first_step)
-            ),
-            results=StepResults(order, train, position),
-            stop=stop,
-            profile=profiler(config.logging.profile_step, workdir),
-        )
-        if not validated:
-            supervisor.validate_restored(state, first_step)
-
-        # Loop. Each phase is compiled before a signal is held back, and before an hour of training
-        # can be lost to a program of a later phase that does not fit the devices.
-        steps = range(first_step, last_step)
-        first_batch, batches = peeked(batches_of(config, train, tokens, order, steps, mesh))
-        phases = {timeline.phase(step) for step in steps}
-        compiled = compile_phases(jitted, phases, state, first_batch, mesh, known.tables)
-        clock = DataClock(batches)
-        with stop, training_progress(config, steps) as progress:
-            for step, batch in enumerate(clock, start=first_step):
-                phase = timeline.phase(step)
-                if step == first_step or phase is not timeline.phase(step - 1):
-                    _log.info("step %d: %s", step, phase.value)
-                # The mark tells the profiler which step a program that runs later belongs to.
-                with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    # Nothing but the batch is copied to the devices, which would stall every step.
-                    rows = sharding.to_devices(batch, mesh)
-                    with jax.transfer_guard_host_to_device("disallow"):
-                        state, scalars, negatives = compiled[phase](state, rows, *known.tables)
-                supervisor.after_step(state, scalars, negatives, step + 1, clock, progress)
-            supervisor.finish()
-        _log.info("the run is complete: %d steps", last_step)
+    devices = run.training.model.mesh.size
+    _log.info("model: %.1f M parameters%s on %d devices", trained + frozen, share, devices)
 
 
-def _load(config, mesh):
-    """Returns the training and the validation split, and what is known of further matches."""
-    with processes.first_process_first("data"):
-        train = load_split(config.data, config.encoder.image.image_size, "train")
-        val = load_evaluation_split(config, "val")
-    with processes.failing_together("config.data.matches"):
-        return train, val, known_matches(config, train, mesh)
+def _train(run, workdir, last_step, state, position, checkpoints, stop):
+    """Trains a new or restored state to its last step."""
+    config, mesh = run.training.model.config, run.training.model.mesh
+    timeline, first_step = run.training.timeline, int(state.step)
+    # A signal may have come before or during the validation of a step that was then saved.
+    validated = not timeline.validates(first_step) or checkpoints.is_validated(first_step)
+    if first_step >= last_step and validated:
+        return
+    tokens = run.training.model.tokenize(run.train.captions, config.data.text_length)
+    # What frozen encoders make of the data, once for all steps, where it is kept.
+    run = run.with_kept(state.all_params, tokens)
+    steps = range(first_step, last_step)
+    # Each phase is compiled before a signal is held back, and before an hour of training can be
+    # lost to a program of a later phase that does not fit the devices.
+    compiled = run.training.compiled({timeline.phase(step) for step in steps}, run.known)
+    trackers = open_trackers(config, workdir, first_step)
+    log = MetricLog(workdir, first_step, validated, trackers)
+    results = StepResults(run.order, run.train, position)
+    clock = DataClock(run.batches(tokens, steps), config.global_batch_size)
+    profile = _profiler(config.logging.profile_step, workdir)
 
-
-def batch_order(config: ml_collections.ConfigDict, train: PairDataset) -> BatchOrder:
-    """Returns the order of the training pairs.
-
-    Raises:
-      UserError: if there are fewer pairs than a batch takes.
-    """
-    if len(train.captions) < config.global_batch_size:
-        raise UserError(
-            f"config.global_batch_size is {config.global_batch_size}, more than the "
-            f"{len(train.captions)} training pairs"
-        )
-    return BatchOrder(config.seed, len(train.captions), config.global_batch_size)
-
-
-def batches_of(
-    config: ml_collections.ConfigDict,
-    train: PairDataset,
-    tokens: tuple[Any, Any],
-    order: BatchOrder,
-    steps: range,
-    mesh: jax.sharding.Mesh,
-) -> Iterator[Batch]:
-    """Returns this process's rows of the batches of a range of steps, as the config says."""
-    return training_batches(
-        train,
-        tokens,
-        order.rows(steps, sharding.local_rows(mesh, config.global_batch_size)),
-        TrainingImages(config.encoder.image.image_size, config.data.augmentation, config.seed),
-        config.data.prefetch,
-    )
-
-
-def peeked(batches: Iterator[Batch]) -> tuple[Batch | None, Iterator[Batch]]:
-    """Returns the first batch, or None without any, and an iterator over all of them."""
-    first = next(batches, None)
-    return first, batches if first is None else itertools.chain([first], batches)
-
-
-def training_progress(config: ml_collections.ConfigDict, steps: range) -> Progress:
-    """Returns the display of how many steps are done, shown by process 0 alone."""
-    return Progress(
+    progress = Progress(
         "train",
-        steps.stop,
-        completed=steps.start,
+        last_step,
+        completed=first_step,
         every_seconds=config.logging.progress_seconds,
         enabled=jax.process_index() == 0,
     )
 
+    def saves(step):
+        every = config.checkpoint.every_steps
+        return step == last_step or (every > 0 and step % every == 0)
 
-def profiler(profile_step: int, workdir: pathlib.Path) -> Callable[[int], None]:
+    def finish():
+        """Waits until everything is on disk."""
+        checkpoints.finish()
+        log.close()
+
+    stops = False
+    with stop, progress:
+        for step in itertools.count(first_step):
+            # Evaluate and save; what was restored is saved already, but maybe not validated.
+            metrics = None
+            validates = timeline.validates(step) if step > first_step else not validated
+            if validates:
+                with clock.paused():
+                    metrics = validate(run, state, step, log)
+                stops = metrics is None or (stops and step < last_step)
+            if validates or stops or (step > first_step and saves(step)):
+                checkpoints.save(state, results.stored(), metrics)
+            if stops:
+                finish()
+                raise Interrupted(
+                    stop.poll(),
+                    f"stopped at step {step}, saved; the same command goes on from there",
+                )
+            if step >= last_step:
+                break
+
+            # Read and step.
+            batch = next(clock)
+            phase = timeline.phase(step)
+            if step == first_step or phase is not timeline.phase(step - 1):
+                _log.info("step %d: %s", step, phase.value)
+            # The mark tells the profiler which step a program that runs later belongs to.
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                # Nothing but the batch is copied to the devices, which would stall every step.
+                rows = sharding.to_devices(batch, mesh)
+                with jax.transfer_guard_host_to_device("disallow"):
+                    state, scalars, negatives = compiled[phase](state, rows, *run.known)
+
+            # Write; nothing waits for the step itself unless it must.
+            done = step + 1
+            results.add(step, scalars, negatives)
+            # No mean is taken over losses of the warm-up and of what follows it.
+            ends = done in (timeline.warmup_end, timeline.total_steps)
+            logs = ends or done % config.logging.every_steps == 0
+            stops = stop.poll() is not None
+            if logs or stops or timeline.validates(done) or saves(done):
+                results.settle()
+            profile(done)
+            if logs:
+                counts = {"bad_steps": results.bad_steps}
+                counts[WARMUP] = float(done <= timeline.warmup_end)
+                log.write(done, results.take_means() | counts | clock.take_rates())
+                checkpoints.check()
+            loss = "" if results.last_loss is None else f"loss {results.last_loss:.4f}  "
+            progress.update(done, f"{loss}{clock}")
+            if results.bad_in_a_row >= config.max_bad_steps:
+                in_a_row, results.bad_in_a_row = results.bad_in_a_row, 0  # for the next try
+                checkpoints.save(state, results.stored())
+                finish()
+                raise UserError(
+                    f"the last {in_a_row} steps to step {done} had a loss or gradient that is no "
+                    "finite number (config.max_bad_steps); the state before them is saved. Look at "
+                    "their pairs in the log, or begin anew with a lower "
+                    "config.optimizer.learning_rate"
+                )
+        finish()
+
+
+def validate(
+    run: RunSetup, state: TrainState, step: int, log: MetricLog
+) -> dict[str, float] | None:
+    """Returns the metrics of the validation split, written down, or None if a signal came first."""
+    model = run.training.model
+    try:
+        split = model.with_params(state.all_params).embed_split(run.val)
+    except Stopped:
+        return None
+    metrics, samples = score_split(split)
+    log.write(step, {f"{EVALUATED}{name}": value for name, value in metrics.items()})
+    log.write_histograms(step, {f"similarity_{k}": v for k, v in samples.items()})
+    log.write_images(step, functools.partial(statistics_images, state.stats, model.config.fne))
+    log.write_images(step, lambda: {"gallery": retrieved_images(split)})
+    _log.info("step %d: validation rSum %.1f", step, metrics["rsum"])
+    return metrics
+
+
+def _profiler(profile_step, workdir):
     """Returns clu's profiler of five steps, which writes for TensorBoard, or what does nothing."""
     if not profile_step or jax.process_index() != 0:
         return lambda step: None

@@ -1,10 +1,12 @@
-"""What steps leave: scalars for the log, word of bad batches, and which negatives were false."""
+"""What steps leave: scalars, word of bad batches, which negatives were false, and their times."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -133,3 +135,51 @@ def true_false_negative_rates(
         )
         rates[f"{name}_false_negative_rate"] = matches.mean()
     return rates
+
+
+class DataClock:
+    """Iterates over batches and measures how fast they pass and how long the loop waits."""
+
+    def __init__(self, batches: Iterator[Any], batch_size: int):
+        self._batches, self._batch_size = batches, batch_size
+        self._paused = self._waited = 0.0
+        self._count = 0
+        self._start = self._last_taken = self._passed()
+
+    def __next__(self) -> Any:
+        before = time.monotonic()
+        batch = next(self._batches)
+        self._waited += time.monotonic() - before
+        self._count += 1
+        return batch
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time of the block out of all rates."""
+        before = time.monotonic()
+        yield
+        self._paused += time.monotonic() - before
+
+    def take_rates(self) -> dict[str, float]:
+        """Returns pairs a second and the share of time that was waited since the last call."""
+        since, self._last_taken = self._last_taken, self._passed()
+        return self._rates(since)
+
+    def __str__(self) -> str:
+        """The same since the start, in words."""
+        rates = self._rates(self._start)
+        return (
+            f"{rates['pairs_per_s']:.0f} pairs/s  waiting for data {rates['data_wait_share']:.0%}"
+        )
+
+    def _passed(self):
+        """Returns seconds on some clock, seconds waited, and batches, up to now."""
+        return np.array([time.monotonic() - self._paused, self._waited, self._count])
+
+    def _rates(self, since):
+        seconds, waited, count = self._passed() - since
+        seconds = max(seconds, 1e-9)
+        return {
+            "pairs_per_s": float(count * self._batch_size / seconds),
+            "data_wait_share": float(waited / seconds),
+        }

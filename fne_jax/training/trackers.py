@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from fne_jax.config_rules import flatten
+from fne_jax.configuration import flatten
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
 
@@ -68,7 +68,7 @@ class Tracker:
     What fails there does not end the training: it is told once, and nothing more is written.
 
     Args:
-      name: The tracker, one of `config_rules.TRACKERS`.
+      name: The tracker, one of that `config.logging.also` may name.
       label: The name of the remote run; it is gone on with where it exists.
       workdir: The folder of the run, for what the tracker keeps locally.
       config: The resolved config, which the remote run shows.

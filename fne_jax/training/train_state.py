@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +27,6 @@ from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.parallel import sharding
 from fne_jax.training.optimizer import build_optimizer
 
-# The fields that a checkpoint holds; the others (`apply_fn`, `tx`) follow from the config.
-STORED_FIELDS = (
-    "step",
-    "params",
-    "frozen_params",
-    "opt_state",
-    "momentum_params",
-    "queue",
-    "stats",
-    "key",
-)
 _log = logging.getLogger(__name__)
 
 
@@ -64,29 +53,15 @@ class TrainState(train_state.TrainState):
         return freezing.merge(self.params, self.frozen_params)
 
     def stored(self) -> dict[str, Any]:
-        """Returns the fields that a checkpoint holds, by name."""
-        return {name: getattr(self, name) for name in STORED_FIELDS}
+        """Returns the fields that a checkpoint holds, by name; the config gives the others."""
+        fields = dataclasses.fields(self)
+        return {
+            f.name: getattr(self, f.name) for f in fields if f.metadata.get("pytree_node", True)
+        }
 
 
-def create_train_state(
-    rng: jax.Array,
-    weights: Mapping[str, Mapping[str, Any]],
-    *,
-    model: Model,
-    apply_fn: Callable,
-    tx: optax.GradientTransformation,
-) -> TrainState:
-    """Returns the state before the first step.
-
-    Args:
-      rng: A typed PRNG key.
-      weights: `params` and `momentum_params` of both towers to begin with, or `params` of some
-        parts of the model, frozen ones among them; the rest of `params` is random, and of
-        `momentum_params` a copy of it.
-      model: The model to be trained; its parameters, if it has any, are not used.
-      apply_fn: The function of parameters and inputs that training calls.
-      tx: The optimizer.
-    """
+def _created(rng, weights, model, apply_fn, tx):
+    """Returns the state before the first step, see `initial_state`."""
     params_rng, queue_rng, key = jax.random.split(rng, 3)
     params, dim = initial_params(model.module, model.config, params_rng)
     split = functools.partial(freezing.trained_and_frozen, model.module)
@@ -110,17 +85,12 @@ def create_train_state(
 
 
 def abstract_state(model: Model, learning_rate: optax.Schedule) -> TrainState:
-    """Returns the shapes, dtypes and shardings of a run's state; nothing is allocated.
-
-    Args:
-      model: The model to be trained.
-      learning_rate: The learning rate as a function of the updates already applied.
-    """
+    """Returns the shapes, dtypes and shardings of a run's state; nothing is allocated."""
     config = model.config
     module = model.module.clone(text_pooling=config.encoder.text.training_pooling)
     temperature = config.objective.temperature if config.objective.learn_temperature else None
     tx = build_optimizer(config.optimizer, learning_rate, module, temperature)
-    create = functools.partial(create_train_state, model=model, apply_fn=module.apply, tx=tx)
+    create = functools.partial(_created, model=model, apply_fn=module.apply, tx=tx)
     state = jax.eval_shape(create, jax.random.key(config.seed), {})
     return sharding.abstract_on(model.mesh, state)
 
@@ -131,12 +101,13 @@ def initial_state(
     """Returns the state before the first step, created on the devices where it stays.
 
     Args:
-      model: The model to be trained.
+      model: The model to be trained; its parameters, if it has any, are not used.
       like: What `abstract_state` returned; programs compiled for it take this state.
-      weights: The weights to begin with, see `create_train_state`. They are donated: the state
-        takes their memory over.
+      weights: `params` and `momentum_params` of both towers to begin with, or `params` of some
+        parts of the model, frozen ones among them; the rest of `params` is random, and of
+        `momentum_params` a copy of it. They are donated: the state takes their memory over.
     """
-    create = functools.partial(create_train_state, model=model, apply_fn=like.apply_fn, tx=like.tx)
+    create = functools.partial(_created, model=model, apply_fn=like.apply_fn, tx=like.tx)
     shardings = sharding.state_shardings(model.mesh, like)
     create = jax.jit(create, out_shardings=shardings, donate_argnums=1)
     return create(jax.random.key(model.config.seed), weights or {})
@@ -147,10 +118,6 @@ def first_state(model: Model, like: TrainState) -> TrainState:
 
     They are another run's (`config.init_from`), or those of pretrained towers; a tower without
     either has random weights. The devices never hold more than the state itself.
-
-    Args:
-      model: The model to be trained.
-      like: What `abstract_state` returned.
 
     Raises:
       UserError: If the weights are not there, or do not fit.
@@ -168,28 +135,16 @@ def first_state(model: Model, like: TrainState) -> TrainState:
     return initial_state(model, like, weights)
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceRun:
-    """The run whose weights another begins with.
-
-    Attributes:
-      workdir: Its folder.
-      step: The step of its best checkpoint.
-      weights: The abstract `params`, `momentum_params` and `frozen_params` of both encoders, on the
-        new run's mesh.
-    """
+class SourceRun(NamedTuple):
+    """The run whose weights another begins with."""
 
     workdir: pathlib.Path
-    step: int
-    weights: dict[str, Any]
+    step: int  # of its best checkpoint
+    weights: dict[str, Any]  # abstract, of both encoders and what is frozen, on the new run's mesh
 
 
 def find_source_run(config: ml_collections.ConfigDict, like: TrainState) -> SourceRun | None:
     """Returns the run that `config.init_from` names, or None without any; reads no arrays.
-
-    Args:
-      config: The resolved config of the new run.
-      like: What `abstract_state` returned for it.
 
     Raises:
       UserError: If there is no such run, it has no checkpoint, or its weights do not fit.

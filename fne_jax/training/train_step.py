@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,12 +16,9 @@ from fne_jax.encoders.inputs import FEATURES, READ
 from fne_jax.objectives.features import Features, Matches, RowSplit
 from fne_jax.objectives.known_matches import KnownMatches, matches_of_step
 from fne_jax.objectives.learned_scalars import BIAS_CHANGE, LEARNED, LOG_TEMPERATURE_FACTOR
-from fne_jax.objectives.memory_queue import MemoryQueue
 from fne_jax.objectives.registry import Objective
-from fne_jax.objectives.similarity_statistics import SimilarityStatistics, StatisticsRule
-from fne_jax.objectives.triplet_loss import TripletAux
-from fne_jax.parallel.sharding import StepLayout
-from fne_jax.training.encoder_passes import EncoderPasses
+from fne_jax.objectives.similarity_statistics import StatisticsRule
+from fne_jax.training.encoder_passes import WholeBatch
 from fne_jax.training.train_state import TrainState
 
 # Scopes that name each part's operations in the compiled program; what lies neither in the encoders
@@ -45,20 +41,20 @@ class StepSettings:
     Attributes:
       module: The two towers, parts of which may be frozen.
       passes: How a batch goes through the encoders.
-      layout: Where the step's arrays live on the devices.
       momentum: The momentum m of the update m * momentum_params + (1 - m) * params.
       mask_same_image: Whether other captions of an image are no negatives within the batch.
       pixel_statistics: The mean and the standard deviation of each channel, in [0, 1].
       learning_rate: The learning rate by step, for the log; the optimizer has its own.
+      statistics_rule: How a batch enters the similarity statistics.
     """
 
     module: nn.Module
-    passes: EncoderPasses
-    layout: StepLayout
+    passes: WholeBatch
     momentum: float
     mask_same_image: bool
     pixel_statistics: tuple[tuple[float, ...], tuple[float, ...]]
     learning_rate: optax.Schedule
+    statistics_rule: StatisticsRule
 
 
 def train_step(
@@ -68,7 +64,6 @@ def train_step(
     *,
     settings: StepSettings,
     objective: Objective,
-    statistics_rule: StatisticsRule,
     use_keys: bool,
 ) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
     """Updates momentum encoders, statistics, weights and queue with one batch.
@@ -85,7 +80,6 @@ def train_step(
       known: The table of the training split's known matches, on the devices; None uses none.
       settings: What all steps of the run have in common.
       objective: The loss in this phase of the run.
-      statistics_rule: How the batch enters the similarity statistics.
       use_keys: Whether the momentum encoders embed the batch, for the objective and the queue.
         Without it neither is there for the objective; the momentum encoders are updated all the
         same.
@@ -99,9 +93,9 @@ def train_step(
     References:
       Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380, figure 2.
     """
-    layout, passes = settings.layout, settings.passes
+    passes, layout, rule = settings.passes, settings.passes.layout, settings.statistics_rule
     # Here rather than with the batch, which may not be applied.
-    state = state.replace(stats=statistics_rule.before_step(state.stats, state.step))
+    state = state.replace(stats=rule.before_step(state.stats, state.step))
     sampling_rng, dropout_rng = jax.random.split(jax.random.fold_in(state.key, state.step))
     with jax.named_scope(MOMENTUM_UPDATE):
         momentum_params = optax.incremental_update(
@@ -135,7 +129,7 @@ def train_step(
         features = Features(
             image, text, *momentum, image_id, same_image, matches, learned or None, split
         )
-        stats = statistics_rule.add(state.stats, features)
+        stats = rule.add(state.stats, features)
         loss, aux = objective(features, state.queue, stats, sampling_rng)
         return loss, (stats, aux)
 
@@ -162,10 +156,8 @@ def train_step(
         "applied": applied,
         "gradient_norm": gradient_norm,
         "learning_rate": settings.learning_rate(state.step),
-        **statistics_scalars(stats),
-        **queue_scalars(queue, image_id.shape[0]),
-        **negative_scalars(aux),
-        **learned_scalars_of(new.params),
+        **_statistics_scalars(stats),
+        **_scalars(new, aux, image_id.shape[0]),
     }
     key_pair_id = jnp.concatenate([pair_id, state.queue.pair_id])
     return new, scalars, {} if aux is None else _negative_pairs(aux, key_pair_id)
@@ -198,35 +190,22 @@ def _frozen_features(state, batch, settings):
     return inputs
 
 
-def learned_scalars_of(params: Any) -> dict[str, jax.Array]:
-    """Returns how far temperature and bias are from the config's; nothing if they are fixed."""
-    if LEARNED not in params:
-        return {}
-    learned = params[LEARNED]
-    return {
-        "temperature_factor": jnp.exp(learned[LOG_TEMPERATURE_FACTOR]),
-        "bias_change": learned[BIAS_CHANGE],
-    }
+def _scalars(state, aux, batch_size):
+    """Returns what the log gets of the state after a step, and of a triplet objective's choice."""
+    filled = state.queue.image_id >= 0
+    scalars = {"queue_filled": filled.mean(), "queue_age_steps": filled.sum() / batch_size}
+    if aux is not None:
+        scalars["fallback_fraction"] = aux.fallback_fraction
+        scalars["sampled_posterior"] = aux.posterior
+        scalars["hinge_active"] = aux.active_fraction
+    if LEARNED in state.params:  # how far they are from the config's
+        learned = state.params[LEARNED]
+        scalars["temperature_factor"] = jnp.exp(learned[LOG_TEMPERATURE_FACTOR])
+        scalars["bias_change"] = learned[BIAS_CHANGE]
+    return scalars
 
 
-def queue_scalars(queue: MemoryQueue, batch_size: int) -> dict[str, jax.Array]:
-    """Returns the share of the queue's slots that are filled, and how many batches they hold."""
-    filled = queue.image_id >= 0
-    return {"queue_filled": filled.mean(), "queue_age_steps": filled.sum() / batch_size}
-
-
-def negative_scalars(aux: TripletAux | None) -> dict[str, jax.Array]:
-    """Returns what a triplet objective tells of its negatives; nothing for other objectives."""
-    if aux is None:
-        return {}
-    return {
-        "fallback_fraction": aux.fallback_fraction,
-        "sampled_posterior": aux.posterior,
-        "hinge_active": aux.active_fraction,
-    }
-
-
-def statistics_scalars(stats: SimilarityStatistics) -> dict[str, Any]:
+def _statistics_scalars(stats):
     """Returns the mean, standard deviation and count of both distributions."""
     return {
         f"{name}_{field}": value
@@ -248,7 +227,7 @@ def _known_matches(known, pair_id, queue, layout):
     return Matches(matches.batch, *layout.rows((matches.queue_text, matches.queue_image)))
 
 
-def _negative_pairs(aux: TripletAux, key_pair_id: jax.Array) -> dict[str, jax.Array]:
+def _negative_pairs(aux, key_pair_id):
     names = ("negative_i2t", "negative_t2i", "hardest_i2t", "hardest_t2i")
     pairs = {name: key_pair_id[getattr(aux, name)] for name in names}
     return {"anchor": key_pair_id[: aux.negative_i2t.shape[0]], **pairs}

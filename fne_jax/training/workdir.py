@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import ml_collections
-import transformers
 
 from fne_jax import configuration
 from fne_jax.data.pairs import DatasetIdentity
@@ -20,29 +18,12 @@ from fne_jax.encoders import towers
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error, locked, remove_leftovers, write_atomically
 from fne_jax.model import checkpoints, tokenizers
+from fne_jax.model.model import Model
 from fne_jax.parallel import processes
 from fne_jax.training.metric_log import FILE_NAME as METRICS_FILE
 
 DATA_FILE = "data.json"
 LOCK_FILE = "run.lock"
-
-
-@dataclasses.dataclass(frozen=True)
-class RunFiles:
-    """What a run keeps in its workdir beside checkpoints and metrics, to be gone on with as it was.
-
-    Attributes:
-      config: The resolved config.
-      architectures: What `encoders.towers.read_architectures` returned.
-      tokenizer: The tokenizer of the captions.
-      data: The identity of each split by name, and as `matches` that of `config.data.matches`;
-        empty where it is not known.
-    """
-
-    config: ml_collections.ConfigDict
-    architectures: Mapping[str, Mapping[str, Any]]
-    tokenizer: transformers.PreTrainedTokenizerBase
-    data: Mapping[str, DatasetIdentity]
 
 
 @contextlib.contextmanager
@@ -75,30 +56,14 @@ def is_begun(workdir: pathlib.Path) -> bool:
     return bool(processes.highest(begun))
 
 
-def check_begun(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Checks that a run that is begun has this config.
-
-    Raises:
-      UserError: Listing the fields that differ and may not.
-    """
-    with processes.failing_together(f"--workdir={workdir}"):
-        configuration.check_stored(config, workdir)
-
-
 def check_data(workdir: pathlib.Path, data: Mapping[str, DatasetIdentity]) -> None:
     """Checks that a run that is begun was trained and validated on this data.
-
-    Args:
-      workdir: The folder of the run; runs of earlier versions, without data.json, pass.
-      data: The identity of each split by name.
 
     Raises:
       UserError: Naming the split that differs.
     """
     path = workdir / DATA_FILE
     with processes.failing_together(f"--workdir={workdir}"):
-        if not path.exists():
-            return
         errors = (OSError, ValueError, TypeError, AttributeError)
         with as_user_error(f"{path}: cannot be read", errors=errors):
             stored = json.loads(path.read_text())
@@ -115,7 +80,14 @@ def check_data(workdir: pathlib.Path, data: Mapping[str, DatasetIdentity]) -> No
                 )
 
 
-def begin(workdir: pathlib.Path, files: RunFiles, begun: bool) -> None:
+def begin(
+    workdir: pathlib.Path,
+    model: Model,
+    architectures: Mapping[str, Mapping[str, Any]],
+    data: Mapping[str, DatasetIdentity],
+    *,
+    begun: bool = False,
+) -> None:
     """Writes what restores a run's model; what another config left there is replaced.
 
     Only process 0 writes. Of a run that is begun, whatever is there already stays; what a killed
@@ -123,7 +95,10 @@ def begin(workdir: pathlib.Path, files: RunFiles, begun: bool) -> None:
 
     Args:
       workdir: The folder of the run, which is held.
-      files: What is kept.
+      model: The model; its config and its tokenizer are kept.
+      architectures: What `encoders.towers.read_architectures` returned.
+      data: The identity of each split by name, and as `matches` that of `config.data.matches`;
+        empty where it is not known.
       begun: What `is_begun` returned before the folder was held.
 
     Raises:
@@ -134,7 +109,7 @@ def begin(workdir: pathlib.Path, files: RunFiles, begun: bool) -> None:
     with processes.failing_together(f"--workdir={workdir}"):
         if jax.process_index() == 0:
             with as_user_error(f"--workdir={workdir}: cannot be written to"):
-                _write(workdir, files, begun)
+                _write(workdir, model, architectures, data, begun)
     with processes.failing_together(f"--workdir={workdir}"):
         if not (workdir / configuration.FILE_NAME).exists():
             raise UserError(
@@ -178,25 +153,25 @@ def _lock(workdir, stack):
         stack.enter_context(locked(path, refuse, "begin no second run in it"))
 
 
-def _write(workdir, files, begun):
-    data = {split: dataclasses.asdict(identity) for split, identity in files.data.items()}
-    data = json.dumps(data, indent=2) + "\n"
+def _write(workdir, model, architectures, data, begun):
+    stored = {split: dataclasses.asdict(identity) for split, identity in data.items()}
+    stored = json.dumps(stored, indent=2) + "\n"
     # Others, such as a report, may be written by another command now.
     for name in (configuration.FILE_NAME, DATA_FILE, METRICS_FILE, tokenizers.DIRECTORY):
         remove_leftovers(workdir / name)
-    for tower in files.architectures:
+    for tower in architectures:
         remove_leftovers(workdir / towers.DIRECTORY / f"{tower}.json")
     if begun:
-        # Runs of an earlier version have none; warm-ups do not know the matches of what follows.
-        if not (workdir / DATA_FILE).exists() or "matches" in files.data:
-            write_atomically(workdir / DATA_FILE, data)
+        # Warm-ups do not know the matches of what follows.
+        if "matches" in data:
+            write_atomically(workdir / DATA_FILE, stored)
         return
-    towers.store_architectures(files.architectures, workdir)
+    towers.store_architectures(architectures, workdir)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(workdir / tokenizers.DIRECTORY)
-    tokenizers.store_tokenizer(files.tokenizer, workdir)
-    write_atomically(workdir / DATA_FILE, data)
-    configuration.write_config(files.config, workdir)
+    tokenizers.store_tokenizer(model.tokenizer, workdir)
+    write_atomically(workdir / DATA_FILE, stored)
+    configuration.write_config(model.config, workdir)
 
 
 def _in_words(identity):

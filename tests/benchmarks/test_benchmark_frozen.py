@@ -2,12 +2,12 @@
 
 import pytest
 
-from fne_jax.benchmarks import frozen
+from fne_jax.benchmarks import step
 from tests.support.tiny import tiny_config
 
 
 def test_variants_freeze_ever_more():
-    found = frozen.variants({"image": 12, "text": 1})
+    found = step.variants({"image": 12, "text": 1})
     assert next(iter(found)) == "nothing frozen" and not found["nothing frozen"]
     assert list(found.values())[-1] == {
         "encoder.image.frozen_layers": "10",
@@ -19,8 +19,8 @@ def test_variants_freeze_ever_more():
 @pytest.mark.slow
 def test_what_is_frozen_takes_less_memory():
     config = tiny_config(encoder__image__layers=3, encoder__text__layers=2, data__vocab_size=100)
-    found = frozen.frozen_steps(config, {}, 1)["variants"]
-    names = list(frozen.variants({"image": 3, "text": 2}))
+    found = step.frozen_steps(config, {}, 1)["variants"]
+    names = list(step.variants({"image": 3, "text": 2}))
     assert list(found) == names and found[names[0]]["of_nothing_frozen"] == 1
     sizes = [found[name]["state_bytes"] for name in names]
     # Whether the output is kept changes nothing of the state.

@@ -7,7 +7,6 @@ import pytest
 
 from fne_jax import benchmark
 from fne_jax.benchmarks import input as input_benchmark
-from fne_jax.benchmarks import pil_pipeline
 from fne_jax.data.batches import BatchOrder
 from fne_jax.data.images import augmentation
 from fne_jax.data.images.preprocessing import TrainingImages
@@ -26,7 +25,7 @@ def test_pil_does_the_same_work(small, tmp_path):
         file.read_bytes() for file in files
     ]
     order = BatchOrder(0, 12, 4)
-    theirs = pil_pipeline.pil_batches(files, order, range(9), "randaugment", 32)
+    theirs = input_benchmark.pil_batches(files, order, range(9), "randaugment", 32)
     ours = input_benchmark.our_batches(dataset, order, 9)
     differences = [
         np.abs(batch["image"].astype(int) - images).mean(axis=(1, 2, 3))
@@ -69,7 +68,7 @@ def test_lines(small, capsys):
     assert stages == [
         ("ours", "read"),
         *[("ours", stage) for stage in input_benchmark.OUR_STAGES],
-        *[("pil", stage) for stage in pil_pipeline.pil_stages(32)],
+        *[("pil", stage) for stage in input_benchmark.pil_stages(32)],
     ]
     needs = [line for line in lines if line["benchmark"] == "input_need"]
     assert [line["device"] for line in needs] == ["TPU v5e", "A100", "H100"]

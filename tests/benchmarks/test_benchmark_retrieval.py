@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fne_jax import benchmark
-from fne_jax.benchmarks import retrieval
+from fne_jax.benchmarks import ranking
 from fne_jax.errors import UserError
 from tests.support.xla_flags import xla_flags
 
@@ -21,7 +21,7 @@ def test_the_line_names_what_it_measured(capsys, monkeypatch):
         assert repeats == 4
         return {"retrieval": 6.0, "product": 2.5}
 
-    monkeypatch.setattr(retrieval, "median_seconds", known_seconds)
+    monkeypatch.setattr(ranking, "median_seconds", known_seconds)
     benchmark.main(["retrieval", "--images=30", "--captions=70", "--dim=8", "--repeats=4"])
     line = json.loads(capsys.readouterr().out)
     assert (line["images"], line["captions"], line["dim"]) == (30, 70, 8)

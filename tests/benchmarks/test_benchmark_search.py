@@ -3,7 +3,7 @@
 import json
 
 from fne_jax import benchmark
-from fne_jax.benchmarks import search
+from fne_jax.benchmarks import ranking
 
 
 def test_the_line_names_what_it_measured(capsys, monkeypatch):
@@ -14,7 +14,7 @@ def test_the_line_names_what_it_measured(capsys, monkeypatch):
         assert repeats == 3
         return {"query": 0.25}
 
-    monkeypatch.setattr(search, "median_seconds", known_seconds)
+    monkeypatch.setattr(ranking, "median_seconds", known_seconds)
     benchmark.main(["search", "--rows=300", "--dim=12", "--repeats=3"])
     line = json.loads(capsys.readouterr().out)
     assert (line["rows"], line["dim"], line["query_s"]) == (300, 12, 0.25)

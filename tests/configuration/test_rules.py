@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fne_jax.training.compiled_steps import jitted_steps
 
 from configs import base
 from fne_jax import configuration
@@ -19,7 +20,6 @@ from fne_jax.configuration.rules import FIELDS
 from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, build_module
 from fne_jax.parallel import sharding
-from fne_jax.training.compiled_steps import jitted_steps
 from fne_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from fne_jax.training.timeline import Timeline
 from fne_jax.training.train_state import abstract_state

@@ -16,13 +16,13 @@ from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, build_module
 from fne_jax.parallel import sharding
-from fne_jax.planning.accounting import account
+from fne_jax.planning.accounting import Account
 from fne_jax.planning.summary import SCOPES
 from fne_jax.training.encoder_passes import MicroBatches
 from fne_jax.training.optimizer import learning_rate_schedule
-from fne_jax.training.timeline import Phase, Timeline
+from fne_jax.training.timeline import Phase
 from fne_jax.training.train_state import abstract_state, first_state
-from tests.support.runs import mesh_of, new_state, new_steps
+from tests.support.runs import mesh_of, new_state, training_of
 from tests.support.tiny import LinearTowers, tiny_config
 
 
@@ -87,12 +87,11 @@ def lowered_split_step(module=None, **fields):
     """Returns a step over 2 x 4 devices, not compiled yet, with a state and a batch."""
     config = tiny_config(queue_size=384, fne__start_epoch=0.0, **fields)
     mesh = mesh_of(2, 4)
-    plan = Timeline.of(config, 10)
-    schedule = learning_rate_schedule(config.optimizer, 10, 20)
     module = module or build_dual_encoder(config.encoder, 30)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
-        state = new_state(config, module, mesh, schedule)
+        training = training_of(config, module, mesh, 10)
+        state = new_state(training)
         batch = {
             "image": np.zeros((16, 8, 8, 3), np.uint8),
             "input_ids": np.ones((16, 8), np.int32),
@@ -101,14 +100,13 @@ def lowered_split_step(module=None, **fields):
             "pair_id": np.arange(16, dtype=np.int32),
         }
         batch = sharding.to_devices(batch, mesh)
-        step = new_steps(config, plan, module, mesh, schedule, state)[Phase.FNE]
-        return step.lower(state, batch), state, batch
+        return training.steps[Phase.FNE].lower(state, batch), state, batch
 
 
 def moved(text):
     """Returns the bytes that a program moves between devices, by kind and scope, and the most."""
     total, largest = collections.Counter(), collections.Counter()
-    for one in account(text, SCOPES).collectives:
+    for one in Account(text, SCOPES).collectives:
         total[one.kind, one.scope] += one.bytes * one.count
         largest[one.kind, one.scope] = max(largest[one.kind, one.scope], one.bytes)
     return total, largest

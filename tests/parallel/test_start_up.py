@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import pytest
@@ -14,7 +15,6 @@ from fne_jax.data.captions import fit_tokenizer
 from fne_jax.errors import EnvironmentFailure, UserError
 from fne_jax.parallel import common_end, processes
 from fne_jax.training import workdir
-from fne_jax.training.workdir import RunFiles
 from tests.support import TOP, joined
 from tests.support.ports import free_port
 from tests.support.run_of_processes import ends_of, start_all
@@ -48,11 +48,11 @@ def writes():
 
 def test_only_process_0_writes_into_the_workdir(tmp_path, writes, monkeypatch):
     tokenizer = fit_tokenizer(["a red circle"], 100)
-    files = RunFiles(tiny_config(), {"image": {"model_type": "vit"}}, tokenizer, {})
+    model = types.SimpleNamespace(config=tiny_config(), tokenizer=tokenizer)
 
     def start(folder):
         with workdir.held(folder):
-            workdir.begin(folder, files, begun=False)
+            workdir.begin(folder, model, {"image": {"model_type": "vit"}}, {})
 
     start(tmp_path / "run")
     assert writes

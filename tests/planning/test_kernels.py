@@ -1,6 +1,6 @@
 """Kernels that programs call by name: their products and traffic, as XLA prints the calls."""
 
-from fne_jax.planning.accounting import Kernel, account
+from fne_jax.planning.accounting import Account, Kernel
 from fne_jax.planning.operations import Float32
 
 # Of `flash_attention` of jax.experimental.pallas, compiled for a v5e; its inside is left out. Two
@@ -35,7 +35,7 @@ FLASH_PRODUCT = 2 * 2 * 3 * 256 * 384 * 64
 
 
 def test_flash_attention_on_tpus():
-    found = account(FLASH, ("encoders",))
+    found = Account(FLASH, ("encoders",))
     flops = [2 * FLASH_PRODUCT, 3 * FLASH_PRODUCT, 4 * FLASH_PRODUCT]
     assert [(kernel.flops, kernel.scope) for kernel in found.kernels] == [
         (number, "encoders") for number in flops
@@ -84,7 +84,7 @@ metadata={op_name="jit(step)/encoders/my_kernel/pallas_call"}
 
 
 def test_splash_attention_on_tpus():
-    found = account(SPLASH, ("encoders",))
+    found = Account(SPLASH, ("encoders",))
     forward, backward, other = found.kernels
     product = 2 * 2 * 3 * 200 * 300 * 64  # without padding
     assert (forward.name, forward.flops) == ("splash_mha_fwd_residuals", 2 * product)
@@ -92,7 +92,7 @@ def test_splash_attention_on_tpus():
     assert other == Kernel("my_kernel", "encoders", None, 1)
     assert found.work["encoders"].flops == 7 * product
     assert found.work["encoders"].matrix_passes == 7 * FLASH_PRODUCT
-    without_lengths = account(SPLASH.replace("attention_200x300", "attention"), ("encoders",))
+    without_lengths = Account(SPLASH.replace("attention_200x300", "attention"), ("encoders",))
     assert without_lengths.kernels[0].flops == 2 * FLASH_PRODUCT
 
 
@@ -135,7 +135,7 @@ custom_call_target="__cudnn$fmhaSoftmaxBackward", metadata={op_name="jit(f)/tran
 
 
 def test_kernels_on_gpus():
-    found = account(GPU, ("mlp", "scores", "attend"), float32=Float32(default=2, highest=16))
+    found = Account(GPU, ("mlp", "scores", "attend"), float32=Float32(default=2, highest=16))
     mlp, scores, attend = (found.work[name] for name in ("mlp", "scores", "attend"))
     assert mlp.flops == mlp.matrix_passes == 2 * 640 * 256 * 512
     assert mlp.bytes == 2 * (640 * 256 + 256 * 512 + 512 + 640 * 512)
@@ -155,5 +155,5 @@ def test_kernels_on_gpus():
         "__cudnn$fmhaSoftmaxBackward",
     ]
     text = GPU.replace('["HIGHEST","HIGHEST"]', '["DEFAULT","DEFAULT"]')
-    default = account(text, ("scores",), float32=Float32(default=2, highest=16)).work["scores"]
+    default = Account(text, ("scores",), float32=Float32(default=2, highest=16)).work["scores"]
     assert default.matrix_passes == 2 * default.flops

@@ -1,6 +1,7 @@
 """Work counted in small programs whose figures are known by hand, and the command on top of it."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,10 @@ from jax.sharding import PartitionSpec
 
 from fne_jax import configuration, plan
 from fne_jax.errors import UserError
-from fne_jax.model.model import build_model
-from fne_jax.planning import program, published, summary, topology, useful
-from fne_jax.planning.accounting import Collective, account
-from fne_jax.training import train_state
+from fne_jax.model.model import build_module
+from fne_jax.planning import program, published, summary, topology
+from fne_jax.planning.accounting import Account, Collective
+from fne_jax.planning.useful import matrix_flops, useful_flops
 from tests.support import TOP
 from tests.support.runs import mesh_of
 from tests.support.tiny import tiny_config
@@ -125,7 +126,7 @@ kind=kOutput, calls=%overlap
 
 
 def test_a_gather_that_overlaps_with_others_is_counted_once():
-    found = account(OVERLAPPING_PROGRAM, ("encoders",))
+    found = Account(OVERLAPPING_PROGRAM, ("encoders",))
     assert [(one.kind, one.bytes) for one in found.collectives] == [("all-gather", 8 * 16 * 4)] * 2
     gathers = 2 * (4 * 16 + 8 * 16) * 4
     # The start passes the shard on: it is neither read nor written there twice.
@@ -133,7 +134,7 @@ def test_a_gather_that_overlaps_with_others_is_counted_once():
 
 
 def test_a_tpu_program_is_counted_as_by_hand():
-    found = account(TPU_PROGRAM, ("encoders", "objective"))
+    found = Account(TPU_PROGRAM, ("encoders", "objective"))
     layers, batched = 3 * (2 * 8 * 16 * 16), 2 * 5 * 4 * 7 * 6
     encoders = found.work["encoders"]
     assert encoders.flops == layers + batched + 3  # and the counter
@@ -158,11 +159,11 @@ ENTRY %main (a: bf16[3,5,64], b: bf16[3,5,64]) -> f32[300] {
 }
 """
     size = 2 * 3 * 5 * 64
-    assert account(text, ("x",)).work["other"].bytes == 3 * size + 4 * 300
-    padded = account(text, ("x",), in_tiles=True).work["other"]
+    assert Account(text, ("x",)).work["other"].bytes == 3 * size + 4 * 300
+    padded = Account(text, ("x",), in_tiles=True).work["other"]
     # [3, 8, 128]; then the 5 lie closest together, and there is [3, 64, 128].
     assert padded.bytes == 2 * 3 * 8 * 128 + 2 * (2 * 3 * 64 * 128) + 4 * 512
-    plain = account(text, ("x",)).work["other"]
+    plain = Account(text, ("x",)).work["other"]
     assert padded.flops == plain.flops
 
 
@@ -175,7 +176,7 @@ def test_loops_count_as_often_as_they_run():
             return x @ weights[0]
 
     text = step.lower(jnp.ones((32, 48)), jnp.ones((7, 48, 48))).compile().as_text()
-    work = account(text, ("layers", "head")).work
+    work = Account(text, ("layers", "head")).work
     assert work["layers"].matrix_passes == 7 * 2 * 32 * 48 * 48
     assert work["head"].matrix_passes == 2 * 32 * 48 * 48
     # At least: the stack once and the activations in and out of every layer.
@@ -191,7 +192,7 @@ def test_gradients_keep_the_scope_of_what_they_are_of():
 
     step = jax.jit(lambda w, x: jax.named_scope("outer")(jax.grad(loss))(w, x))
     text = step.lower(jnp.ones((24, 40)), jnp.ones((16, 24))).compile().as_text()
-    work = account(text, ("outer", "inner")).work
+    work = Account(text, ("outer", "inner")).work
     # Forward, and the gradient of the weights.
     assert work["inner"].matrix_passes == 2 * 2 * 16 * 24 * 40
 
@@ -214,9 +215,9 @@ def test_useful_operations_are_those_of_the_trace():
     products = 4 * (2 * 6 * 5 * 5) + 2 * 6 * 6 * 5
     patches = 2 * (3 * 2) * 7 * (2 * 2 * 3)  # of 6 x 4 pixels with three channels
     image = jax.ShapeDtypeStruct((1, 6, 4, 3), jnp.float32)
-    assert useful.matrix_flops(jax.jit(function), x, stack, image) == products + patches
+    assert matrix_flops(jax.jit(function), x, stack, image) == products + patches
     with pytest.raises(ValueError, match="the operations of a while are not known"):
-        useful.matrix_flops(lambda x: jax.lax.while_loop(jnp.any, lambda x: x - 1, x), x[0, 0])
+        matrix_flops(lambda x: jax.lax.while_loop(jnp.any, lambda x: x - 1, x), x[0, 0])
 
 
 def test_collectives_are_counted_in_bytes():
@@ -228,7 +229,7 @@ def test_collectives_are_counted_in_bytes():
             return jax.lax.psum(x, "data")
 
     text = jax.jit(total).lower(jnp.ones((16, 5))).compile().as_text()
-    (found,) = account(text, ("sum",)).collectives
+    (found,) = Account(text, ("sum",)).collectives
     assert found == Collective("all-reduce", "sum", 2 * 5 * 4, 1)
 
 
@@ -253,7 +254,7 @@ dimensions={0}, to_apply=%add, metadata={op_name="jit(step)/optimizer/reduce_sca
 
 
 def test_collectives_of_gpus():
-    found = account(GPU_COLLECTIVES, ("queue", "encoders", "optimizer"))
+    found = Account(GPU_COLLECTIVES, ("queue", "encoders", "optimizer"))
     row = 8 * 4
     kinds = [(one.kind, one.scope, one.bytes) for one in found.collectives]
     gathered = 64 * row + 64 * 4
@@ -272,7 +273,7 @@ def test_collectives_of_gpus():
 def test_a_loop_of_unknown_length_is_an_error():
     text = TPU_PROGRAM.replace("direction=LT", "direction=NE")
     with pytest.raises(ValueError, match="loop: the loop's trip count cannot be read"):
-        account(text, ("encoders",))
+        Account(text, ("encoders",))
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +307,7 @@ def test_the_plan_of_a_tiny_run(tiny_plan):
     forward = 4 * (tower(5) + tower(8) + 2 * 4 * 48 * 16)
     assert compiled.useful_flops == forward
     assert found["useful_flops_per_chip"] == 4 * forward
-    work = account(compiled.text, summary.SCOPES).work
+    work = Account(compiled.text, summary.SCOPES).work
     # Float32 takes six passes of a matrix unit. Backwards is twice as much, but for the gradient of
     # the pixels.
     assert work["momentum_encoders"].matrix_passes == 6 * forward
@@ -325,7 +326,7 @@ def test_rooflines_and_hours(tiny_plan):
 metadata={op_name="jit(step)/momentum_encoders/mine/pallas_call"}
   ROOT %end = """
     text = TPU_PROGRAM.replace("  ROOT %end = ", kernel)
-    compiled = program.Program(config, mesh_of(1), program_state(), {}, 2, 1, True, None, text, 500)
+    compiled = program.Program(training_of_nothing(config), 500, 2, scratch=1, text=text)
     found = summary.summarize(compiled, machine, 48, 3)
     assert not found["fits"]  # 2 bytes of 1
     assert found["roofline_bound_by"] == "memory"
@@ -343,35 +344,32 @@ metadata={op_name="jit(step)/momentum_encoders/mine/pallas_call"}
 
 
 def test_frozen_layers_are_useful_once_and_kept_ones_never():
-    def useful(**fields):
+    def flops(**fields):
         layers = {"encoder__image__layers": 2, "encoder__text__layers": 2}
         config = tiny_config(data__augmentation="none", **layers, **fields)
-        model = build_model(config, {}, range(config.data.vocab_size), mesh_of(1))
-        state = train_state.abstract_state(model, lambda _: 0.0)
-        return program._useful_flops(config, {}, state.all_params)
+        return useful_flops(config, {}, config.data.vocab_size)
 
     def layer(tokens):  # four projections, two of the MLP, scores and their product with values
         return 2 * tokens * 16 * (4 * 16 + 2 * 16) + 2 * (2 * tokens * tokens * 16)
 
     patches = 2 * 4 * 48 * 16
     image, text = 2 * layer(5) + patches, 2 * layer(8)
-    assert useful() == 4 * (image + text)
+    assert flops() == 4 * (image + text)
     half = {"encoder__image__frozen_layers": "1"}
-    assert useful(**half) == 4 * (layer(5) + text) + layer(5) + patches
-    assert useful(**half, data__keep_frozen=True) == 4 * (layer(5) + text)
+    assert flops(**half) == 4 * (layer(5) + text) + layer(5) + patches
+    assert flops(**half, data__keep_frozen=True) == 4 * (layer(5) + text)
     projected = 2 * 2 * 16 * 12
     whole = {"encoder__text__frozen_layers": "all", "encoder__projection_dim": 12}
-    assert useful(**whole) == 4 * (image + projected) + text
+    assert flops(**whole) == 4 * (image + projected) + text
 
 
-def program_state():
-    """A train state without arrays, whose sizes do not matter."""
-    from fne_jax.training.train_state import TrainState
-
-    return TrainState(
-        step=None, apply_fn=None, params={}, tx=None, opt_state=(), frozen_params={},
-        momentum_params={}, queue=None, stats=None, key=None,
-    )  # fmt: skip
+def training_of_nothing(config):
+    """A training without arrays, whose sizes do not matter."""
+    state = types.SimpleNamespace(
+        params={}, frozen_params={}, momentum_params={}, opt_state=(), queue=None
+    )
+    model = types.SimpleNamespace(config=config, mesh=mesh_of(1))
+    return types.SimpleNamespace(model=model, state=state, abstract_batch=dict)
 
 
 @pytest.mark.slow
@@ -398,7 +396,7 @@ def test_a_program_that_does_not_fit():
     assert program.out_of_memory("INTERNAL: something else") is None
     config = tiny_config()
     machine = topology.Topology("made-up", jax.devices()[:1], None)
-    compiled = program.Program(config, mesh_of(1), program_state(), {}, 3, None, False, 2, None, 1)
+    compiled = program.Program(training_of_nothing(config), 1, 3, 2)
     found = summary.summarize(compiled, machine, 48, 3)
     assert not found["fits"] and found["hbm_limit_bytes_per_chip"] == 2
     assert "fits: NO, at least 3 B of 2 B a device" in summary.render(found)
@@ -428,9 +426,9 @@ def test_published_towers_need_no_hub_and_coco_divides_its_slices():
     for name, batch in (("coco", 1024), ("flickr30k", 32)):
         config = configuration.load_config(str(TOP / "configs" / f"{name}.py"), [])
         assert config.global_batch_size == batch
-        architectures = program.read_architectures(config.encoder)
+        architectures = published.read_architectures(config.encoder)
         resolved = configuration.with_model_defaults(config, architectures)
-        module = program.build_module(resolved, architectures, 1)
+        module = build_module(resolved, architectures, 1)
         assert (module.image.layers, module.image.image_size, module.text.vocab_size) == (
             12, 384, 30522,
         )  # fmt: skip

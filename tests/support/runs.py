@@ -7,7 +7,7 @@ from fne_jax import configuration
 from fne_jax.model import checkpoints, tokenizers
 from fne_jax.model.model import build_model
 from fne_jax.parallel import sharding
-from fne_jax.training.compiled_steps import jitted_steps
+from fne_jax.training.setup import Training
 from fne_jax.training.train_state import abstract_state, initial_state
 
 
@@ -16,16 +16,18 @@ def mesh_of(data, fsdp=1):
     return sharding.create_mesh(data, fsdp, jax.devices()[: data * fsdp])
 
 
-def new_state(config, module, mesh, schedule):
+def training_of(config, module, mesh, steps_per_epoch, learning_rate=None):
+    """Returns how a config trains two towers, at its learning rate or at a constant one."""
+    if learning_rate is not None:
+        config = config.copy_and_resolve_references()
+        config.optimizer.update(learning_rate=learning_rate, warmup_epochs=0.0, step_epochs=())
+    model = build_model(config, {}, None, mesh, module=module)
+    return Training.of(model, steps_per_epoch)
+
+
+def new_state(training):
     """Returns the state before the first step."""
-    model = build_model(config, {}, None, mesh, module=module)
-    return initial_state(model, abstract_state(model, schedule))
-
-
-def new_steps(config, timeline, module, mesh, schedule, state):
-    """Returns the train step of each phase, jitted."""
-    model = build_model(config, {}, None, mesh, module=module)
-    return jitted_steps(config, timeline, model, schedule, state)
+    return initial_state(training.model, training.state)
 
 
 def stored_state(workdir, checkpoint="latest", *, mesh=None, module=None):

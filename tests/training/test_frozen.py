@@ -25,11 +25,11 @@ from fne_jax.model.model import build_model, load_workdir
 from fne_jax.parallel import sharding
 from fne_jax.training import loop
 from fne_jax.training.optimizer import learning_rate_factors
-from fne_jax.training.timeline import Phase, Timeline
+from fne_jax.training.timeline import Phase
 from fne_jax.training.train_state import abstract_state
 from tests.support import TOP
 from tests.support.ports import free_port
-from tests.support.runs import mesh_of, new_state, new_steps, stored_state
+from tests.support.runs import mesh_of, new_state, stored_state, training_of
 from tests.support.tiny import tiny_config
 from tests.support.xla_flags import xla_flags
 
@@ -57,10 +57,9 @@ def batch_of(config):
 def stepped(config, mesh, steps=2):
     """Returns the states before and after a few FNE steps on one batch, and the last scalars."""
     module = build_dual_encoder(config.encoder, 30, mesh=mesh)
-    schedule, timeline = optax.constant_schedule(0.01), Timeline.of(config, 7)
-    start = new_state(config, module, mesh, schedule)
-    state = new_state(config, module, mesh, schedule)
-    step = new_steps(config, timeline, module, mesh, schedule, state)[Phase.FNE]
+    training = training_of(config, module, mesh, 7, 0.01)
+    start, state = new_state(training), new_state(training)
+    step = training.steps[Phase.FNE]
     batch = sharding.to_devices(batch_of(config), mesh)
     for _ in range(steps):
         state, scalars, _ = step(state, batch)
@@ -227,8 +226,8 @@ def test_kept_features_are_of_their_weights_their_data_and_their_program(tmp_pat
         config = tiny_config(seed=seed, global_batch_size=batch, **fields | more)
         mesh = mesh_of(1)
         module = build_dual_encoder(config.encoder, 30, mesh=mesh)
-        model = build_model(config, {}, None, mesh, module=module)
-        model = model.with_params(new_state(config, module, mesh, lambda _: 0.0).all_params)
+        training = training_of(config, module, mesh, 7)
+        model = training.model.with_params(new_state(training).all_params)
         train = change(load_split(config.data, 8, "train"))
         tokens = np.ones((2, len(train.captions), 8), np.int32)
         rows = model.with_kept(train, tuple(tokens), training=True).kept["image"]

@@ -22,12 +22,11 @@ from fne_jax.objectives.learned_scalars import (
     initial,
 )
 from fne_jax.parallel import sharding
-from fne_jax.training import loop
-from fne_jax.training.optimizer import build_optimizer, learning_rate_schedule
-from fne_jax.training.timeline import Timeline
+from fne_jax.training import loop, setup
+from fne_jax.training.optimizer import build_optimizer
 from fne_jax.training.train_state import abstract_state, find_source_run, first_state
 from tests.support.fne import make_batch
-from tests.support.runs import mesh_of, new_state, new_steps, stored_state
+from tests.support.runs import mesh_of, new_state, stored_state, training_of
 from tests.support.tiny import LinearTowers, tiny_config
 
 LEARNING = {"objective__learn_temperature": True}
@@ -36,12 +35,10 @@ LEARNING = {"objective__learn_temperature": True}
 def run_steps(config, mesh, steps=9):
     """Returns the states after each step and their scalars; the warm-up has 7 steps."""
     train = load_split(config.data, 8, "train")
-    order = loop.batch_order(config, train)
-    plan = Timeline.of(config, order.steps_per_epoch)
+    order = setup.batch_order(config, train)
     tokens = np.arange(len(train.captions), dtype=np.int32)[:, None] + np.arange(8, dtype=np.int32)
-    schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
-    state = new_state(config, LinearTowers(), mesh, schedule)
-    jitted = new_steps(config, plan, LinearTowers(), mesh, schedule, state)
+    training = training_of(config, LinearTowers(), mesh, order.steps_per_epoch)
+    state = new_state(training)
     batches = training_batches(
         train,
         (tokens % 30, np.ones_like(tokens)),
@@ -50,7 +47,8 @@ def run_steps(config, mesh, steps=9):
     )
     states = []
     for step, batch in enumerate(batches):
-        state, scalars, _ = jitted[plan.phase(step)](state, sharding.to_devices(batch, mesh))
+        phase = training.timeline.phase(step)
+        state, scalars, _ = training.steps[phase](state, sharding.to_devices(batch, mesh))
         states.append(jax.device_get((state.params, scalars)))
     return states
 

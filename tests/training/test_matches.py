@@ -15,17 +15,16 @@ from fne_jax.data.verdicts import Verdict, write_verdicts
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints
 from fne_jax.parallel import sharding
-from fne_jax.planning.accounting import account
+from fne_jax.planning.accounting import Account
 from fne_jax.planning.program import compile_step
 from fne_jax.planning.summary import SCOPES
 from fne_jax.planning.topology import Topology
-from fne_jax.training import dry_run, loop
+from fne_jax.training import dry_run, loop, setup
 from fne_jax.training.matches import known_matches, read_matches
-from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.step_results import true_false_negative_rates
-from fne_jax.training.timeline import Phase, Timeline
+from fne_jax.training.timeline import Phase
 from fne_jax.training.train_step import OBJECTIVE
-from tests.support.runs import mesh_of, new_state, new_steps, stored_state
+from tests.support.runs import mesh_of, new_state, stored_state, training_of
 from tests.support.tiny import LinearTowers, smooth_config, tiny_config
 
 
@@ -64,12 +63,10 @@ def config_of(**fields):
 def run_steps(config, mesh, steps=12):
     """Returns the states, the scalars and the drawn negatives of steps, and compilations."""
     train = split_with_truth(config)
-    order = loop.batch_order(config, train)
-    plan = Timeline.of(config, order.steps_per_epoch)
+    order = setup.batch_order(config, train)
     tokens = np.arange(len(train.captions), dtype=np.int32)[:, None] + np.arange(8, dtype=np.int32)
-    schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
-    state = new_state(config, LinearTowers(), mesh, schedule)
-    jitted = new_steps(config, plan, LinearTowers(), mesh, schedule, state)
+    training = training_of(config, LinearTowers(), mesh, order.steps_per_epoch)
+    state, jitted = new_state(training), training.steps
     known = known_matches(config, train, mesh).tables
     batches = training_batches(
         train,
@@ -80,7 +77,7 @@ def run_steps(config, mesh, steps=12):
     results = []
     for step, batch in enumerate(batches):
         rows = sharding.to_devices(batch, mesh)
-        state, scalars, negatives = jitted[plan.phase(step)](state, rows, *known)
+        state, scalars, negatives = jitted[training.timeline.phase(step)](state, rows, *known)
         result = jax.device_get((state.params, scalars, negatives))
         rates = {}
         if negatives:
@@ -168,7 +165,7 @@ def test_a_run_goes_on_with_its_own_list_alone(monkeypatch, tmp_path):
     path, workdir = tmp_path / "list.npz", tmp_path / "run"
     config = config_of(data__matches=str(path))
     train = split_with_truth(config)
-    monkeypatch.setattr(loop, "load_split", lambda *arguments: train)
+    monkeypatch.setattr(setup, "load_split", lambda *arguments: train)
     listed(path, train, lambda number: number % 2 == 0)
     loop.train_and_evaluate(config, workdir, module=LinearTowers(), warmup_only=True)
     listed(path, train, lambda number: number % 3 == 0)
@@ -211,8 +208,7 @@ def test_eight_devices_do_what_one_does(dropping, objective):
 def test_devices_look_up_their_own_anchors_only():
     config = config_of(objective__oracle="drop", queue_size=4000, fne__start_epoch=0.0)
     mesh, train = mesh_of(2, 4), split_with_truth(config)
-    schedule = learning_rate_schedule(config.optimizer, 7, 14)
-    state = new_state(config, LinearTowers(), mesh, schedule)
+    training = training_of(config, LinearTowers(), mesh, 7)
     batch = {
         "image": np.zeros((16, 8, 8, 3), np.uint8),
         "input_ids": np.ones((16, 8), np.int32),
@@ -220,13 +216,10 @@ def test_devices_look_up_their_own_anchors_only():
         "image_id": np.arange(16, dtype=np.int32),
         "pair_id": np.arange(16, dtype=np.int32),
     }
-    step = new_steps(config, Timeline.of(config, 7), LinearTowers(), mesh, schedule, state)[
-        Phase.FNE
-    ]
     rows = sharding.to_devices(batch, mesh)
     known = known_matches(config, train, mesh).tables
-    text = step.lower(state, rows, *known).compile().as_text()
-    found = account(text, SCOPES).collectives
+    step = training.steps[Phase.FNE].lower(new_state(training), rows, *known)
+    found = Account(step.compile().as_text(), SCOPES).collectives
     largest = max(one.bytes for one in found if one.scope == OBJECTIVE)
     assert largest < config.queue_size, "what is known of the queue moves between devices"
 
@@ -234,7 +227,7 @@ def test_devices_look_up_their_own_anchors_only():
 @pytest.mark.slow
 def test_a_run_that_is_resumed_is_the_same_to_the_bit(monkeypatch, tmp_path):
     config = config_of(objective__oracle="drop")
-    monkeypatch.setattr(loop, "load_split", lambda *arguments: split_with_truth(config))
+    monkeypatch.setattr(setup, "load_split", lambda *arguments: split_with_truth(config))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.train_and_evaluate(config, whole, module=LinearTowers())
     loop.train_and_evaluate(config, parts, module=LinearTowers(), warmup_only=True)

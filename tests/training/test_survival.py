@@ -15,7 +15,6 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 import scipy.stats
@@ -26,15 +25,13 @@ from fne_jax.model import checkpoints
 from fne_jax.model.model import load_workdir
 from fne_jax.objectives.similarity_statistics import GaussianStatistics, SimilarityStatistics
 from fne_jax.parallel import sharding
-from fne_jax.training import compiled_steps, loop
+from fne_jax.training import loop, setup
 from fne_jax.training.checkpointing import Checkpoints
 from fne_jax.training.metric_log import MetricLog, read_metrics
-from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.step_results import StepResults
-from fne_jax.training.supervisor import Supervisor
-from fne_jax.training.timeline import Phase, Timeline
+from fne_jax.training.timeline import Phase
 from tests.support import TOP, soak_kill
-from tests.support.runs import content_of, new_state, new_steps, stored_state
+from tests.support.runs import content_of, new_state, stored_state, training_of
 from tests.support.tiny import LinearTowers, tiny_config
 from tests.support.xla_flags import xla_flags
 
@@ -57,8 +54,9 @@ def state_of(workdir):
     return stored_state(workdir, module=LinearTowers())
 
 
-def fresh_state(config, schedule):
-    return new_state(config, LinearTowers(), sharding.create_mesh(), schedule)
+def fresh_training(config, steps_per_epoch, learning_rate=None):
+    mesh = sharding.create_mesh()
+    return training_of(config, LinearTowers(), mesh, steps_per_epoch, learning_rate)
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +81,14 @@ def steps_of(workdir):
 
 @pytest.mark.parametrize("step", [7, 14])
 def test_a_signal_during_validation_abandons_it(whole_run, tmp_path, monkeypatch, step):
-    validate = Supervisor.validate
+    validate = loop.validate
 
-    def interrupted(self, state, at):
+    def interrupted(run, state, at, log):
         if at == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return validate(self, state, at)
+        return validate(run, state, at, log)
 
-    monkeypatch.setattr(Supervisor, "validate", interrupted)
+    monkeypatch.setattr(loop, "validate", interrupted)
     with pytest.raises(Interrupted, match=f"stopped at step {step}, saved") as stop:
         train(tmp_path)
     assert stop.value.exit_code == 143
@@ -272,9 +270,8 @@ def test_the_fingerprint_sees_bits_places_and_leaves(monkeypatch):
 def test_another_layout_is_named(own_run):
     position = own_run / "checkpoints" / "14" / "position" / "metadata"
     values = json.loads(position.read_text())
-    del values["layout"], values["fne_jax"]
-    position.write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"layout 1, written by fne_jax an early .* reads layout 4"):
+    position.write_text(json.dumps(values | {"layout": 3}))
+    with pytest.raises(UserError, match="layout 3; this fne_jax reads layout 4"):
         train(own_run)
     assert steps_of(own_run)[-1] == 14, "it is not damaged"
 
@@ -326,9 +323,9 @@ def poisoned(objective, image_ids):
 
 def poison(monkeypatch, image_ids):
     for name in ("warmup_objective", "main_objective"):
-        make = getattr(compiled_steps.registry, name)
+        make = getattr(setup.registry, name)
         monkeypatch.setattr(
-            compiled_steps.registry,
+            setup.registry,
             name,
             lambda config, make=make: poisoned(make(config), image_ids),
         )
@@ -336,12 +333,9 @@ def poison(monkeypatch, image_ids):
 
 def test_a_bad_batch_changes_nothing_but_the_step(monkeypatch):
     config = tiny_config(fne__start_epoch=0.0)
-    timeline = Timeline.of(config, 7)
-    schedule = learning_rate_schedule(config.optimizer, 7, timeline.total_steps)
     poison(monkeypatch, [100])
-    state = fresh_state(config, schedule)
-    mesh = sharding.create_mesh()
-    step = new_steps(config, timeline, LinearTowers(), mesh, schedule, state)[Phase.FNE]
+    training = fresh_training(config, 7)
+    state, step = new_state(training), training.steps[Phase.FNE]
     batch = random_batch()
     state, scalars, _ = step(state, batch)
     assert bool(scalars["applied"])
@@ -359,10 +353,9 @@ def test_a_bad_batch_changes_nothing_but_the_step(monkeypatch):
 
 def test_statistics_begin_anew_with_an_epoch_whose_first_batch_is_bad(monkeypatch):
     config = tiny_config()
-    timeline, schedule = Timeline.of(config, 2), optax.constant_schedule(0.0)
     poison(monkeypatch, [100])
-    state, mesh = fresh_state(config, schedule), sharding.create_mesh()
-    step = new_steps(config, timeline, LinearTowers(), mesh, schedule, state)[Phase.FNE]
+    training = fresh_training(config, 2, 0.0)
+    state, step = new_state(training), training.steps[Phase.FNE]
     batch = random_batch() | {"image_id": np.arange(16, dtype=np.int32) + 85}  # holds 100
     counts = []
     for _ in range(4):  # epochs of two steps
@@ -406,7 +399,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="last 3 steps to step 3 had a loss or gradient"):
             train(tmp_path, config)
     saved = state_of(tmp_path)
-    start = fresh_state(config, learning_rate_schedule(config.optimizer, 7, 7))
+    start = new_state(fresh_training(config, 7))
     jax.tree.map(np.testing.assert_array_equal, saved.params, start.params)
     train(tmp_path, config)  # the cause is gone: it goes on
     last = read_metrics(tmp_path)[-2]
@@ -431,20 +424,20 @@ import ctypes, gc, json, pathlib, sys
 sys.modules["clu"] = None  # TensorFlow's memory is not ours
 import psutil
 from fne_jax.training import loop
-from fne_jax.training.supervisor import Supervisor
+from fne_jax.progress import Progress
 from tests.support.tiny import LinearTowers, tiny_config
 
-after_step, sizes = Supervisor.after_step, []  # of every tenth step
+update, sizes = Progress.update, []  # of every tenth step
 free_what_is_free = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
 
-def measured(self, state, scalars, negatives, done, *rest):
-    after_step(self, state, scalars, negatives, done, *rest)
-    if done % 10 == 0:
+def measured(self, done, note=""):
+    update(self, done, note)
+    if note and done % 10 == 0:
         gc.collect()
         free_what_is_free(0)
         sizes.append(psutil.Process().memory_info().rss)
 
-Supervisor.after_step = measured
+Progress.update = measured
 config = tiny_config(num_epochs=14.0, data__synthetic__images=1200, logging__every_steps=20)
 loop.train_and_evaluate(config, pathlib.Path(sys.argv[1]), module=LinearTowers())
 print(json.dumps(sizes))

@@ -29,14 +29,14 @@ from fne_jax.model.model import load_workdir
 from fne_jax.objectives.features import Features
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics, StatisticsRule
 from fne_jax.parallel import sharding
-from fne_jax.training import loop, metric_log
+from fne_jax.training import loop, metric_log, setup
 from fne_jax.training.interruption import StopRequest
 from fne_jax.training.metric_log import MetricLog, read_metrics
 from fne_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from fne_jax.training.step_results import StepResults, true_false_negative_rates
 from fne_jax.training.timeline import Phase, Timeline
 from tests.support import TOP
-from tests.support.runs import mesh_of, new_state, new_steps, stored_state
+from tests.support.runs import mesh_of, new_state, stored_state, training_of
 from tests.support.tiny import LinearTowers, tiny_config
 
 STEPS = 20
@@ -45,14 +45,12 @@ STEPS = 20
 def run_steps(config, mesh, steps=STEPS, module=None):
     """Returns the state, the scalars and the chosen negatives of a few steps."""
     train = load_split(config.data, 8, "train")
-    order = loop.batch_order(config, train)
-    plan = Timeline.of(config, order.steps_per_epoch)
+    order = setup.batch_order(config, train)
     tokens = np.tile(np.arange(8, dtype=np.int32), (len(train.captions), 1))
     tokens = (tokens + np.arange(len(train.captions))[:, None]).astype(np.int32) % 30
-    schedule = learning_rate_schedule(config.optimizer, plan.steps_per_epoch, plan.total_steps)
     module = module or build_dual_encoder(config.encoder, 30)
-    state = new_state(config, module, mesh, schedule)
-    jitted = new_steps(config, plan, module, mesh, schedule, state)
+    training = training_of(config, module, mesh, order.steps_per_epoch)
+    state, jitted = new_state(training), training.steps
     scalars, negatives = [], []
     batches = training_batches(
         train,
@@ -61,7 +59,8 @@ def run_steps(config, mesh, steps=STEPS, module=None):
         TrainingImages(8, config.data.augmentation, config.seed),
     )
     for step, batch in enumerate(batches):
-        state, values, chosen = jitted[plan.phase(step)](state, sharding.to_devices(batch, mesh))
+        step_of_phase = jitted[training.timeline.phase(step)]
+        state, values, chosen = step_of_phase(state, sharding.to_devices(batch, mesh))
         scalars.append(jax.device_get(values))
         negatives.append(jax.device_get(chosen))
     compiled = {phase: step._cache_size() for phase, step in jitted.items()}
@@ -457,23 +456,17 @@ def test_a_profile_marks_its_five_steps(tmp_path):
 @pytest.mark.parametrize(("name", "used"), [("clip", False), ("infonce", True)])
 def test_momentum_encoders_embed_only_what_is_compared(name, used):
     config = tiny_config(objective__name=name, warmup__objective="hardest", fne__start_epoch=1.0)
-    mesh, schedule = mesh_of(1), optax.constant_schedule(0.1)
-    state = new_state(config, LinearTowers(), mesh, schedule)
-    steps = new_steps(config, Timeline.of(config, 7), LinearTowers(), mesh, schedule, state)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    batch = {
-        "image": jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.uint8),
-        **{n: jax.ShapeDtypeStruct((16, 8), jnp.int32) for n in ("input_ids", "attention_mask")},
-        **{n: jax.ShapeDtypeStruct((16,), jnp.int32) for n in ("image_id", "pair_id")},
-    }
+    mesh = mesh_of(1)
+    training = training_of(config, LinearTowers(), mesh, 7, 0.1)
+    state, steps = new_state(training), training.steps
     embeds = {
-        phase: "/momentum_encoders/" in step.lower(like, batch).compile().as_text()
-        for phase, step in steps.items()
+        phase: "/momentum_encoders/" in step.as_text()
+        for phase, step in training.compiled(Phase).items()
     }
     assert embeds == {Phase.WARMUP: False, Phase.WARMUP_FILLING: True, Phase.FNE: used}
     rows = {
         name: np.zeros(array.shape, array.dtype) + (array.dtype == jnp.int32)
-        for name, array in batch.items()
+        for name, array in training.abstract_batch().items()
     }
     before = jax.tree.map(np.asarray, state.momentum_params)
     state, _, _ = steps[Phase.FNE](state, sharding.to_devices(rows, mesh))

@@ -1,8 +1,11 @@
-"""What ranking a test split costs beside the bare product of its embeddings."""
+"""What ranking costs: a test split beside the bare product, one query among many rows."""
 
 from __future__ import annotations
 
 import functools
+import pathlib
+import tempfile
+import tracemalloc
 from typing import Any
 
 import jax
@@ -12,7 +15,10 @@ from fne_jax.benchmarks.timing import machine, median_seconds, peak_memory_bytes
 from fne_jax.errors import UserError
 from fne_jax.evaluation.metrics import retrieval_metrics
 from fne_jax.evaluation.top_k import BLOCK_ROWS
+from fne_jax.index import exact
 from fne_jax.objectives.similarity_statistics import cosine
+
+_WRITTEN_ROWS = 10_000
 
 
 def retrieval(images: int, captions: int, dim: int, repeats: int) -> dict[str, Any]:
@@ -61,6 +67,44 @@ def retrieval(images: int, captions: int, dim: int, repeats: int) -> dict[str, A
         "product_s": seconds["product"],
         "ratio": seconds["retrieval"] / seconds["product"],
         "peak_mib": peak / 2**20,
+        **machine(),
+    }
+
+
+def search(rows: int, dim: int, repeats: int) -> dict[str, Any]:
+    """Times exact search among made-up rows that are memory-mapped, as an index keeps them.
+
+    Returns:
+      One benchmark line. `query_s` is one query for its first ten rows, after the file was read;
+      `memory_mib` the most memory that it takes beside the file; `cores` those it may use.
+    """
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory(prefix="fne_jax_benchmark_") as folder:
+        path = pathlib.Path(folder) / "rows.npy"
+        with path.open("wb") as stream:
+            header = {"descr": "<f2", "fortran_order": False, "shape": (rows, dim)}
+            np.lib.format.write_array_header_1_0(stream, header)
+            for start in range(0, rows, _WRITTEN_ROWS):
+                vectors = _unit_rows(rng, min(_WRITTEN_ROWS, rows - start), dim)
+                stream.write(vectors.astype(np.float16))
+        stored = np.load(path, mmap_mode="r")
+        query = stored[:1].astype(np.float32)
+
+        def first_ten():
+            return exact.nearest(stored, query, 10)
+
+        seconds = median_seconds({"query": first_ten}, repeats)
+        tracemalloc.start()
+        first_ten()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    return {
+        "benchmark": "search",
+        "rows": rows,
+        "dim": dim,
+        "query_s": seconds["query"],
+        "memory_mib": peak / 2**20,
+        "cores": exact.usable_cores(),
         **machine(),
     }
 
