@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fne_jax.training.compiled_steps import jitted_steps
 
 from configs import base
 from fne_jax import configuration
@@ -21,8 +20,8 @@ from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, build_module
 from fne_jax.parallel import sharding
 from fne_jax.training.optimizer import build_optimizer, learning_rate_schedule
+from fne_jax.training.setup import Training
 from fne_jax.training.timeline import Timeline
-from fne_jax.training.train_state import abstract_state
 from tests.support.tiny import tiny_config
 
 
@@ -124,12 +123,11 @@ def builds(config):
     module = build_module(config, {}, 30)
     mesh = sharding.create_mesh()
     model = build_model(config, {}, None, mesh, module=module)
-    timeline = Timeline.of(config, 7)
+    training = Training.of(model, 7)
+    timeline = training.timeline
     schedule = learning_rate_schedule(config.optimizer, 7, timeline.total_steps)
     assert all(np.isfinite(schedule(step)) for step in (0, 1, timeline.total_steps))
-    state = abstract_state(model, schedule)
-    jitted_steps(config, timeline, model, schedule, state)
-    assert timeline.phase(0) and state.step.shape == ()
+    assert timeline.phase(0) and training.state.step.shape == ()
 
 
 def refused_by_name_or_built(data):
