@@ -148,3 +148,13 @@ def test_the_values_of_an_evaluation_are_read(tmp_path, monkeypatch, capsys):
     )
     exec(block.code, {})
     assert capsys.readouterr().out == "212.5 12.5\n"
+
+
+def test_the_ways_of_an_image_and_a_caption_name_what_is_there():
+    page = (TOP / "docs" / "architecture.md").read_text()
+    found = re.findall(r"^\d+\. `([\w/]+\.py)` `(\w+)`", page, re.MULTILINE)
+    assert len(found) == 24 + 21
+    for path, name in found:
+        assert re.search(
+            rf"^(def|class) {name}\b", (TOP / "fne_jax" / path).read_text(), re.MULTILINE
+        )
