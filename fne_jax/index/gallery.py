@@ -100,7 +100,7 @@ def texts_of(source: AnyPath | Sequence[str], load_split: Callable[[str], PairDa
         if path.suffix.lower() in _TABLES:
             texts = [text for image in _table(path) for text in listing.usable_captions(image)[0]]
         else:
-            texts = listing.read_text(epath.Path(path)).splitlines()
+            texts = listing.read_lines(epath.Path(path))
     for row, text in enumerate(texts):
         listing.check_text(f"texts[{row}]", text)
     texts = list(dict.fromkeys(text for text in texts if text.strip()))

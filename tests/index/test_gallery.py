@@ -86,6 +86,11 @@ def test_lists_and_files_of_sentences(tmp_path, monkeypatch):
     assert found.stamps[1] is None
     (tmp_path / "lines.txt").write_text("a dog\n\n a cat \r\na dog\n", encoding="utf-16")
     assert texts_of("lines.txt", no_split).names == ["a dog", " a cat "]
+    # None of these ends a line, though Python's `splitlines` says so.
+    odd = "".join(map(chr, (0x0B, 0x0C, 0x1C, 0x85, 0x2028, 0x2029)))
+    lines = [f"a{end}dog" for end in odd]
+    (tmp_path / "lines.txt").write_bytes("\r".join(lines).encode())
+    assert texts_of("lines.txt", no_split).names == lines
 
 
 def test_names_of_folders_tell_places_apart(tmp_path, monkeypatch):

@@ -141,6 +141,17 @@ def read_text(path: epath.Path) -> str:
         ) from error
 
 
+def read_lines(path: epath.Path) -> list[str]:
+    """Returns the lines of a text file, which end at line feeds, carriage returns, or both.
+
+    `str.splitlines` would end them at other characters too, which texts may hold, such as U+2028.
+
+    Raises:
+      UserError: As `read_text`.
+    """
+    return read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def parse_json(where: str, text: str) -> Any:
     """Returns what a JSON text holds.
 
