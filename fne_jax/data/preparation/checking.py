@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -32,6 +33,9 @@ IMAGES_PER_PART = 256
 # converted otherwise, so that nothing is taken up that was made by other rules.
 RULES = 2
 _VERDICTS = "verdicts.json"
+# What says that there is no file, beside that it or a folder is not there: links in a circle, and a
+# name that no file can have. Other errors, such as those of a network, say nothing of the file.
+_NO_FILE = (errno.ELOOP, errno.ENAMETOOLONG)
 _STAMP_THREADS = 32  # most of all for remote files, whose stamps take a round trip each
 
 
@@ -151,7 +155,11 @@ class CheckedParts:
 
 
 def file_stamp(path: epath.Path) -> tuple[int, int]:
-    """Returns the bytes of a file and when it was modified (ns), or (-1, 0) if there is none."""
+    """Returns the bytes of a file and when it was modified (ns), or (-1, 0) if there is none.
+
+    Raises:
+      UserError: If the file system does not tell whether there is one.
+    """
     name = os.fspath(path)
     try:
         if "://" in name:
@@ -159,8 +167,10 @@ def file_stamp(path: epath.Path) -> tuple[int, int]:
             return remote.length, int(remote.mtime) * 10**9
         # epath's own gives whole seconds, and fails where the file's owner has no name.
         local = os.stat(name)
-    except OSError:
-        return -1, 0
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno in _NO_FILE:
+            return -1, 0
+        raise UserError(f"{name}: cannot be read: {error}; mend that and call again") from error
     return (local.st_size, local.st_mtime_ns) if stat.S_ISREG(local.st_mode) else (-1, 0)
 
 

@@ -1,13 +1,17 @@
 """Whatever `prepare` accepts of damaged images, training and evaluation read."""
 
 import collections
+import errno
+import os
 
 import numpy as np
 import pytest
 
 from fne_jax.data.batches import BatchOrder, evaluation_images, training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
+from fne_jax.data.preparation.checking import file_stamp
 from fne_jax.data.sources.registry import load_split
+from fne_jax.errors import UserError
 from tests.support import sources
 from tests.support.tiny import tiny_config
 
@@ -58,3 +62,19 @@ def test_training_reads_every_damaged_image_that_is_accepted(tmp_path, count, ca
         print(f"\n{count} tried, {accepted.total()} accepted: {dict(accepted)}, {read}")
     assert 0 < accepted.total() < count / 2, "of both there are some"
     assert read == [len(train.image_id)] * 4
+
+
+def test_a_file_is_absent_where_the_file_system_says_so_alone(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"1234")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    absent = ("none", "file/below", "circle", "n" * 999, ".")
+    assert [file_stamp(tmp_path / name) for name in absent] == [(-1, 0)] * len(absent)
+    assert file_stamp(tmp_path / "file")[0] == 4
+
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle", path)
+
+    monkeypatch.setattr(os, "stat", stale)
+    with pytest.raises(UserError, match=r"file: cannot be read: .*Stale file handle") as error:
+        file_stamp(tmp_path / "file")
+    assert error.value.exit_code == 74
