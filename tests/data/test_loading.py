@@ -1,7 +1,10 @@
 """Every layout of captioned images is prepared, loaded and read in batches."""
 
+import tempfile
+
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from fne_jax.data.batches import BatchOrder, evaluation_images, training_batches
 from fne_jax.data.images.preprocessing import TrainingImages, evaluation_image
@@ -114,6 +117,38 @@ def test_a_rendered_split_knows_its_truth(tmp_path):
     assert test.image_id.tolist() == list(range(4, 11)), "ids count on from split to split"
     for split in ("train", "val"):
         assert load_split(config.data, 8, split).truth.matrix().shape == (2, 10)
+
+
+def test_preparing_asks_nobody_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    def ask(name):
+        raise AssertionError(f"a bucket is asked for {name}")
+
+    monkeypatch.setattr(tfds.core.utils.gcs_utils, "gcs_dataset_info_files", ask)
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    sources.write_coco(tmp_path / "source")
+    for _ in range(2):
+        load_split(config_of("coco", tmp_path / "source", tmp_path / "cache").data, 8, "val")
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "prepared.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", None])
+def test_damaged_notes_of_a_prepared_dataset_are_told_with_their_folder(tmp_path, name, content):
+    sources.write_coco(tmp_path / "source")
+    data = config_of("coco", tmp_path / "source", tmp_path / "cache").data
+    whole = load_split(data, 8, "val")
+    (path,) = (tmp_path / "cache").rglob(name)
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    try:
+        again = load_split(data, 8, "val")
+    except UserError as error:
+        assert str(path.parent) in str(error) and "delete" in str(error) and "\n" not in str(error)
+    else:  # prepared anew, or nothing of the file is needed
+        assert again.identity == whole.identity
 
 
 def test_unknown_sources_and_splits_list_the_choices():

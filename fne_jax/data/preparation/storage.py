@@ -24,6 +24,10 @@ from fne_jax.files import as_user_error
 SUMMARY_FILE = "prepared.json"
 # 2.6 GB of COCO's images.
 IMAGES_PER_SHARD = 16_384
+_INFO_FILE = "dataset_info.json"  # of TFDS
+_ADVICE = "delete that folder and prepare the dataset again"
+# What a JSON file that is no such file leads to.
+_MALFORMED = (OSError, ValueError, TypeError, LookupError)
 # Records that are read at a time where all of them are.
 _CHUNK = 256
 
@@ -131,6 +135,19 @@ class RecordSource:
         )
 
 
+class _LocalInfo(tfds.core.DatasetInfo):
+    """What TFDS notes of a dataset; of ones on this machine, whose names are nobody's business."""
+
+    def initialize_from_bucket(self) -> None:
+        """Does nothing, where TFDS asks Google's bucket for a dataset of that name."""
+
+    def read_from_directory(self, dataset_info_dir: Any) -> None:
+        """Reads what is noted in a folder; UserError if it is damaged."""
+        # Whatever the readers of TFDS and of its buffers raise.
+        with as_user_error(f"{dataset_info_dir}: is damaged", _ADVICE, Exception):
+            super().read_from_directory(dataset_info_dir)
+
+
 class PairBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     """Writes one record an image, in the source's order.
 
@@ -174,7 +191,11 @@ class PairBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
         Raises:
           OSError: If it cannot be written.
+          UserError: If what is there is damaged.
         """
+        folder = epath.Path(self.data_dir)
+        if folder.exists() and not (folder / _INFO_FILE).exists():  # which TFDS takes for complete
+            raise UserError(f"{folder}: is damaged: {_INFO_FILE} is not there; {_ADVICE}")
         # TFDS announces a download of unknown size; nothing is downloaded.
         with contextlib.redirect_stdout(io.StringIO()):
             self.download_and_prepare(file_format="array_record")
@@ -187,7 +208,7 @@ class PairBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         """
         path = epath.Path(self.data_dir) / SUMMARY_FILE
         advice = "delete its folder and prepare the dataset again"
-        with as_user_error(f"{path}: is damaged", advice, (OSError, ValueError, TypeError)):
+        with as_user_error(f"{path}: is damaged", advice, _MALFORMED):
             content = json.loads(path.read_text())
             return {split: SplitSummary(**content[split]) for split in content}
 
@@ -224,7 +245,8 @@ class PairBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         )
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return self.dataset_info_from_configs(
+        return _LocalInfo(
+            builder=self,
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
