@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +13,6 @@ import numpy as np
 _BLOCK_PAIRS = 16_384
 # Bits of an unsigned integer, one for each caption of an image.
 _HOLDERS = 64
-_NO_LETTER = re.compile(r"[\W_]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +238,26 @@ def identical_caption(
     return same
 
 
+class _Letters(dict):
+    """What `str.translate` puts in the place of each character, found as it is needed.
+
+    Letters of any script stay, with their marks, without which Hindi, Thai or Hebrew says something
+    else; so do digits and pictures such as emoji. What is invisible goes, all else ends a word.
+    """
+
+    def __missing__(self, code):
+        kind = unicodedata.category(chr(code))
+        kept = kind[0] in "LMN" or kind == "So" or code in _SKIN_TONES
+        gone = kind == "Cf" or code in _VARIATION_SELECTORS
+        self[code] = "" if gone else code if kept else " "
+        return self[code]
+
+
+_SKIN_TONES, _VARIATION_SELECTORS = range(0x1F3FB, 0x1F400), range(0xFE00, 0xFE10)
+_LETTERS = _Letters()
+
+
 def normalised(text: str) -> str:
-    """Returns a text in one case, with one space for all between letters and digits."""
-    return _NO_LETTER.sub(" ", text.casefold()).strip()
+    """Returns the words of a text in one case and one Unicode form, one space between them."""
+    composed = unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
+    return " ".join(composed.translate(_LETTERS).split())

@@ -1,7 +1,10 @@
 """The features of a pair are what a slow plain version of them says."""
 
 import itertools
+import unicodedata
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 
@@ -101,3 +104,35 @@ def test_the_hardest_pairs_of_either_side(monkeypatch):
     expected |= {(c, i) for i in range(4) for c in np.argsort(-similarity[:, i])[:2]}
     assert {divmod(int(pair), 4) for pair in of.hardest} == expected
     assert of.unlabelled == 27
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (
+            "\u0932\u0921\u093c\u0915\u093e",
+            "\u0932\u0921\u093c\u0915\u0940",
+            False,
+        ),  # Hindi: boy, girl
+        ("\u0e01\u0e32", "\u0e01\u0e49\u0e32", False),  # Thai, with and without a tone
+        ("caf\u00e9", "CAFE\u0301", True),
+        ("cafe", "caf\u00e9", False),
+        ("a dog \U0001f436", "a dog \U0001f431", False),
+        ("\U0001f44d\U0001f3fb", "\U0001f44d\U0001f3ff", False),
+        ("\u2764\ufe0f", "\u2764", True),
+        ("\u0645\u06cc\u200c\u0631\u0648\u062f", "\u0645\u06cc\u0631\u0648\u062f", True),
+        ("Stra\u00dfe_1 \u2014 `a`", "strasse 1... A", True),
+        ("\u3002\u3001 ?!", "", True),
+    ],
+)
+def test_letters_of_any_script_count_with_their_marks(one, other, same):
+    assert (own_captions.normalised(one) == own_captions.normalised(other)) == same
+
+
+@hypothesis.given(st.text())
+@hypothesis.settings(derandomize=True, deadline=None)
+def test_a_normalised_text_stays_as_it_is_in_any_form(text):
+    found = own_captions.normalised(text)
+    assert found == " ".join(found.split())
+    for form in ("NFC", "NFD"):
+        assert own_captions.normalised(unicodedata.normalize(form, text)) == found
