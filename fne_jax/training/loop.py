@@ -10,6 +10,7 @@ import pathlib
 import flax.linen as nn
 import jax
 import ml_collections
+import numpy as np
 
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.evaluation.metric_names import WARMUP
@@ -22,9 +23,11 @@ from fne_jax.training import workdir as run_folder
 from fne_jax.training.checkpointing import Checkpoints
 from fne_jax.training.interruption import Stopped, StopRequest
 from fne_jax.training.metric_log import EVALUATED, MetricLog
+from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.retrieved_images import retrieved_images
 from fne_jax.training.setup import RunSetup
 from fne_jax.training.step_results import DataClock, StepResults
+from fne_jax.training.timeline import Timeline
 from fne_jax.training.trackers import open_trackers
 from fne_jax.training.train_state import TrainState, first_state
 
@@ -76,17 +79,49 @@ def _prepare_and_train(config, workdir, warmup_only, module):
         _log.info("the run is complete: %d steps are done", last_step)
 
 
+def doubts(config: ml_collections.ConfigDict, timeline: Timeline) -> list[str]:
+    """Returns, a line each, what a run will hardly have been meant to do.
+
+    Args:
+      config: The resolved config.
+      timeline: Its step counts.
+    """
+    fne, total, start = config.fne, timeline.total_steps, timeline.fne_start_step
+    if start >= total:
+        return [
+            "the run ends within the warm-up, without any step of config.objective: "
+            f"config.fne.start_epoch is {fne.start_epoch}, config.num_epochs {config.num_epochs}"
+        ]
+    found = []
+    schedule = learning_rate_schedule(config.optimizer, timeline.steps_per_epoch, total)
+    rates = np.array([schedule(step) for step in np.linspace(0, total - 1, min(total, 1000))])
+    share = rates[round(len(rates) * start / total) :].sum() / rates.sum()
+    if start and share < 0.1:
+        found.append(
+            f"config.objective.name={config.objective.name} acts on {100 * share:.1f} % of the "
+            f"run's learning rate, from step {start} of {total} on: config.optimizer.schedule is "
+            f"{config.optimizer.schedule} and config.fne.start_epoch {fne.start_epoch}"
+        )
+    # Each batch adds a pair at most for each of its anchors, and old ones are forgotten.
+    if fne.ema_decay < 1:
+        most = round(config.global_batch_size / (1 - fne.ema_decay), 3)
+    else:
+        most = config.global_batch_size * timeline.steps_per_epoch
+    if config.objective.name == "fne" and most <= fne.min_count:
+        found.append(
+            f"nothing is ever suspected: config.fne.min_count is {fne.min_count}, and with "
+            f"config.fne.ema_decay={fne.ema_decay} and {config.global_batch_size} pairs a batch "
+            f"no more than {most:.0f} similarities count at a time"
+        )
+    return found
+
+
 def _tell(run, warmup_only):
-    """Logs what the run is, and warns of one that ends too early."""
+    """Logs what the run is, and what it will hardly have been meant to do."""
     config, timeline, state = run.training.model.config, run.training.timeline, run.training.state
     _log.info("data: %d training pairs, %s", len(run.train.captions), timeline)
-    if timeline.fne_start_step >= timeline.total_steps and not warmup_only:
-        _log.warning(
-            "the run ends within the warm-up, without any step of config.objective: "
-            "config.fne.start_epoch is %s, config.num_epochs %s",
-            config.fne.start_epoch,
-            config.num_epochs,
-        )
+    for doubt in () if warmup_only else doubts(config, timeline):
+        _log.warning("%s", doubt)
     trained, frozen = (
         sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
         for params in (state.params, state.frozen_params)

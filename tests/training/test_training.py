@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -205,6 +206,30 @@ def test_schedules():
     optimizer.update(schedule="cosine", warmup_epochs=0.5)
     schedule = learning_rate_schedule(optimizer, 10, 60)
     np.testing.assert_allclose([float(schedule(s)) for s in (5, 60)], [1, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, []),
+        ({"num_epochs": 10.0, "fne__start_epoch": 0.0, "optimizer__schedule": "cosine"}, []),
+        ({"num_epochs": 1.0, "fne__start_epoch": 2.0}, ["ends within the warm-up"]),
+        (
+            {"num_epochs": 10.0, "fne__start_epoch": 8.0, "optimizer__schedule": "cosine"},
+            ["objective.name=fne acts on 1.3 % of .*, from step 800 of 1000 on"],
+        ),
+        ({"fne__ema_decay": 0.9, "fne__min_count": 159}, []),
+        ({"fne__ema_decay": 0.9, "fne__min_count": 160}, ["no more than 160 similarities"]),
+        ({"fne__ema_decay": 0.9, "fne__min_count": 160, "objective__name": "clip"}, []),
+        ({"fne__min_count": 1600}, ["nothing is ever suspected"]),
+    ],
+)
+def test_a_run_that_is_hardly_meant_is_doubted(fields, words):
+    config = tiny_config(**{"num_epochs": 5.0, "fne__start_epoch": 1.0} | fields)
+    found = loop.doubts(config, Timeline.of(config, 100))
+    assert len(found) == len(words)
+    for doubt, expected in zip(found, words, strict=True):
+        assert re.search(expected, doubt), doubt
 
 
 def test_decay_and_factors_touch_what_they_should():
