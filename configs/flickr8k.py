@@ -13,7 +13,6 @@ def get_config():
     config.momentum = 0.99
     config.queue_size = 4096
 
-    config.data.tokenizer = "train"
     config.data.vocab_size = 4000
     config.data.text_length = 24
 

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from fne_jax import configuration
+from fne_jax.encoders.towers import read_architectures
 from fne_jax.errors import UserError
 from tests.support import TOP
 from tests.support.tiny import tiny_config
@@ -83,6 +84,15 @@ def fields_read(folder):
                 before = last_name(node.value)
                 read |= {(name, last_name(node)) for name in {before} | aliases[tree][before]}
     return read
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: pathlib.Path(p).stem)
+def test_every_config_leaves_the_tokenizer_to_a_pretrained_text_encoder(path, golden):
+    bert = str(golden / "encoders" / "bert")
+    flags = [f"--config.encoder.text.pretrained={bert}", "--config.encoder.image.pretrained="]
+    config = configuration.load_config(path, [*flags, "--config.data.text_length=20"])
+    config = configuration.with_model_defaults(config, read_architectures(config.encoder))
+    assert config.data.tokenizer == bert
 
 
 def test_every_field_is_read_by_the_package():
