@@ -136,7 +136,8 @@ def test_embeddings_are_evaluated(run, tmp_path):
 def test_the_page_of_review_comes_with_the_package(run):
     out = run("-c", """
 import importlib.resources as r
-for part in ("report/templates", "false_negatives/review_app/templates", "false_negatives/review_app/static"):
+page = "false_negatives/review_app/"
+for part in ("report/templates", page + "templates", page + "static"):
     print(*sorted(path.name for path in r.files("fne_jax").joinpath(part).iterdir()))
 """)  # fmt: skip
     assert all(line for line in out.splitlines()) and len(out.splitlines()) == 3
