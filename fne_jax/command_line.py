@@ -102,7 +102,7 @@ def _drop_unread_output():
     """
     try:
         stdout = sys.stdout.fileno()
-    except OSError:  # what stands for it in tests and notebooks is no file
+    except OSError:  # what stands for it in tests and notebooks is not a file
         return False
     poll = select.poll()
     poll.register(stdout, 0)

@@ -107,7 +107,7 @@ def _parse(arguments):
     if options.sample is not None and options.verdicts is None:
         raise UserError("--sample goes with --verdicts")
     if options.verdicts is not None and not os.path.isfile(options.verdicts):
-        raise UserError(f"--verdicts={options.verdicts} is no file")
+        raise UserError(f"--verdicts={options.verdicts} is not a file")
     return options, overrides
 
 

@@ -150,8 +150,8 @@ def expand_home(path: str | os.PathLike) -> str:
     if expanded.startswith("~"):
         user = expanded.partition("/")[0]
         raise UserError(
-            f"{os.fspath(path)!r}: {user} stands for the home folder of a user that is not there; "
-            f"a file or folder of that name is ./{user}"
+            f"{os.fspath(path)!r}: there is no user of that name, whose home folder {user} "
+            f"would be; for a file or folder of that name write ./{user}"
         )
     return expanded
 

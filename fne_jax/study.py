@@ -114,7 +114,7 @@ def _parse(arguments):
         options.baseline = "hardest" if "hardest" in objectives else objectives[0]
     if options.baseline not in objectives:
         raise UserError(
-            f"--baseline={options.baseline} is none of --objectives={options.objectives}"
+            f"--baseline={options.baseline} is not among --objectives={options.objectives}"
         )
     options.objectives = objectives
     if options.workdir is None:

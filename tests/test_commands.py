@@ -325,17 +325,17 @@ def test_systems_are_compared_by_verdicts(shapes_run, tmp_path, capsys):
         (["--workdir=.", "--export=a.csv", "--import=b.csv"], "give one of --export"),
         (["--workdir=.", "--export=a.csv", "--sample=20"], "give one of --export"),
         (["--workdir=.", "--sample=0"], "--sample is 0; expected 1 to 999999 pairs"),
-        (["--workdir=.", "--export=a.csv"], "verdicts.sqlite is not there"),
-        (["--workdir=.", "--export=a.txt"], "verdicts.sqlite is not there"),
+        (["--workdir=.", "--export=a.csv"], "verdicts.sqlite does not exist"),
+        (["--workdir=.", "--export=a.txt"], "verdicts.sqlite does not exist"),
         (["--workdir=.", "--import=a.csv"], "a.csv: cannot be read"),
         (["--workdir=.", "--port=70000"], "--port is 70000"),
         (["--workdir=.", "--store="], "--store=: expected a file that ends in .sqlite"),
         (["--workdir=.", "--store=a.txt"], "--store=a.txt: expected a file that ends in .sqlite"),
         (["--workdir=.", "--export=a.csv", "--store=a"], "--store=a: expected a file"),
-        (["--workdir=."], "config.json is not there"),
-        (["--workdir=.", "--store=a.sqlite"], "config.json is not there"),
+        (["--workdir=."], "config.json does not exist"),
+        (["--workdir=.", "--store=a.sqlite"], "config.json does not exist"),
         (["--workdir=.", "--fitted=none.json"], "none.json: cannot be read"),
-        (["--for-evaluation", "."], "config.json is not there"),
+        (["--for-evaluation", "."], "config.json does not exist"),
         (["--workdir=.", "--reviewer= "], "--reviewer is empty"),
         (["--workdir=.", "--limit=0"], "--limit is 0"),
         (["--workdir=.", "--splits=val"], "unrecognized arguments"),
@@ -360,7 +360,7 @@ def test_a_review_checks_all_before_it_writes_or_embeds(shapes_run, tmp_path):
         ([f"--workdir={workdir}", "--split=dev"], "the split 'dev' is unknown"),
         ([f"--workdir={workdir}", f"--fitted={tmp_path / 'no.json'}"], "no.json: cannot be read"),
         ([*evaluation, tmp_path / "no"], "no is not a folder"),
-        ([*evaluation, tmp_path], "config.json is not there"),
+        ([*evaluation, tmp_path], "config.json does not exist"),
         ([*evaluation, "--checkpoint=77"], "there is no checkpoint '77'"),
     ):
         assert message in refused("review", *arguments, f"--store={store}")
@@ -505,5 +505,5 @@ def test_the_home_of_nobody_is_refused_wherever_a_path_is_given(field, tmp_path)
         "train", "--config=configs/shapes.py", f"--workdir={tmp_path / 'run'}", *of_nobody,
         "--config.data.source=synthetic",
     )  # fmt: skip
-    assert_all_in(told, "'~nobodyx/there'", "the home folder of a user that is not there")
+    assert_all_in(told, "'~nobodyx/there'", "the home folder of a user that does not exist")
     assert not (tmp_path / "run" / "config.json").exists()

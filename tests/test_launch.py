@@ -400,7 +400,7 @@ def test_sky():
     recovery = task["resources"]["job_recovery"]["recover_on_exit_codes"]
     assert EXIT_ENVIRONMENT_FAILURE in recovery and EXIT_USER_ERROR not in recovery
     [bucket] = task["file_mounts"].values()
-    # A bucket without a cache cannot append, and one with a cache is no file system to share.
+    # A bucket without a cache cannot append, and one with a cache is not a file system to share.
     assert bucket["mode"] == "MOUNT_CACHED" and task["num_nodes"] == 1
 
 

@@ -135,10 +135,10 @@ def test_a_second_call_embeds_nothing_and_another_checkpoint_all(run, photos, ca
         with caplog.at_level(logging.INFO, logger="fne_jax"):
             search.main([f"--workdir={run}", f"--images={photos}", *arguments])
         assert said in caplog.text
-        anew = re.search(
-            "made by the checkpoint of step .*, this is .* of step 1: all", caplog.text
+        everything = re.search(
+            "made by the checkpoint of step .*, this is .* of step 1: everything", caplog.text
         )
-        assert bool(anew) == (arguments == ["--checkpoint=1"] and said.startswith("12"))
+        assert bool(everything) == (arguments == ["--checkpoint=1"] and said.startswith("12"))
     assert capsys.readouterr().out == ""
     assert len(list(run.glob("index_photos_*"))) == 2
 
@@ -192,7 +192,7 @@ def test_wrong_arguments_are_told_before_anything_is_loaded(photos, tmp_path):
         (["--images=val", "--texts=val"], "give either the --images or the --texts"),
         (
             ["--images=~no-such-user/g"],
-            "'~no-such-user/g': ~no-such-user stands for the home folder of a user",
+            "'~no-such-user/g': there is no user of that name, whose home folder ~no-such-user",
         ),
         (
             ["--images=val", "--image=~no-such-user/a.jpg"],
@@ -216,7 +216,7 @@ def test_wrong_arguments_are_told_before_anything_is_loaded(photos, tmp_path):
 def test_wrong_galleries_are_told_with_the_run(run, photos, tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, message in (
-        ([f"--images={tmp_path / 'no'}"], "is not there; expected a folder of images"),
+        ([f"--images={tmp_path / 'no'}"], "does not exist; expected a folder of images"),
         ([f"--images={tmp_path / 'empty'}"], "there is no image in it"),
         ([f"--images={photos / '00.png'}"], "give it as --image"),
         ([f"--texts={photos}"], "is a folder"),

@@ -23,11 +23,11 @@ def jobs():
 
 
 def check_command(words, installed):
-    """Fails on a command that is not there; adds the extras that it installs to `installed`."""
+    """Fails on a command that does not exist; adds the extras that it installs to `installed`."""
     command, *arguments = words
     if command in ("bash", "source"):
         script = TOP / arguments[0]
-        assert script.is_file(), f"{arguments[0]} is not there"
+        assert script.is_file(), f"{arguments[0]} does not exist"
         if command == "bash":  # its own extras, and its flags are pytest's
             installed.update(re.findall(r'^install_project "\[(\w+)\]"', script.read_text(), re.M))
             assert all(word.startswith("--durations") or word in ("-m", "slow", "browser")

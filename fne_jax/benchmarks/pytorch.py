@@ -57,7 +57,7 @@ def pytorch_step(
       the GPU (None on a CPU).
 
     Raises:
-      UserError: if the GPU is not there, or the config does not suit a made-up batch.
+      UserError: if there is no GPU, or the config does not suit a made-up batch.
     """
     available = torch.cuda.is_available()
     if platform == "gpu" and not available:

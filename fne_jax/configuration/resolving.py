@@ -48,7 +48,7 @@ def resolve(
       workdir: The folder of the run, whose own copies of the architectures come first.
 
     Raises:
-      UserError: If a value cannot be, or a pretrained source is not there, or is no model of that
+      UserError: If a value cannot be, or a pretrained source is missing, or is no model of that
         kind.
     """
     validate(config)

@@ -61,7 +61,7 @@ def check_stored(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
         raise UserError(
             f"{workdir} holds a run of another config:\n  "
             + "\n  ".join(different)
-            + "\nGive the run's own values to resume it, or another --workdir to start anew "
+            + "\nGive the run's own values to resume it, or another --workdir to start a new run "
             f"(--config.init_from={workdir} starts from its weights)."
         )
 
@@ -83,7 +83,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     """
     path = workdir / FILE_NAME
     if not path.is_file():
-        raise UserError(f"{path} is not there: {workdir} is not the workdir of a run")
+        raise UserError(f"{path} does not exist: {workdir} is not the workdir of a run")
     with as_user_error(f"{path}: not a JSON file", errors=ValueError):
         config = ml_collections.ConfigDict(json.loads(path.read_text()))
     fields = flatten(config).keys()

@@ -51,7 +51,7 @@ def export(workdir: pathlib.Path, checkpoint: str, out: pathlib.Path) -> list[pa
       The folders that transformers can open.
 
     Raises:
-      UserError: if the run is not there, or a projection of ours follows its encoders.
+      UserError: if there is no such run, or a projection of ours follows its encoders.
     """
     model = load_workdir(workdir, checkpoint)
     config, module = model.config, model.module

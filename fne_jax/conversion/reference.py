@@ -45,16 +45,16 @@ def convert(path: pathlib.Path, config: ml_collections.ConfigDict, workdir: path
       path: The checkpoint, `model_best.pth.tar`.
       config: Names the sources of both encoders, for their sizes, and the tokenizer; the length
         of the queue and the margin are taken from the file.
-      workdir: A folder that is not there yet.
+      workdir: A folder that does not exist yet.
 
     Returns:
       The step under which it is saved, their epoch.
 
     Raises:
-      UserError: if the file is none of theirs, would run code, or does not fit the config.
+      UserError: if the file is not one of theirs, would run code, or does not fit the config.
     """
     if workdir.exists() and any(workdir.iterdir()):
-        raise UserError(f"--out={workdir} is there already and not empty; give another")
+        raise UserError(f"--out={workdir} already exists and is not empty; give another")
     saved = _load(path)
     tensors = saved["model"][0]
     config, architectures = configuration.resolve(config)

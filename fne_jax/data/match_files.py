@@ -87,7 +87,7 @@ def read_match_list(path: pathlib.Path, dataset: PairDataset) -> Pairs:
         if arrays[name].dtype != dtype or arrays[name].shape != (length,):
             raise UserError(
                 f"{path}: expected {name} as {np.dtype(dtype)} of shape [{max(length, 0)}], got "
-                f"{arrays[name].dtype} of shape {list(arrays[name].shape)}; write the list anew"
+                f"{arrays[name].dtype} of shape {list(arrays[name].shape)}; write the list again"
             )
     if str(arrays[_CAPTIONS]) != _captions_checksum(dataset):
         raise UserError(

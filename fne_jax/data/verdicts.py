@@ -209,7 +209,7 @@ class _Rows:
             value = getattr(verdict, name)
             if value not in rows:
                 raise ValueError(
-                    f"{name} {value} is none of the {len(rows):,} of the split; the file is of "
+                    f"{name} {value} is not among the {len(rows):,} of the split; the file is of "
                     "another dataset or split"
                 )
         text = self.captions[self.caption[verdict.caption_id]]
@@ -317,7 +317,7 @@ def moment(time: str) -> float:
 
 def _text(name, value):
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r}; expected a text")
+        raise ValueError(f"{name} is {value!r}; expected a string")
     return value
 
 

@@ -36,7 +36,7 @@ def parse_frozen_layers(value: str) -> int | str | None:
     """Returns the `Tower.frozen_layers` that a config's "none", "all" or number stands for.
 
     Raises:
-      ValueError: if it is none of these.
+      ValueError: if it is not one of these.
     """
     if value == NOTHING:
         return None

@@ -60,7 +60,7 @@ def read_config(folder: pathlib.Path) -> dict:
     """Returns the content of a folder's config.json.
 
     Raises:
-      UserError: if the file is not there or damaged.
+      UserError: if the file is missing or damaged.
     """
     path = folder / CONFIG
     if not path.exists():
@@ -72,7 +72,7 @@ def read_json(path: pathlib.Path, kind: type = dict) -> Any:
     """Returns the content of a file of a model, a dict or what `kind` says.
 
     Raises:
-      UserError: if the file is not there, or damaged.
+      UserError: if the file is missing or damaged.
     """
     with files.as_user_error(f"{path} is damaged", "fetch it again", (OSError, ValueError)):
         content = json.loads(path.read_text("utf-8"))

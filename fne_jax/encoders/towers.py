@@ -38,7 +38,7 @@ def read_architectures(
       workdir: The workdir of the run, if there is one.
 
     Raises:
-      UserError: if a pretrained source is not there.
+      UserError: if a pretrained source does not exist.
     """
     found = {}
     for tower in TOWERS:

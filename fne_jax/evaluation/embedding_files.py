@@ -84,7 +84,7 @@ def write_order(folder: pathlib.Path, dataset: PairDataset) -> None:
     for kind in _KINDS:
         path = folder / f"{kind}_embeddings.npy"
         if path.exists():
-            raise UserError(f"{path} is there already; give a folder without embeddings")
+            raise UserError(f"{path} already exists; give a folder without embeddings")
     truth = None if dataset.truth is None else dataset.truth.matrix()
     arrays = _order(dataset.caption_image, dataset.image_id, dataset.caption_id, truth)
     try:
@@ -173,7 +173,7 @@ def read_embeddings(folder: pathlib.Path) -> EmbeddedSplit:
 def read_embeddings_of(folder: pathlib.Path, dataset: PairDataset) -> EmbeddedSplit:
     """Returns the embeddings of a dataset's split in the split's order, whatever the folder's is.
 
-    Rows are found by `image_id.npy` and `caption_id.npy`. Where one of them is not there, the rows
+    Rows are found by `image_id.npy` and `caption_id.npy`. Where one of them is missing, the rows
     have to be in the split's order.
 
     Args:
@@ -200,7 +200,7 @@ def read_embeddings_of(folder: pathlib.Path, dataset: PairDataset) -> EmbeddedSp
             if ours != theirs:
                 raise UserError(
                     f"{folder / _NAMES}: caption {captions[row]} is {theirs!r}, that of the split "
-                    f"is {ours!r}; these are embeddings of another dataset or split"
+                    f"is {ours!r}; the embeddings are of another dataset or split"
                 )
     return dataclasses.replace(split, dataset=dataset)
 
@@ -226,22 +226,22 @@ def read_caption_embeddings(path: pathlib.Path, captions: int) -> np.ndarray:
 
 
 def _rows_of(path, ids, wanted):
-    """Returns the row of each wanted id; all rows as they are where the file is not there."""
+    """Returns the row of each wanted id; all rows as they are where there is no file."""
     if not path.exists() or np.array_equal(ids, wanted):
         return np.arange(len(ids))
     for name, array in ((str(path), ids), (f"{path}: of the split", wanted)):
         unique, count = np.unique(array, return_counts=True)
         if len(unique) < len(array):
             raise UserError(
-                f"{name}: ids come more than once, first {unique[count > 1][:3].tolist()}, so rows "
-                "cannot be told by them"
+                f"{name}: some ids appear more than once, first "
+                f"{unique[count > 1][:3].tolist()}, so rows cannot be matched by them"
             )
     missing, foreign = np.setdiff1d(wanted, ids), np.setdiff1d(ids, wanted)
     if len(missing) or len(foreign):
         raise UserError(
             f"{path}: {len(missing)} of the split's {len(wanted)} ids are missing, first "
             f"{missing[:3].tolist()}, and {len(foreign)} are not the split's, first "
-            f"{foreign[:3].tolist()}; these are embeddings of another dataset or split"
+            f"{foreign[:3].tolist()}; the embeddings are of another dataset or split"
         )
     order = np.argsort(ids)
     return order[np.searchsorted(ids, wanted, sorter=order)]
@@ -255,7 +255,7 @@ def _read_json(path):
 
 
 def _read_captions(path, count):
-    """Returns [captions] texts, an object array; None where the file is not there."""
+    """Returns [captions] texts, an object array; None where there is no file."""
     if not path.exists():
         return None
     names = _read_json(path)
@@ -294,7 +294,7 @@ def _read_array(path):
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
-        raise UserError(f"{path} is not there") from error
+        raise UserError(f"{path} does not exist") from error
     except _UNREADABLE as error:
         raise UserError(f"{path}: cannot be read as .npy: {error}") from error
     if not isinstance(array, np.ndarray):

@@ -58,7 +58,7 @@ def judge_by(name: str, split: JudgedSplit) -> Judge:
       split: The split.
 
     Raises:
-      UserError: if the detector needs what is not there.
+      UserError: if the detector needs what is missing.
     """
     missing = DETECTORS[name].missing(split)
     if missing:

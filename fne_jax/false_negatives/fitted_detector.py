@@ -353,7 +353,7 @@ def read(path: pathlib.Path) -> FittedDetector:
         numbers = {name: float(values[name]) for name in _NUMBERS}
         for name, array in {**numbers, **table, "value": arrays["value"]}.items():
             if not np.isfinite(array).all():
-                raise ValueError(f"{name} holds what is no finite number")
+                raise ValueError(f"{name} holds a non-finite number")
         if numbers["slope"] <= 0 or np.isnan(arrays["threshold"]).any():
             raise ValueError("slope or threshold is out of its range")
         return FittedDetector(

@@ -126,7 +126,7 @@ def find_sample(verdicts: Sequence[Verdict], name: str | None = None) -> Evaluat
     if name is None and len(there) > 1:
         raise UserError(f"verdicts are of several samples; name one by --sample: {there}")
     if name is not None and name not in there:
-        raise UserError(f"--sample={name!r} is none of those that were judged: {there}")
+        raise UserError(f"--sample={name!r} is not among those that were judged: {there}")
     return samples[there[0] if name is None else name]
 
 

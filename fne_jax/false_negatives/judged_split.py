@@ -155,7 +155,7 @@ def _read(path, about):
     except FileNotFoundError:
         return None
     except _UNREADABLE as error:
-        _log.warning("%s cannot be read, so all is embedded anew: %s", path, error)
+        _log.warning("%s cannot be read, so everything is embedded again: %s", path, error)
         return None
 
 

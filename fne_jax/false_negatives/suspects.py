@@ -68,7 +68,7 @@ def find_suspects(
       least: The least probability; None for `config.fne.posterior_threshold`.
 
     Raises:
-      UserError: if the detector needs what is not there, such as enough statistics.
+      UserError: if the detector needs what is missing, such as enough statistics.
     """
     detector = detectors.best_available(judged) if detector is None else detector
     judge = detectors.judge_by(detector, judged)
@@ -100,7 +100,7 @@ def write_matches(
         the one from which on that share of the verdicts that it was not fitted to are matches.
 
     Raises:
-      UserError: if the detector needs what is not there, or the file cannot be written.
+      UserError: if the detector needs what is missing, or the file cannot be written.
     """
     detector = detectors.best_available(judged) if detector is None else detector
     if least is None and detector == "fitted" and judged.fitted is not None:

@@ -88,17 +88,17 @@ def read_any(path: pathlib.Path, dataset: PairDataset, split: str) -> list[Verdi
 
 
 class VerdictStore:
-    """The verdicts of a file, which is made with its folder if it is not there.
+    """The verdicts of a file, which is made with its folder if it does not exist.
 
     One object may be used by several threads.
 
     Args:
       path: The SQLite file.
-      create: Whether to make a file that is not there.
+      create: Whether to make a file that does not exist.
 
     Raises:
-      UserError: if the file is damaged, is none of verdicts, or cannot be opened or made. Every
-        other use raises it too if the file was deleted, moved or replaced since it was opened.
+      UserError: if the file is damaged, is not a store of verdicts, or cannot be opened or made;
+        later too, if it was deleted, moved or replaced since it was opened.
     """
 
     def __init__(self, path: pathlib.Path, *, create: bool = True):
@@ -112,7 +112,7 @@ class VerdictStore:
         if os.path.isdir(path):
             raise UserError(f"{path} is a folder; expected an SQLite file of verdicts")
         if not create and not os.path.isfile(path):
-            raise UserError(f"{path} is not there; `review` makes it")
+            raise UserError(f"{path} does not exist; `review` makes it")
         with as_user_error(f"{path.parent}: cannot be created"):
             path.parent.mkdir(parents=True, exist_ok=True)
         with self._told():

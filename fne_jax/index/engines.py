@@ -88,7 +88,7 @@ def _kept_index(faiss, path, shape):
     try:
         index = faiss.read_index(os.fspath(path))
     except RuntimeError:
-        _log.warning("%s is damaged; it is made anew", path)
+        _log.warning("%s is damaged; it is built again", path)
         return None
     return index if (index.ntotal, index.d) == shape else None
 

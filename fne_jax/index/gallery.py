@@ -63,7 +63,7 @@ def images_of(
       load_split: Returns a split of the run's dataset by name.
 
     Raises:
-      UserError: If it is none of these, cannot be read, or holds no image.
+      UserError: If it is not one of these, cannot be read, or holds no image.
     """
     if not isinstance(source, AnyPath):
         return _of_files(source)
@@ -86,7 +86,7 @@ def texts_of(source: AnyPath | Sequence[str], load_split: Callable[[str], PairDa
       load_split: Returns a split of the run's dataset by name.
 
     Raises:
-      UserError: If it is none of these, cannot be read, or holds no text.
+      UserError: If it is not one of these, cannot be read, or holds no text.
     """
     if not isinstance(source, AnyPath):
         where, texts = "the texts given", list(source)
@@ -126,7 +126,7 @@ def _existing(source, expected):
         there = path.exists()
     if not there:
         raise UserError(
-            f"{os.fspath(source)!r} is not there; expected {expected} ({', '.join(SPLITS)})"
+            f"{os.fspath(source)!r} does not exist; expected {expected} ({', '.join(SPLITS)})"
         )
     return path
 
@@ -183,7 +183,7 @@ def _files(where, names, stamps, folder, captions=None):
 
 
 def _stamp(path):
-    """Returns the size and the time of change of a file; None for one that is not there."""
+    """Returns the size and the time of change of a file; None for one that does not exist."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # a link to nowhere; a NUL in a list's name

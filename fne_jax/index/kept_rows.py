@@ -165,7 +165,7 @@ class KeptRows:
                 part = _read_part(folder)
             except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError) as error:
                 reason = first_line(error)
-                _log.warning("%s is damaged: %s; its rows are computed anew", folder, reason)
+                _log.warning("%s is damaged: %s; its rows are computed again", folder, reason)
                 _remove(folder)
                 continue
             if part.model != self._model:
@@ -179,7 +179,7 @@ class KeptRows:
             parts.append(part)
         if foreign is not None:
             _log.info(
-                "%s: was made by %s, this is %s: all is embedded anew",
+                "%s: was made by %s, this is %s: everything is embedded again",
                 self._folder, _in_words(foreign), _in_words(self._model),
             )  # fmt: skip
         if parts and len({part.dim for part in parts}) > 1:

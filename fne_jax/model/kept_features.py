@@ -2,7 +2,7 @@
 
 A folder `frozen/<tower>-<digest>` beside the prepared datasets holds them. The digest is of all
 that the bits depend on: the frozen weights, the tower, its input, and the program that computed
-them. Whatever differs in any of it is computed anew.
+them. Whatever differs in any of it is computed again.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ class Model:
         """Returns the [side, side, 3] uint8 pixels of an image, as the image tower takes them.
 
         Raises:
-          UserError: If it cannot be read; `name` is what it calls an image that is no file.
+          UserError: If it cannot be read; `name` is what it calls an image that is not a file.
         """
         size, resize_to = self.config.encoder.image.image_size, self.config.data.resize_to
         return evaluation_pixels(image, size, resize_to=resize_to, name=name)
@@ -337,7 +337,7 @@ def load_workdir(
       module: The two towers, in place of those that the run's config describes.
 
     Raises:
-      UserError: if the folder is not a run's, or the checkpoint is not there or damaged.
+      UserError: if the folder is not a run's, or the checkpoint is missing or damaged.
     """
     workdir = pathlib.Path(files.expand_home(workdir))
     model = stored_model(workdir, module=module)

@@ -46,7 +46,7 @@ def run_tokenizer(
       captions: The raw training captions, to fit a tokenizer to.
 
     Raises:
-      UserError: if the config names a tokenizer or a run that is not there.
+      UserError: if the config names a tokenizer or a run that does not exist.
     """
     if workdir is not None and (workdir / DIRECTORY).is_dir():
         return stored_tokenizer(workdir)
@@ -92,7 +92,7 @@ def stored_tokenizer(workdir: pathlib.Path) -> transformers.PreTrainedTokenizerB
     """
     folder = workdir / DIRECTORY
     if not folder.is_dir():
-        raise UserError(f"{folder} is not there: {workdir} is not the workdir of a run")
+        raise UserError(f"{folder} does not exist: {workdir} is not the workdir of a run")
     record = _checked_record(folder)
     # The Rust library raises bare Exceptions.
     with files.as_user_error(f"{folder}: the run's tokenizer cannot be loaded", errors=Exception):

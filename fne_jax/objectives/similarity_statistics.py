@@ -175,7 +175,7 @@ class StatisticsRule:
 
     Attributes:
       ema_decay: The share of the old statistics that is kept at each step, in (0, 1].
-      steps_per_epoch: The steps after which statistics with an `ema_decay` of 1 begin anew; None
+      steps_per_epoch: The steps after which statistics with an `ema_decay` of 1 start again; None
         for never.
     """
 

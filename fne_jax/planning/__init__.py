@@ -1,1 +1,1 @@
-"""What a run would take of a machine that is not there: its program, compiled and counted."""
+"""What a run would take of a machine that you do not have: its program, compiled and counted."""

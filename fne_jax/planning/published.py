@@ -72,7 +72,7 @@ def read_architectures(encoder: ml_collections.ConfigDict) -> dict[str, dict[str
     """Returns the config.json of each pretrained tower: from here if published, else its source's.
 
     Raises:
-      UserError: if a source of another name is not there.
+      UserError: if a source of another name does not exist.
     """
     architectures = {}
     for tower in TOWERS:

@@ -53,7 +53,7 @@ def pretrain_towers(config: ml_collections.ConfigDict, folder: pathlib.Path, ste
     Args:
       config: The config of the runs that are to begin with the towers; its data are rendered
         scenes.
-      folder: The folder of the run; what is there already is left alone.
+      folder: The folder of the run; what already exists is left alone.
       steps: The steps that each tower is trained for.
 
     Raises:

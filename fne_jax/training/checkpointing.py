@@ -67,7 +67,9 @@ class Checkpoints:
         self._workdir = workdir
         self.folder = (workdir / DIRECTORY).absolute()
         if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is no folder; move it away to resume or begin the run")
+            raise UserError(
+                f"{self.folder} is not a folder; move it away to resume or begin the run"
+            )
         with processes.failing_together("the checkpoints"), self._refusing():
             if jax.process_index() == 0:
                 self._set_aside(dict(checkpoints.unlisted(self.folder)))
@@ -209,7 +211,7 @@ class Checkpoints:
             reasons = "; ".join(map(str, damaged.values()))
             raise UserError(
                 f"{self.folder}: no checkpoint is undamaged: {reasons}; nothing was changed. "
-                "Restore the folder from a copy, or move it away to begin the run anew."
+                "Restore the folder from a copy, or move it away to start the run again."
             )
         folder = self.folder.with_name(DAMAGED_DIRECTORY)
         folder.mkdir(exist_ok=True)

@@ -226,7 +226,7 @@ def _train(run, workdir, last_step, state, position, checkpoints, stop):
                 raise UserError(
                     f"the last {in_a_row} steps to step {done} had a loss or gradient that is no "
                     "finite number (config.max_bad_steps); the state before them is saved. Look at "
-                    "their pairs in the log, or begin anew with a lower "
+                    "their pairs in the log, or start again with a lower "
                     "config.optimizer.learning_rate"
                 )
         finish()

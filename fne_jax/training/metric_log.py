@@ -143,7 +143,7 @@ def _tagged(values):
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """Returns the lines of metrics.jsonl, none where it is not there."""
+    """Returns the lines of metrics.jsonl, none where it does not exist."""
     path, lines = workdir / FILE_NAME, []
     if not path.exists():
         return lines

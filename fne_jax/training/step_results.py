@@ -18,7 +18,7 @@ from fne_jax.data.sources.shapes_scenes import SceneTruth
 
 # Steps that may still be running: enough to keep the device busy and memory bounded.
 _IN_FLIGHT = 2
-# Counts that run on from step to step and begin anew with an epoch: their mean over a window is
+# Counts that run on from step to step and start again with each epoch: their mean over a window is
 # nothing that ever was, so the last one is logged.
 _RUNNING_COUNTS = ("positive_count", "negative_count")
 _log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class StepResults:
 
     Attributes:
       bad_steps: How many steps were not applied since the start of the run, because their loss or
-        gradient was no finite number.
+        gradient was not finite.
       bad_in_a_row: How many of them came since the last step that was applied.
       last_loss: The loss of the last settled step that was applied; None before there is one.
     """
@@ -69,7 +69,7 @@ class StepResults:
             self._settle(*self._pending.popleft())
 
     def take_means(self) -> dict[str, float]:
-        """Returns the mean of each scalar over the settled steps, and begins anew.
+        """Returns the mean of each scalar over the settled steps, and starts again.
 
         Of the counts of the statistics, these are the last.
         """

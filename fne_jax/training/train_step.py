@@ -69,7 +69,7 @@ def train_step(
     """Updates momentum encoders, statistics, weights and queue with one batch.
 
     A batch whose loss, gradient or momentum embeddings are not finite changes nothing but the step
-    (and the statistics still begin anew with an epoch): the counts within the optimizer, which
+    (and the statistics still start again with each epoch): the counts within the optimizer, which
     schedule the learning rate, stay behind with the rest.
 
     Args:

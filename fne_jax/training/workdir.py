@@ -75,7 +75,7 @@ def check_data(workdir: pathlib.Path, data: Mapping[str, DatasetIdentity]) -> No
                 raise UserError(
                     f"{workdir} holds a run on other data: its {named} had "
                     f"{_in_words(before)}; that of config.data has {_in_words(now)}. Give the "
-                    "run's own data to resume it, or another --workdir to start anew "
+                    "run's own data to resume it, or another --workdir to start a new run "
                     f"(--config.init_from={workdir} starts from its weights)."
                 )
 
@@ -90,7 +90,7 @@ def begin(
 ) -> None:
     """Writes what restores a run's model; what another config left there is replaced.
 
-    Only process 0 writes. Of a run that is begun, whatever is there already stays; what a killed
+    Only process 0 writes. Of a run that is begun, whatever already exists stays; what a killed
     writer left unfinished is removed.
 
     Args:

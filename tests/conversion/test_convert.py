@@ -82,7 +82,7 @@ def test_a_converted_run_is_evaluated(converted):
 
 def test_an_existing_folder_is_left_alone(converted, golden, config_path):
     checkpoint = golden / "trajectory" / "model_best.pth.tar"
-    with pytest.raises(UserError, match="is there already and not empty"):
+    with pytest.raises(UserError, match="already exists and is not empty"):
         convert.main(
             ["reference", str(checkpoint), f"--out={converted}", f"--config={config_path}"]
         )

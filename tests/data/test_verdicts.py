@@ -126,7 +126,7 @@ def test_verdicts_on_other_splits_alone_are_refused(tmp_path):
 
 def test_pairs_of_verdicts():
     assert pairs_of(SOME, DATASET).rows() == [(0, 1), (1, 2), (2, 0), (3, 0)]
-    with pytest.raises(UserError, match="image_id 99 is none of the 3"):
+    with pytest.raises(UserError, match="image_id 99 is not among the 3"):
         pairs_of([verdict(0, 1, image_id=99)], DATASET)
 
 
@@ -135,8 +135,8 @@ def test_pairs_of_verdicts():
     ("changes", "message"),
     [
         ({"caption": "another"}, "caption 5 is 'another', that of the split is 'a \"dog\""),
-        ({"image_id": 31}, "image_id 31 is none of the 3 of the split"),
-        ({"caption_id": 1}, "caption_id 1 is none of the 5 of the split"),
+        ({"image_id": 31}, "image_id 31 is not among the 3 of the split"),
+        ({"caption_id": 1}, "caption_id 1 is not among the 5 of the split"),
         ({"split": "dev"}, "split is 'dev'; expected one of train, val, test"),
         ({"verdict": "yes"}, "verdict is 'yes'; expected one of match, no_match, unsure"),
         ({"image_id": "1O"}, "image_id is '1O'; expected an integer"),

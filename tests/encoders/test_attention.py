@@ -216,7 +216,7 @@ def test_the_choice_reaches_the_layers(options, monkeypatch):
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A device that is not there."""
+    """A device that does not exist."""
 
     platform: str
     compute_capability: str = "9.0"

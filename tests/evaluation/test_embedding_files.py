@@ -126,7 +126,7 @@ def test_files_that_are_not_there_or_not_arrays_are_named(folder):
     with pytest.raises(UserError, match=r"caption_image.npy: cannot be read as .npy"):
         read_embeddings(folder)
     (folder / "caption_image.npy").unlink()
-    with pytest.raises(UserError, match=r"caption_image.npy is not there"):
+    with pytest.raises(UserError, match=r"caption_image.npy does not exist"):
         read_embeddings(folder)
     with pytest.raises(UserError, match="is not a folder"):
         read_embeddings(folder / "nowhere")
@@ -193,7 +193,11 @@ def test_rows_are_found_by_their_ids(split, tmp_path):
     ("name", "change", "message"),
     [
         ("image_id", lambda a: a + 1, r"image_id.npy: 4 of the split's 4 ids are missing, first"),
-        ("caption_id", lambda a: a * 0, r"caption_id.npy: ids come more than once, first \[0\]"),
+        (
+            "caption_id",
+            lambda a: a * 0,
+            r"caption_id.npy: some ids appear more than once, first \[0\]",
+        ),
         ("caption_id", lambda a: a[::-1].copy(), "each caption with the same image"),
         ("caption_image", lambda a: a[::-1].copy(), "each caption with the same image"),
     ],
@@ -247,7 +251,7 @@ def test_a_dump_that_was_killed_is_not_scored(split, tmp_path, monkeypatch):
             except KeyboardInterrupt:
                 pass
         if "image_embeddings.npy" not in written[-last:]:
-            with pytest.raises(UserError, match=r"image_embeddings.npy is not there"):
+            with pytest.raises(UserError, match=r"image_embeddings.npy does not exist"):
                 read_embeddings(tmp_path)
     assert last == 8 and set(written) == {path.name for path in tmp_path.iterdir()}
 
@@ -265,14 +269,14 @@ def test_an_order_takes_anyone_s_embeddings(split, tmp_path, capsys):
     names = json.loads((out / "names.json").read_text())
     owner = np.load(out / "caption_image.npy")
     assert len(names["images"]) == owner.max() + 1 and len(names["captions"]) == len(owner)
-    with pytest.raises(UserError, match=r"image_embeddings.npy is not there"):
+    with pytest.raises(UserError, match=r"image_embeddings.npy does not exist"):
         evaluate.main([f"--embeddings={out}"])
     image_emb = unit(np.random.default_rng(0), len(names["images"]))
     np.save(out / "image_embeddings.npy", image_emb)
     np.save(out / "text_embeddings.npy", image_emb[owner])
     evaluate.main([f"--embeddings={out}"])
     assert "rSum 600.0" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"image_embeddings.npy is there already"):
+    with pytest.raises(UserError, match=r"image_embeddings.npy already exists"):
         convert.main(["order", f"--config={config}", "--split=val", f"--out={out}"])
 
 

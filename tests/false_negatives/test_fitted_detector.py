@@ -140,9 +140,9 @@ def test_a_detector_comes_back_as_it_was(judged, detector, tmp_path):
         ({"threshold": [[float("nan")] * 7] * 150}, "slope or threshold is out of its range"),
         ({"precision": [0.5]}, r"precision is of the shape \[1\]"),
         ({"recall": 0.5}, r"recall is of the shape \[\]"),
-        ({"slope": float("nan")}, "slope holds what is no finite number"),
+        ({"slope": float("nan")}, "slope holds a non-finite number"),
         ({"slope": -1.0}, "slope or threshold is out of its range"),
-        ({"offset": float("inf")}, "offset holds what is no finite number"),
+        ({"offset": float("inf")}, "offset holds a non-finite number"),
     ],
 )
 def test_a_damaged_file_is_told(detector, tmp_path, change, message):

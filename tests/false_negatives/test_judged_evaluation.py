@@ -202,7 +202,7 @@ def test_evaluate_with_verdicts(tmp_path, capsys, kind):
             write_verdicts(path, verdicts)
 
     ours = [f"--embeddings={tmp_path / 'theirs'}", f"--verdicts={path}"]
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         evaluate.main([*ours, config, "--split=val"])
     write(verdicts[1:])
     out = tmp_path / "out.json"

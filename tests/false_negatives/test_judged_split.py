@@ -63,7 +63,7 @@ def test_what_is_kept_is_taken_while_nothing_changes(made, tmp_path, monkeypatch
     for damage in (b"", b"nothing", path.read_bytes()[:-200]):
         path.write_bytes(damage)
         caplog.clear()
-        assert embed()[1] and "cannot be read, so all is embedded anew" in caplog.text
+        assert embed()[1] and "cannot be read, so everything is embedded again" in caplog.text
         assert not embed()[1]
 
 

@@ -205,7 +205,7 @@ def test_other_databases_are_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"theirs\.sqlite is an SQLite file, but not of verdicts"):
         VerdictStore(path)
     assert path.read_bytes() == before
-    with pytest.raises(UserError, match=r"nothing\.sqlite is not there"):
+    with pytest.raises(UserError, match=r"nothing\.sqlite does not exist"):
         VerdictStore(tmp_path / "nothing.sqlite", create=False)
     assert not (tmp_path / "nothing.sqlite").exists()
     empty = tmp_path / "empty.sqlite"

@@ -82,7 +82,7 @@ def test_a_faiss_index_is_made_once_for_the_same_rows(part, queries, monkeypatch
     with caplog.at_level(logging.WARNING, logger="fne_jax"):
         again = engines.create_engine("faiss:HNSW8", part)(queries, 5)
     np.testing.assert_array_equal(again, first)
-    assert "is damaged; it is made anew" in caplog.text
+    assert "is damaged; it is built again" in caplog.text
 
 
 @pytest.mark.parametrize(

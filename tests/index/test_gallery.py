@@ -111,21 +111,21 @@ def test_what_is_no_gallery_is_named(tmp_path):
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     assert label_of(tmp_path / "circle").startswith("circle_")
     for read, source, message in (
-        (images_of, tmp_path / "nowhere", "nowhere' is not there; expected a folder of images"),
+        (images_of, tmp_path / "nowhere", "nowhere' does not exist; expected a folder of images"),
         (images_of, tmp_path / "empty", "there is no image in it"),
         (images_of, tmp_path / "a.png", "give it as --image"),
         (images_of, tmp_path / "empty.csv", "there is no image"),
         (images_of, tmp_path / "bad.csv", "the column 'caption' is missing"),
-        (images_of, "no\0name", r"no.x00name' is not there"),
-        (images_of, tmp_path / "circle", "circle' is not there; expected a folder of images"),
+        (images_of, "no\0name", r"no.x00name' does not exist"),
+        (images_of, tmp_path / "circle", "circle' does not exist; expected a folder of images"),
         (
             images_of,
             "~no-such-user/g",
-            "'~no-such-user/g': ~no-such-user stands for the home folder of a user",
+            "'~no-such-user/g': there is no user of that name, whose home folder ~no-such-user",
         ),
         (images_of, [], "no images in the list"),
         (images_of, "", "'' is no path; expected a folder of images"),
-        (texts_of, tmp_path / "nowhere", "is not there; expected a table"),
+        (texts_of, tmp_path / "nowhere", "does not exist; expected a table"),
         (texts_of, tmp_path / "empty", "is a folder; expected a table"),
         (texts_of, tmp_path / "empty.txt", "there is no text"),
         (texts_of, ["a dog", 3], r"texts\[1\]: expected a str, got int"),

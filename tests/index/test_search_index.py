@@ -100,7 +100,7 @@ def test_another_model_embeds_all_anew_and_says_so_once(photos, tmp_path, caplog
     with caplog.at_level(logging.INFO, logger="fne_jax"):
         index = build(photos, tmp_path / "index", other)
     assert sum(other.embedded) == 11
-    said = [line for line in caplog.messages if "anew" in line]
+    said = [line for line in caplog.messages if "embedded again" in line]
     assert len(said) == 1 and "step 40" in said[0] and "step 80" in said[0]
     np.testing.assert_allclose(index.rows, build(photos, None, Model(step=80)).rows, atol=1e-3)
 

@@ -117,7 +117,7 @@ def _touch_after(path):
     """Makes a file if there is the one that it is named after."""
     needed = path.parent / path.name.removeprefix("after_")
     if not needed.exists():
-        raise UserError(f"{needed} is not there")
+        raise UserError(f"{needed} does not exist")
     path.touch()
 
 

@@ -292,7 +292,7 @@ def test_objectives_change_what_they_are_named_for(config_path):
     [
         (["--objectives=fne,softest"], "there is no 'softest'; expected some of fne, hardest"),
         (["--objectives=fne,fne"], "given twice"),
-        (["--objectives=fne", "--baseline=hardest"], "--baseline=hardest is none of"),
+        (["--objectives=fne", "--baseline=hardest"], "--baseline=hardest is not among"),
         (["--vary=fne.prior"], "expected field=value"),
         (["--vary=fne.prio=1"], "there is no config field config.fne.prio; did you mean"),
         (["--vary=seed=3"], "give the number of --seeds"),

@@ -195,7 +195,7 @@ def test_a_run_without_an_undamaged_checkpoint_stops_and_changes_nothing(own_run
         (checkpoint / damaged).write_text("{")
     before = content_of(own_run)
     with pytest.raises(
-        UserError, match=r"(?s)no checkpoint is undamaged:.*/12 is damaged.*begin the run anew"
+        UserError, match=r"(?s)no checkpoint is undamaged:.*/12 is damaged.*start the run again"
     ):
         train(own_run)
     assert content_of(own_run) == before
@@ -226,7 +226,7 @@ def test_an_error_of_the_storage_stops_the_run_and_changes_nothing(own_run, monk
 
 
 def test_arrays_other_than_the_saved_ones_are_told(own_run):
-    # Orbax reads a chunk that is not there as zeros, without an error.
+    # Orbax reads a chunk that does not exist as zeros, without an error.
     position = own_run / "checkpoints" / "14" / "position" / "metadata"
     values = json.loads(position.read_text())
     changed = values["fingerprints"] | {"queue": values["fingerprints"]["queue"] ^ 1}
@@ -303,7 +303,7 @@ def test_workdirs_that_cannot_be_written(own_run, tmp_path):
             train(workdir, tiny_config())
     shutil.rmtree(own_run / "checkpoints")
     (own_run / "checkpoints").write_text("")
-    with pytest.raises(UserError, match=r"checkpoints.*is no folder"):
+    with pytest.raises(UserError, match=r"checkpoints.*is not a folder"):
         train(own_run)
 
 

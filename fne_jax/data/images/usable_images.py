@@ -113,7 +113,7 @@ def evaluation_pixels(
         `npz`; grey ones, 16 bits and an alpha channel go the way of such files.
       size: The pixels of a side of the result.
       resize_to: `config.data.resize_to`.
-      name: What messages call an image that is no file.
+      name: What messages call an image that is not a file.
 
     Raises:
       UserError: If the image cannot be read, or `prepare` would leave it out.

@@ -177,7 +177,7 @@ def _check_skipped(skipped: list[Skipped], allowed: int, listing: epath.Path) ->
         return
     raise UserError(
         f"{len(skipped)} images or captions cannot be used, more than config.data.max_skipped, "
-        f"{allowed}:{_shown(skipped)}\nAll are listed in {listing}. Mend them, or allow that many "
+        f"{allowed}:{_shown(skipped)}\nAll are listed in {listing}. Fix them, or allow that many "
         "to be left out."
     )
 

@@ -33,7 +33,7 @@ IMAGES_PER_PART = 256
 # converted otherwise, so that nothing is taken up that was made by other rules.
 RULES = 2
 _VERDICTS = "verdicts.json"
-# What says that there is no file, beside that it or a folder is not there: links in a circle, and a
+# What says that there is no file, beside that it or a folder is missing: links in a circle, and a
 # name that no file can have. Other errors, such as those of a network, say nothing of the file.
 _NO_FILE = (errno.ELOOP, errno.ENAMETOOLONG)
 _STAMP_THREADS = 32  # most of all for remote files, whose stamps take a round trip each
@@ -170,7 +170,7 @@ def file_stamp(path: epath.Path) -> tuple[int, int]:
     except OSError as error:
         if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno in _NO_FILE:
             return -1, 0
-        raise UserError(f"{name}: cannot be read: {error}; mend that and call again") from error
+        raise UserError(f"{name}: cannot be read: {error}; fix that and try again") from error
     return (local.st_size, local.st_mtime_ns) if stat.S_ISREG(local.st_mode) else (-1, 0)
 
 
@@ -211,7 +211,7 @@ def _check_image(path, resize_to):
     try:
         if size < 0:
             raise UnusableImage(f"there is no image {path}")
-        with files.as_user_error(f"{path}: cannot be read", "mend that and call again"):
+        with files.as_user_error(f"{path}: cannot be read", "fix that and try again"):
             content = path.read_bytes()
         jpeg = usable_jpeg(content, resize_to)
     except UnusableImage as fault:

@@ -195,7 +195,7 @@ class PairBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         """
         folder = epath.Path(self.data_dir)
         if folder.exists() and not (folder / _INFO_FILE).exists():  # which TFDS takes for complete
-            raise UserError(f"{folder}: is damaged: {_INFO_FILE} is not there; {_ADVICE}")
+            raise UserError(f"{folder}: is damaged: {_INFO_FILE} does not exist; {_ADVICE}")
         # TFDS announces a download of unknown size; nothing is downloaded.
         with contextlib.redirect_stdout(io.StringIO()):
             self.download_and_prepare(file_format="array_record")

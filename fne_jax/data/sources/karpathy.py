@@ -42,7 +42,7 @@ def read_listing(data_dir: str, name: str = ANY) -> Listing:
     Raises:
       UserError: If the file or a folder of images is missing; for a dataset with a name it says
         what to download and where to put it. If the file is not JSON, a key is missing, a split is
-        unknown or empty, or an image or an id is there twice; it names the file and the entry.
+        unknown or empty, or an image or an id appears twice; it names the file and the entry.
     """
     path = _find_json(data_dir, name)
     content = listing.read_json(path)
@@ -59,7 +59,7 @@ def read_listing(data_dir: str, name: str = ANY) -> Listing:
     checked = listing.checked_listing(dataset, str(path), [path], images)
     missing = [folder for folder in {image.path.parent for image in images} if not folder.is_dir()]
     if missing:
-        raise UserError(f"{path}: its image folder {min(missing)} is not there{_advice(name)}")
+        raise UserError(f"{path}: its image folder {min(missing)} does not exist{_advice(name)}")
     return checked
 
 
@@ -70,7 +70,9 @@ def _find_json(data_dir, name):
     folder = epath.Path(data_dir).expanduser()
     path = folder / f"dataset_{name}.json"
     if not data_dir or not path.exists():
-        raise UserError(f"config.data.dir is {data_dir!r}: {path.name} is not there{_advice(name)}")
+        raise UserError(
+            f"config.data.dir is {data_dir!r}: {path.name} does not exist{_advice(name)}"
+        )
     return path
 
 

@@ -326,7 +326,7 @@ def checked_listing(
             _check_number(image.where, "id of a caption", caption_id, _MAX_CAPTION_ID)
             if caption_id in image_of_caption:
                 raise UserError(
-                    f"{image.where}: the id of a caption, {caption_id}, is there before, in "
+                    f"{image.where}: the id of a caption, {caption_id}, already appears in "
                     f"{image_of_caption[caption_id].where}; ids of captions must be unique"
                 )
             image_of_caption[caption_id] = image

@@ -26,7 +26,7 @@ def load_split(data: ml_collections.ConfigDict, image_size: int, split: str) -> 
       split: "train", "val" or "test".
 
     Raises:
-      UserError: If the file is not there or an array does not fit.
+      UserError: If the file is missing or an array does not fit.
     """
     path = epath.Path(data.dir).expanduser() / f"{split}.npz"
     arrays = _read(path)

@@ -124,7 +124,7 @@ def _csv_header(path, text):
         if "image" in names and "caption" in names:
             for name in COLUMNS:
                 if names.count(name) > 1:
-                    raise UserError(f"{path}: the column {name!r} is there twice")
+                    raise UserError(f"{path}: the column {name!r} appears twice")
             return delimiter, headers[delimiter]
     likely = max(headers, key=lambda delimiter: len(headers[delimiter]))
     names = [name.strip().lower() for name in headers[likely]]

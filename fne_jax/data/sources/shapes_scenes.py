@@ -117,7 +117,7 @@ class SceneTruth:
         return is_true(self.facts[caption], self.scenes[image])
 
     def of_captions(self, rows: Sequence[int]) -> SceneTruth:
-        """Returns the truth of some of the captions, which are numbered anew in that order."""
+        """Returns the truth of some of the captions, which are renumbered in that order."""
         return SceneTruth(self.scenes, self.facts[rows])
 
     def matrix(self) -> np.ndarray:

@@ -369,7 +369,7 @@ def _static(request):
     if name not in _static_files():
         raise HTTPException(404, "There is no such file.")
     kind = _TYPES[name.rpartition(".")[2]]
-    # Asked for anew, since another version of the program may be listening next time.
+    # Asked for again, since another version of the program may be listening next time.
     return Response(_static_files()[name], media_type=kind, headers={"cache-control": "no-cache"})
 
 

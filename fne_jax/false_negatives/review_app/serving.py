@@ -24,7 +24,7 @@ def bind(host: str, port: int | None) -> socket.socket:
       port: The port; None for the usual one, or any other where that is taken.
 
     Raises:
-      UserError: if the port is taken or not allowed, or the host is none of this machine.
+      UserError: if the port is taken or not allowed, or the host is not one of this machine.
     """
     wanted = [USUAL_PORT, 0] if port is None else [port]
     for number in wanted:
@@ -104,7 +104,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self):
-        """Ends the server by any of our signals; uvicorn would raise them anew at the end."""
+        """Ends the server by any of our signals; uvicorn would raise them again at the end."""
         before = {number: signal.signal(number, self._stop) for number in self.stop_on}
         try:
             yield

@@ -44,7 +44,7 @@ def test_a_missing_download_says_what_to_put_where(tmp_path, name):
 def test_a_missing_folder_of_images_says_what_to_put_where(tmp_path):
     sources.write_coco(tmp_path)
     (tmp_path / "images" / "val2014").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"images/val2014 is not there.*by hand.*val2014\.zip"):
+    with pytest.raises(UserError, match=r"images/val2014 does not exist.*by hand.*val2014\.zip"):
         karpathy.read_listing(str(tmp_path), "coco")
 
 
@@ -66,7 +66,7 @@ def test_a_missing_folder_of_images_says_what_to_put_where(tmp_path):
         (
             "sentences",
             [{"raw": "words", "sentid": 770_000}],
-            r"images\[2\]: the id of a caption, 770000, is there before, in .*images\[0\]",
+            r"images\[2\]: the id of a caption, 770000, already appears in .*images\[0\]",
         ),
         ("cocoid", True, r"images\[2\]: the image id is True"),
         ("filename", "a\0.jpg", r"images\[2\]: 'filename' is 'a\\x00.jpg'"),

@@ -67,7 +67,7 @@ def test_mistakes_in_tables(tmp_path, change, message):
             b"image,caption\na.jpg,caf\xe9\n",
             "line 2: not text .*0xe9.*iconv -f cp12",
         ),
-        ("csv", b"image,caption,Image\n", "the column 'image' is there twice"),
+        ("csv", b"image,caption,Image\n", "the column 'image' appears twice"),
         ("csv", b"image;caption\na.jpg;one; two\n", "line 2: more fields .* with ';' between"),
         ("csv", b"image;text\n", "the column 'caption' is missing; .* and is 'image;text'"),
         ("csv", b"image,caption\na\0.jpg,b\n", "line 2: 'image' is 'a.x00.jpg'"),
