@@ -207,7 +207,7 @@ def get_config() -> ConfigDict:
     # The same of the weights of suspected candidates; 0 for tau, as the paper.
     fne.elimination_tau = 0.0
     # How suspected candidates are weighed: soft (by their posterior, the paper's), hard (never
-    # sampled), or none (as ordinary ones).
+    # negatives), or none (as ordinary ones).
     fne.elimination = "soft"
     # Whether ordinary candidates weigh the more the nearer they are to the positive; without it
     # they all weigh 1.

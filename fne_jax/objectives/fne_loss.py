@@ -5,7 +5,8 @@ queue's:
 
   1. similarities give each candidate a weight (`negative_sampling`), which asks the similarity
      statistics how likely the candidate is a false negative (`similarity_statistics`);
-  2. one negative is sampled by weight, or, where every weight is 0, the hardest is taken;
+  2. one negative is sampled by weight, or, where every weight is 0, the hardest of those that are
+     not eliminated is taken;
   3. the triplet loss compares it with the anchor's own match (`triplet_loss`).
 """
 
@@ -20,7 +21,11 @@ from fne_jax.objectives import checks
 from fne_jax.objectives.features import Features
 from fne_jax.objectives.key_blocks import BLOCK, KeyBlocks
 from fne_jax.objectives.memory_queue import MemoryQueue
-from fne_jax.objectives.negative_sampling import first_exceeding, sample_entry, sampling_weights
+from fne_jax.objectives.negative_sampling import (
+    first_exceeding,
+    sample_entry,
+    weights_and_candidates,
+)
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics, false_negative_posterior
 from fne_jax.objectives.triplet_loss import Choice, TripletAux, triplet_loss_of_choices
 
@@ -115,7 +120,7 @@ def _loss_from_uniforms(
     if key_chunk is not None and (key_chunk < BLOCK or key_chunk % BLOCK):
         raise ValueError(f"key_chunk: expected a multiple of {BLOCK} or None, got {key_chunk}")
     posterior = {"stats": stats, "prior": prior, "monotone": monotone}
-    weigh = functools.partial(sampling_weights, margin=margin, **posterior, **weighing)
+    weigh = functools.partial(weights_and_candidates, margin=margin, **posterior, **weighing)
 
     def choose(uniform, direction):
         blocks = KeyBlocks.create(direction, features.split, weigh)

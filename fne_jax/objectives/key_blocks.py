@@ -27,8 +27,9 @@ from fne_jax.objectives.similarity_statistics import cosine
 BLOCK = 16
 
 # Maps similarities, each anchor's positive similarity, and which keys are no negatives (of the
-# anchor's image, or known to match) to weights; the arguments broadcast against each other.
-Weigh = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# anchor's image, or known to match) to weights, and to which keys may be negatives at all; the
+# arguments broadcast against each other.
+Weigh = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class BlockScores(NamedTuple):
@@ -38,8 +39,7 @@ class BlockScores(NamedTuple):
       index: [batch, BLOCK] int32 indices into the keys: the batch's first, then the queue's slots.
       similarity: [batch, BLOCK] float32 similarities to the anchor.
       weight: [batch, BLOCK] float32 weights, 0 beyond the last key.
-      candidate: [batch, BLOCK] bool, true for existing keys of another image that are not known to
-        match.
+      candidate: [batch, BLOCK] bool, true for existing keys that may be negatives.
     """
 
     index: jax.Array
@@ -53,7 +53,7 @@ class KeyBlocks:
     """The candidates of one direction; no gradient flows through any of them.
 
     Attributes:
-      weigh: Maps similarities to weights.
+      weigh: Maps similarities to weights and candidates.
       anchor: [batch, dim] embeddings of the anchors.
       positive: [batch] similarity of each anchor to its own match.
       image_id: [batch] image ids of the anchors, which are those of the batch's keys as well.
@@ -147,12 +147,12 @@ class KeyBlocks:
             excluded = jnp.where(in_queue, queue_excluded, excluded)
             exists = jnp.where(in_queue, slot < size, exists)
             index = jnp.where(in_queue, batch + slot, index)
-        weight = self.weigh(similarity, self.positive[:, None], excluded)
+        weight, candidate = self.weigh(similarity, self.positive[:, None], excluded)
         return BlockScores(
             index=index,
             similarity=similarity,
             weight=jnp.where(exists, weight, 0.0),
-            candidate=exists & ~excluded,
+            candidate=exists & candidate,
         )
 
     def _reduce(self, similarity, key_id, matches):
@@ -160,8 +160,8 @@ class KeyBlocks:
         excluded = key_id[:, None] == self.image_id[None, :]
         if matches is not None:
             excluded = excluded | matches
-        weight = self.weigh(similarity, self.positive[None, :], excluded)
-        others = jnp.where(excluded, -jnp.inf, similarity)
+        weight, candidate = self.weigh(similarity, self.positive[None, :], excluded)
+        others = jnp.where(candidate, similarity, -jnp.inf)
         return _by_block(weight, jnp.sum), _by_block(others, jnp.max)
 
     def _scan_queue(self, slots, key_chunk):

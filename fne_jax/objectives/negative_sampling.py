@@ -87,7 +87,7 @@ def sampling_weights(
       margin: That of the triplet loss, at least 0.
       tau: Strength of the weight of ordinary candidates, at least 0; 0 makes them all equal.
       elimination_tau: Strength of the weight of suspected ones, at least 0; None takes `tau`, as
-        the paper does. A very large number removes them altogether.
+        the paper does. Those whose weight it takes below what float32 can hold are eliminated.
       prior: Share of candidates that are unlabelled matches, in (0, 1).
       posterior_threshold: Posterior above which a candidate is suspected, in [0, 1]; 1 suspects
         none.
@@ -103,6 +103,41 @@ def sampling_weights(
 
     References:
       Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380, section 3.3.
+    """
+    return weights_and_candidates(
+        similarity,
+        positive_similarity,
+        excluded,
+        stats,
+        margin=margin,
+        tau=tau,
+        elimination_tau=elimination_tau,
+        prior=prior,
+        posterior_threshold=posterior_threshold,
+        min_count=min_count,
+        monotone=monotone,
+    )[0]
+
+
+def weights_and_candidates(
+    similarity: jax.Array,
+    positive_similarity: jax.Array,
+    excluded: jax.Array,
+    stats: SimilarityStatistics,
+    *,
+    margin: float = 0.2,
+    tau: float = 0.5,
+    elimination_tau: float | None = None,
+    prior: float = 1e-4,
+    posterior_threshold: float = 1e-3,
+    min_count: int = 200,
+    monotone: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `sampling_weights`, and which keys may be negatives where all weights are 0.
+
+    Weight 0 alone does not tell: a candidate that is too easy may still be one, an excluded or an
+    eliminated key may not. Eliminated are suspected ones with an `exp(-elimination_tau P)` of 0 in
+    float32, too easy or not; with the paper's tau there are none.
     """
     elimination_tau = tau if elimination_tau is None else elimination_tau
     checks.in_range("margin", margin, 0)
@@ -125,8 +160,10 @@ def sampling_weights(
         elimination_tau * posterior,
         tau * jnp.square(similarity - positive_similarity),
     )
+    weight = jnp.exp(-exponent)
     too_easy = similarity <= stats.positive.mean - margin
-    return jnp.where(excluded | too_easy, 0.0, jnp.exp(-exponent))
+    candidate = ~(excluded | (suspected & (weight == 0)))
+    return jnp.where(excluded | too_easy, 0.0, weight), candidate
 
 
 def sample_negatives(rng: jax.Array, weights: jax.Array, fallback: jax.Array) -> jax.Array:

@@ -40,10 +40,9 @@ class TripletAux:
     Attributes:
       negative_i2t: [batch] int32, the text key chosen for each image anchor.
       negative_t2i: [batch] int32, the image key chosen for each text anchor.
-      hardest_i2t: [batch] int32, the most similar text key of another image that is not known to
-        match.
-      hardest_t2i: [batch] int32, the most similar image key of another image that is not known to
-        match.
+      hardest_i2t: [batch] int32, the most similar text key that may be a negative: of another
+        image, not known to match, and not eliminated.
+      hardest_t2i: [batch] int32, the most similar image key likewise.
       fallback_fraction: [] share of the 2 * batch anchors for which nothing could be sampled.
       posterior: [] mean posterior of the chosen negatives being false ones.
       active_fraction: [] share of the 2 * batch anchors with a loss above 0.

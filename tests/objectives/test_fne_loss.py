@@ -15,9 +15,12 @@ from fne_jax.objectives.triplet_loss import rowwise_cosine
 from tests.support.fne import (
     arguments_of,
     assert_gradient,
+    excluded_of,
+    keys_of,
     make_batch,
     matching_rows,
     slow_loss,
+    slow_posterior,
     statistics,
 )
 
@@ -25,12 +28,14 @@ TRUSTED = statistics()
 
 
 @functools.partial(jax.jit, static_argnames=("margin", "key_chunk"))
-def differentiate(uniforms, features, queue, stats, margin=0.2, key_chunk=None):
+def differentiate(
+    uniforms, features, queue, stats, margin=0.2, key_chunk=None, elimination_tau=None
+):
     """Returns (loss, aux) and the gradient for all four embeddings."""
 
     def loss_fn(*embeddings):
         drawn = Features(*embeddings, features.image_id)
-        settings = {"margin": margin, "key_chunk": key_chunk}
+        settings = {"margin": margin, "key_chunk": key_chunk, "elimination_tau": elimination_tau}
         return _loss_from_uniforms(uniforms, drawn, queue, stats, **settings)
 
     embeddings = arguments_of(features)[:4]
@@ -53,6 +58,36 @@ def test_loss_agrees_with_the_slow_version(positive_mean):
         np.testing.assert_array_equal(aux.negative_i2t, chosen[0])
         np.testing.assert_array_equal(aux.negative_t2i, chosen[1])
         assert (aux.fallback_fraction == 1) == (positive_mean == 1.3)
+
+
+@pytest.mark.parametrize("elimination_tau", [1e30, 1e6])
+def test_what_is_eliminated_is_no_fallback_either(elimination_tau):
+    stats = statistics((0.7, 0.02), (0.2, 0.01), counts=(500, 999))
+    suspect_fallbacks = rows_without_any = 0
+    for seed in range(4):
+        features, queue = make_batch(seed, dim=3, queue_size=37)
+        uniforms = uniforms_of(seed, 6)
+        for slots, chunk in ((queue, 16), (None, None)):
+            soft, hard = (
+                differentiate(uniforms, features, slots, stats, 0.4, chunk, tau)
+                for tau in (0.5, elimination_tau)
+            )
+            (loss, aux), grads = hard
+            expected, chosen = slow_loss(uniforms, features, slots, stats, 0.4, eliminated=1e-3)
+            np.testing.assert_allclose(loss, expected, rtol=1e-5)
+            np.testing.assert_array_equal(aux.negative_i2t, chosen[0])
+            np.testing.assert_array_equal(aux.negative_t2i, chosen[1])
+            assert all(np.isfinite(grad).all() for grad in grads)
+            for (anchor, keys, _), excluded, grad in zip(
+                keys_of(features, slots), excluded_of(features, slots), grads[:2], strict=True
+            ):
+                s = anchor @ keys.T
+                suspected = slow_posterior(s.astype(np.float64), stats, 1e-4) > 1e-3
+                none = (excluded | suspected).all(axis=1)
+                assert (grad[none] == 0).all()
+                rows_without_any += none.sum()
+            suspect_fallbacks += float(soft[0][1].fallback_fraction < aux.fallback_fraction)
+    assert suspect_fallbacks and rows_without_any
 
 
 @pytest.mark.parametrize("key_chunk", [16, 48, 112, 4096])

@@ -16,7 +16,7 @@ from tests.support.runs import mesh_of
 
 
 def weigh(similarity, positive, same_image):
-    return abs(similarity - 2 * positive) * ~same_image
+    return abs(similarity - 2 * positive) * ~same_image, ~same_image & (similarity < 0.9)
 
 
 @functools.partial(jax.jit, static_argnames="key_chunk")
@@ -36,7 +36,8 @@ def test_blocks_are_slices_of_the_full_matrix():
     anchor, keys, key_id = keys_of(features, queue)[0]
     similarity = anchor @ keys.T
     same = features.image_id[:, None] == key_id[None, :]
-    weight = weigh(similarity, np.diagonal(similarity)[:, None], same)
+    weight, candidate = weigh(similarity, np.diagonal(similarity)[:, None], same)
+    assert (candidate != ~same).any()
     # The last block of the batch's keys and of the queue's is short.
     borders = [(0, 16), (16, 19), (19, 35), (35, 51), (51, 64)]
     for key_chunk in (None, BLOCK):
@@ -47,14 +48,14 @@ def test_blocks_are_slices_of_the_full_matrix():
             np.testing.assert_allclose(
                 weights[:, block], weight[:, part].sum(axis=1), rtol=1e-5, atol=1e-6
             )
-            others = np.where(same, -np.inf, similarity)[:, part]
+            others = np.where(candidate, similarity, -np.inf)[:, part]
             np.testing.assert_allclose(best[:, block], others.max(axis=1), rtol=1e-5, atol=1e-6)
             size = end - start
             index, found, weighed, other = (np.asarray(array[block]) for array in scores)
             assert (index[:, :size] == np.arange(start, end)).all()
             np.testing.assert_allclose(found[:, :size], similarity[:, part], rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(weighed[:, :size], weight[:, part], rtol=1e-4, atol=1e-6)
-            np.testing.assert_array_equal(other[:, :size], ~same[:, part])
+            np.testing.assert_array_equal(other[:, :size], candidate[:, part])
             assert (weighed[:, size:] == 0).all() and not other[:, size:].any()
 
 

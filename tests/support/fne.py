@@ -121,13 +121,17 @@ def slow_sample(uniform, weights, fallback):
     return np.array(sampled)
 
 
-def slow_loss(uniforms, features, queue, stats, margin):
-    """The loss of FNE and both directions' negatives, anchor by anchor."""
+def slow_loss(uniforms, features, queue, stats, margin, eliminated=1.0):
+    """The loss of FNE and both directions' negatives, anchor by anchor.
+
+    Keys with a posterior above `eliminated` are treated as if they were of the anchor's image.
+    """
     total, chosen = 0.0, []
     candidates = zip(keys_of(features, queue), excluded_of(features, queue), uniforms, strict=True)
     for (anchor, keys, _), same, uniform in candidates:
         s = anchor @ keys.T
         d = (anchor * keys[: len(anchor)]).sum(axis=1)
+        same = same | (slow_posterior(s.astype(np.float64), stats, 1e-4) > eliminated)
         weights = slow_weights(s, d, same, stats, margin=margin)
         violation = np.where(same, 0, np.maximum(margin + s - d[:, None], 0))
         negative = slow_sample(uniform, weights, violation.argmax(axis=1))
