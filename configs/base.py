@@ -197,15 +197,16 @@ def get_config() -> ConfigDict:
     fne.tau = 0.5
     # Prior probability of a candidate being a false negative; it should follow the dataset.
     fne.prior = 1e-4
-    # Posterior above which a candidate is suspected.
-    fne.posterior_threshold = 1e-3
+    # Posterior above which a candidate is suspected; None for ten times the prior, as the paper,
+    # and at most 0.5.
+    fne.posterior_threshold = config_dict.placeholder(float)
     # Positive similarities seen before anything is suspected.
     fne.min_count = 200
     # Leave out other captions of the same image from the warm-up loss and the statistics. The
     # authors leave out the diagonal only.
     fne.mask_same_image = True
-    # The same of the weights of suspected candidates; 0 for tau, as the paper.
-    fne.elimination_tau = 0.0
+    # The same of the weights of suspected candidates; None for tau, as the paper.
+    fne.elimination_tau = config_dict.placeholder(float)
     # How suspected candidates are weighed: soft (by their posterior, the paper's), hard (never
     # negatives), or none (as ordinary ones).
     fne.elimination = "soft"

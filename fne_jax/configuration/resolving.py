@@ -15,6 +15,7 @@ from fne_jax.encoders import towers
 from fne_jax.encoders.architectures import SENTENCE_MODULES
 from fne_jax.encoders.dual_encoder import CHECKPOINT
 from fne_jax.errors import UserError
+from fne_jax.objectives.negative_sampling import suspicion_threshold
 from fne_jax.objectives.registry import check_learned
 
 # The tokens of a caption, where neither config nor checkpoint says (the paper).
@@ -59,10 +60,11 @@ def resolve(
 def with_model_defaults(
     config: ml_collections.ConfigDict, architectures: Mapping[str, Mapping[str, Any]]
 ) -> ml_collections.ConfigDict:
-    """Returns a config whose fields left open ("auto", 0, ()) are those of its towers' models.
+    """Returns a config whose fields left open ("auto", 0, (), None) are filled in.
 
-    These are the poolings, the mean and deviation of the pixels, the tokenizer, the prompt and the
-    length of captions, and the temperature and the bias of the objective.
+    Of its towers' models come the poolings, the mean and deviation of the pixels, the tokenizer,
+    the prompt and the length of captions, and the temperature and the bias of the objective; of the
+    prior the posterior that is suspect.
 
     Args:
       config: As loaded; see configs/base.py.
@@ -110,6 +112,8 @@ def with_model_defaults(
     if config.objective.bias is None:
         config.objective.bias = learned.get("logit_bias", _BIAS)
     check_learned(config.objective)
+    if config.fne.posterior_threshold is None:
+        config.fne.posterior_threshold = suspicion_threshold(config.fne.prior)
     return config
 
 

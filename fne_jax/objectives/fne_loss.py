@@ -40,7 +40,7 @@ def fne_triplet_loss(
     tau: float = 0.5,
     elimination_tau: float | None = None,
     prior: float = 1e-4,
-    posterior_threshold: float = 1e-3,
+    posterior_threshold: float | None = None,
     min_count: int = 200,
     monotone: bool = False,
     key_chunk: int | None = None,

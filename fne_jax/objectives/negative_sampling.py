@@ -63,7 +63,7 @@ def sampling_weights(
     tau: float = 0.5,
     elimination_tau: float | None = None,
     prior: float = 1e-4,
-    posterior_threshold: float = 1e-3,
+    posterior_threshold: float | None = None,
     min_count: int = 200,
     monotone: bool = False,
 ) -> jax.Array:
@@ -90,7 +90,7 @@ def sampling_weights(
         the paper does. Those whose weight it takes below what float32 can hold are eliminated.
       prior: Share of candidates that are unlabelled matches, in (0, 1).
       posterior_threshold: Posterior above which a candidate is suspected, in [0, 1]; 1 suspects
-        none.
+        none. None takes `suspicion_threshold(prior)`.
       min_count: Positive similarities that must have been seen before anything is suspected.
       monotone: Whether the posterior is held where the authors' formula would fall as similarity
         rises.
@@ -129,7 +129,7 @@ def weights_and_candidates(
     tau: float = 0.5,
     elimination_tau: float | None = None,
     prior: float = 1e-4,
-    posterior_threshold: float = 1e-3,
+    posterior_threshold: float | None = None,
     min_count: int = 200,
     monotone: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -143,7 +143,6 @@ def weights_and_candidates(
     checks.in_range("margin", margin, 0)
     checks.in_range("tau", tau, 0)
     checks.in_range("elimination_tau", elimination_tau, 0)
-    checks.in_range("posterior_threshold", posterior_threshold, 0, 1)
     checks.in_range("min_count", min_count, 0)
     shapes = [jnp.shape(array) for array in (similarity, positive_similarity, excluded)]
     if len({len(shape) for shape in shapes}) > 1:
@@ -154,6 +153,9 @@ def weights_and_candidates(
     similarity, positive_similarity = jax.lax.stop_gradient((similarity, positive_similarity))
     similarity = similarity.astype(jnp.float32)
     posterior = false_negative_posterior(similarity, stats, prior, monotone=monotone)
+    if posterior_threshold is None:
+        posterior_threshold = suspicion_threshold(prior)
+    checks.in_range("posterior_threshold", posterior_threshold, 0, 1)
     suspected = (stats.positive.count > min_count) & (posterior > posterior_threshold)
     exponent = jnp.where(
         suspected,
@@ -164,6 +166,16 @@ def weights_and_candidates(
     too_easy = similarity <= stats.positive.mean - margin
     candidate = ~(excluded | (suspected & (weight == 0)))
     return jnp.where(excluded | too_easy, 0.0, weight), candidate
+
+
+def suspicion_threshold(prior: float | jax.Array) -> float | jax.Array:
+    """Returns the posterior above which a candidate is suspected: 10 times the prior, at most 0.5.
+
+    Ten times is the paper's, 1e-3 with a prior of 1e-4. Where that is no probability any more, what
+    is likelier a match than not is suspected.
+    """
+    least = jnp.minimum if isinstance(prior, jax.Array) else min
+    return least(10 * prior, 0.5)
 
 
 def sample_negatives(rng: jax.Array, weights: jax.Array, fallback: jax.Array) -> jax.Array:

@@ -79,10 +79,11 @@ class Entry:
 def weighing_settings(fne: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns the settings of `sampling_weights`, parts of it switched off as `config.fne` says."""
     hard, none = fne.elimination == HARD, fne.elimination == NO_ELIMINATION
+    elimination_tau = fne.tau if fne.elimination_tau is None else fne.elimination_tau
     return {
         "margin": fne.margin,
         "tau": fne.tau if fne.cut_down else 0.0,
-        "elimination_tau": _NEVER_SAMPLED_TAU if hard else fne.elimination_tau or fne.tau,
+        "elimination_tau": _NEVER_SAMPLED_TAU if hard else elimination_tau,
         "prior": fne.prior,
         "posterior_threshold": 1.0 if none else fne.posterior_threshold,
         "min_count": fne.min_count,

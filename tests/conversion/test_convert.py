@@ -224,7 +224,7 @@ def test_the_reference_config_differs_where_design_says():
         "optimizer.schedule": "step", "optimizer.step_epochs": (5.0, 15.0),
         "optimizer.step_factor": 0.1, "optimizer.warmup_epochs": 0.0, "global_batch_size": 32,
         "queue_size": 8224, "num_epochs": 25.0, "momentum": 0.995, "fne.start_epoch": 1.0,
-        "fne.margin": 0.2, "fne.tau": 0.5, "fne.prior": 1e-4, "fne.posterior_threshold": 1e-3,
+        "fne.margin": 0.2, "fne.tau": 0.5, "fne.prior": 1e-4, "fne.posterior_threshold": None,
         "fne.min_count": 200, "fne.monotone": False, "fne.ema_decay": 1.0,
         "fne.elimination": "soft", "fne.cut_down": True, "warmup.objective": "hardest",
         "objective.name": "fne", "objective.queue": True, "encoder.image.image_size": 384,

@@ -60,16 +60,17 @@ def test_an_objective_reads_what_comes_after_the_warmup_and_the_margin():
 
 def fne_settings(**changes):
     config = config_with(**{f"fne__{name}": value for name, value in changes.items()})
-    return registry.OBJECTIVES["fne"].settings(config)
+    return registry.OBJECTIVES["fne"].settings(configuration.resolve(config)[0])
 
 
 def test_the_configs_defaults_are_the_losses_own():
     settings = fne_settings()
     parameters = inspect.signature(fne_jax.fne_triplet_loss).parameters.values()
     defaults = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
-    # The config names it; the loss takes it from tau.
+    # The config names them; the loss takes the one from tau, the other from the prior.
     assert settings.pop("elimination_tau") == defaults["tau"]
-    assert defaults.pop("elimination_tau") is None
+    assert settings.pop("posterior_threshold") == 10 * defaults["prior"]
+    assert defaults.pop("elimination_tau") is defaults.pop("posterior_threshold") is None
     assert settings == defaults
 
 
@@ -81,6 +82,10 @@ def test_the_configs_defaults_are_the_losses_own():
         ({"cut_down": False}, {"tau": 0.0, "elimination_tau": 0.5}),
         ({"tau": 0.7}, {"tau": 0.7, "elimination_tau": 0.7}),
         ({"elimination_tau": 0.9}, {"tau": 0.5, "elimination_tau": 0.9}),
+        ({"elimination_tau": 0.0}, {"tau": 0.5, "elimination_tau": 0.0}),
+        ({"prior": 0.02}, {"posterior_threshold": 0.2}),
+        ({"prior": 0.3}, {"posterior_threshold": 0.5}),
+        ({"prior": 0.3, "posterior_threshold": 0.9}, {"posterior_threshold": 0.9}),
         ({"monotone": True}, {"monotone": True}),
         ({"key_chunk": 32}, {"key_chunk": 32}),
         ({"margin": 0.3, "prior": 0.1}, {"margin": 0.3, "prior": 0.1}),
