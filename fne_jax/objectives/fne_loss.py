@@ -142,7 +142,9 @@ def _choose(uniform, blocks, margin, key_chunk):
 
     best = blocks.scores(block_best.argmax(axis=1).astype(jnp.int32))
     candidates = jnp.where(best.candidate, best.similarity, -jnp.inf)
-    hardest = _pick(best.index, candidates.argmax(axis=1))
+    hardest = jnp.where(
+        best.candidate.any(axis=1), _pick(best.index, candidates.argmax(axis=1)), -1
+    )
     violates = margin + candidates.max(axis=1) - blocks.positive > 0
     fallback = jnp.where(violates, hardest, 0)
 

@@ -125,8 +125,9 @@ def mined_triplet_loss(
             candidate = jnp.concatenate([candidate, ~in_queue], axis=1)
         similarity, positive = jax.lax.stop_gradient((similarity, positive))
         index, found = rule(rng, similarity, positive, candidate)
-        hardest = _most_similar(similarity, candidate)
-        return Choice(index, hardest, found, candidate.any(axis=1))
+        counts = candidate.any(axis=1)
+        hardest = jnp.where(counts, _most_similar(similarity, candidate), -1)
+        return Choice(index, hardest, found, counts)
 
     posterior = functools.partial(false_negative_posterior, stats=stats, prior=prior)
     return triplet_loss_of_choices(

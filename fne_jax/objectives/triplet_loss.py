@@ -20,7 +20,7 @@ class Choice:
 
     Attributes:
       index: [batch] int32 indices into the keys: the batch's first, then the queue's slots.
-      hardest: [batch] int32 indices of the most similar candidates.
+      hardest: [batch] int32 indices of the most similar candidates, -1 where there is none.
       sampled: [batch] bool, false where the strategy had nothing to choose from.
       counts: [batch] bool, false where the index names no negative, so that there is no loss.
     """
@@ -38,18 +38,23 @@ class TripletAux:
     Indices point into the keys: the batch's momentum embeddings first, then the queue's slots.
 
     Attributes:
-      negative_i2t: [batch] int32, the text key chosen for each image anchor.
-      negative_t2i: [batch] int32, the image key chosen for each text anchor.
+      negative_i2t: [batch] int32, the text key chosen for each image anchor, of those that count.
+      negative_t2i: [batch] int32, the image key chosen for each text anchor likewise.
+      counts_i2t: [batch] bool, false for an image anchor that has no negative, and so no loss.
+      counts_t2i: [batch] bool, the same of text anchors.
       hardest_i2t: [batch] int32, the most similar text key that may be a negative: of another
-        image, not known to match, and not eliminated.
+        image, not known to match, and not eliminated; -1 where there is none.
       hardest_t2i: [batch] int32, the most similar image key likewise.
       fallback_fraction: [] share of the 2 * batch anchors for which nothing could be sampled.
-      posterior: [] mean posterior of the chosen negatives being false ones.
+      posterior: [] mean posterior of the chosen negatives being false ones, over the anchors that
+        count; NaN where none does.
       active_fraction: [] share of the 2 * batch anchors with a loss above 0.
     """
 
     negative_i2t: jax.Array
     negative_t2i: jax.Array
+    counts_i2t: jax.Array
+    counts_t2i: jax.Array
     hardest_i2t: jax.Array
     hardest_t2i: jax.Array
     fallback_fraction: jax.Array
@@ -87,14 +92,16 @@ def triplet_loss_of_choices(
     hinge_i2t, negative_i2t = _hinge(image_to_text, i2t, margin)
     hinge_t2i, negative_t2i = _hinge(text_to_image, t2i, margin)
     # Stacked rather than joined: rows that are split over devices then stay where they are.
-    hinge = jnp.stack([hinge_i2t, hinge_t2i])
+    hinge, counts = jnp.stack([hinge_i2t, hinge_t2i]), jnp.stack([i2t.counts, t2i.counts])
     aux = TripletAux(
         negative_i2t=i2t.index,
         negative_t2i=t2i.index,
+        counts_i2t=i2t.counts,
+        counts_t2i=t2i.counts,
         hardest_i2t=i2t.hardest,
         hardest_t2i=t2i.hardest,
         fallback_fraction=1 - jnp.stack([i2t.sampled, t2i.sampled]).mean(),
-        posterior=posterior(jnp.stack([negative_i2t, negative_t2i])).mean(),
+        posterior=posterior(jnp.stack([negative_i2t, negative_t2i])).mean(where=counts),
         active_fraction=(hinge > 0).mean(),
     )
     return hinge.sum() / features.image.shape[0], aux

@@ -108,6 +108,8 @@ class StepResults:
             if name in _RUNNING_COUNTS:
                 self._sums[name], self._counts[name] = float(value), 1
                 continue
+            if np.isnan(value):  # a mean over the anchors with a negative, where there was none
+                continue
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
             self._counts[name] = self._counts.get(name, 0) + 1
 
@@ -117,11 +119,13 @@ def true_false_negative_rates(
 ) -> dict[str, float]:
     """Returns the share of the chosen, and of the hardest, negatives that are in truth matches.
 
+    A rate of which no negative is named is left out.
+
     Args:
       truth: The truth about the training split.
       caption_image: [pairs] index of each caption's image.
-      negatives: [batch] pair ids, `anchor` and those that the train step names; -1 (an empty slot
-        of the queue) is no match.
+      negatives: [batch] pair ids, `anchor` and those that the train step names; -1 (none, or an
+        empty slot of the queue) does not count.
     """
     anchor = negatives["anchor"]
     rates = {}
@@ -129,11 +133,13 @@ def true_false_negative_rates(
         texts, images = negatives[f"{kind}_i2t"], negatives[f"{kind}_t2i"]
         matches = np.concatenate(
             [
-                truth.is_true(texts, caption_image[anchor]) & (texts >= 0),
-                truth.is_true(anchor, caption_image[images]) & (images >= 0),
+                truth.is_true(texts, caption_image[anchor]),
+                truth.is_true(anchor, caption_image[images]),
             ]
         )
-        rates[f"{name}_false_negative_rate"] = matches.mean()
+        named = np.concatenate([texts, images]) >= 0
+        if named.any():
+            rates[f"{name}_false_negative_rate"] = matches[named].mean()
     return rates
 
 

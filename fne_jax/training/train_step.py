@@ -88,7 +88,7 @@ def train_step(
       The new state; scalars for the log, `applied` being 0 where the batch was not; and the
       negatives: empty, or [batch] int32 pair ids of the anchors and of their chosen and hardest
       candidates (`anchor`, `negative_i2t`, `negative_t2i`, `hardest_i2t`, `hardest_t2i`), -1 where
-      a slot of the queue was empty.
+      there is none, or a slot of the queue was empty.
 
     References:
       Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380, figure 2.
@@ -228,8 +228,13 @@ def _known_matches(known, pair_id, queue, layout):
 
 
 def _negative_pairs(aux, key_pair_id):
-    names = ("negative_i2t", "negative_t2i", "hardest_i2t", "hardest_t2i")
-    pairs = {name: key_pair_id[getattr(aux, name)] for name in names}
+    keys = {
+        "negative_i2t": jnp.where(aux.counts_i2t, aux.negative_i2t, -1),
+        "negative_t2i": jnp.where(aux.counts_t2i, aux.negative_t2i, -1),
+        "hardest_i2t": aux.hardest_i2t,
+        "hardest_t2i": aux.hardest_t2i,
+    }
+    pairs = {name: jnp.where(key < 0, -1, key_pair_id[key]) for name, key in keys.items()}
     return {"anchor": key_pair_id[: aux.negative_i2t.shape[0]], **pairs}
 
 

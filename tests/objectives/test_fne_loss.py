@@ -77,15 +77,26 @@ def test_what_is_eliminated_is_no_fallback_either(elimination_tau):
             np.testing.assert_allclose(loss, expected, rtol=1e-5)
             np.testing.assert_array_equal(aux.negative_i2t, chosen[0])
             np.testing.assert_array_equal(aux.negative_t2i, chosen[1])
+            posteriors = []
             assert all(np.isfinite(grad).all() for grad in grads)
-            for (anchor, keys, _), excluded, grad in zip(
-                keys_of(features, slots), excluded_of(features, slots), grads[:2], strict=True
+            for (anchor, keys, _), excluded, grad, negative, counts, hardest in zip(
+                keys_of(features, slots),
+                excluded_of(features, slots),
+                grads[:2],
+                chosen,
+                (aux.counts_i2t, aux.counts_t2i),
+                (aux.hardest_i2t, aux.hardest_t2i),
+                strict=True,
             ):
                 s = anchor @ keys.T
-                suspected = slow_posterior(s.astype(np.float64), stats, 1e-4) > 1e-3
-                none = (excluded | suspected).all(axis=1)
+                posterior = slow_posterior(s.astype(np.float64), stats, 1e-4)
+                none = (excluded | (posterior > 1e-3)).all(axis=1)
                 assert (grad[none] == 0).all()
+                np.testing.assert_array_equal(np.asarray(hardest) == -1, none)
+                assert not counts[none].any()
+                posteriors += [posterior[row, negative[row]] for row in np.flatnonzero(counts)]
                 rows_without_any += none.sum()
+            np.testing.assert_allclose(aux.posterior, np.mean(posteriors), rtol=1e-3)
             suspect_fallbacks += float(soft[0][1].fallback_fraction < aux.fallback_fraction)
     assert suspect_fallbacks and rows_without_any
 

@@ -106,3 +106,5 @@ def test_a_lone_pair_has_no_mined_negative(rule):
     lone = Features(image, text, image, text, np.array([3]))
     (loss, aux), _ = differentiate(jax.random.key(0), lone, None, getattr(fne_jax, rule))
     assert loss == 0 and aux.fallback_fraction == 1
+    assert not aux.counts_i2t.any() and not aux.counts_t2i.any() and np.isnan(aux.posterior)
+    assert aux.hardest_i2t == aux.hardest_t2i == -1

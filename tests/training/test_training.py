@@ -29,6 +29,7 @@ from fne_jax.model import model as model_lib
 from fne_jax.model.model import load_workdir
 from fne_jax.objectives.features import Features
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics, StatisticsRule
+from fne_jax.objectives.triplet_loss import TripletAux
 from fne_jax.parallel import sharding
 from fne_jax.training import loop, metric_log, setup
 from fne_jax.training.interruption import StopRequest
@@ -36,6 +37,7 @@ from fne_jax.training.metric_log import MetricLog, read_metrics
 from fne_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from fne_jax.training.step_results import StepResults, true_false_negative_rates
 from fne_jax.training.timeline import Phase, Timeline
+from fne_jax.training.train_step import _negative_pairs
 from tests.support import TOP
 from tests.support.runs import mesh_of, new_state, stored_state, training_of
 from tests.support.tiny import LinearTowers, tiny_config
@@ -279,18 +281,23 @@ def test_true_false_negative_rates():
         def is_true(self, caption, image):
             return np.array([truth[i][c] for c, i in zip(caption, image, strict=True)])
 
-    rates = true_false_negative_rates(
-        Known(),
-        np.array([0, 0, 1]),
-        {
-            "anchor": np.array([0, 2]),
-            "negative_i2t": np.array([2, 0]),  # image 0: caption 2 false; image 1: caption 0 true
-            "negative_t2i": np.array([2, 0]),  # caption 0: image 1 true; caption 2: image 0 false
-            "hardest_i2t": np.array([2, -1]),
-            "hardest_t2i": np.array([-1, -1]),
-        },
+    aux = TripletAux(
+        negative_i2t=np.array([1, 0]),  # image 0: caption 2 false; image 1: caption 0 true
+        negative_t2i=np.array([1, 0]),  # caption 0: image 1 true; caption 2 has no negative
+        counts_i2t=np.array([True, True]),
+        counts_t2i=np.array([True, False]),
+        hardest_i2t=np.array([1, -1]),
+        hardest_t2i=np.array([-1, -1]),
+        fallback_fraction=0.0,
+        posterior=0.0,
+        active_fraction=0.0,
     )
-    assert rates == {"sampled_false_negative_rate": 0.5, "hardest_false_negative_rate": 0.0}
+    negatives = _negative_pairs(aux, np.array([0, 2]))
+    rates = true_false_negative_rates(Known(), np.array([0, 0, 1]), negatives)
+    assert rates == {"sampled_false_negative_rate": 2 / 3, "hardest_false_negative_rate": 0.0}
+    none = _negative_pairs(aux.replace(hardest_i2t=np.array([-1, -1])), np.array([0, 2]))
+    rates = true_false_negative_rates(Known(), np.array([0, 0, 1]), none)
+    assert rates == {"sampled_false_negative_rate": 2 / 3}
 
 
 def test_means_survive_a_save():
@@ -300,11 +307,13 @@ def test_means_survive_a_save():
         resumed = StepResults(None, pairs, json.loads(json.dumps(resumed.stored())))
         for results in (ours, resumed):
             count = {"positive_count": 10.0 * step}
-            results.add(step, {"loss": value, "applied": True} | count, {})
+            # No anchor had a negative at the first step.
+            of_sampled = {"sampled_posterior": value if step else np.nan}
+            results.add(step, {"loss": value, "applied": True} | count | of_sampled, {})
             results.settle()
             assert results.last_loss == value
     means = ours.take_means()
-    assert means["positive_count"] == 20
+    assert means["positive_count"] == 20 and means["sampled_posterior"] == 0.5
     assert means == resumed.take_means() and means["loss"] == pytest.approx(1.1 / 3)
     assert ours.take_means() == {}
 
