@@ -17,7 +17,7 @@ from fne_jax.evaluation.top_k import top_k
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.objectives import registry
 from fne_jax.objectives.negative_mining import hardest_negative
-from fne_jax.objectives.negative_sampling import sample_negatives, sampling_weights
+from fne_jax.objectives.negative_sampling import sample_negatives, weights_and_candidates
 from fne_jax.objectives.similarity_statistics import cosine, false_negative_posterior
 from fne_jax.objectives.triplet_loss import rowwise_cosine
 from fne_jax.report import html
@@ -80,9 +80,9 @@ def negatives(split: EmbeddedSplit, way: str) -> Card:
     # One pair of each query, in the order of the permutation.
     order = order[np.sort(np.unique(of_pairs[0][order], return_index=True)[1])]
     query, own = (rows[order[: min(_ANCHORS, len(item_image))]] for rows in of_pairs)
-    match, hardest, chosen, sampled = choose_negatives(split, way, query, own)
-    rules = {"hardest": hardest, "chosen": chosen}
-    in_truth = {name: _is_true(split, rule) for name, rule in rules.items()}
+    match, hardest, chosen, sampled, found = choose_negatives(split, way, query, own)
+    rules = {"hardest": (hardest, np.ones_like(found)), "chosen": (chosen, found)}
+    in_truth = {name: _is_true(split, rule) for name, (rule, _) in rules.items()}
 
     def card(row: int) -> Card:
         candidates = {
@@ -92,7 +92,8 @@ def negatives(split: EmbeddedSplit, way: str) -> Card:
                 "posterior": float(rule.probability[row]),
                 "in_truth": None if in_truth[name] is None else bool(in_truth[name][row]),
             }
-            for name, rule in rules.items()
+            for name, (rule, exists) in rules.items()
+            if exists[row]
         }
         return candidates | {
             "anchor": show_query(int(query[row])),
@@ -100,12 +101,15 @@ def negatives(split: EmbeddedSplit, way: str) -> Card:
             "sampled": bool(sampled[row]),
         }
 
-    def summary(name: str) -> Card:
-        posterior, true = rules[name].probability, in_truth[name]
+    def summary(name: str) -> Card | None:
+        rule, exists = rules[name]
+        if not exists.any():
+            return None
+        posterior, true = rule.probability[exists], in_truth[name]
         return {
             "suspected": float((posterior > split.config.fne.posterior_threshold).mean()),
             "posterior": float(posterior.mean()),
-            "in_truth": None if true is None else float(true.mean()),
+            "in_truth": None if true is None else float(true[exists].mean()),
         }
 
     order = np.argsort(-hardest.probability, kind="stable")
@@ -114,6 +118,7 @@ def negatives(split: EmbeddedSplit, way: str) -> Card:
     return {
         "title": DIRECTIONS[way].title,
         "anchors": len(query),
+        "without": int((~found).sum()),
         "summaries": {name: summary(name) for name in rules},
         "suspect": [card(row) for row in order[:_SHOWN_SUSPECT]],
         "others": [card(row) for row in others[:_SHOWN_OTHERS]],
@@ -122,7 +127,7 @@ def negatives(split: EmbeddedSplit, way: str) -> Card:
 
 def choose_negatives(
     split: EmbeddedSplit, way: str, query: np.ndarray, own: np.ndarray
-) -> tuple[Pairs, Pairs, Pairs, np.ndarray]:
+) -> tuple[Pairs, Pairs, Pairs, np.ndarray, np.ndarray]:
     """Returns the negatives of hardest-negative mining and of FNE for some anchors.
 
     Args:
@@ -134,8 +139,9 @@ def choose_negatives(
 
     Returns:
       Each anchor with its match, with the hardest negative, and with that which FNE samples or
-      falls back on, the last two with the probability that they are false; and [anchors] bool,
-      false where every candidate weighs 0 and FNE falls back.
+      falls back on, the last two with the probability that they are false; [anchors] bool, false
+      where every candidate weighs 0 and FNE falls back; and [anchors] bool, false where every one
+      is eliminated, and what stands for FNE's choice is none.
     """
     (anchor_emb, anchor_image, _), (item_emb, item_image, _) = _sides(split, way)
     stats, settings = split.stats, registry.weighing_settings(split.config.fne)
@@ -144,8 +150,11 @@ def choose_negatives(
     positive = rowwise_cosine(anchors, jnp.asarray(item_emb[own]))
     same_image = jnp.asarray(anchor_image[query][:, None] == item_image[None, :])
     hardest, _ = hardest_negative(rng, similarity, positive, ~same_image)
-    weights = sampling_weights(similarity, positive[:, None], same_image, stats, **settings)
-    sampled = sample_negatives(rng, weights, hardest)
+    weights, candidate = weights_and_candidates(
+        similarity, positive[:, None], same_image, stats, **settings
+    )
+    fallback, found = hardest_negative(rng, similarity, positive, candidate)
+    sampled = sample_negatives(rng, weights, fallback)
 
     def of(index):
         picked = jnp.take_along_axis(similarity, index[:, None], axis=1)[:, 0]
@@ -156,7 +165,7 @@ def choose_negatives(
         return _pairs(way, query, np.asarray(index), **columns)
 
     match = _pairs(way, query, own, similarity=np.asarray(positive))
-    return match, of(hardest), of(sampled), np.asarray(weights.sum(axis=1) > 0)
+    return match, of(hardest), of(sampled), np.asarray(weights.any(axis=1)), np.asarray(found)
 
 
 def queries(split: EmbeddedSplit) -> list[Card]:

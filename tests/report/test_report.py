@@ -26,15 +26,18 @@ from tests.support.pages import HOSTILE, Page, assert_safe_and_complete, hostile
 from tests.support.tiny import tiny_config
 
 
-def test_choices_against_a_plain_version():
+# Some anchors fall back in the first case; in the second all candidates of some are eliminated.
+@pytest.mark.parametrize(("dim", "positive"), [(6, (0.3, 0.2)), (2, (0.2, 0.5))])
+def test_choices_against_a_plain_version(dim, positive):
     rng = np.random.default_rng(1)
-    anchors, captions, owner = unit_rows(rng, 5, 6), unit_rows(rng, 9, 6), np.arange(9) % 5
-    config = tiny_config(fne__elimination="hard", fne__prior=0.1)
-    stats = statistics(positive=(0.3, 0.2), negative=(0.1, 0.2))
+    anchors, captions, owner = unit_rows(rng, 5, dim), unit_rows(rng, 9, dim), np.arange(9) % 5
+    settings = {"fne__prior": 0.1, "fne__posterior_threshold": 0.1}
+    config = tiny_config(fne__elimination="hard", **settings)
+    stats = statistics(positive=positive, negative=(0.1, 0.2))
     split = EmbeddedSplit(
         anchors, captions, owner, np.arange(5), np.arange(9), config=config, stats=stats
     )
-    match, hardest, chosen, sampled = example_cards.choose_negatives(
+    match, hardest, chosen, sampled, found = example_cards.choose_negatives(
         split, "i2t", np.arange(5), np.arange(5)
     )
     similarity = anchors @ captions.T
@@ -42,18 +45,20 @@ def test_choices_against_a_plain_version():
     for row in range(5):
         others = [key for key in range(9) if owner[key] != row]
         assert hardest.caption[row] == max(others, key=lambda key: similarity[row, key])
-        eligible = [
-            key
-            for key in others
-            if posterior[row, key] <= config.fne.posterior_threshold
-            and similarity[row, key] > 0.3 - config.fne.margin
-        ]
-        assert sampled[row] == bool(eligible)
+        eligible = [key for key in others if posterior[row, key] <= config.fne.posterior_threshold]
+        assert found[row] == bool(eligible)
+        if not eligible:
+            continue
         key = chosen.caption[row]
-        assert key in (eligible or [hardest.caption[row]]) and chosen.image[row] == row
-        assert chosen.probability[row] == pytest.approx(posterior[row, key], abs=1e-5)
+        above = [key for key in eligible if similarity[row, key] > positive[0] - 0.2]
+        assert sampled[row] == bool(above)
+        best = max(eligible, key=lambda key: similarity[row, key])
+        assert key in (above or [best]) and chosen.image[row] == row
+        shown = false_negative_posterior(similarity[row, key], stats, 0.1, monotone=True)
+        assert chosen.probability[row] == pytest.approx(float(shown), abs=1e-5)
         assert chosen.similarity[row] == pytest.approx(similarity[row, key], abs=1e-5)
     np.testing.assert_allclose(match.similarity, np.diagonal(similarity), atol=1e-5)
+    assert set(sampled) == {True, False} and all(found) == (dim == 6)
 
 
 def test_outcomes_against_a_plain_version(monkeypatch):
@@ -268,7 +273,7 @@ def test_a_dissimilar_pair_is_no_suspect():
         np.eye(2, 4, dtype=np.float32), captions, owner, np.arange(2), np.arange(2),
         config=tiny_config(fne__prior=0.01), stats=stats,
     )  # fmt: skip
-    _, hardest, _, _ = example_cards.choose_negatives(split, "i2t", np.arange(2), owner)
+    _, hardest, *_ = example_cards.choose_negatives(split, "i2t", np.arange(2), owner)
     np.testing.assert_allclose(hardest.similarity, -0.08, atol=1e-6)
     assert (hardest.probability < 0.01).all()
 
