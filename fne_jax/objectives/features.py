@@ -100,6 +100,10 @@ class Features:
     learned: Mapping[str, jax.Array] | None = None
     split: RowSplit = flax.struct.field(pytree_node=False, default=NOT_SPLIT)
 
+    def __post_init__(self):
+        """Raises ValueError if ids need 64 bits: `jax.jit` would cut them before a loss looks."""
+        checks.fit_int32("image_id", self.image_id)
+
     @property
     def own(self) -> jax.Array:
         """[batch, batch] bool, true for the image (row) and the caption of one pair."""
@@ -201,9 +205,9 @@ def check_features(features: Features) -> None:
     if features.image_id is not None:
         checks.ids("image_id", features.image_id, batch)
     if features.same_image is not None:
-        checks.shape("same_image", features.same_image, (batch, batch))
+        checks.mask("same_image", features.same_image, (batch, batch))
     if features.matches is not None:
-        checks.shape("matches.batch", features.matches.batch, (batch, batch))
+        checks.mask("matches.batch", features.matches.batch, (batch, batch))
 
 
 def _check_queue(queue, features):
@@ -215,4 +219,4 @@ def _check_queue(queue, features):
         mask = getattr(features.matches, name)
         if mask is None:
             raise ValueError(f"matches.{name}: expected [batch, size] bool, as there is a queue")
-        checks.shape(f"matches.{name}", mask, (batch, queue.size))
+        checks.mask(f"matches.{name}", mask, (batch, queue.size))

@@ -49,6 +49,7 @@ def hardest_negative(rng, similarity, positive, candidate) -> tuple[jax.Array, j
     As VSE++ does within the batch (Faghri et al., arXiv 1707.05612, equation 6), over a queue.
     """
     del rng, positive
+    checks.mask("candidate", candidate, similarity.shape)
     return _most_similar(similarity, candidate), candidate.any(axis=1)
 
 
@@ -60,6 +61,7 @@ def semi_hard_negative(rng, similarity, positive, candidate) -> tuple[jax.Array,
     none; both are as its common implementations do.
     """
     del rng
+    checks.mask("candidate", candidate, similarity.shape)
     semi_hard = candidate & (similarity < positive[:, None])
     found = semi_hard.any(axis=1)
     fallback = _most_similar(-similarity, candidate)
@@ -69,6 +71,7 @@ def semi_hard_negative(rng, similarity, positive, candidate) -> tuple[jax.Array,
 def random_negative(rng, similarity, positive, candidate) -> tuple[jax.Array, jax.Array]:
     """Chooses any candidate, all equally likely: the baseline of Wu et al., arXiv 1706.07567."""
     del positive
+    checks.mask("candidate", candidate, similarity.shape)
     fallback = jnp.zeros(similarity.shape[0], jnp.int32)
     return sample_negatives(rng, candidate.astype(jnp.float32), fallback), candidate.any(axis=1)
 

@@ -99,7 +99,7 @@ def sampling_weights(
       The float32 weights, at least 0, without gradient. Those of an anchor may all be 0.
 
     Raises:
-      ValueError: on a wrong shape or a setting out of range.
+      ValueError: on a wrong shape or dtype, or a setting out of range.
 
     References:
       Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380, section 3.3.
@@ -144,6 +144,7 @@ def weights_and_candidates(
     checks.in_range("tau", tau, 0)
     checks.in_range("elimination_tau", elimination_tau, 0)
     checks.in_range("min_count", min_count, 0)
+    checks.mask("excluded", excluded)
     shapes = [jnp.shape(array) for array in (similarity, positive_similarity, excluded)]
     if len({len(shape) for shape in shapes}) > 1:
         raise ValueError(

@@ -88,6 +88,7 @@ class GaussianStatistics:
           mask: bool, shaped as `values`.
           ema_decay: share of the old count, sum and deviation that is kept, in (0, 1].
         """
+        checks.mask("mask", mask, jnp.shape(values))
         values = jnp.where(mask, values, 0.0)
         count = ema_decay * self.count + mask.sum()
         total = ema_decay * self.total + values.sum()
@@ -155,7 +156,7 @@ def update_similarity_statistics(
     own = jnp.eye(batch, dtype=bool)
     if same_image is None:
         same_image = own
-    checks.shape("same_image", same_image, (batch, batch))
+    checks.mask("same_image", same_image, (batch, batch))
 
     similarity = jax.lax.stop_gradient(cosine(image_emb, text_emb))
     competitors = jnp.where(same_image & ~own, -jnp.inf, similarity)

@@ -114,6 +114,12 @@ def test_a_dinov2_starts_from_its_source_at_another_size(golden):
             {"encoder__image__pooling": "median"},
             "mean_to_longest, first, max, first_and_mean, checkpoint",
         ),
+        (
+            "clip",
+            "clip",
+            {"encoder__text__training_pooling": "checkpoint", "encoder__text__pooling": "mean"},
+            r"training_pooling is 'checkpoint' and its pooling 'mean', which are different",
+        ),
         ("nowhere", "clip", {}, "neither a local folder nor a model"),
     ],
 )

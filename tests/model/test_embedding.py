@@ -85,7 +85,9 @@ def test_what_is_no_image_or_sentence_is_named(model, pixels):
         model.embed_images([pixels[0], pixels[1], 3])
     with pytest.raises(UserError, match=r"nowhere.jpg'?: cannot be read"):
         model.embed_images("nowhere.jpg")
-    with pytest.raises(UserError, match="there is no user of that name, whose home folder ~no-such-user"):
+    with pytest.raises(
+        UserError, match="there is no user of that name, whose home folder ~no-such-user"
+    ):
         model.embed_images("~no-such-user/a.jpg")
 
 

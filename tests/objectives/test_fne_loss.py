@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fne_jax
-from fne_jax import Features, MemoryQueue
+from fne_jax import Features, Matches, MemoryQueue
 from fne_jax.objectives.fne_loss import _loss_from_uniforms
 from fne_jax.objectives.similarity_statistics import cosine
 from fne_jax.objectives.triplet_loss import rowwise_cosine
@@ -242,6 +242,10 @@ def test_every_setting_reaches_the_loss():
         ({"text": np.ones((5, 9), np.float32)}, r"text: expected shape \(6, 9\) as image has"),
         ({"image_id": np.ones(6, np.float32)}, "image_id: expected an integer dtype, got float32"),
         ({"image": np.ones((6, 9), np.int32)}, "image: expected a float dtype"),
+        ({"image": np.ones((0, 9), np.float32)}, "image: expected at least one row, got none"),
+        ({"image_id": [1] * 6}, "image_id: expected an array, got a list"),
+        ({"same_image": np.eye(6, dtype=int)}, "same_image: expected a bool dtype, got int"),
+        ({"matches": Matches(np.eye(6, dtype="i"))}, "matches.batch: expected a bool dtype, got i"),
         ({"momentum_text": None}, "momentum_text, image_id: expected arrays, as this loss"),
         ({"queue": make_batch(0, dim=8)[1]}, "queue.image: expected shape"),
     ],

@@ -1,5 +1,7 @@
 """FNE's weights and the sampling by them, against loops and on edge cases."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +75,20 @@ def test_arrays_that_would_broadcast_by_accident_are_refused():
         fne_jax.sampling_weights(
             np.ones((3, 3), "f"), np.ones(3, "f"), np.zeros((3, 3), bool), TRUSTED
         )
+
+
+def test_masks_of_integers_and_ids_of_64_bits_are_refused():
+    s, mask, rng = np.ones((3, 3), "f"), np.eye(3, dtype=int), jax.random.key(0)
+    rules = fne_jax.hardest_negative, fne_jax.semi_hard_negative, fne_jax.random_negative
+    for call in (
+        lambda: fne_jax.sampling_weights(s, s, mask, TRUSTED),
+        lambda: fne_jax.update_similarity_statistics(TRUSTED, s, s, mask),
+        *(functools.partial(rule, rng, s, s[0], mask) for rule in rules),
+    ):
+        with pytest.raises(ValueError, match="expected a bool dtype, got int"):
+            call()
+    with pytest.raises(ValueError, match="image_id: expected integers that int32 can hold, got 42"):
+        fne_jax.Features(s, s, image_id=np.array([0, 5, 2**32 + 5]))
 
 
 @pytest.mark.parametrize("keys", [1, 5, 127, 128, 129, 300, 1000])
