@@ -237,7 +237,8 @@ def get_config() -> ConfigDict:
     optimizer.b1 = 0.9  # Adam's decay of the mean of gradients
     optimizer.b2 = 0.999  # Adam's decay of the mean of squared gradients
     optimizer.eps = 1e-8  # Adam's addition to the divisor
-    # Decoupled weight decay of matrices (biases, norms and embeddings of rank 1 are left alone).
+    # Decoupled weight decay of matrices (biases, norms, embeddings of positions and single tokens,
+    # and SigLIP's probe are left alone).
     optimizer.weight_decay = 0.0
     # Global norm that gradients are clipped to.
     optimizer.clip_norm = 2.0

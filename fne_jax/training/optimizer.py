@@ -74,6 +74,12 @@ def build_optimizer(
     )
 
 
+def updates_applied(opt_state: optax.OptState) -> jax.Array:
+    """Returns the [] int32 number of updates applied: the steps that were not bad."""
+    (_, count), *_ = optax.tree.get_all_with_path(opt_state, "count")
+    return count
+
+
 def _bounded_temperature(start):
     """Returns a transformation of updates that keeps the learned temperature within its bounds."""
     bounds = learned_scalars.log_factor_bounds(start)
@@ -87,7 +93,7 @@ def _bounded_temperature(start):
     return optax.stateless(within)
 
 
-# Names of parameters of rank 1, or of tokens.
+# Names of parameters of rank 1, of tokens and their places, and of what reads them.
 _NO_MATRICES = (
     "bias",
     "scale",
@@ -96,6 +102,8 @@ _NO_MATRICES = (
     "class_token",
     "register_tokens",
     "position_embedding",
+    "relative_attention_bias",
+    "probe",
 )
 
 

@@ -19,6 +19,7 @@ from fne_jax.objectives.learned_scalars import BIAS_CHANGE, LEARNED, LOG_TEMPERA
 from fne_jax.objectives.registry import Objective
 from fne_jax.objectives.similarity_statistics import StatisticsRule
 from fne_jax.training.encoder_passes import WholeBatch
+from fne_jax.training.optimizer import updates_applied
 from fne_jax.training.train_state import TrainState
 
 # Scopes that name each part's operations in the compiled program; what lies neither in the encoders
@@ -44,7 +45,7 @@ class StepSettings:
       momentum: The momentum m of the update m * momentum_params + (1 - m) * params.
       mask_same_image: Whether other captions of an image are no negatives within the batch.
       pixel_statistics: The mean and the standard deviation of each channel, in [0, 1].
-      learning_rate: The learning rate by step, for the log; the optimizer has its own.
+      learning_rate: The learning rate by updates applied, for the log; the optimizer has its own.
       statistics_rule: How a batch enters the similarity statistics.
     """
 
@@ -155,7 +156,7 @@ def train_step(
         "loss": loss,
         "applied": applied,
         "gradient_norm": gradient_norm,
-        "learning_rate": settings.learning_rate(state.step),
+        "learning_rate": settings.learning_rate(updates_applied(state.opt_state)),
         **_statistics_scalars(stats),
         **_scalars(new, aux, image_id.shape[0]),
     }

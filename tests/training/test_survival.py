@@ -332,7 +332,7 @@ def poison(monkeypatch, image_ids):
 
 
 def test_a_bad_batch_changes_nothing_but_the_step(monkeypatch):
-    config = tiny_config(fne__start_epoch=0.0)
+    config = tiny_config(fne__start_epoch=0.0, optimizer__warmup_epochs=1.0)
     poison(monkeypatch, [100])
     training = fresh_training(config, 7)
     state, step = new_state(training), training.steps[Phase.FNE]
@@ -345,8 +345,9 @@ def test_a_bad_batch_changes_nothing_but_the_step(monkeypatch):
     assert not bool(scalars["applied"]) and np.isnan(scalars["loss"])
     assert int(after.step) == int(before.step) + 1 == 2
     jax.tree.map(np.testing.assert_array_equal, after.replace(step=before.step), before)
+    rate = scalars["learning_rate"]
     state, scalars, _ = step(state, batch)
-    assert bool(scalars["applied"])
+    assert bool(scalars["applied"]) and scalars["learning_rate"] == rate > 0
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, before.params)
     assert all(jax.tree.leaves(moved))
 

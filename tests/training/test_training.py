@@ -238,14 +238,18 @@ def test_decay_and_factors_touch_what_they_should():
     optimizer = tiny_config().optimizer
     optimizer.update(weight_decay=0.5, image_factor=0.5, clip_norm=1e9)
     params = {
-        tower: {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for tower in ("image", "text")
+        "image": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "probe": jnp.ones((1, 1, 2))},
+        "text": {"kernel": jnp.ones((2, 2)), "relative_attention_bias": jnp.ones((2, 2))},
     }
     tx = build_optimizer(optimizer, optax.constant_schedule(0.1), None)
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zero, tx.init(params), params)
     np.testing.assert_allclose(updates["text"]["kernel"], -0.05)
     np.testing.assert_allclose(updates["image"]["kernel"], -0.025)
-    assert (updates["text"]["bias"] == 0).all()
+    for tower, name in (
+        ("image", "bias"), ("image", "probe"), ("text", "relative_attention_bias"),
+    ):  # fmt: skip
+        assert (updates[tower][name] == 0).all()
 
 
 def validations(plan):
