@@ -13,54 +13,26 @@ from fne_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-_BASE = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-}
-# By hub name, the fields that shape the model, of Dosovitskiy et al. 2021 (arXiv 2010.11929,
-# table 1) and Devlin et al. 2019 (arXiv 1810.04805, section 3).
+# By hub name, the fields that shape the model and differ from transformers' defaults, which are of
+# ViT-B/16, BERT-base and DINOv2-B. From Dosovitskiy et al. 2021 (arXiv 2010.11929, table 1), Oquab
+# et al. 2023 (arXiv 2304.07193, table 17), Wang et al. 2020 (arXiv 2002.10957), whose student of
+# six layers it is, and Devlin et al. 2019 (arXiv 1810.04805, section 3).
 PUBLISHED = {
-    "google/vit-base-patch16-384": {
-        **_BASE,
-        "model_type": "vit",
-        "image_size": 384,
-        "patch_size": 16,
-        "num_channels": 3,
-        "qkv_bias": True,
-    },
-    # Oquab et al. 2023 (arXiv 2304.07193, table 17).
+    "google/vit-base-patch16-384": {"model_type": "vit", "image_size": 384},
     "facebook/dinov2-small": {
-        **_BASE,
         "model_type": "dinov2",
         "hidden_size": 384,
         "num_attention_heads": 6,
-        "mlp_ratio": 4,
-        "layer_norm_eps": 1e-6,
         "image_size": 518,
         "patch_size": 14,
     },
-    # Wang et al. 2020 (arXiv 2002.10957), whose student of six layers it is.
     "sentence-transformers/all-MiniLM-L6-v2": {
-        **_BASE,
         "model_type": "bert",
         "hidden_size": 384,
         "num_hidden_layers": 6,
         "intermediate_size": 1536,
-        "vocab_size": 30522,
-        "max_position_embeddings": 512,
-        "type_vocab_size": 2,
     },
-    "bert-base-uncased": {
-        **_BASE,
-        "model_type": "bert",
-        "vocab_size": 30522,
-        "max_position_embeddings": 512,
-        "type_vocab_size": 2,
-    },
+    "bert-base-uncased": {"model_type": "bert"},
 }
 
 # Training pairs of the datasets in Karpathy's splits: captions of 113,287 images of COCO (train
