@@ -11,12 +11,13 @@ import json
 import pathlib
 import sys
 
+import jax
+
 from fne_jax import command_line, configuration
 from fne_jax.benchmarks import encoders, ranking, step, step_comparison, strategy
 from fne_jax.benchmarks import input as input_benchmark
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error, write_atomically
-from fne_jax.planning.published import read_architectures
 
 
 def main(arguments: list[str]) -> None:
@@ -32,13 +33,45 @@ def main(arguments: list[str]) -> None:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = command_line.parser("Measures speed; prints JSON lines.", "benchmark")
-    commands = parser.add_subparsers(dest="benchmark", required=True)
-    _add_strategy(commands)
-    _add_encoders(commands)
-    _add_step(commands)
-    _add_frozen(commands)
-    _add(
-        commands,
+    add = functools.partial(_add, parser.add_subparsers(dest="benchmark", required=True))
+    add(
+        "strategy",
+        "FNE's loss and gradient against two bare products; queue and momentum",
+        lambda o: strategy.strategy_lines(o.repeats),
+        repeats=(9, "timed calls of each"),
+    )
+    command = add(
+        "encoders",
+        "both towers forward and in training",
+        lambda o: encoders.encoder_lines(
+            o.size, o.batch, o.repeats, against_pytorch=o.against_pytorch
+        ),
+        batch=(8, "pairs"),
+        repeats=(3, "timed calls of each"),
+    )
+    sizes = list(encoders.SIZES)
+    command.add_argument(
+        "--size",
+        nargs="+",
+        choices=sizes,
+        default=sizes,
+        help="encoders to measure (all by default)",
+    )
+    command.add_argument(
+        "--against-pytorch",
+        action="store_true",
+        help="measure the image tower and its parts against PyTorch's instead (CPU, float32)",
+    )
+    _add_step(add)
+    add(
+        "frozen",
+        "a config's train step with more and more of its encoders frozen, on one device; "
+        "config fields as --config.x=y",
+        lambda o: [step.frozen_steps(_config(o), o.repeats)],
+        config="configs/photographs.py",
+        repeats=(5, "timed steps of each"),
+    )
+    add(
         "input",
         "training images read, decoded, augmented and batched, beside PIL",
         lambda o: input_benchmark.input_pipeline(o.images, o.batch, o.batches, o.repeats),
@@ -47,8 +80,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         batches=(16, "in each measurement"),
         repeats=(5, "measurements of each pipeline"),
     )
-    _add(
-        commands,
+    add(
         "retrieval",
         "recalls and ranks of a test split against the bare product",
         lambda o: [ranking.retrieval(o.images, o.captions, o.dim, o.repeats)],
@@ -57,8 +89,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         dim=(768, "dimension"),
         repeats=(5, "timed calls of each"),
     )
-    _add(
-        commands,
+    add(
         "search",
         "one exact query among many stored rows",
         lambda o: [ranking.search(o.rows, o.dim, o.repeats)],
@@ -67,14 +98,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         repeats=(9, "timed queries"),
     )
     options, overrides = parser.parse_known_args(arguments)
-    if "overrides" in options:
+    if "config" in options:
         options.overrides = overrides
     elif overrides:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     for name, value in vars(options).items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} is {value}; expected a number above 0")
+            raise UserError(f"--{name} is {value}; expected a number above 0")
     return options
 
 
@@ -83,60 +113,14 @@ def _add(commands, name, about, measure, *, config=None, **numbers):
     parser = commands.add_parser(name, help=about)
     if config:
         parser.add_argument("--config", required=True, help=f"config file, e.g. {config}")
-        parser.set_defaults(overrides=())
     for option, (default, meaning) in numbers.items():
-        flag = "--" + option.replace("_", "-")
-        parser.add_argument(flag, type=int, default=default, help=meaning)
+        parser.add_argument(f"--{option}", type=int, default=default, help=meaning)
     parser.set_defaults(measure=measure)
     return parser
 
 
-def _add_strategy(commands):
-    _add(
-        commands,
-        "strategy",
-        "FNE's loss and gradient against two bare products; queue and momentum",
-        lambda o: strategy.strategy_lines(o.batch, o.queue, o.dim, o.key_chunk, o.repeats),
-        batch=(None, "anchors (32 and 256 by default)"),
-        queue=(None, "slots (8,224 and 65,536 by default)"),
-        dim=(None, "dimension (768 by default)"),
-        key_chunk=(None, f"keys scored at a time (all, and {strategy.KEY_CHUNK})"),
-        repeats=(9, "timed calls of each"),
-    )
-
-
-def _add_encoders(commands):
-    parser = _add(
-        commands,
-        "encoders",
-        "both towers forward and in training, and attention alone",
-        lambda o: encoders.encoder_lines(
-            o.size, o.batch, o.repeats, dtype=o.dtype, against_pytorch=o.against_pytorch
-        ),
-        batch=(8, "pairs"),
-        repeats=(3, "timed calls of each"),
-    )
-    sizes = list(encoders.SIZES)
-    parser.add_argument(
-        "--size",
-        nargs="+",
-        choices=sizes,
-        default=sizes,
-        help="encoders to measure (all by default)",
-    )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="compute dtype (the config's by default)"
-    )
-    parser.add_argument(
-        "--against-pytorch",
-        action="store_true",
-        help="measure the image tower and its parts against PyTorch's instead (CPU, float32)",
-    )
-
-
-def _add_step(commands):
-    parser = _add(
-        commands,
+def _add_step(add):
+    parser = add(
         "step",
         "a config's whole train step on one device, beside PyTorch's and its plan; config "
         "fields as --config.x=y",
@@ -146,7 +130,6 @@ def _add_step(commands):
         steps=(10, "steps in a window"),
         windows=(5, "timed windows in a round"),
         rounds=(2, "processes of each part, in turns"),
-        seconds=(900, "most that a part may take"),
     )
     parser.add_argument("--out", type=pathlib.Path, help="JSON file, written after every part")
     parser.add_argument("--peak-tflops", type=float, help="of the device (its chip's by default)")
@@ -164,33 +147,24 @@ def _add_step(commands):
     )
 
 
-def _add_frozen(commands):
-    _add(
-        commands,
-        "frozen",
-        "a config's train step with more and more of its encoders frozen, on one device; "
-        "config fields as --config.x=y",
-        lambda o: [_frozen(o)],
-        config="configs/photographs.py",
-        repeats=(5, "timed steps of each"),
-    )
-
-
-def _frozen(options):
-    config = configuration.load_config(options.config, options.overrides)
-    return step.frozen_steps(config, read_architectures(config.encoder), options.repeats)
+def _config(options):
+    return configuration.load_config(options.config, options.overrides)
 
 
 def _step(options):
-    overrides = list(options.overrides)
     if options.batch is not None:
-        overrides.append(f"--config.global_batch_size={options.batch}")
-    config = configuration.load_config(options.config, overrides)
+        options.overrides.append(f"--config.global_batch_size={options.batch}")
+    config = _config(options)
+    if options.part == step_comparison.JAX:
+        return step.jax_step(config, options.steps, options.windows)
+    # The device is left to the part that is measured.
+    jax.config.update("jax_platforms", "cpu")
     if options.part:
-        return _part(options, config)
-    arguments = [f"--config={options.config}", *overrides]
-    if options.out:
-        _write(options.out, {})
+        precision = options.part.removeprefix("pytorch_")
+        return encoders.import_pytorch().pytorch_step(
+            config, precision, options.steps, options.windows, platform=options.platform
+        )
+    arguments = [f"--config={options.config}", *options.overrides]
 
     def run_part(name, platform):
         windows = [f"--steps={options.steps}", f"--windows={options.windows}", f"--part={name}"]
@@ -198,15 +172,19 @@ def _step(options):
         python = sys.executable if name == step_comparison.JAX else options.pytorch_python
         command = [python, "-m", "fne_jax.benchmark", "step", *windows, *on, *arguments]
         # JAX would leave a quarter of a GPU's memory alone.
-        environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
-        return step_comparison.json_of(command, environment, options.seconds)
+        return step_comparison.json_of(command, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"})
 
     def run_plan(topology):
         command = [sys.executable, "-m", "fne_jax.plan", f"--topology={topology}", "--json"]
         environment = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        return step_comparison.json_of([*command, *arguments], environment, options.seconds)
+        return step_comparison.json_of([*command, *arguments], environment)
 
-    save = functools.partial(_write, options.out) if options.out else lambda result: None
+    def save(result):
+        if options.out:
+            with as_user_error(f"--out={options.out} cannot be written"):
+                write_atomically(options.out, json.dumps(result, indent=1) + "\n")
+
+    save({})
     return step_comparison.compare(
         config,
         options.rounds,
@@ -216,20 +194,6 @@ def _step(options):
         topology=options.topology,
         save=save,
     )
-
-
-def _part(options, config):
-    if options.part == step_comparison.JAX:
-        return step.jax_step(config, options.steps, options.windows)
-    precision = options.part.removeprefix("pytorch_")
-    return encoders.import_pytorch().pytorch_step(
-        config, precision, options.steps, options.windows, platform=options.platform
-    )
-
-
-def _write(path, result):
-    with as_user_error(f"--out={path} cannot be written"):
-        write_atomically(path, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

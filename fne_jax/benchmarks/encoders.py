@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import ml_collections
 
 from fne_jax.benchmarks.timing import machine, median_seconds
 from fne_jax.configuration import with_model_defaults
-from fne_jax.encoders.attention import ATTENTIONS, attend, resolve
+from fne_jax.encoders.attention import resolve
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.errors import UserError
 from fne_jax.planning.useful import matrix_flops, plain
@@ -28,15 +27,14 @@ BERT_IDS = 30522
 
 
 def encoder_lines(
-    sizes: Sequence[str], batch: int, repeats: int, *, dtype: str | None, against_pytorch: bool
+    sizes: Sequence[str], batch: int, repeats: int, *, against_pytorch: bool
 ) -> Iterator[dict[str, Any]]:
-    """Yields for each size the encoders' line and one for each implementation of attention.
+    """Yields the encoders' line of each size.
 
     Args:
       sizes: Keys of `SIZES`.
       batch: Pairs.
       repeats: Timed calls of each.
-      dtype: The compute dtype; None for the config's.
       against_pytorch: Whether to yield the lines of the image tower and its parts beside PyTorch's
         instead.
 
@@ -52,15 +50,11 @@ def encoder_lines(
             ) from error
         config = with_model_defaults(module.get_config(), architectures={})
         encoder, data = config.encoder, config.data
-        encoder.compute_dtype = dtype or encoder.compute_dtype
         if against_pytorch:
             lines = import_pytorch().image_tower(encoder, batch, repeats)
         else:
             ids = BERT_IDS if size == "vit_b16_384" else data.vocab_size
-            lines = itertools.chain(
-                [encoders(encoder, ids, data.text_length, batch, repeats)],
-                attention(encoder, batch, repeats),
-            )
+            lines = [encoders(encoder, ids, data.text_length, batch, repeats)]
         for line in lines:
             yield {"size": size} | line
 
@@ -105,22 +99,25 @@ def encoders(
 
         return {"forward": forward, "train": train}
 
-    module = build_dual_encoder(encoder, vocab_size)
+    module, dtype = build_dual_encoder(encoder, vocab_size), jnp.dtype(encoder.compute_dtype)
     params = jax.jit(module.init)(rng, *inputs)["params"]
-    seconds, peak = _seconds_and_peak(
-        {
-            name: functools.partial(jax.jit(run), params, *inputs)
-            for name, run in passes(module).items()
-        },
-        jnp.dtype(encoder.compute_dtype),
-        repeats,
-    )
-    flops = {
-        name: matrix_flops(run, params, *inputs)
-        for name, run in passes(build_dual_encoder(plain(encoder), vocab_size)).items()
+    timed = {
+        name: functools.partial(jax.jit(run), params, *inputs)
+        for name, run in passes(module).items()
     }
+    seconds = median_seconds({**timed, "peak": square_product(dtype)}, repeats)
+    peak, speeds = 2 * PEAK_SIDE**3 / seconds["peak"], {}
+    for name, run in passes(plain(module)).items():
+        flops = matrix_flops(run, params, *inputs)
+        speeds |= {
+            f"{name}_pairs_per_s": batch / seconds[name],
+            f"{name}_s": seconds[name],
+            f"{name}_flops": flops,
+            f"{name}_flops_per_s": flops / seconds[name],
+            f"{name}_share_of_peak": flops / seconds[name] / peak,
+        }
     tokens = image_tokens(encoder)
-    chosen = functools.partial(resolve, encoder.attention, dtype=jnp.dtype(encoder.compute_dtype))
+    chosen = functools.partial(resolve, encoder.attention, dtype=dtype)
     return {
         "benchmark": "encoders",
         "batch": batch,
@@ -129,87 +126,16 @@ def encoders(
         "dtype": encoder.compute_dtype,
         "image_attention": chosen(queries=tokens),
         "text_attention": chosen(queries=text_tokens),
-        "forward_pairs_per_s": batch / seconds["forward"],
-        "train_pairs_per_s": batch / seconds["train"],
-        **_speeds(flops, seconds, peak),
+        "measured_peak_flops": peak,
+        **speeds,
         **machine(),
     }
-
-
-def attention(
-    encoder: ml_collections.ConfigDict, batch: int, repeats: int
-) -> Iterator[dict[str, Any]]:
-    """Times attention without its projections, of the image tower's size, on one device.
-
-    Yields:
-      For each of `ATTENTIONS`, timed in turns, a benchmark line as `encoders` gives; for one that
-      cannot run here, `error` says why in place of its figures. FLOPs are those of two products
-      forward and twice as many backward, also where more are computed to save memory.
-    """
-    tokens, heads = image_tokens(encoder), encoder.image.heads
-    dtype = jnp.dtype(encoder.compute_dtype)
-    shape = (batch, tokens, heads, encoder.image.width // heads)
-    keys = jax.random.split(jax.random.key(0), 4)
-    *arrays, grad = (jax.random.normal(key, shape, dtype) for key in keys)
-
-    def train(run, grad, *arrays):
-        out, pull = jax.vjp(run, *arrays)
-        return out, pull(grad)
-
-    functions, errors = {}, {}
-    for name in ATTENTIONS:
-        run = functools.partial(attend, mask=None, implementation=name)
-        try:
-            jax.eval_shape(run, *arrays)
-        except UserError as error:
-            errors[name] = str(error)
-            continue
-        functions[f"{name} forward"] = functools.partial(jax.jit(run), *arrays)
-        compiled = jax.jit(functools.partial(train, run))
-        functions[f"{name} train"] = functools.partial(compiled, grad, *arrays)
-    seconds, peak = _seconds_and_peak(functions, dtype, repeats)
-    products = batch * 4 * tokens**2 * encoder.image.width
-    flops = {"forward": products, "train": 3 * products}
-    for name in ATTENTIONS:
-        if name in errors:
-            figures = {"error": errors[name]}
-        else:
-            figures = _speeds(flops, {kind: seconds[f"{name} {kind}"] for kind in flops}, peak)
-        yield {
-            "benchmark": "attention",
-            "implementation": name,
-            "batch": batch,
-            "tokens": tokens,
-            "heads": heads,
-            "dim": shape[-1],
-            "dtype": encoder.compute_dtype,
-            **figures,
-            **machine(),
-        }
 
 
 def square_product(dtype: Any) -> Callable[[], jax.Array]:
     """Returns a function that multiplies two square matrices of side `PEAK_SIDE`."""
     matrix = jax.random.normal(jax.random.key(0), (PEAK_SIDE, PEAK_SIDE), dtype)
     return functools.partial(jax.jit(jnp.matmul), matrix, matrix)
-
-
-def _seconds_and_peak(functions, dtype, repeats):
-    """Times functions in turns with the square product, whose FLOPs a second come second."""
-    seconds = median_seconds({**functions, "peak": square_product(dtype)}, repeats)
-    return seconds, 2 * PEAK_SIDE**3 / seconds["peak"]
-
-
-def _speeds(flops, seconds, peak):
-    speeds = {"measured_peak_flops": peak}
-    for name, total in flops.items():
-        speeds |= {
-            f"{name}_s": seconds[name],
-            f"{name}_flops": total,
-            f"{name}_flops_per_s": total / seconds[name],
-            f"{name}_share_of_peak": total / seconds[name] / peak,
-        }
-    return speeds
 
 
 def image_tokens(encoder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,12 +16,13 @@ import torch
 import transformers
 
 from fne_jax.benchmarks.encoders import image_tokens
-from fne_jax.benchmarks.step import made_up_batch, with_random_towers
+from fne_jax.benchmarks.step import made_up_batch, training_on_one_device
 from fne_jax.benchmarks.timing import machine, median_seconds, window_seconds
+from fne_jax.encoders.architectures import config_json
 from fne_jax.encoders.attention import attend
 from fne_jax.encoders.layers import ACTIVATIONS
-from fne_jax.encoders.towers import TOWERS
-from fne_jax.encoders.vision_transformer import VisionTransformer
+from fne_jax.encoders.rematerialization import NONE
+from fne_jax.encoders.towers import TOWERS, build_dual_encoder
 from fne_jax.errors import UserError
 
 # By precision, how attention is computed: float32 as the authors run it, the scores kept; and
@@ -65,8 +67,7 @@ def pytorch_step(
             f"PyTorch {torch.__version__} sees no GPU, and JAX does; install its build for CUDA"
         )
     device = torch.device("cuda" if available and platform != "cpu" else "cpu")
-    config, ids = with_random_towers(config)
-    run = Step(config, ids, precision, device)
+    run = Step(training_on_one_device(config).model, precision, device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds = window_seconds(run, wait, steps, windows)
     on_gpu = device.type == "cuda"
@@ -89,16 +90,17 @@ def pytorch_step(
 class Step:
     """State, batch and queue; a call makes one step."""
 
-    def __init__(self, config, ids, precision, device):
-        self._config, self._precision, self._device = config, precision, device
-        attention = ATTENTIONS[precision]
+    def __init__(self, model, precision, device):
+        config = self._config = model.config
+        self._precision, self._device = precision, device
+        towers = {name: getattr(model.module, name) for name in TOWERS}
         modules = {
-            "image": _vit(config.encoder.image, attention),
-            "text": _bert(config.encoder.text, attention, ids),
+            name: _peer(tower, tower.dropout, ATTENTIONS[precision])
+            for name, tower in towers.items()
         }
         dim = config.encoder.projection_dim
         for name in TOWERS if dim else ():
-            modules[f"{name}_head"] = torch.nn.Linear(config.encoder[name].width, dim, bias=False)
+            modules[f"{name}_head"] = torch.nn.Linear(towers[name].width, dim, bias=False)
         self.online = torch.nn.ModuleDict(modules).to(device).train()
         self.momentum = copy.deepcopy(self.online).requires_grad_(False).eval()
         optimizer = config.optimizer
@@ -109,7 +111,7 @@ class Step:
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
         )
-        batch = made_up_batch(config, ids)
+        batch = made_up_batch(model)
         self._pixels = torch.from_numpy(batch["image"]).to(device).permute(0, 3, 1, 2)
         self._ids, self._mask = (
             torch.from_numpy(batch[name]).long().to(device)
@@ -121,9 +123,9 @@ class Step:
         )
         self.queues = [
             torch.nn.functional.normalize(
-                torch.randn(config.queue_size, dim or config.encoder[name].width, device=device)
+                torch.randn(config.queue_size, dim or tower.width, device=device)
             )
-            for name in TOWERS
+            for tower in towers.values()
         ]
         self._next_slot = 0
         self.loss = torch.zeros(())
@@ -222,15 +224,8 @@ def image_tower(
 def _towers(encoder, batch, tokens):
     del tokens
     size = encoder.image
-    module = VisionTransformer(
-        image_size=size.image_size,
-        patch_size=size.patch_size,
-        width=size.width,
-        layers=size.layers,
-        heads=size.heads,
-        mlp_width=size.mlp_width,
-        attention=encoder.attention,
-    )
+    module = build_dual_encoder(encoder, 1).image
+    module = module.clone(dtype=jnp.float32, scan_layers=False, remat=NONE, dropout=0.0)
     pixels = _normal(batch, size.image_size, size.image_size, 3)
     images = torch.tensor(pixels.transpose(0, 3, 1, 2))
     params = jax.jit(module.init)(jax.random.key(0), pixels)["params"]
@@ -242,7 +237,7 @@ def _towers(encoder, batch, tokens):
 
         return jax.value_and_grad(mean)(params)
 
-    peer = _vit(size, "sdpa").eval()  # without dropout
+    peer = _peer(module, 0.0, "sdpa")
 
     def train_peer():
         peer.zero_grad()
@@ -304,32 +299,12 @@ def _normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def _vit(tower, attention):
-    config = transformers.ViTConfig(
-        image_size=tower.image_size, patch_size=tower.patch_size, **_sizes(tower)
+def _peer(tower, dropout, attention):
+    """Returns transformers' model of a tower's sizes, of random weights."""
+    fields = json.loads(config_json(tower))
+    config = transformers.CONFIG_MAPPING[fields["model_type"]].from_dict(
+        fields | {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
     )
-    return _model(config, attention)
-
-
-def _bert(tower, attention, ids):
-    config = transformers.BertConfig(
-        vocab_size=ids, max_position_embeddings=tower.max_length, **_sizes(tower)
-    )
-    return _model(config, attention)
-
-
-def _sizes(tower):
-    return {
-        "hidden_size": tower.width,
-        "num_hidden_layers": tower.layers,
-        "num_attention_heads": tower.heads,
-        "intermediate_size": tower.mlp_width,
-        "hidden_dropout_prob": tower.dropout,
-        "attention_probs_dropout_prob": 0.0,
-    }
-
-
-def _model(config, attention):
-    return transformers.AutoModel.from_config(
-        config, attn_implementation=attention, add_pooling_layer=False
-    )
+    model = transformers.AutoModel.from_config(config, attn_implementation=attention)
+    model.pooler = None
+    return model

@@ -12,67 +12,42 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fne_jax.benchmarks.encoders import BERT_IDS, PEAK_SIDE, image_tokens, square_product
+from fne_jax.benchmarks.encoders import PEAK_SIDE, square_product
 from fne_jax.benchmarks.timing import machine, median_seconds, window_seconds
-from fne_jax.configuration import validate, with_model_defaults
-from fne_jax.encoders.attention import resolve
+from fne_jax.configuration import validate
 from fne_jax.encoders.towers import TOWERS
-from fne_jax.errors import UserError
-from fne_jax.model.model import build_model, build_module
-from fne_jax.objectives.registry import NO_ORACLE, uses_matches
+from fne_jax.model.model import Model
 from fne_jax.parallel import sharding
 from fne_jax.parallel.compile_cache import use_compile_cache
-from fne_jax.planning.program import memory_bytes
+from fne_jax.planning.program import memory_bytes, training_without_data
 from fne_jax.training.setup import Training
 from fne_jax.training.timeline import Phase
 from fne_jax.training.train_state import initial_state
 
-# Published towers whose sizes are those that configs/base.py gives.
-_SIZED_AS_BASE = {"image": "google/vit-base-patch16-384", "text": "bert-base-uncased"}
-# The program holds it as a constant; it changes no work.
-_STEPS_PER_EPOCH = 1000
 _KERNEL = re.compile(r'custom_call_target="([^"]+)"')
 
 
-def with_random_towers(
-    config: ml_collections.ConfigDict,
-) -> tuple[ml_collections.ConfigDict, int]:
-    """Returns a config whose towers have random weights of the same sizes, and the number of ids.
+def training_on_one_device(config: ml_collections.ConfigDict) -> Training:
+    """Returns the training of a config on the first device; neither data nor weights are read.
 
     Raises:
-      UserError: if a tower's sizes are those of a checkpoint that would have to be read, or the
-        step takes more than a batch.
+      UserError: if the config names known matches, or a pretrained source that is not there.
     """
-    config = config.copy_and_resolve_references()
-    if uses_matches(config):
-        raise UserError(
-            f"config.objective.oracle is {config.objective.oracle!r} and config.data.matches "
-            f"{config.data.matches!r}: a made-up batch has no matches; make them {NO_ORACLE} and ''"
-        )
-    ids = BERT_IDS if config.encoder.text.pretrained else config.data.vocab_size
-    for tower in TOWERS:
-        name = config.encoder[tower].pretrained
-        if name not in ("", _SIZED_AS_BASE[tower]):
-            raise UserError(
-                f"config.encoder.{tower}.pretrained is {name!r}, whose sizes are not in the config;"
-                f" make it {_SIZED_AS_BASE[tower]!r}, or '' with sizes of your own"
-            )
-        config.encoder[tower].pretrained = ""
-    return with_model_defaults(config, architectures={}), ids
+    return training_without_data(config, sharding.create_mesh(devices=jax.devices()[:1]))
 
 
-def made_up_batch(config: ml_collections.ConfigDict, ids: int) -> dict[str, np.ndarray]:
+def made_up_batch(model: Model) -> dict[str, np.ndarray]:
     """Returns random pixels and captions of full length, every pair of an image of its own."""
+    config = model.config
     batch, side = config.global_batch_size, config.encoder.image.image_size
     rng = np.random.default_rng(0)
     tokens = (batch, config.data.text_length)
     return {
         "image": rng.integers(0, 256, (batch, side, side, 3), np.uint8),
-        "input_ids": rng.integers(0, ids, tokens, np.int32),
+        "input_ids": rng.integers(0, model.module.text.vocab_size, tokens, np.int32),
         "attention_mask": np.ones(tokens, np.int32),
         "image_id": np.arange(batch, dtype=np.int32),
         "pair_id": np.arange(batch, dtype=np.int32),
@@ -97,11 +72,7 @@ def jax_step(config: ml_collections.ConfigDict, steps: int, windows: int) -> dic
     Raises:
       UserError: if the config does not suit a made-up batch or the device.
     """
-    config, ids = with_random_towers(config)
-    use_compile_cache(config.compile_cache)
-    mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    model = build_model(config, {}, None, mesh, module=build_module(config, {}, ids, mesh))
-    step = _Step(Training.of(model, _STEPS_PER_EPOCH), made_up_batch(config, ids))
+    step = _Step(config)
     seconds = window_seconds(step, lambda: jax.block_until_ready(step.state), steps, windows)
     memory = jax.devices()[0].memory_stats() or {}
     # After the step's memory was read, to which these matrices would add.
@@ -110,9 +81,6 @@ def jax_step(config: ml_collections.ConfigDict, steps: int, windows: int) -> dic
     return {
         "platform": jax.default_backend(),
         "dtype": config.encoder.compute_dtype,
-        "attention": _attention(config, mesh),
-        "remat": config.encoder.remat,
-        "scan_layers": config.encoder.scan_layers,
         "window_step_s": seconds,
         "compile_s": step.compile_seconds,
         "applied": bool(step.scalars["applied"]),
@@ -138,18 +106,13 @@ def variants(layers: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     }
 
 
-def frozen_steps(
-    config: ml_collections.ConfigDict,
-    architectures: Mapping[str, Mapping[str, Any]],
-    repeats: int,
-) -> dict[str, Any]:
+def frozen_steps(config: ml_collections.ConfigDict, repeats: int) -> dict[str, Any]:
     """Times FNE steps on the first device, those of all variants in turns, over random batches.
 
     The weights are random, and the batch stays on the device: no data is read.
 
     Args:
       config: As loaded; what it freezes and keeps is left aside.
-      architectures: The config.json of each pretrained tower.
       repeats: Steps of each that count.
 
     Returns:
@@ -159,13 +122,9 @@ def frozen_steps(
     Raises:
       UserError: if the config does not suit a made-up batch.
     """
-    use_compile_cache(config.compile_cache)
-    mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    vocabulary = 1 if config.encoder.text.pretrained else config.data.vocab_size
-    whole = build_module(with_model_defaults(config, architectures), architectures, vocabulary)
-    layers = {"image": whole.image.layers, "text": whole.text.layers}
-    functions, sizes, rng = {}, {}, np.random.default_rng(0)
-    for name, fields in variants(layers).items():
+    towers = training_on_one_device(config).model.module
+    functions, sizes = {}, {}
+    for name, fields in variants({t: getattr(towers, t).layers for t in TOWERS}).items():
         own = config.copy_and_resolve_references()
         own.update_from_flattened_dict(
             {
@@ -177,16 +136,7 @@ def frozen_steps(
             | fields
         )
         validate(own)
-        own = with_model_defaults(own, architectures)
-        module = build_module(own, architectures, vocabulary, mesh)
-        model = build_model(own, architectures, None, mesh, module=module)
-        training = Training.of(model, _STEPS_PER_EPOCH)
-        batch, made_up = {}, made_up_batch(own, vocabulary)
-        for part, like in training.abstract_batch().items():
-            # Beside what a batch has there is what frozen encoders make of it.
-            features = rng.normal(size=like.shape).astype(like.dtype)
-            batch[part] = made_up.get(part, features)
-        step = functions[name] = _Step(training, batch)
+        step = functions[name] = _Step(own)
         sizes[name] = {
             "scratch_bytes": step.compiled.memory_analysis().temp_size_in_bytes,
             "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(step.state.stored())),
@@ -204,28 +154,24 @@ def frozen_steps(
 
 
 class _Step:
-    """An FNE step, compiled, with state and batch on the devices; a call makes one step."""
+    """An FNE step of a config, compiled, state and batch on one device; a call makes one step."""
 
-    def __init__(self, training, batch):
+    def __init__(self, config):
+        use_compile_cache(config.compile_cache)
+        training = training_on_one_device(config)
         start = time.perf_counter()
         self.compiled = training.compiled([Phase.FNE])[Phase.FNE]
         self.compile_seconds = time.perf_counter() - start
         self.state = initial_state(training.model, training.state)
         self.scalars = None
+        made_up, rng = made_up_batch(training.model), np.random.default_rng(0)
+        batch = {
+            # Beside what a batch has there may be what frozen encoders make of it.
+            name: made_up.get(name, rng.normal(size=like.shape).astype(like.dtype))
+            for name, like in training.abstract_batch().items()
+        }
         self._batch = sharding.to_devices(batch, training.model.mesh)
 
     def __call__(self):
         self.state, self.scalars, _ = self.compiled(self.state, self._batch)
         return self.scalars
-
-
-def _attention(config, mesh):
-    """Returns how each tower computes attention."""
-    encoder = config.encoder
-    tokens = {"image": image_tokens(encoder), "text": config.data.text_length}
-    return {
-        tower: resolve(
-            encoder.attention, queries=count, dtype=jnp.dtype(encoder.compute_dtype), mesh=mesh
-        )
-        for tower, count in tokens.items()
-    }

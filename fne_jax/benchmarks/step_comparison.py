@@ -12,8 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from fne_jax.benchmarks.encoders import image_tokens
-from fne_jax.benchmarks.step import with_random_towers
+from fne_jax.benchmarks.step import training_on_one_device
 from fne_jax.planning.topology import CHIPS
 from fne_jax.planning.useful import useful_flops
 
@@ -91,7 +90,7 @@ def chip_of(device: str) -> str | None:
 
 
 def json_of(
-    command: Sequence[str], environment: Mapping[str, str], seconds: float
+    command: Sequence[str], environment: Mapping[str, str], seconds: float = 900
 ) -> dict[str, Any]:
     """Returns the JSON object that a command prints last, or `error` with its last words."""
     try:
@@ -113,21 +112,16 @@ def json_of(
 
 
 def _about(config):
-    sized, ids = with_random_towers(config)
-    batch, useful = sized.global_batch_size, useful_flops(sized, {}, ids)
+    model = training_on_one_device(config).model
+    batch, useful = model.config.global_batch_size, useful_flops(model)
     return {
         "benchmark": "step",
         "batch": batch,
-        "micro_batches": sized.micro_batches,
-        "queue": sized.queue_size,
-        "image_tokens": image_tokens(sized.encoder),
-        "text_tokens": sized.data.text_length,
+        "micro_batches": model.config.micro_batches,
+        "queue": model.config.queue_size,
         "useful_flops_per_pair": useful,
         "useful_flops_per_step": batch * useful,
-        "chip": None,
-        "peak_flops": None,
         "parts": {},
-        "pairs_per_s_over": {},
         "plan": None,
         "beside_plan": None,
     }

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 
 from fne_jax.benchmarks.timing import machine, median_seconds
-from fne_jax.errors import UserError
 from fne_jax.objectives.features import Features
 from fne_jax.objectives.fne_loss import fne_triplet_loss
 from fne_jax.objectives.memory_queue import MemoryQueue
@@ -38,28 +37,14 @@ KEY_CHUNK = 1024
 _PARAMETERS = 200_000_000
 
 
-def strategy_lines(
-    batch: int | None, queue_size: int | None, dim: int | None, key_chunk: int | None, repeats: int
-) -> Iterator[dict[str, Any]]:
+def strategy_lines(repeats: int) -> Iterator[dict[str, Any]]:
     """Yields the strategy's lines, then the queue's and the momentum encoders'.
 
     Args:
-      batch: Anchors; None for `CASES`, or the first of them where others are given.
-      queue_size: Slots of the queue, or None.
-      dim: Dimension of the embeddings, or None.
-      key_chunk: Keys scored at a time; None for all at once, and `KEY_CHUNK`.
       repeats: Timed calls of each.
-
-    Raises:
-      UserError: if the queue is shorter than a batch.
     """
-    given, cases = (batch, queue_size, dim), CASES
-    if any(value is not None for value in given):
-        cases = (tuple(v or d for v, d in zip(given, CASES[0], strict=True)),)
-    for batch, queue_size, dim in cases:
-        if batch > queue_size:
-            raise UserError(f"--queue is {queue_size}; expected at least a batch, {batch}")
-        for chunk in (None, KEY_CHUNK) if key_chunk is None else (key_chunk,):
+    for batch, queue_size, dim in CASES:
+        for chunk in (None, KEY_CHUNK):
             yield strategy(batch, queue_size, dim, chunk, repeats)
         yield queue_update(batch, queue_size, dim, repeats)
     yield momentum_update(_PARAMETERS, repeats)

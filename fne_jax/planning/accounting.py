@@ -135,12 +135,12 @@ class Account:
             self._add_collective(kind, instruction, computation, times, scope)
             return
         work = self.work[scope]
-        done = operations.count(computation, instruction, self._float32)
+        flops, passes = operations.count(computation, instruction, self._float32)
         kernel = operations.kernel(instruction)
         if kernel is not None:
-            self.kernels.append(Kernel(kernel, scope, done.flops or None, times))
-        work.flops += times * done.flops
-        work.matrix_passes += times * done.matrix_passes
+            self.kernels.append(Kernel(kernel, scope, flops or None, times))
+        work.flops += times * flops
+        work.matrix_passes += times * passes
 
     def _add_collective(self, kind, instruction, computation, times, scope):
         # One that overlaps with other work is written into each of its fusions. Its channel tells

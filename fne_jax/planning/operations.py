@@ -56,39 +56,26 @@ class Float32(NamedTuple):
 TPU_FLOAT32 = Float32(1, 6)
 
 
-class Operations(NamedTuple):
-    """What an instruction computes each time.
-
-    Attributes:
-      flops: Operations, a multiplication and an addition as two.
-      matrix_passes: Those of matrix products alone, by the time that they take: as many as a device
-        does of bfloat16 meanwhile.
-    """
-
-    flops: int
-    matrix_passes: float = 0
-
-
 def count(
     computation: Computation, instruction: Instruction, float32: Float32 = TPU_FLOAT32
-) -> Operations:
-    """Returns the operations of an instruction, those of what it calls left out."""
+) -> tuple[int, float]:
+    """Returns `flops` and `matrix_passes` of an instruction each time, as `accounting.Work` has.
+
+    Those of what it calls are left out.
+    """
     opcode = instruction.opcode
     operands = [computation.instructions[name].arrays for name in instruction.operands]
     if opcode in ("dot", "convolution"):
         flops_of = _dot_flops if opcode == "dot" else _convolution_flops
         flops = flops_of(instruction, *(arrays[0] for arrays in operands))
-        return Operations(flops, flops * _passes(instruction, operands, float32))
+        return flops, flops * _passes(instruction, operands, float32)
     if opcode == "custom-call":
         flops, computed = _kernel_flops(instruction, [arrays[0] for arrays in operands if arrays])
-        passes = _passes(instruction, operands, float32) if computed else 0
-        return Operations(flops, computed * passes)
+        return flops, computed * _passes(instruction, operands, float32) if computed else 0
     if opcode in _ELEMENTWISE:
-        return Operations(instruction.arrays[0].size)
-    if opcode in ("reduce", "reduce-window"):
-        # Of windows too: they are cumulative sums, and sums that are broadcast again.
-        return Operations(operands[0][0].size)
-    return Operations(0)
+        return instruction.arrays[0].size, 0
+    # Of windows too: they are cumulative sums, and sums that are broadcast again.
+    return operands[0][0].size if opcode in ("reduce", "reduce-window") else 0, 0
 
 
 def _passes(instruction, operands, float32):
@@ -98,8 +85,7 @@ def _passes(instruction, operands, float32):
     return float32.default if left_and_right == {"f32"} else 1
 
 
-def _dot_flops(instruction: Instruction, left: Array, right: Array) -> int:
-    del right
+def _dot_flops(instruction: Instruction, left: Array, _: Array) -> int:
     dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
     contracted = math.prod(left.dims[int(d)] for d in dims.group(1).split(",") if d) if dims else 1
     return 2 * instruction.arrays[0].size * contracted

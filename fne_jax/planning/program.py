@@ -67,21 +67,10 @@ def compile_step(
     Raises:
       UserError: if the config does not suit the machine.
     """
-    if uses_matches(config):
-        raise UserError(
-            f"config.objective.oracle is {config.objective.oracle!r} and config.data.matches "
-            f"{config.data.matches!r}: a plan knows of no matches; make them {NO_ORACLE} and '', "
-            "and add to a device's memory a bit for each image and caption of the training split "
-            "(oracle) or 4 bytes for each match (matches)"
-        )
     configuration.check_batches(config, len(topology.devices))
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, topology.devices)
-    architectures = read_architectures(config.encoder)
-    resolved = configuration.with_model_defaults(config, architectures)
-    module = build_module(resolved, architectures, _vocabulary(resolved), mesh)
-    model = build_model(resolved, architectures, None, mesh, module=module)
-    training = Training.of(model, steps_per_epoch)
-    useful = useful_flops(resolved, architectures, _vocabulary(resolved))
+    training = training_without_data(config, mesh, steps_per_epoch)
+    useful = useful_flops(training.model)
     lowered = training.steps[Phase.FNE].lower(training.state, training.abstract_batch())
     try:
         gpu = topology.devices[0].platform == GPU
@@ -99,6 +88,35 @@ def compile_step(
         scratch=sizes.temp_size_in_bytes,
         text=compiled.as_text(),
     )
+
+
+def training_without_data(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, steps_per_epoch: int = 1000
+) -> Training:
+    """Returns the training of a config, for which neither data nor weights are read.
+
+    Args:
+      config: As loaded.
+      mesh: The devices, which need not be there.
+      steps_per_epoch: Number of steps in an epoch, which the program holds as a constant.
+
+    Raises:
+      UserError: if the config names known matches, or a pretrained source that is not there.
+    """
+    if uses_matches(config):
+        raise UserError(
+            f"config.objective.oracle is {config.objective.oracle!r} and config.data.matches "
+            f"{config.data.matches!r}: without data there are no matches; make them {NO_ORACLE} "
+            "and ''. In a plan add to a device's memory a bit for each image and caption of the "
+            "training split (oracle) or 4 bytes for each match (matches)"
+        )
+    architectures = read_architectures(config.encoder)
+    config = configuration.with_model_defaults(config, architectures)
+    # A fitted tokenizer has at most as many ids; a pretrained tower has its own.
+    ids = 1 if config.encoder.text.pretrained else config.data.vocab_size
+    module = build_module(config, architectures, ids, mesh)
+    model = build_model(config, architectures, None, mesh, module=module)
+    return Training.of(model, steps_per_epoch)
 
 
 def memory_bytes(sizes: Any) -> int:
@@ -122,9 +140,3 @@ def out_of_memory(message: str) -> tuple[int, int] | None:
         return None
     needed, limit = (int(float(found[n]) * _UNITS[found[n + 1]]) for n in (1, 3))
     return needed, limit
-
-
-def _vocabulary(config):
-    """Returns the ids of the tokenizer: at most as many as the pretrained text tower has."""
-    # A fitted tokenizer has no more than this; a pretrained tower has its own.
-    return 1 if config.encoder.text.pretrained else config.data.vocab_size

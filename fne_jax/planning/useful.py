@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from fne_jax.encoders.freezing import is_frozen_below
 from fne_jax.encoders.rematerialization import NONE
 from fne_jax.model.kept_features import kept_towers
-from fne_jax.model.model import build_module, initial_params
+from fne_jax.model.model import Model, initial_params
 
 # Forward passes' worth of work on a pair by what is trained: the online encoders' forward, twice as
 # much backward, and the momentum encoders' forward.
 _PASSES = 4
 
 
-def useful_flops(
-    config: ml_collections.ConfigDict,
-    architectures: Mapping[str, Mapping[str, Any]],
-    vocab_size: int,
-) -> int:
+def useful_flops(model: Model) -> int:
     """Returns the useful operations on one pair, its caption of full length.
 
     What is frozen runs forwards once, or not at all where its output is kept.
     """
-    config = config.copy_and_resolve_references()
-    config.encoder = plain(config.encoder)
-    module = build_module(config, architectures, vocab_size)
+    config, module = model.config, plain(model.module)
     side, tokens = config.encoder.image.image_size, (1, config.data.text_length)
     shapes = ((1, side, side, 3), jnp.float32), (tokens, jnp.int32), (tokens, jnp.int32)
     pixels, *texts = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
@@ -53,11 +47,10 @@ def useful_flops(
     return _PASSES * (forward(pixels, *texts) - sum(frozen.values())) + once
 
 
-def plain(encoder: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Returns `config.encoder` with products that can be counted, and nothing computed again."""
-    encoder = encoder.copy_and_resolve_references()
-    encoder.attention, encoder.remat = "xla", NONE  # neither padded nor hidden in a kernel
-    return encoder
+def plain(module: nn.Module) -> nn.Module:
+    """Returns a `DualEncoder` with products that can be counted, and nothing computed again."""
+    options = {"attention": "xla", "remat": NONE}  # neither padded nor hidden in a kernel
+    return module.clone(image=module.image.clone(**options), text=module.text.clone(**options))
 
 
 def matrix_flops(function: Callable[..., Any], *arguments: Any) -> int:

@@ -19,7 +19,7 @@ def test_variants_freeze_ever_more():
 @pytest.mark.slow
 def test_what_is_frozen_takes_less_memory():
     config = tiny_config(encoder__image__layers=3, encoder__text__layers=2, data__vocab_size=100)
-    found = step.frozen_steps(config, {}, 1)["variants"]
+    found = step.frozen_steps(config, 1)["variants"]
     names = list(step.variants({"image": 3, "text": 2}))
     assert list(found) == names and found[names[0]]["of_nothing_frozen"] == 1
     sizes = [found[name]["state_bytes"] for name in names]

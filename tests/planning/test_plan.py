@@ -347,7 +347,7 @@ def test_frozen_layers_are_useful_once_and_kept_ones_never():
     def flops(**fields):
         layers = {"encoder__image__layers": 2, "encoder__text__layers": 2}
         config = tiny_config(data__augmentation="none", **layers, **fields)
-        return useful_flops(config, {}, config.data.vocab_size)
+        return useful_flops(program.training_without_data(config, mesh_of(1)).model)
 
     def layer(tokens):  # four projections, two of the MLP, scores and their product with values
         return 2 * tokens * 16 * (4 * 16 + 2 * 16) + 2 * (2 * tokens * tokens * 16)
