@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fne_jax.data.images.preprocessing import small_jpeg
 from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.pairs import PairDataset
 from fne_jax.evaluation.metric_names import DIRECTIONS
@@ -20,12 +22,13 @@ from fne_jax.objectives.negative_mining import hardest_negative
 from fne_jax.objectives.negative_sampling import sample_negatives, weights_and_candidates
 from fne_jax.objectives.similarity_statistics import cosine, false_negative_posterior
 from fne_jax.objectives.triplet_loss import rowwise_cosine
-from fne_jax.report import html
 
 # Anchors whose negatives are sampled, and those shown: the most suspect, and any others.
 _ANCHORS, _SHOWN_SUSPECT, _SHOWN_OTHERS = 256, 4, 2
 # Queries shown at either end.
 _SHOWN_QUERIES = 4
+# Pixels of an image's longer side in a page, which shows it small until it is clicked on.
+_LONGER_SIDE = 400
 
 Card = dict[str, Any]
 
@@ -33,8 +36,9 @@ Card = dict[str, Any]
 def show_image(dataset: PairDataset, index: int) -> Card:
     """Returns the `uri` of an image's small copy, its source's `name` for it, and a `caption`."""
     captions = np.flatnonzero(dataset.caption_image == index)
+    jpeg = base64.b64encode(small_jpeg(dataset.image(index), _LONGER_SIDE)).decode()
     return {
-        "uri": html.image_uri(dataset, index),
+        "uri": f"data:image/jpeg;base64,{jpeg}",
         "name": dataset.source_image_id[index],
         "caption": dataset.captions[captions[0]] if len(captions) else "",
     }

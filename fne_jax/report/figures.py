@@ -112,14 +112,7 @@ def logged_curves(lines: Sequence[Mapping[str, float]]) -> dict[str, Curves]:
 
 def _warmup_end(lines):
     """Returns the last step of the warm-up that was logged, or 0."""
-    flagged = [line["step"] for line in lines if line.get(WARMUP)]
-    if flagged or any(WARMUP in line for line in lines):
-        return max(flagged, default=0)
-    # A log from before lines said so; only triplets have a hinge.
-    losses = [line for line in lines if "loss" in line]
-    if not any("hinge_active" in line for line in losses):
-        return 0
-    return max((line["step"] for line in losses if "hinge_active" not in line), default=0)
+    return max((line["step"] for line in lines if line.get(WARMUP)), default=0)
 
 
 @style()

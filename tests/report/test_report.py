@@ -136,14 +136,6 @@ def test_curves_are_those_that_were_logged():
     assert figures.single_values(lines) == {}
 
 
-def test_logs_without_word_of_the_warm_up():
-    lines = [{"step": 5, "loss": 2.0}, {"step": 10, "loss": 1.0, "hinge_active": 0.5}]
-    curves = figures.logged_curves(lines)
-    assert curves["Loss of the warm-up"] == {"loss": [(5, 2.0)]}
-    assert curves["Loss after the warm-up"] == {"loss": [(10, 1.0)]}
-    assert list(figures.logged_curves([{"step": 5, "loss": 2.0}])) == ["Training loss"]
-
-
 def test_short_runs_are_told_in_words():
     lines = [{"step": 9, "loss": 1.23456, "warmup": 0.0}, {"step": 9, "eval_t2i_r1": 4.0}]
     assert figures.learning_curves(lines) == {}
