@@ -70,6 +70,7 @@ class ClipVision(VisionTower, kw_only=True):
     norm_epsilon: float = 1e-5
 
     after_layers = ("final_norm", "projection")
+    pooled_as = "projection_dim"
 
     layout = VISION._replace(
         fields={**VISION.fields, "projection_dim": "projection_dim"},
@@ -82,11 +83,6 @@ class ClipVision(VisionTower, kw_only=True):
             ("projection", "visual_projection", PRODUCT),
         ),
     )
-
-    @property
-    def pooled_dim(self) -> int:
-        """The dimension of `pooled`."""
-        return self.projection_dim
 
     def embed(self, inputs: jax.Array) -> jax.Array:
         """Returns the [batch, tokens, width] normalised embeddings of pixels, class token first."""
@@ -120,6 +116,7 @@ class ClipText(TextTower, kw_only=True):
 
     causal = True
     after_layers = ("final_norm", "projection")
+    pooled_as = "projection_dim"
 
     layout = TEXT._replace(
         fields={
@@ -129,11 +126,6 @@ class ClipText(TextTower, kw_only=True):
         },
         weights=(*TEXT.weights, ("projection", "text_projection", PRODUCT)),
     )
-
-    @property
-    def pooled_dim(self) -> int:
-        """The dimension of `pooled`."""
-        return self.projection_dim
 
     def finish(self, hidden: jax.Array, inputs: jax.Array) -> EncoderOutput:
         """Returns the hidden states, and `pooled` of the token that ends each text."""

@@ -24,6 +24,7 @@ class SiglipVision(VisionTower, kw_only=True):
     norm_epsilon: float = 1e-6
 
     after_layers = ("final_norm", "head")
+    pooled_as = "width"
 
     layout = VISION._replace(
         fixed={**VISION.fixed, "vision_use_head": True},
@@ -40,11 +41,6 @@ class SiglipVision(VisionTower, kw_only=True):
             ("head/mlp_out", "vision_model.head.mlp.fc2", DENSE),
         ),
     )
-
-    @property
-    def pooled_dim(self) -> int:
-        """The dimension of `pooled`."""
-        return self.width
 
     def embed(self, inputs: jax.Array) -> jax.Array:
         """Returns the [batch, patches, width] embeddings of pixels."""
@@ -81,16 +77,12 @@ class SiglipText(TextTower, kw_only=True):
     norm_epsilon: float = 1e-6
 
     after_layers = ("final_norm", "head")
+    pooled_as = "projection_dim"
 
     layout = TEXT._replace(
         fields={**TEXT.fields, "projection_dim": "projection_size"},
         weights=(*TEXT.weights, ("head", "text_model.head", DENSE)),
     )
-
-    @property
-    def pooled_dim(self) -> int:
-        """The dimension of `pooled`."""
-        return self.projection_dim
 
     def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
         """Returns the hidden states after the last LayerNorm, and `pooled` of the last token."""

@@ -188,6 +188,13 @@ def cast_kernels(params: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
+# The attributes of `TransformerLayer` that a `Tower` has under the same names.
+_OF_LAYERS = (
+    *("heads", "mlp_width", "pre_norm", "norm_epsilon", "activation", "dropout", "dtype"),
+    *("key_bias", "layer_scale", "lora_rank"),
+)
+
+
 class Tower(nn.Module, kw_only=True):
     """An encoder: `embed`, a stack of layers, and `finish`, of which its kind has its own.
 
@@ -245,11 +252,13 @@ class Tower(nn.Module, kw_only=True):
     in_all_layers: ClassVar[tuple[str, ...]] = ()
     # The names of the parameters that `finish` uses.
     after_layers: ClassVar[tuple[str, ...]] = ("final_norm",)
+    # The name of the attribute that is the dimension of `pooled`; "" where there is none.
+    pooled_as: ClassVar[str] = ""
 
     @property
     def pooled_dim(self) -> int:
         """The dimension of the encoder's own `pooled`; 0 where it has none."""
-        return 0
+        return getattr(self, self.pooled_as) if self.pooled_as else 0
 
     @property
     def frozen_depth(self) -> int:
@@ -316,19 +325,8 @@ class Tower(nn.Module, kw_only=True):
             hidden = nn.Dropout(self.dropout)(hidden, deterministic=off)
         stack = TransformerStack(
             layers=self.layers,
-            layer_options={
-                "heads": self.heads,
-                "mlp_width": self.mlp_width,
-                "pre_norm": self.pre_norm,
-                "norm_epsilon": self.norm_epsilon,
-                "activation": self.activation,
-                "dropout": self.dropout,
-                "dtype": self.dtype,
-                "attend": self.attend(),
-                "key_bias": self.key_bias,
-                "layer_scale": self.layer_scale,
-                "lora_rank": self.lora_rank,
-            },
+            layer_options={name: getattr(self, name) for name in _OF_LAYERS}
+            | {"attend": self.attend()},
             scan_layers=self.scan_layers,
             remat=self.remat,
             frozen=self.frozen_depth,
