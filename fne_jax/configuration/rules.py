@@ -10,7 +10,7 @@ import ml_collections
 
 from fne_jax.data.images.augmentation import AUGMENTATIONS
 from fne_jax.data.sources.registry import find_source
-from fne_jax.data.sources.shapes_scenes import FACTS, vocabulary_of
+from fne_jax.data.sources.shapes_scenes import COLOURS, FACTS, FOUR, MAX_OBJECTS, SHAPES
 from fne_jax.encoders.attention import ATTENTIONS, AUTO
 from fne_jax.encoders.dual_encoder import CHECKPOINT, LONGEST_POOLING, POOLINGS
 from fne_jax.encoders.freezing import NOTHING
@@ -146,9 +146,9 @@ FIELDS = {
     "data.shapes.train_images": _whole(1, 10**8),
     "data.shapes.val_images": _whole(1, 10**8),
     "data.shapes.test_images": _whole(1, 10**8),
-    "data.shapes.shapes": _whole(1, 8),
-    "data.shapes.colours": _whole(1, 10),
-    "data.shapes.max_objects": _whole(1, 3),
+    "data.shapes.shapes": _whole(1, len(SHAPES)),
+    "data.shapes.colours": _whole(1, len(COLOURS)),
+    "data.shapes.max_objects": _whole(1, MAX_OBJECTS),
     "data.shapes.facts": _choice(*FACTS),
     "data.synthetic.seed": _SEED,
     "data.synthetic.images": _whole(1, 10**8),
@@ -249,7 +249,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
 def _check_together(config):
     """Raises UserError for values that are possible each, but not together."""
     _check_frozen(config)
-    vocabulary_of(config.data.shapes)
+    shapes = config.data.shapes
+    if shapes.facts == FOUR and shapes.max_objects != MAX_OBJECTS:
+        raise UserError(
+            f"config.data.shapes.max_objects is {shapes.max_objects}; with facts={FOUR} every "
+            f"scene has {MAX_OBJECTS} objects, so make it {MAX_OBJECTS}"
+        )
     if config.queue_size < config.global_batch_size:
         raise UserError(
             f"config.queue_size is {config.queue_size}, smaller than a batch "

@@ -14,24 +14,18 @@ from etils import epath
 from fne_jax.data.pairs import SPLITS
 from fne_jax.data.preparation.storage import PairBuilder
 from fne_jax.data.sources import shapes_scenes as scenes
-from fne_jax.errors import UserError
 
 
 def shapes_builder(settings: ml_collections.ConfigDict, cache: epath.Path) -> Shapes:
     """Returns the builder of the dataset that `config.data.shapes` describes.
 
     Args:
-      settings: The group `config.data.shapes`.
+      settings: The group `config.data.shapes`, whose values can be.
       cache: The folder of prepared datasets.
-
-    Raises:
-      UserError: If a value cannot be.
     """
-    vocabulary = scenes.vocabulary_of(settings)
+    words = (settings.shapes, settings.colours, settings.max_objects, settings.facts)
     sizes = (settings.train_images, settings.val_images, settings.test_images)
-    if min(sizes) < 1:
-        raise UserError(f"config.data.shapes: the split sizes {sizes} must be at least 1")
-    config = ShapesConfig(seed=settings.seed, sizes=sizes, vocabulary=vocabulary)
+    config = ShapesConfig(seed=settings.seed, sizes=sizes, vocabulary=scenes.Vocabulary(*words))
     return Shapes(data_dir=cache, config=config)
 
 

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from fne_jax.data.sources import shapes_scenes as scenes
-from fne_jax.errors import UserError
 
 CIRCLE, SQUARE, STAR = (scenes.SHAPES.index(name) for name in ("circle", "square", "star"))
 RED, BLUE = (list(scenes.COLOURS).index(name) for name in ("red", "blue"))
@@ -294,19 +293,3 @@ def test_images_and_captions_are_a_function_of_the_seed(rendered):
     scene = scenes.random_scene(rng, scenes.Vocabulary())
     captions, _ = scenes.random_captions(rng, scene)
     assert (captions, scenes.render_image(rng, scene)) == (rendered[0][1], rendered[0][3])
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"shapes": 9}, "shapes: expected a number from 1 to 8, got 9"),
-        ({"facts": "five"}, "facts: expected one of varied, four, got 'five'"),
-        (
-            {"facts": "four", "max_objects": 2},
-            "max_objects is 2; with facts=four every scene has 3 objects, so make it 3",
-        ),
-    ],
-)
-def test_vocabulary_out_of_range(values, message):
-    with pytest.raises(UserError, match=f"config.data.shapes.{message}"):
-        scenes.Vocabulary(**values)
