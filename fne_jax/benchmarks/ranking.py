@@ -81,12 +81,10 @@ def search(rows: int, dim: int, repeats: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="fne_jax_benchmark_") as folder:
         path = pathlib.Path(folder) / "rows.npy"
-        with path.open("wb") as stream:
-            header = {"descr": "<f2", "fortran_order": False, "shape": (rows, dim)}
-            np.lib.format.write_array_header_1_0(stream, header)
-            for start in range(0, rows, _WRITTEN_ROWS):
-                vectors = _unit_rows(rng, min(_WRITTEN_ROWS, rows - start), dim)
-                stream.write(vectors.astype(np.float16))
+        stored = np.lib.format.open_memmap(path, "w+", np.float16, (rows, dim))
+        for start in range(0, rows, _WRITTEN_ROWS):
+            block = stored[start : start + _WRITTEN_ROWS]
+            block[:] = _unit_rows(rng, len(block), dim)
         stored = np.load(path, mmap_mode="r")
         query = stored[:1].astype(np.float32)
 

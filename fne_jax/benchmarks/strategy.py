@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from fne_jax.benchmarks.timing import machine, median_seconds
+from fne_jax.encoders.dual_encoder import unit
 from fne_jax.objectives.features import Features
 from fne_jax.objectives.fne_loss import fne_triplet_loss
 from fne_jax.objectives.memory_queue import MemoryQueue
@@ -156,5 +157,4 @@ def momentum_update(parameters: int, repeats: int) -> dict[str, Any]:
 
 
 def _unit_rows(rng, rows, dim):
-    vectors = jax.random.normal(rng, (rows, dim))
-    return vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit(jax.random.normal(rng, (rows, dim)))

@@ -153,13 +153,7 @@ class DualEncoder(nn.Module):
         deterministic: bool = True,
         features: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns the [batch, dim] unit embeddings of images, float32.
-
-        Args:
-          pixels: [batch, height, width, 3] normalised pixels; None with `features`.
-          deterministic: whether dropout is off.
-          features: What `frozen_image` returned of the pixels.
-        """
+        """Returns the embeddings of images alone, see `__call__`."""
         return self._encode("image", pixels, None, deterministic, features)
 
     def encode_text(
@@ -170,14 +164,7 @@ class DualEncoder(nn.Module):
         deterministic: bool = True,
         features: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns the [batch, dim] unit embeddings of texts, float32.
-
-        Args:
-          input_ids: [batch, tokens] int32 token ids.
-          attention_mask: [batch, tokens] int32, 0 at padding.
-          deterministic: whether dropout is off.
-          features: What `frozen_text` returned of the tokens.
-        """
+        """Returns the embeddings of captions alone, see `__call__`."""
         return self._encode("text", input_ids, attention_mask, deterministic, features)
 
     def _encode(self, name, inputs, mask, deterministic, features):

@@ -82,17 +82,10 @@ def frozen_features(
     inputs: Mapping[str, jax.Array],
     pixel_statistics: PixelStatistics,
 ) -> jax.Array:
-    """Returns what the frozen part of a tower makes of its inputs.
+    """Returns what the frozen part of a tower makes of its inputs, as `DualEncoder.frozen_image`.
 
-    Args:
-      apply_fn: The `apply` of the two towers.
-      params: The parameters of the frozen parts.
-      inputs: Those keys of a batch that one tower reads, and no others.
-      pixel_statistics: The mean and the standard deviation of each channel, in [0, 1].
-
-    Returns:
-      [batch, tokens, width] hidden states in the compute dtype, or, of a tower that is frozen as a
-      whole, its [batch, width] float32 pooled output.
+    It takes what `embed` does: of `params` those of the frozen parts, and of `inputs` the keys that
+    one tower reads, and no others.
     """
     tower = "image" if "image" in inputs else "text"
     arguments = _arguments(tower, inputs, pixel_statistics)

@@ -133,14 +133,9 @@ class TransformerStack(nn.Module):
     ) -> jax.Array:
         """Returns the [batch, returned * tokens, width] hidden states after the last layers.
 
-        Args:
-          hidden: [batch, tokens, width] hidden states.
-          mask: [batch, tokens] bool, False where no token must look; or None.
-          deterministic: whether dropout is off.
-          bias: [heads, tokens, tokens] float32 array, added to the scores; or None.
-          lower: whether to run the frozen layers.
-          upper: whether to run the others; without, the hidden states after the frozen layers are
-            returned, [batch, tokens, width].
+        It takes what a `TransformerLayer` does. `lower` says whether the frozen layers run, and
+        `upper` whether the others do; without these, what the frozen ones give is returned,
+        [batch, tokens, width].
         """
         states, several = [], self.returned > 1 and upper
         kind = rematerialized(TransformerLayer, self.remat, scanned=self.scan_layers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import pathlib
 
@@ -22,20 +21,6 @@ from fne_jax.parallel import sharding
 _log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class RunMatches:
-    """What a run uses of known matches beside its data.
-
-    Attributes:
-      tables: What its train steps take beside state and batch: a table, a full copy of it on each
-        device, or nothing.
-      data: The identity of the file that the table is from, by the name `matches`; empty without.
-    """
-
-    tables: tuple[KnownMatches, ...]
-    data: dict[str, DatasetIdentity]
-
-
 def check_known(config: ml_collections.ConfigDict, train: PairDataset) -> None:
     """Raises UserError if the config asks for the truth of a split that does not know it.
 
@@ -53,13 +38,17 @@ def check_known(config: ml_collections.ConfigDict, train: PairDataset) -> None:
 
 def known_matches(
     config: ml_collections.ConfigDict, train: PairDataset, mesh: jax.sharding.Mesh
-) -> RunMatches:
+) -> tuple[tuple[KnownMatches, ...], dict[str, DatasetIdentity]]:
     """Returns the known matches that a run uses.
 
     Args:
       config: The resolved config.
       train: The training split.
       mesh: The devices.
+
+    Returns:
+      What the train steps take beside state and batch: a table, a full copy of it on each device,
+      or nothing; and the identity of the file that it is from, by the name `matches`, if any.
 
     Raises:
       UserError: If the split does not know its matches, or their file cannot be read or is about
@@ -78,9 +67,9 @@ def known_matches(
         )
         data = {"matches": DatasetIdentity(len(pairs.caption), images, pairs.checksum)}
     else:
-        return RunMatches((), {})
+        return (), {}
     place = sharding.replicated(mesh)
-    return RunMatches((jax.tree.map(lambda array: sharding.place(array, place), table),), data)
+    return (jax.tree.map(lambda array: sharding.place(array, place), table),), data
 
 
 def read_matches(file: str, train: PairDataset) -> Pairs:

@@ -116,7 +116,7 @@ class RunSetup:
       train: The training split.
       val: The validation split.
       data: The identity of each split by name, and as `matches` that of `config.data.matches`.
-      known: What the steps take beside state and batch, see `matches.RunMatches`.
+      known: What the steps take beside state and batch, see `matches.known_matches`.
       order: The order of the training pairs.
       training: How its model is trained.
     """
@@ -164,8 +164,8 @@ class RunSetup:
             train = load_split(config.data, config.encoder.image.image_size, "train")
             val = load_evaluation_split(config, "val")
         with processes.failing_together("config.data.matches"):
-            known = known_matches(config, train, mesh)
-        data = {"train": train.identity, "val": val.identity} | known.data
+            known, source = known_matches(config, train, mesh)
+        data = {"train": train.identity, "val": val.identity} | source
         if begun:
             run_folder.check_data(workdir, data)
         order = batch_order(config, train)
@@ -174,7 +174,7 @@ class RunSetup:
             config, architectures, tokenizer, mesh, module=module, before_batch=before_batch
         )
         training = Training.of(model, order.steps_per_epoch)
-        return cls(begun, architectures, train, val, data, known.tables, order, training)
+        return cls(begun, architectures, train, val, data, known, order, training)
 
     def with_kept(self, params: Any, tokens: tuple[np.ndarray, np.ndarray]) -> RunSetup:
         """Returns the run with what frozen encoders make of its data, where the config keeps that.

@@ -67,7 +67,7 @@ def run_steps(config, mesh, steps=12):
     tokens = np.arange(len(train.captions), dtype=np.int32)[:, None] + np.arange(8, dtype=np.int32)
     training = training_of(config, LinearTowers(), mesh, order.steps_per_epoch)
     state, jitted = new_state(training), training.steps
-    known = known_matches(config, train, mesh).tables
+    known, _ = known_matches(config, train, mesh)
     batches = training_batches(
         train,
         (tokens % 30, np.ones_like(tokens)),
@@ -217,7 +217,7 @@ def test_devices_look_up_their_own_anchors_only():
         "pair_id": np.arange(16, dtype=np.int32),
     }
     rows = sharding.to_devices(batch, mesh)
-    known = known_matches(config, train, mesh).tables
+    known, _ = known_matches(config, train, mesh)
     step = training.steps[Phase.FNE].lower(new_state(training), rows, *known)
     found = Account(step.compile().as_text(), SCOPES).collectives
     largest = max(one.bytes for one in found if one.scope == OBJECTIVE)
