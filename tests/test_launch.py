@@ -60,12 +60,12 @@ def test_local_starts_processes_that_know_their_place():
     assert "fne_jax.prepare" in prepare and "fne_jax.evaluate" in evaluate
     for index, command in enumerate(train):
         assert command[:2] == ["env", f"JAX_LOCAL_DEVICE_IDS={index}"]
-        place = processes.explicit_place(train_arguments(command), {})
+        place = processes.explicit_place(train_arguments(command))
         assert place == {
             "coordinator_address": "localhost:1234", "num_processes": 3, "process_id": index
         }  # fmt: skip
     one = commands_of(bash("local.sh", "--dry-run"))[2]
-    assert processes.explicit_place(train_arguments(one), {}) is None
+    assert processes.explicit_place(train_arguments(one)) is None
 
 
 def test_local_takes_paths_from_where_it_is_called(tmp_path):
@@ -361,19 +361,19 @@ def test_jobsets():
         assert pod["terminationGracePeriodSeconds"] > 30 and pod["restartPolicy"] == "Never"
         [container] = pod["containers"]
         assert rule["onExitCodes"]["containerName"] == container["name"]
-        train_arguments(container["command"] + container["args"])
+        last = str(job["completions"] - 1)
+        command = container["command"] + container["args"]
+        options = train_arguments([part.replace("$(POD_INDEX)", last) for part in command])
         volumes = {volume["name"] for volume in pod["volumes"]}
         assert volumes == {mount["name"] for mount in container["volumeMounts"]}
-        environment = {v["name"]: v["value"] for v in container.get("env", ())}
-        no_flags = argparse.Namespace(coordinator=None, processes=None, process_index=None)
-        last = environment | {"JOB_COMPLETION_INDEX": str(job["completions"] - 1)}
-        place = processes.explicit_place(no_flags, last)
+        place = processes.explicit_place(options)
         if device == "tpu":
             chips = container["resources"]["limits"]["google.com/tpu"] * job["parallelism"]
             rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
             assert place is None and chips == int(rows) * int(columns)
         else:
             assert place["process_id"] == place["num_processes"] - 1
+            assert [variable["name"] for variable in container["env"]] == ["POD_INDEX"]
             name = document["metadata"]["name"]
             first = f"{name}-{replicated['name']}-0-0.{name}"
             assert place["coordinator_address"].startswith(first + ":")
@@ -394,7 +394,7 @@ def test_sky():
     [command] = commands_of(done) if done.stdout.endswith("\n") else [shlex.split(done.stdout)]
     options = train_arguments(command)
     assert options.workdir.startswith(*task["file_mounts"])
-    place = processes.explicit_place(options, {})
+    place = processes.explicit_place(options)
     assert place["coordinator_address"] == "10.0.0.1:12355" and place["num_processes"] == 2
     assert task["resources"]["use_spot"]
     recovery = task["resources"]["job_recovery"]["recover_on_exit_codes"]

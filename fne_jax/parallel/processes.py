@@ -19,12 +19,6 @@ from fne_jax.parallel import common_end
 
 HEARTBEAT_TIMEOUT_SECONDS = 100  # jax.distributed's own default
 _FLAGS = ("coordinator", "processes", "process_index")
-# What launch/jobset.yaml sets where JAX finds nothing by itself, and the flags that they stand for.
-_VARIABLES = {
-    "coordinator": ("JAX_COORDINATOR_ADDRESS",),
-    "processes": ("JAX_PROCESS_COUNT",),
-    "process_index": ("JAX_PROCESS_INDEX", "JOB_COMPLETION_INDEX"),
-}
 _log = logging.getLogger(__name__)
 
 
@@ -50,14 +44,14 @@ def initialize(options: argparse.Namespace) -> None:
     """Joins the run's processes, if there are several; call it before JAX sees its devices.
 
     Raises:
-      UserError: If flags or variables do not fit together.
+      UserError: If the flags do not fit together.
       EnvironmentFailure: If the other processes cannot be reached.
     """
     if options.heartbeat_timeout < 1:
         raise UserError(
             f"--heartbeat-timeout is {options.heartbeat_timeout}; expected at least 1 second"
         )
-    place = explicit_place(options, os.environ)
+    place = explicit_place(options)
     if place is None and not may_be_cluster(os.environ):
         return
     # Signals are answered by the training loop (interruption.py); JAX's own notice of SIGTERM
@@ -94,50 +88,32 @@ def initialize(options: argparse.Namespace) -> None:
         logging.getLogger("fne_jax").setLevel(logging.WARNING)
 
 
-def explicit_place(
-    options: argparse.Namespace, environment: Mapping[str, str]
-) -> dict[str, str | int] | None:
-    """Returns what flags, or else variables, say of this process; None if they say nothing.
+def explicit_place(options: argparse.Namespace) -> dict[str, str | int] | None:
+    """Returns what the flags say of this process; None if they say nothing.
 
     Raises:
       UserError: if they say a part, or what cannot be.
     """
-    values = {name: getattr(options, name) for name in _FLAGS}
-    names = {name: "--" + name.replace("_", "-") for name in _FLAGS}
-    if all(value is None for value in values.values()):
-        # The number of processes is the variable that nothing but our launchers sets.
-        if "JAX_PROCESS_COUNT" not in environment:
-            return None
-        names = {name: " or ".join(variables) for name, variables in _VARIABLES.items()}
-        values = {
-            name: next((environment[v] for v in variables if v in environment), None)
-            for name, variables in _VARIABLES.items()
-        }
-    missing = [names[name] for name, value in values.items() if value is None]
+    values = {"--" + name.replace("_", "-"): getattr(options, name) for name in _FLAGS}
+    missing = [flag for flag, value in values.items() if value is None]
+    if len(missing) == len(values):
+        return None
     if missing:
         raise UserError(
-            f"{', '.join(missing)} missing: {', '.join(names.values())} go together, "
-            "or give none of them"
+            f"{', '.join(missing)} missing: {', '.join(values)} go together, or give none of them"
         )
-    try:
-        processes, index = int(values["processes"]), int(values["process_index"])
-    except ValueError:
-        raise UserError(
-            f"{names['processes']} is {values['processes']!r} and {names['process_index']} is "
-            f"{values['process_index']!r}; expected whole numbers"
-        ) from None
-    host, _, port = str(values["coordinator"]).rpartition(":")
+    host, _, port = options.coordinator.rpartition(":")
     if not host or not port.isdigit():
-        raise UserError(f"{names['coordinator']} is {values['coordinator']!r}; expected HOST:PORT")
-    if not 0 <= index < processes:
+        raise UserError(f"--coordinator is {options.coordinator!r}; expected HOST:PORT")
+    if not 0 <= options.process_index < options.processes:
         raise UserError(
-            f"{names['process_index']} is {index} of {processes} processes; expected 0 to "
-            f"{processes - 1}"
+            f"--process-index is {options.process_index} of {options.processes} processes; "
+            f"expected 0 to {options.processes - 1}"
         )
     return {
-        "coordinator_address": values["coordinator"],
-        "num_processes": processes,
-        "process_id": index,
+        "coordinator_address": options.coordinator,
+        "num_processes": options.processes,
+        "process_id": options.process_index,
     }
 
 

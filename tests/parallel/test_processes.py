@@ -30,30 +30,23 @@ def parsed(*arguments):
 
 def test_flags_say_who_is_who():
     place = processes.explicit_place(
-        parsed("--coordinator=host:1234", "--processes=4", "--process-index=3"), {}
+        parsed("--coordinator=host:1234", "--processes=4", "--process-index=3")
     )
     assert place == {"coordinator_address": "host:1234", "num_processes": 4, "process_id": 3}
-    assert processes.explicit_place(parsed(), {"JAX_COORDINATOR_ADDRESS": "x:1"}) is None
-    variables = {
-        "JAX_COORDINATOR_ADDRESS": "x:1", "JAX_PROCESS_COUNT": "2", "JOB_COMPLETION_INDEX": "1"
-    }  # fmt: skip
-    assert processes.explicit_place(parsed(), variables)["process_id"] == 1
+    assert processes.explicit_place(parsed()) is None
 
 
 @pytest.mark.parametrize(
-    ("flags", "variables", "message"),
+    ("flags", "message"),
     [
-        (["--processes=2"], {}, "--coordinator, --process-index missing"),
-        (["--coordinator=h", "--processes=2", "--process-index=0"], {}, "'h'; expected HOST:PORT"),
-        (["--coordinator=h:1", "--processes=2", "--process-index=2"], {}, "is 2 of 2 processes"),
-        ([], {"JAX_PROCESS_COUNT": "2"}, "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_INDEX or"),
-        ([], {"JAX_PROCESS_COUNT": "x", "JAX_COORDINATOR_ADDRESS": "h:1",
-              "JAX_PROCESS_INDEX": "0"}, "expected whole numbers"),
+        (["--processes=2"], "--coordinator, --process-index missing"),
+        (["--coordinator=h", "--processes=2", "--process-index=0"], "'h'; expected HOST:PORT"),
+        (["--coordinator=h:1", "--processes=2", "--process-index=2"], "is 2 of 2 processes"),
     ],
-)  # fmt: skip
-def test_halves_of_a_place_are_refused(flags, variables, message):
+)
+def test_halves_of_a_place_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
-        processes.explicit_place(parsed(*flags), variables)
+        processes.explicit_place(parsed(*flags))
 
 
 def test_a_heartbeat_of_no_time_is_refused():
@@ -160,7 +153,7 @@ def test_two_processes_resumed_as_one_follow_one(broken_run, single_run, tmp_pat
 @pytest.mark.parametrize(("count", "devices"), [(4, 2), (2, 4)])
 def test_two_processes_resumed_as_more_follow_one(broken_run, single_run, tmp_path, count, devices):
     workdir = shutil.copytree(broken_run[0], tmp_path / "run")
-    codes, logs = ends_of(start_all(workdir, count, devices, "jobset"))
+    codes, logs = ends_of(start_all(workdir, count, devices, "flags"))
     assert codes == [0] * count, logs
     assert "resumed from step" in logs[0]
     assert_follows(workdir, single_run)

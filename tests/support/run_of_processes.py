@@ -24,7 +24,7 @@ def free_job_id():
 def start_all(workdir, count, devices, kind, heartbeat=100, arguments=()):
     """Returns the started processes of one run, and their logs as they grow.
 
-    Each is told its place by flags, by SLURM's variables, or by those of a JobSet.
+    Each is told its place by flags, or by SLURM's variables.
     """
     port, job = free_port(), free_job_id()
     started = []
@@ -33,19 +33,13 @@ def start_all(workdir, count, devices, kind, heartbeat=100, arguments=()):
         if kind == "flags":
             flags += [f"--coordinator=localhost:{port}", f"--processes={count}"]
             flags += [f"--process-index={index}"]
-        elif kind == "slurm":
+        else:
             variables = {
                 "SLURM_JOB_ID": str(job),
                 "SLURM_STEP_NODELIST": "localhost",
                 "SLURM_NTASKS": str(count),
                 "SLURM_PROCID": str(index),
                 "SLURM_LOCALID": str(index),
-            }
-        else:
-            variables = {
-                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-                "JAX_PROCESS_COUNT": str(count),
-                "JOB_COMPLETION_INDEX": str(index),
             }
         process = soak_kill.start(workdir, *flags, devices=devices, variables=variables)
         lines = []
