@@ -13,6 +13,7 @@ import pathlib
 import jax
 
 from fne_jax import command_line, configuration
+from fne_jax.errors import UserError
 from fne_jax.planning import program, published, summary, topology
 
 # Of a run whose dataset is unknown: the program hardly depends on it.
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     machine = topology.find(options.topology)
     config = configuration.load_config(options.config, overrides)
-    pairs = published.training_pairs(options.pairs, pathlib.Path(options.config).stem)
+    pairs = options.pairs or published.training_pairs(pathlib.Path(options.config).stem)
     steps = None if pairs is None else max(pairs // config.global_batch_size, 1)
     _log.info("compiling for %d devices; minutes for encoders of base size", len(machine.devices))
     compiled = program.compile_step(config, machine, steps or _SOME_STEPS_PER_EPOCH)
@@ -46,14 +47,16 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--topology", required=True, help="machine: v5e:4x4, v5p:2x2x1, h100:8, cpu:8, ..."
     )
     parser.add_argument("--batch", type=int, help="pairs in a batch (the config's by default)")
-    known = ", ".join(published.TRAINING_PAIRS)
     parser.add_argument(
         "--pairs",
-        help=f"training pairs: a number or one of {known} (by default the dataset that the "
-        "config's file is named after)",
+        type=int,
+        help="training pairs (by default those of COCO or Flickr30K, if the config's file is "
+        "named after it)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options, overrides = parser.parse_known_args(arguments)
+    if options.pairs is not None and options.pairs < 1:
+        raise UserError(f"--pairs is {options.pairs}; expected a number above 0")
     if options.batch is not None:
         overrides = [*overrides, f"--config.global_batch_size={options.batch}"]
     return options, overrides

@@ -9,7 +9,6 @@ import ml_collections
 
 from fne_jax.encoders.architectures import read_architecture
 from fne_jax.encoders.towers import TOWERS
-from fne_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
@@ -57,21 +56,6 @@ def read_architectures(encoder: ml_collections.ConfigDict) -> dict[str, dict[str
     return architectures
 
 
-def training_pairs(given: str | None, config_name: str) -> int | None:
-    """Returns the number that is given, or that of the dataset named, or None.
-
-    Args:
-      given: What the command line says: a number, the name of a dataset, or nothing.
-      config_name: The name of the config's file, which may begin with that of a dataset.
-
-    Raises:
-      UserError: if it is neither.
-    """
-    if given is None:
-        return next((n for name, n in TRAINING_PAIRS.items() if config_name.startswith(name)), None)
-    if given in TRAINING_PAIRS:
-        return TRAINING_PAIRS[given]
-    if given.isdigit() and int(given) > 0:
-        return int(given)
-    known = ", ".join(TRAINING_PAIRS)
-    raise UserError(f"--pairs={given}: expected a number above 0 or one of {known}")
+def training_pairs(config_name: str) -> int | None:
+    """Returns the training pairs of the dataset that a config's file is named after, or None."""
+    return next((n for name, n in TRAINING_PAIRS.items() if config_name.startswith(name)), None)
