@@ -20,7 +20,10 @@ _SPACE = re.compile(r"S\((\d+)\)")
 _TILED = re.compile(r"([\d,]+):T\(([\d,]+)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
+_INSTRUCTION = re.compile(
+    r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<output>.*?) (?P<opcode>[a-z][\w\-]*)"
+    r"\((?P<text>.*?)\)(?P<attributes>, .*)?$"
+)
 # Comments, and what a kernel of Pallas tells profilers, which alone is printed on lines of its own.
 _COMMENT = re.compile(r"/\*.*?\*/|(?<=kernel_metadata=\{)\n.*\n(?=\})")
 _BITS = re.compile(r"\d+")
@@ -152,7 +155,14 @@ def parse(text: str, in_tiles: bool = False) -> Module:
         else:
             match = _INSTRUCTION.match(line)
             if match:
-                instructions[match["name"]] = _instruction(match["name"], match["rest"], in_tiles)
+                instructions[match["name"]] = Instruction(
+                    match["name"],
+                    match["opcode"],
+                    _arrays(match["output"], in_tiles),
+                    tuple(_NAME.findall(match["text"])),
+                    match["text"],
+                    match["attributes"] or "",
+                )
                 root = match["name"] if match["root"] else root
     if entry is None:
         raise ValueError("the text has no ENTRY computation")
@@ -213,35 +223,6 @@ def _initial_value(computation, name, index):
         if value.opcode == "constant":
             return int(value.text)
     return 0
-
-
-def _instruction(name, rest, in_tiles):
-    output, rest = _first_term(rest)
-    opcode, _, rest = rest.partition("(")
-    operands, attributes = _first_term("(" + rest)
-    return Instruction(
-        name=name,
-        opcode=opcode.strip(),
-        arrays=_arrays(output, in_tiles),
-        operands=tuple(_NAME.findall(operands)),
-        text=operands[1:-1],
-        attributes=attributes,
-    )
-
-
-def _first_term(text):
-    """Splits off a bracketed group, or all up to a blank outside brackets."""
-    depth = 0
-    for place, letter in enumerate(text):
-        if letter in "([{":
-            depth += 1
-        elif letter in ")]}":
-            depth -= 1
-            if depth == 0 and letter == ")" and text[0] == "(":
-                return text[: place + 1], text[place + 1 :]
-        elif letter == " " and depth == 0:
-            return text[:place], text[place:]
-    return text, ""
 
 
 def _arrays(text, in_tiles):
