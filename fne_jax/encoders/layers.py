@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,20 +18,12 @@ from fne_jax.encoders.low_rank import LowRankDense
 KERNEL_INIT = nn.initializers.xavier_uniform()
 
 
-def _quick_gelu(x):
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-def _gelu(x):
-    return jax.nn.gelu(x, approximate=False)
-
-
 # By the names that Hugging Face's configs give them.
 ACTIVATIONS = {
-    "gelu": _gelu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": jax.nn.gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,
-    "quick_gelu": _quick_gelu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
 

@@ -21,36 +21,28 @@ def resize_positions(
     """
     before = positions.shape[1] - old**2
     grid = positions[0, before:].reshape(old, old, -1)
-    matrix = _antialiased_matrix(old, new) if antialias else _cubic_matrix(old, new)
+    matrix = _matrix(old, new, antialias)
     grid = np.einsum("yi,xj,ijd->yxd", matrix, matrix, grid, optimize=True)
     return np.concatenate(
         [positions[:, :before], grid.reshape(1, new**2, -1).astype(np.float32)], axis=1
     )
 
 
-def _cubic_matrix(old: int, new: int) -> np.ndarray:
-    """Returns the [new, old] weights of cubic convolution along one axis, without antialiasing.
+def _matrix(old: int, new: int, antialias: bool) -> np.ndarray:
+    """Returns the [new, old] weights of cubic convolution along one axis.
 
-    Points are at the centres of equal cells; beyond the ends the outermost point is repeated.
+    Points are at the centres of equal cells. Beyond the ends the outermost point is repeated; with
+    antialiasing there are none.
     """
     place = (np.arange(new) + 0.5) * old / new - 0.5
+    index = np.arange(-2, old + 2)
+    distance = place[:, None] - index
+    if antialias:
+        within = _cubic(distance / max(old / new, 1), _ANTIALIASED_CUBIC)[:, 2:-2]
+        return within / within.sum(axis=1, keepdims=True)
     matrix = np.zeros((new, old))
-    for tap in range(-1, 3):
-        index = np.floor(place).astype(int) + tap
-        weight = _cubic(place - index, _CUBIC)
-        np.add.at(matrix, (np.arange(new), np.clip(index, 0, old - 1)), weight)
+    np.add.at(matrix, (slice(None), np.clip(index, 0, old - 1)), _cubic(distance, _CUBIC))
     return matrix
-
-
-def _antialiased_matrix(old: int, new: int) -> np.ndarray:
-    """Returns the [new, old] weights of cubic convolution along one axis, with antialiasing.
-
-    Points are at the centres of equal cells; beyond the ends there are none.
-    """
-    place = (np.arange(new) + 0.5) * old / new - 0.5
-    distance = place[:, None] - np.arange(old)
-    matrix = _cubic(distance / max(old / new, 1), _ANTIALIASED_CUBIC)
-    return matrix / matrix.sum(axis=1, keepdims=True)
 
 
 def _cubic(distance: np.ndarray, parameter: float) -> np.ndarray:

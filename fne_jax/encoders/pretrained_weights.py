@@ -101,7 +101,8 @@ def load_pretrained(
             raise UserError(f"{name} is {value!r}; expected one of {', '.join(values)}")
     folder = find_folder(path_or_hub_name, revision, _FILES)
     module = build_from_architecture(read_architecture(folder), str(folder / CONFIG))
-    weights = _read_weights(folder, module)
+    where = f"{folder}: the weights are not those of the {model_type_of(module)} that {CONFIG}"
+    weights = _collect(module, _tensors_of(folder, module), f"{where} describes")
     if image_size is not None:
         module = _resized(module, weights, image_size)
     options = {
@@ -254,13 +255,6 @@ def _params(module, weights) -> dict[str, Any]:
     # Copies, because on a CPU an array may otherwise share the memory of NumPy's.
     params = {path: jnp.array(value) for path, value in weights.items()}
     return flax.traverse_util.unflatten_dict(params, sep="/")
-
-
-def _read_weights(folder, module) -> dict[str, np.ndarray]:
-    """Returns the parameters by path, float32, layers unstacked."""
-    model_type = model_type_of(module)
-    where = f"{folder}: the weights are not those of the {model_type} that {CONFIG} describes"
-    return _collect(module, _tensors_of(folder, module), where)
 
 
 def _tensors_of(folder, module):
