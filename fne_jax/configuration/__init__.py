@@ -1,6 +1,6 @@
 """Configs: loaded with overrides, checked and resolved; stored beside a run, compared on resume."""
 
-from fne_jax.configuration.loading import load_config
+from fne_jax.configuration.loading import load_config, override
 from fne_jax.configuration.resolving import resolve, with_model_defaults
 from fne_jax.configuration.rules import check_batches, flatten, validate
 from fne_jax.configuration.storing import (
@@ -19,6 +19,7 @@ __all__ = [
     "check_stored",
     "flatten",
     "load_config",
+    "override",
     "read_config",
     "resolve",
     "store_config",

@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fne_jax.configuration.rules import check_field, flatten, validate
+from fne_jax.configuration.storing import MAY_CHANGE
 from fne_jax.errors import UserError
 
 _CONFIG_MODULE = "config_config"  # the name under which ml_collections runs config files
@@ -31,14 +32,52 @@ def load_config(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDic
     if not pathlib.Path(path).is_file():
         raise UserError(f"--config={path}: there is no such file; try configs/shapes.py")
     fields = flatten(_parse(path, []))
+    for name in _fields(overrides):
+        check_field(name, fields)
+    config = _parse(path, overrides)
+    validate(config)
+    return config
+
+
+def override(
+    config: ml_collections.ConfigDict, overrides: Sequence[str]
+) -> ml_collections.ConfigDict:
+    """Returns a run's config with `--config.x=y` overrides of fields that may change, checked.
+
+    Args:
+      config: What `read_config` returned; it is changed.
+      overrides: Command-line arguments, all of the form `--config.x=y`.
+
+    Raises:
+      UserError: if a field is unknown or the run depends on it, or a value does not fit.
+    """
+    fields = flatten(config)
+    for name in _fields(overrides):
+        check_field(name, fields)
+        if not name.startswith(MAY_CHANGE):
+            raise UserError(
+                f"--config.{name}: the run depends on it; only these may change: "
+                f"{', '.join(f'{one}*' if one.endswith('.') else one for one in MAY_CHANGE)}"
+            )
+    if not overrides:
+        return config
+    values, arguments = flags.FlagValues(), ["fne_jax", *overrides]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+    try:
+        values(arguments)
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    validate(config)
+    return config
+
+
+def _fields(overrides):
+    """Yields the field that each override sets."""
     for override in overrides:
         name, _, _ = override.removeprefix("--").removeprefix("no").partition("=")
         if not override.startswith("--") or not name.startswith("config."):
             raise UserError(f"unknown argument {override!r}; overrides look like --config.x=y")
-        check_field(name.removeprefix("config."), fields)
-    config = _parse(path, overrides)
-    validate(config)
-    return config
+        yield name.removeprefix("config.")
 
 
 def _parse(path, overrides):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 
 import ml_collections
@@ -69,10 +70,17 @@ def check_stored(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
 def write_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Writes config.json, over one that may be there.
 
+    The folder of the data is written whole, so that the run is read from any working directory.
+
     Raises:
       OSError: If it cannot be written.
     """
-    write_atomically(workdir / FILE_NAME, json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+    content = json.loads(config.to_json())
+    for field in ("dir", "cache_dir"):
+        path = content["data"][field]
+        if path and not path.startswith("~") and "://" not in path:
+            content["data"][field] = os.path.abspath(path)
+    write_atomically(workdir / FILE_NAME, json.dumps(content, indent=2) + "\n")
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:

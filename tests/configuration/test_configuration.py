@@ -191,6 +191,25 @@ def test_a_resumed_run_may_be_fitted_to_fewer_devices(tmp_path):
     configuration.store_config(tiny_config(**fitted), tmp_path)
 
 
+def test_a_run_is_read_from_any_folder_and_told_where_its_data_lie(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    configuration.store_config(tiny_config(data__dir="coco", data__cache_dir="~/c"), tmp_path)
+    stored = configuration.read_config(tmp_path)
+    assert (stored.data.dir, stored.data.cache_dir) == (f"{tmp_path}/coco", "~/c")
+    given = ["--config.data.dir=other", "--config.evaluation.batch_size=2"]
+    moved = configuration.override(stored, given)
+    assert (moved.data.dir, moved.evaluation.batch_size, moved.seed) == ("other", 2, 0)
+    for wrong, message in (
+        ("--config.data.max_words=5", "config.data.max_words: the run depends on it; only these"),
+        ("--config.data.prefetch=-1", "config.data.prefetch is -1"),
+        ("--config.data.prefetch=x", "prefetch"),
+        ("--config.data.dri=x", "data.dri.*data.dir"),
+        ("--splits=x", "unknown argument '--splits=x'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            configuration.override(configuration.read_config(tmp_path), [wrong])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
