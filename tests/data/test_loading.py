@@ -98,7 +98,8 @@ def test_coco_keeps_its_own_ids(tmp_path):
         dataset = load_split(config.data, 8, split)
         of_split = [e for e in entries if e["split"].replace("restval", "train") == split]
         assert dataset.image_id.tolist() == [e["cocoid"] for e in of_split]
-        assert dataset.source_image_id == [str(e["cocoid"]) for e in of_split]
+        names = [f"{e['filepath']}/{e['filename']}" for e in of_split]
+        assert dataset.source_image_id == names
         sentences = [s for e in of_split for s in e["sentences"]]
         assert dataset.caption_id.tolist() == [s["sentid"] for s in sentences]
         assert dataset.captions == [s["raw"] for s in sentences]

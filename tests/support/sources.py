@@ -87,8 +87,8 @@ def write_json_lists(folder):
 def table_rows(folder):
     """Writes the images and returns rows of pairs, the captions of an image apart."""
     rows = [
-        {"image": f"images/{name}", "caption": text, "split": split, "image_id": name}
-        for split, name, captions in _images(folder)
+        {"image": f"images/{name}", "caption": text, "split": split, "image_id": 90 - number}
+        for number, (split, name, captions) in enumerate(_images(folder))
         for text in captions
     ]
     return rows[::2] + rows[1::2]

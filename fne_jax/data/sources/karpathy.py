@@ -108,16 +108,16 @@ def _read_entry(where, index, entry, folder):
         raise UserError(
             f"{where}: split is {entry['split']!r}; expected one of {', '.join(SPLIT_OF)}"
         )
-    for key in ("filepath", "filename"):  # the folder may be left out
-        name = entry.get(key) or ("." if key == "filepath" else "")
-        listing.checked_name(where, key, name)
+    name = listing.checked_name(where, "filename", entry["filename"])
+    if entry.get("filepath"):
+        name = f"{listing.checked_name(where, 'filepath', entry['filepath'])}/{name}"
     sentences = [s if isinstance(s, dict) else {"raw": s} for s in entry["sentences"]]
     return ListedImage(
         split=SPLIT_OF[entry["split"]],
-        path=folder / (entry.get("filepath") or "") / entry["filename"],
+        path=folder / name,
         where=where,
         image_id=entry.get("cocoid", entry.get("imgid", index)),
-        source_id=str(entry.get("cocoid", entry["filename"])),
+        source_id=name,
         captions=[sentence.get("raw") for sentence in sentences],
         caption_ids=[sentence.get("sentid") for sentence in sentences],
     )

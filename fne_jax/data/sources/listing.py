@@ -36,7 +36,7 @@ class ListedImage:
       path: The file of the image.
       where: The entry in the source, for messages.
       image_id: The id of the image, unique over the dataset.
-      source_id: The name or number by which the source itself knows the image.
+      source_id: The path of the image as the source lists it.
       captions: What stands where captions should.
       caption_ids: One number for each caption.
     """
@@ -230,7 +230,7 @@ def images_of_rows(rows: Iterable[ListedImage]) -> list[ListedImage]:
     """Returns the images of a listing with a row for some of an image's captions each.
 
     Rows of the same file make one image, however they spell its path, in the order of their first
-    rows. Images and captions are numbered in the rows' order.
+    rows. Captions are numbered in the rows' order, and images too unless all have numbers.
 
     Args:
       rows: All rows, without ids of captions. `source_id` is the path as it is listed, `image_id`
@@ -269,11 +269,11 @@ def images_of_rows(rows: Iterable[ListedImage]) -> list[ListedImage]:
         captions.extend(row.captions)
         ids.extend(range(number, number + len(row.captions)))
         number += len(row.captions)
+    own = all(type(row.image_id) is int for row in first.values())
     return [
         dataclasses.replace(
             row,
-            image_id=image_id,
-            source_id=row.source_id if row.image_id is None else str(row.image_id),
+            image_id=row.image_id if own else image_id,
             captions=gathered[file][0],
             caption_ids=gathered[file][1],
         )

@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import hashlib
 import io
-import posixpath
+import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,8 @@ COLUMNS = ("image", "caption", "split", "image_id")
 _DELIMITERS = (",", ";", "\t")
 # Shares of val and test where a table has no splits; the rest is train.
 VAL_SHARE, TEST_SHARE = 0.05, 0.05
+_WHOLE = re.compile(r"[0-9]{1,18}(\.0*)?")
+_NO_VALUE = ("nan", "none", "null", "<na>", "n/a")
 
 
 def read_listing(data_dir: str, kind: str) -> Listing:
@@ -45,7 +48,10 @@ def read_listing(data_dir: str, kind: str) -> Listing:
     if not data_dir or not path.is_file():
         folder = listing.existing_folder(data_dir, f"one table *.{kind}")
         path = listing.one_file(folder, f"*.{kind}", "a table of image and caption")
-    images = listing.images_of_rows(_with_splits(_image_rows(path, kind)))
+    rows = _image_rows(path, kind)
+    _check_whole(rows, "split", "a hash of the image's path parts them without any")
+    _check_whole(rows, "image_id", "images are numbered without any")
+    images = listing.images_of_rows(_with_splits(rows))
     advice = f"; add a column 'split' with {', '.join(SPLIT_OF)}"
     return listing.checked_listing(path.stem, str(path), [path], images, advice)
 
@@ -67,8 +73,9 @@ def read_images(path: epath.Path, kind: str) -> list[ListedImage]:
 def split_of_name(name: str) -> str:
     """Returns the split of an image in a table without splits.
 
-    It depends on the path as listed alone, so that an image stays where it is when rows are added:
-    of the hashed name as a fraction of its range, the first 5 % are val, the next 5 % test.
+    It depends on the path relative to the table alone, so that an image stays where it is when rows
+    are added, and when table and images are moved: of the hashed path as a fraction of its range,
+    the first 5 % are val, the next 5 % test.
     """
     hashed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     if hashed < VAL_SHARE:
@@ -78,7 +85,13 @@ def split_of_name(name: str) -> str:
 
 def _image_rows(path: epath.Path, kind: str) -> list[ListedImage]:
     read = _csv_rows if kind == "csv" else _jsonl_rows
-    file_of = functools.cache(path.parent.__truediv__)  # an image has several rows
+    folder = os.fspath(path.parent)
+
+    @functools.cache  # an image has several rows
+    def file_of(name):
+        file = path.parent / name
+        return file, os.path.relpath(os.fspath(file), folder)
+
     return [_image_row(file_of, *row) for row in read(path, listing.read_text(path))]
 
 
@@ -152,27 +165,38 @@ def _image_row(file_of, where: str, row: dict[str, Any]) -> ListedImage:
     known = split.strip().lower() if isinstance(split, str) else split
     if known and (not isinstance(known, str) or known not in SPLIT_OF):
         raise UserError(f"{where}: split is {split!r:.60}; expected one of {', '.join(SPLIT_OF)}")
-    name = listing.checked_name(where, "image", row["image"])
+    file, name = file_of(listing.checked_name(where, "image", row["image"]))
     return ListedImage(
         split=SPLIT_OF[known] if known else "",
-        path=file_of(name),
+        path=file,
         where=where,
-        image_id=row.get("image_id"),
+        image_id=_image_id(where, row.get("image_id")),
         source_id=name,
         captions=[row["caption"]],
     )
 
 
+def _image_id(where: str, value: Any) -> int | None:
+    text = str(value).strip()
+    if value is None or _WHOLE.fullmatch(text):  # pandas writes 7.0 where other rows have none
+        return None if value is None else int(text.partition(".")[0])
+    missing = ", which stands for no value" if text.lower() in _NO_VALUE else ""
+    raise UserError(
+        f"{where}: image_id is {value!r:.60}{missing}; expected a whole number, or no such column, "
+        "for images to be known by their paths"
+    )
+
+
+def _check_whole(rows: list[ListedImage], field: str, without: str) -> None:
+    """Raises UserError if some rows have a value and others do not."""
+    lacking = [row for row in rows if getattr(row, field) in (None, "")]
+    if lacking and len(lacking) < len(rows):
+        raise UserError(
+            f"{lacking[0].where}: the {field} is missing, which other rows have; give all rows "
+            f"one, or none: {without}"
+        )
+
+
 def _with_splits(rows: list[ListedImage]) -> Iterator[ListedImage]:
-    if not any(row.split for row in rows):
-        for row in rows:
-            yield dataclasses.replace(row, split=split_of_name(posixpath.normpath(row.source_id)))
-        return
     for row in rows:
-        if not row.split:
-            raise UserError(
-                f"{row.where}: the split is missing, which other rows have; give all rows one, or "
-                f"none, for {1 - VAL_SHARE - TEST_SHARE:.0%} train, {VAL_SHARE:.0%} val and "
-                f"{TEST_SHARE:.0%} test by a hash of the image's path"
-            )
-        yield row
+        yield row if row.split else dataclasses.replace(row, split=split_of_name(row.source_id))

@@ -27,7 +27,8 @@ def test_coco_keeps_its_own_ids_and_folders(tmp_path):
     entries = sources.write_coco(tmp_path)
     listing = karpathy.read_listing(str(tmp_path), "coco")
     for image, entry in zip(listing.images, entries, strict=True):
-        assert (image.image_id, image.source_id) == (entry["cocoid"], str(entry["cocoid"]))
+        name = f"{entry['filepath']}/{entry['filename']}"
+        assert (image.image_id, image.source_id) == (entry["cocoid"], name)
         assert image.caption_ids == [sentence["sentid"] for sentence in entry["sentences"]]
         assert image.path == tmp_path / "images" / entry["filepath"] / entry["filename"]
 

@@ -30,6 +30,28 @@ def test_a_table_without_splits_is_parted_by_name(tmp_path):
         pair_tables.read_listing(str(tmp_path), "csv")
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_moving_a_table_with_its_images_changes_no_split_and_no_name(tmp_path, absolute):
+    found = []
+    for place in ("here", "on/another/disk"):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        before = f"{folder}/" if absolute else "./"
+        rows = [{"image": f"{before}images/{n}.jpg", "caption": "words"} for n in range(99)]
+        sources.write_csv(folder, rows, ("image", "caption"))
+        images = pair_tables.read_listing(str(folder), "csv").images
+        found.append([(image.split, image.source_id, image.image_id) for image in images])
+    assert found[0] == found[1] and found[0][0][1] == "images/0.jpg"
+
+
+def test_an_image_id_is_the_table_s_own(tmp_path):
+    rows = sources.table_rows(tmp_path)
+    for kind in (str, float):  # 7.0, as pandas writes it
+        sources.write_csv(tmp_path, [row | {"image_id": kind(row["image_id"])} for row in rows])
+        for image in pair_tables.read_listing(str(tmp_path), "csv").images:
+            assert image.source_id == f"images/image{90 - image.image_id}.jpg"
+
+
 def replaced(rows, index, **fields):
     return [row | fields if n == index else row for n, row in enumerate(rows)]
 
@@ -40,7 +62,10 @@ def replaced(rows, index, **fields):
         (lambda rows: replaced(rows, 1, split="training"), r"line 3: split is 'training'"),
         (lambda rows: replaced(rows, 1, split=""), r"line 3: the split is missing"),
         (lambda rows: replaced(rows, -1 + len(rows), split="train"), "but 'test' in .*: line"),
-        (lambda rows: replaced(rows, 0, image_id="image1.jpg"), "image_id"),
+        (lambda rows: replaced(rows, 0, image_id=89), "the image_id 90 is also|89 is also"),
+        (lambda rows: replaced(rows, 1, image_id=""), "line 3: the image_id is missing, which oth"),
+        (lambda rows: replaced(rows, 1, image_id="a.jpg"), "image_id is 'a.jpg'; expected a whole"),
+        (lambda rows: replaced(rows, 1, image_id="nan"), "line 3: image_id is 'nan', .* no value;"),
         (lambda rows: replaced(rows, 1, image=""), r"line 3: 'image' is None"),
         (
             lambda rows: [row for row in rows if row["split"] != "val"],
@@ -81,6 +106,8 @@ def test_mistakes_in_tables(tmp_path, change, message):
         ),
         ("jsonl", b'{"image": "a", "caption": "b", "split": 7}', "line 1: split is 7"),
         ("jsonl", b'{"image": "a", "caption": "b", "image_id": []}', r"line 1: image_id is \[\]"),
+        ("jsonl", b'{"image": "a", "caption": "b", "image_id": NaN}', "image_id is nan, which st"),
+        ("jsonl", b'{"image": "a", "caption": "b", "image_id": true}', "line 1: image_id is True"),
         ("jsonl", b'{"image": "a", "caption": "b", "image_id": "\\udcff"}', "line 1: image_id is"),
         ("jsonl", b"[" * 200_000, "line 1: not JSON: maximum recursion"),
         ("jsonl", b'{"image": "a.jpg", "caption": "b"}\n{"image": \n', "line 2: not JSON"),
