@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
     fitted = None if fitting else suspect_options.read_fitted(options)
     if options.workdir is not None:
         workdir = pathlib.Path(options.workdir)
-        model = load_workdir(workdir, options.checkpoint or "best")
+        model = load_workdir(workdir, options.checkpoint or "best", overrides=overrides)
         name, theirs = workdir.resolve().name, options.caption_embeddings
         judged = judged_split.judged_by_model(model, name, options.split, theirs)
         out = pathlib.Path(options.out or workdir / f"audit_{options.split}")
@@ -85,7 +85,11 @@ def main(arguments: list[str]) -> None:
 
 def _parse(arguments):
     parser = command_line.parser("Lists likely false negatives of a dataset.", "audit")
-    parser.add_argument("--workdir", help="folder of the run whose model judges")
+    parser.add_argument(
+        "--workdir",
+        help="folder of the run whose model judges; --config.data.dir=DIR tells where its data lie "
+        "now",
+    )
     parser.add_argument("--checkpoint", help="of the run: best (by default), latest or a step")
     parser.add_argument(
         "--embeddings", help="folder of embeddings, as `evaluate --dump` writes, instead of a run"
@@ -135,8 +139,6 @@ def _parse(arguments):
         if given is not None and getattr(options, name) is not None:
             owner = "workdir" if name == "checkpoint" else "embeddings"
             raise UserError(f"--{name} goes with --{owner}")
-    if options.workdir is not None and overrides:
-        raise UserError(f"unknown argument {overrides[0]!r}; see --help")
     suspect_options.check(options)
     return options, overrides
 

@@ -61,7 +61,10 @@ def main(arguments: list[str]) -> None:
 
 def _parse(arguments):
     parser = command_line.parser("Evaluates a checkpoint on a split.", "evaluate")
-    parser.add_argument("--workdir", help="folder of the run")
+    parser.add_argument(
+        "--workdir",
+        help="folder of the run; --config.data.dir=DIR tells where its data lie now",
+    )
     parser.add_argument("--checkpoint", help="of the run: best (by default), latest or a step")
     parser.add_argument(
         "--weights", choices=["online", "momentum"], help="of the run's encoders (online)"
@@ -126,7 +129,7 @@ def _source(options: argparse.Namespace, overrides: list[str]) -> str:
         raise UserError(f"--{name} goes with {owners}, not with --{source}")
     if source == "init" and options.config is None:
         raise UserError("--init=pretrained takes a --config")
-    if options.config is None and overrides:
+    if source == "embeddings" and options.config is None and overrides:
         raise UserError(f"unknown argument {overrides[0]!r}; see --help")
     if source == "embeddings" and options.config is None and options.verdicts is not None:
         raise UserError("--verdicts with --embeddings takes the --config of their data")
@@ -196,9 +199,9 @@ def _of_run(
     options: argparse.Namespace, overrides: list[str]
 ) -> tuple[EmbeddedSplit, dict[str, Any]]:
     """Returns a split as a run embeds it, and what the report says of it."""
-    del overrides
     workdir = pathlib.Path(options.workdir)
-    model = load_workdir(workdir, options.checkpoint or _USUAL["checkpoint"])
+    checkpoint = options.checkpoint or _USUAL["checkpoint"]
+    model = load_workdir(workdir, checkpoint, overrides=overrides)
     weights = options.weights or _USUAL["weights"]
     model = model.momentum() if weights == "momentum" else model
     return _embedded(model, workdir.resolve().name, weights, options)
@@ -215,7 +218,7 @@ def _of_pretrained(options, overrides):
 def _embedded(model, name, weights, options):
     split_name = options.split or _USUAL["split"]
     use_compile_cache(model.config.compile_cache)
-    dataset = model.load_split(split_name)
+    dataset = model.load_evaluation_split(split_name)
     protocols.check_suits(options.protocol, dataset.image_id, dataset.caption_id)
     split = dataclasses.replace(model.embed_split(dataset), name=name, split_name=split_name)
     return split, {"name": name, "split": split_name, "step": model.step, "weights": weights}
@@ -244,6 +247,8 @@ def _report(split: EmbeddedSplit, about, path: pathlib.Path | None, options: arg
     measured, left_out = protocols.measure(split, options.protocol)
     measured |= judged
     about |= {"images": len(split.image_emb), "captions": len(split.text_emb)}
+    if split.dataset is not None:
+        about["data"] = dataclasses.asdict(split.dataset.identity)
     where = f"step {about['step']}, {about['split']}" if "step" in about else about["embeddings"]
     print(f"{where}: {about['images']} images, {about['captions']} captions\n")
     print(results.format_table(measured))

@@ -25,14 +25,14 @@ from fne_jax.false_negatives.judged_split import judged_by_model
 from fne_jax.false_negatives.review_app import question_sources
 from fne_jax.false_negatives.review_app.questions import Questions
 from fne_jax.false_negatives.verdict_store import VerdictStore, store_path
-from fne_jax.model.model import load_evaluation_split, load_workdir, stored_model
+from fne_jax.model.model import Model, load_workdir, stored_model
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.training.interruption import stop_signals
 
 
 def main(arguments: list[str]) -> None:
     """Parses the command line; exports, imports, or serves until a signal comes."""
-    options = _parse(arguments)
+    options, overrides = _parse(arguments)
     workdir = pathlib.Path(options.workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a folder; give the --workdir of a run")
@@ -40,14 +40,18 @@ def main(arguments: list[str]) -> None:
     if options.export is not None:
         _export(path, pathlib.Path(options.export))
     elif options.import_ is not None:
-        _import(path, pathlib.Path(options.import_), workdir)
+        _import(path, pathlib.Path(options.import_), stored_model(workdir, overrides=overrides))
     else:
-        _serve(options, workdir, path)
+        _serve(options, overrides, workdir, path)
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = command_line.parser("Serves a page to search a split and judge suspects.", "review")
-    parser.add_argument("--workdir", help="folder of the run whose model judges")
+    parser.add_argument(
+        "--workdir",
+        help="folder of the run whose model judges; --config.data.dir=DIR tells where its data lie "
+        "now",
+    )
     parser.add_argument("--checkpoint", default="best", help="best (by default), latest or a step")
     parser.add_argument("--split", default="train", help="train (by default), val or test")
     parser.add_argument(
@@ -96,7 +100,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--port", type=int, help="port to listen on; by default one that is free")
     suspect_options.add_arguments(parser)
-    options = parser.parse_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
     command_line.expand_home(
         options,
         "workdir",
@@ -108,7 +112,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "for_evaluation",
     )
     _check(options)
-    return options
+    if overrides and options.export is not None:
+        raise UserError(f"unknown argument {overrides[0]!r} with --export; see --help")
+    return options, overrides
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -148,19 +154,20 @@ def _export(store: pathlib.Path, path: pathlib.Path) -> None:
     print(f"{len(found):,} verdicts written to {path}")
 
 
-def _import(store: pathlib.Path, path: pathlib.Path, workdir: pathlib.Path) -> None:
+def _import(store: pathlib.Path, path: pathlib.Path, model: Model) -> None:
     found = verdicts_lib.read_verdicts(path)
-    config = stored_model(workdir).config
     for split in sorted({verdict.split for verdict in found}):
         # Against captions and ids, so that another dataset's verdicts are told before any is in.
-        verdicts_lib.read_verdicts(path, load_evaluation_split(config, split), split)
+        verdicts_lib.read_verdicts(path, model.load_split(split), split)
     with VerdictStore(store) as verdicts:
         added = verdicts.import_verdicts(found)
     there = len(found) - added
     print(f"{added:,} verdicts added to {store}, {there:,} were there or are older than what is")
 
 
-def _serve(options: argparse.Namespace, workdir: pathlib.Path, path: pathlib.Path) -> None:
+def _serve(
+    options: argparse.Namespace, overrides: list[str], workdir: pathlib.Path, path: pathlib.Path
+) -> None:
     try:
         # Kept out of the module's imports: the extra `review` may be missing.
         from fne_jax.false_negatives.review_app import serving
@@ -173,7 +180,8 @@ def _serve(options: argparse.Namespace, workdir: pathlib.Path, path: pathlib.Pat
         # A damaged store is told before anything slow; a new one is made once all else is right.
         VerdictStore(path, create=False).close()
     with serving.bind(options.host, options.port) as bound:
-        asked = (_suspects if options.for_evaluation is None else _evaluation)(options, workdir)
+        ask = _suspects if options.for_evaluation is None else _evaluation
+        asked = ask(options, overrides, workdir)
         with VerdictStore(path) as store:
             review = Review(
                 **asked,
@@ -198,11 +206,13 @@ def _serve(options: argparse.Namespace, workdir: pathlib.Path, path: pathlib.Pat
     )
 
 
-def _suspects(options: argparse.Namespace, workdir: pathlib.Path) -> dict[str, Any]:
+def _suspects(
+    options: argparse.Namespace, overrides: list[str], workdir: pathlib.Path
+) -> dict[str, Any]:
     """Returns a review's fields that tell of a run's suspects, or of a sample of all pairs."""
     # Read before the split is embedded, which may take long.
     fitted = suspect_options.read_fitted(options)
-    model = load_workdir(workdir, options.checkpoint)
+    model = load_workdir(workdir, options.checkpoint, overrides=overrides)
     use_compile_cache(model.config.compile_cache)
     kept = question_sources.kept_path(workdir, options.split)
     name = workdir.resolve().name
@@ -225,13 +235,15 @@ def _suspects(options: argparse.Namespace, workdir: pathlib.Path) -> dict[str, A
     }
 
 
-def _evaluation(options: argparse.Namespace, workdir: pathlib.Path) -> dict[str, Any]:
+def _evaluation(
+    options: argparse.Namespace, overrides: list[str], workdir: pathlib.Path
+) -> dict[str, Any]:
     """Returns the same of what several systems find first; a search's model would be one's."""
     del workdir
     sample = EvaluationSample(options.first, options.queries, options.seed)
     systems = [pathlib.Path(run) for run in options.for_evaluation]
     dataset, questions, about = question_sources.questions_for_evaluation(
-        systems, options.checkpoint, options.split, sample
+        systems, options.checkpoint, options.split, sample, overrides
     )
     return {
         "title": f"evaluation of {len(systems)} systems",

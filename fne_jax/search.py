@@ -29,9 +29,9 @@ _CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 
 def main(arguments: list[str]) -> None:
     """Parses the command line, embeds what is new, and prints what is nearest to each query."""
-    options = _parse(arguments)
+    options, overrides = _parse(arguments)
     workdir = pathlib.Path(options.workdir)
-    model = load_workdir(workdir, options.checkpoint)
+    model = load_workdir(workdir, options.checkpoint, overrides=overrides)
     use_compile_cache(model.config.compile_cache)
     if options.weights == "momentum":
         model = model.momentum()
@@ -53,7 +53,11 @@ def main(arguments: list[str]) -> None:
 def _parse(arguments):
     parser = command_line.parser("Searches images or captions with a trained run.", "search")
     parser.add_argument("query", nargs="*", metavar="TEXT", help="a sentence to search by")
-    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        help="folder of the run; --config.data.dir=DIR tells where its data lie now",
+    )
     parser.add_argument(
         "--images",
         help="what is searched: a folder of images (and those below it), a table (.csv, .tsv, "
@@ -84,7 +88,7 @@ def _parse(arguments):
     parser.add_argument(
         "--weights", choices=["online", "momentum"], default="online", help="of the encoders"
     )
-    options = parser.parse_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
     command_line.expand_home(options, "workdir", "images", "texts", "image", "index_dir")
     for name in ("images", "texts"):
         if getattr(options, name) == "":
@@ -101,7 +105,7 @@ def _parse(arguments):
         if not text.strip():
             raise UserError("the text to search by is empty")
         listing.check_text("the text to search by", text)
-    return options
+    return options, overrides
 
 
 def _folder_name(options: argparse.Namespace) -> str:

@@ -6,31 +6,17 @@ import dataclasses
 import functools
 import hashlib
 import json
+import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fne_jax.data.feature_rows import FeatureRows
+from fne_jax.data.identity import DatasetIdentity, checksum_of_set
 from fne_jax.data.sources.shapes_scenes import SceneTruth
 
 SPLITS = ("train", "val", "test")
-
-
-@dataclasses.dataclass(frozen=True)
-class DatasetIdentity:
-    """What tells a split from another, so that a run does not go on with other data.
-
-    Attributes:
-      pairs: The number of pairs.
-      images: The number of images.
-      checksum: 16 hexadecimal digits over the images, the captions, which belongs to which, and
-        their ids. It says nothing of where the dataset lies or how it was prepared.
-    """
-
-    pairs: int
-    images: int
-    checksum: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +30,7 @@ class PairDataset:
       images: The [images, side, side, 3] uint8 pixels in memory, or a random-access source of
         records whose `image` is a JPEG.
       caption_id: The [pairs] int64 ids of the captions; COCO's own (its annotations') for COCO.
-      source_image_id: The [images] names or numbers by which the source itself knows the images.
+      source_image_id: The [images] paths by which the source lists the images, or its own numbers.
       truth: The matches beyond the labelled ones, or None where they are not known.
       kept: What the frozen part of a tower makes of its items, by the tower's name: of each image
         ("image") or of each caption ("text"). Where it is there, it is read in their place.
@@ -68,19 +54,36 @@ class PairDataset:
         """Returns an image's JPEG, or its [side, side, 3] uint8 pixels."""
         return self.images[index] if self.in_memory else self.images[index]["image"]
 
+    @property
+    def image_names(self) -> list[str]:
+        """The [images] names by which files about a split tell that its images are the same."""
+        return [portable_name(name) for name in self.source_image_id]
+
     @functools.cached_property
     def identity(self) -> DatasetIdentity:
         """What the split holds; of a prepared one, the images' checksum was stored with them."""
         digest = hashlib.sha256()
         if self.in_memory:
-            digest.update(f"{self.images.dtype} {self.images.shape}".encode())
-            digest.update(np.ascontiguousarray(self.images))
+            named = np.ascontiguousarray(self.images)
+            digest.update(f"{named.dtype} {named.shape}".encode())
+            digest.update(named)
         else:
+            named = [name.encode(errors="surrogatepass") for name in self.image_names]
             digest.update(self.images.checksum.encode())
         digest.update(json.dumps(self.captions).encode())
         for ids in (self.caption_image, self.image_id, self.caption_id):
             digest.update(np.ascontiguousarray(ids, np.int64))
-        return DatasetIdentity(len(self.captions), len(self.image_id), digest.hexdigest()[:16])
+        return DatasetIdentity(
+            len(self.captions), len(named), digest.hexdigest()[:16], checksum_of_set(named)
+        )
+
+
+def portable_name(name: str) -> str:
+    """Returns what stays of the name of an image when its file is moved with the dataset.
+
+    Of a file outside the dataset's folder that is the last part of its path alone.
+    """
+    return posixpath.basename(name) if name.startswith(("../", "/")) else name
 
 
 def with_captions_per_image(dataset: PairDataset, count: int) -> PairDataset:

@@ -24,6 +24,7 @@ import transformers
 
 from fne_jax import configuration, files
 from fne_jax.data import captions as caption_lib
+from fne_jax.data.identity import DatasetIdentity, read_identities
 from fne_jax.data.images.usable_images import AnyImage, evaluation_pixels, read_ahead
 from fne_jax.data.pairs import PairDataset, with_captions_per_image
 from fne_jax.data.sources import listing
@@ -56,6 +57,7 @@ class Model:
       momentum_params: Those of the momentum encoders; None without a training run.
       queue: The queue of momentum embeddings; None without a training run.
       stats: The similarity statistics; None without a training run.
+      data: The identity of each split that the run was trained with; empty where nobody knows.
     """
 
     config: ml_collections.ConfigDict
@@ -68,6 +70,7 @@ class Model:
     momentum_params: Any = None
     queue: MemoryQueue | None = None
     stats: SimilarityStatistics | None = None
+    data: Mapping[str, DatasetIdentity] = dataclasses.field(default_factory=dict)
 
     def with_params(self, params: Any) -> Model:
         """Returns the model with other parameters, which embeds without compiling again.
@@ -90,15 +93,37 @@ class Model:
         return caption_lib.tokenize(self.tokenizer, cleaned, length)
 
     def load_split(self, name: str) -> PairDataset:
-        """Returns a split of the config's dataset as evaluation takes it.
+        """Returns a split of the config's dataset, with a warning if it is not as in training.
 
         Args:
           name: `train`, `val` or `test`.
 
         Raises:
-          UserError: if the dataset cannot be read.
+          UserError: if the dataset cannot be read, or what should be held out may have been
+            trained on: neither its images nor those of the training split are the run's.
         """
-        return load_evaluation_split(self.config, name)
+        side = self.config.encoder.image.image_size
+        dataset = load_split(self.config.data, side, name)
+        before, now = self.data.get(name, dataset.identity), dataset.identity
+        if before == now:
+            return dataset
+        told = f"the {name} split is not that of the run, which had {before}; it has {now}"
+        if name != "train" and before.image_checksum != now.image_checksum:
+            train = load_split(self.config.data, side, "train").identity
+            if train.image_checksum != self.data["train"].image_checksum:
+                raise UserError(
+                    f"{told}. Nor is the training split, so that images of {name} may have been "
+                    "trained on: restore the splits, give the run's own data "
+                    "(--config.data.dir=DIR), or train a new run"
+                )
+        _log.warning("%s", told)
+        return dataset
+
+    def load_evaluation_split(self, name: str) -> PairDataset:
+        """Returns a split as `load_split` does, with the captions that count in evaluation."""
+        return with_captions_per_image(
+            self.load_split(name), self.config.evaluation.captions_per_image
+        )
 
     def embed_split(self, dataset: PairDataset) -> EmbeddedSplit:
         """Returns a split's embeddings, with all that the model and the split tell beside them.
@@ -327,6 +352,7 @@ def load_workdir(
     workdir: str | os.PathLike,
     checkpoint: str | int = "best",
     *,
+    overrides: Sequence[str] = (),
     module: nn.Module | None = None,
 ) -> Model:
     """Returns the model of a run with the weights of one checkpoint, a full copy on each device.
@@ -334,13 +360,14 @@ def load_workdir(
     Args:
       workdir: The folder of the run.
       checkpoint: `best`, `latest` or a step.
+      overrides: `--config.x=y` of fields that may change when a run resumes, such as `data.dir`.
       module: The two towers, in place of those that the run's config describes.
 
     Raises:
       UserError: if the folder is not a run's, or the checkpoint is missing or damaged.
     """
     workdir = pathlib.Path(files.expand_home(workdir))
-    model = stored_model(workdir, module=module)
+    model = stored_model(workdir, overrides=overrides, module=module)
     with checkpoints.reader(workdir) as manager:
         step = checkpoints.find_step(manager, str(checkpoint))
         fields, _ = checkpoints.read(manager, step, abstract_fields(model))
@@ -352,6 +379,7 @@ def load_workdir(
 def stored_model(
     workdir: pathlib.Path,
     *,
+    overrides: Sequence[str] = (),
     mesh: jax.sharding.Mesh | None = None,
     module: nn.Module | None = None,
 ) -> Model:
@@ -359,6 +387,7 @@ def stored_model(
 
     Args:
       workdir: The folder of the run.
+      overrides: As for `load_workdir`.
       mesh: The devices; None for all that are here.
       module: The two towers, in place of those that the run's config describes.
 
@@ -367,11 +396,12 @@ def stored_model(
     """
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a folder; give the --workdir of a run")
-    config = configuration.read_config(workdir)
+    config = configuration.override(configuration.read_config(workdir), overrides)
     mesh = sharding.create_mesh() if mesh is None else mesh
     architectures = towers.read_architectures(config.encoder, workdir)
     tokenizer = tokenizers.stored_tokenizer(workdir)
-    return build_model(config, architectures, tokenizer, mesh, module=module)
+    model = build_model(config, architectures, tokenizer, mesh, module=module)
+    return dataclasses.replace(model, data=read_identities(workdir))
 
 
 def pretrained_model(config: ml_collections.ConfigDict) -> Model:

@@ -112,7 +112,7 @@ def measured(run: Run) -> dict[str, Any]:
     known.
     """
     model = load_workdir(run.workdir, "latest")
-    test = model.load_split("test")
+    test = model.load_evaluation_split("test")
     split = model.embed_split(test)
     result = retrieval_metrics(split.image_emb, split.text_emb, split.caption_image)
     if split.truth is not None:
@@ -142,7 +142,7 @@ def _pretrain(run):
 
 def _weights_of_words(model):
     """Returns what a word takes off a similarity in controlled metrics, by the validation split."""
-    val = model.load_split("val")
+    val = model.load_evaluation_split("val")
     split = model.embed_split(val)
     words = generality.word_counts(val.captions)
     return generality.choose_weights(split.image_emb, split.text_emb, split.truth, words)

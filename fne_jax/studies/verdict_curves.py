@@ -115,7 +115,7 @@ def systems_of(runs: Sequence[Run]) -> dict[int, list[EmbeddedSplit]]:
     for run in runs:
         if of_cell[run.cell] == seeds:
             model = load_workdir(run.workdir, "latest")
-            split = model.embed_split(model.load_split("test"))
+            split = model.embed_split(model.load_evaluation_split("test"))
             found.setdefault(run.seed, []).append(split)
     return found
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from fne_jax import files
 from fne_jax.data import match_files, verdicts
+from fne_jax.data.identity import DatasetIdentity
 from fne_jax.data.pair_columns import Pairs
-from fne_jax.data.pairs import DatasetIdentity, PairDataset
+from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
 from fne_jax.objectives import registry
 from fne_jax.objectives.known_matches import CompleteMatches, KnownMatches, ListedMatches

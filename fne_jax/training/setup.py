@@ -16,14 +16,15 @@ import numpy as np
 
 from fne_jax import configuration
 from fne_jax.data.batches import Batch, BatchOrder, training_batches
+from fne_jax.data.identity import DatasetIdentity
 from fne_jax.data.images.preprocessing import TrainingImages
-from fne_jax.data.pairs import DatasetIdentity, PairDataset
+from fne_jax.data.pairs import SPLITS, PairDataset, with_captions_per_image
 from fne_jax.data.sources.registry import load_split
 from fne_jax.encoders.inputs import FEATURES, READ, frozen_features
 from fne_jax.encoders.transformer import cast_kernels
 from fne_jax.errors import UserError
 from fne_jax.model.kept_features import kept_towers
-from fne_jax.model.model import Model, build_model, load_evaluation_split
+from fne_jax.model.model import Model, build_model
 from fne_jax.model.tokenizers import run_tokenizer
 from fne_jax.objectives import registry
 from fne_jax.objectives.known_matches import KnownMatches
@@ -161,13 +162,15 @@ class RunSetup:
         mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
         configuration.check_batches(config, mesh.size)
         with processes.first_process_first("data"):
-            train = load_split(config.data, config.encoder.image.image_size, "train")
-            val = load_evaluation_split(config, "val")
+            side = config.encoder.image.image_size
+            train, val, test = (load_split(config.data, side, split) for split in SPLITS)
         with processes.failing_together("config.data.matches"):
             known, source = known_matches(config, train, mesh)
-        data = {"train": train.identity, "val": val.identity} | source
+        splits = dict(zip(SPLITS, (train, val, test), strict=True))
+        data = {name: split.identity for name, split in splits.items()} | source
         if begun:
             run_folder.check_data(workdir, data)
+        val = with_captions_per_image(val, config.evaluation.captions_per_image)
         order = batch_order(config, train)
         tokenizer = run_tokenizer(config, own, train.captions)
         model = build_model(

@@ -13,7 +13,9 @@ from typing import Any
 import jax
 
 from fne_jax import configuration
-from fne_jax.data.pairs import DatasetIdentity
+from fne_jax.data.identity import FILE_NAME as IDENTITY_FILE
+from fne_jax.data.identity import DatasetIdentity, read_identities
+from fne_jax.data.pairs import SPLITS
 from fne_jax.encoders import towers
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error, locked, remove_leftovers, write_atomically
@@ -22,7 +24,6 @@ from fne_jax.model.model import Model
 from fne_jax.parallel import processes
 from fne_jax.training.metric_log import FILE_NAME as METRICS_FILE
 
-DATA_FILE = "data.json"
 LOCK_FILE = "run.lock"
 
 
@@ -60,23 +61,24 @@ def check_data(workdir: pathlib.Path, data: Mapping[str, DatasetIdentity]) -> No
     """Checks that a run that is begun was trained and validated on this data.
 
     Raises:
-      UserError: Naming the split that differs.
+      UserError: Naming the split that differs; if the folder holds converted weights alone.
     """
-    path = workdir / DATA_FILE
     with processes.failing_together(f"--workdir={workdir}"):
-        errors = (OSError, ValueError, TypeError, AttributeError)
-        with as_user_error(f"{path}: cannot be read", errors=errors):
-            stored = json.loads(path.read_text())
-            stored = {split: DatasetIdentity(**values) for split, values in stored.items()}
+        stored = read_identities(workdir)
+        if not stored.keys() >= set(SPLITS):
+            raise UserError(
+                f"{workdir} holds weights, as `convert` writes them, and no run that could go on; "
+                f"give another --workdir and --config.init_from={workdir} to begin with them"
+            )
         for split, now in data.items():
             before = stored.get(split, now)
-            if before != now:
+            if before != now and split != "test":  # of which whatever reads it tells
                 named = "list of matches" if split == "matches" else f"{split!r} split"
                 raise UserError(
-                    f"{workdir} holds a run on other data: its {named} had "
-                    f"{_in_words(before)}; that of config.data has {_in_words(now)}. Give the "
-                    "run's own data to resume it, or another --workdir to start a new run "
-                    f"(--config.init_from={workdir} starts from its weights)."
+                    f"{workdir} holds a run on other data: its {named} had {before}; that of "
+                    f"config.data has {now}. Give the run's own data to resume it, or another "
+                    f"--workdir to start a new run (--config.init_from={workdir} starts from its "
+                    "weights)."
                 )
 
 
@@ -157,22 +159,18 @@ def _write(workdir, model, architectures, data, begun):
     stored = {split: dataclasses.asdict(identity) for split, identity in data.items()}
     stored = json.dumps(stored, indent=2) + "\n"
     # Others, such as a report, may be written by another command now.
-    for name in (configuration.FILE_NAME, DATA_FILE, METRICS_FILE, tokenizers.DIRECTORY):
+    for name in (configuration.FILE_NAME, IDENTITY_FILE, METRICS_FILE, tokenizers.DIRECTORY):
         remove_leftovers(workdir / name)
     for tower in architectures:
         remove_leftovers(workdir / towers.DIRECTORY / f"{tower}.json")
     if begun:
         # Warm-ups do not know the matches of what follows.
         if "matches" in data:
-            write_atomically(workdir / DATA_FILE, stored)
+            write_atomically(workdir / IDENTITY_FILE, stored)
         return
     towers.store_architectures(architectures, workdir)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(workdir / tokenizers.DIRECTORY)
     tokenizers.store_tokenizer(model.tokenizer, workdir)
-    write_atomically(workdir / DATA_FILE, stored)
+    write_atomically(workdir / IDENTITY_FILE, stored)
     configuration.write_config(model.config, workdir)
-
-
-def _in_words(identity):
-    return f"{identity.pairs} pairs of {identity.images} images (checksum {identity.checksum})"

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -111,12 +112,11 @@ def test_a_dry_run_finds_what_the_run_would(tmp_path, whole_run, monkeypatch):
 # One dataset.
 
 
-def changed_split(monkeypatch, name, change):
+def changed_splits(monkeypatch, changes):
     load = registry.load_split
 
     def changed(data, image_size, split):
-        dataset = load(data, image_size, split)
-        return change(dataset) if split == name else dataset
+        return changes.get(split, lambda same: same)(load(data, image_size, split))
 
     for module in (setup, model_lib):
         monkeypatch.setattr(module, "load_split", changed)
@@ -136,10 +136,48 @@ def brighter(dataset):
 )
 def test_resuming_on_other_data_is_refused(whole_run, monkeypatch, split, change):
     before = content_of(whole_run)
-    changed_split(monkeypatch, split, change)
+    changed_splits(monkeypatch, {split: change})
     with pytest.raises(UserError, match=f"other data: its '{split}' split had 1.*checksum"):
         run(whole_run)
     assert content_of(whole_run) == before
+
+
+def test_weights_that_were_converted_are_no_run_to_resume(whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    (tmp_path / "run" / "data.json").write_text("{}")
+    with pytest.raises(UserError, match=r"run holds weights, .*--config.init_from=.*/run to begin"):
+        run(tmp_path / "run")
+
+
+def test_what_reads_a_run_tells_of_other_data(whole_run, monkeypatch, caplog):
+    model = model_lib.stored_model(whole_run, module=LinearTowers())
+    for split in registry.SPLITS:
+        assert model.load_split(split).identity == model.data[split]
+    assert not caplog.text
+    for changes, refused in (
+        ({"train": with_another_caption}, ""),
+        ({"train": brighter, "test": with_another_caption}, ""),
+        ({"test": brighter}, ""),
+        ({"train": brighter, "test": brighter}, "Nor is the training split.* trained on"),
+    ):
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            changed_splits(patch, changes)
+            split = list(changes)[-1]
+            if refused:
+                with pytest.raises(UserError, match=refused):
+                    model.load_split(split)
+            else:
+                model.load_split(split)
+                assert f"the {split} split is not that of the run, which had 120" in caplog.text
+
+
+def test_only_evaluation_limits_captions(tmp_path):
+    config = short_config(evaluation__captions_per_image=1)
+    run(tmp_path, config)
+    model = model_lib.stored_model(tmp_path, module=LinearTowers())
+    assert len(model.load_split("test").captions) == model.data["test"].pairs == 120
+    assert len(model.load_evaluation_split("test").captions) == 60
 
 
 # One run at a time.

@@ -64,7 +64,11 @@ def questions_of_sample(split: JudgedSplit, count: int, seed: int) -> list[Quest
 
 
 def questions_for_evaluation(
-    systems: Sequence[pathlib.Path], checkpoint: str, split_name: str, sample: EvaluationSample
+    systems: Sequence[pathlib.Path],
+    checkpoint: str,
+    split_name: str,
+    sample: EvaluationSample,
+    overrides: Sequence[str] = (),
 ) -> tuple[PairDataset, list[Question], str]:
     """Returns a question for each pair that a system finds first for random queries.
 
@@ -75,6 +79,7 @@ def questions_for_evaluation(
       checkpoint: Of runs: `best`, `latest` or a step.
       split_name: `train`, `val` or `test`.
       sample: The queries.
+      overrides: `--config.x=y` for each run, as `load_workdir` takes them.
 
     Returns:
       The split, the questions, and a line on where they come from.
@@ -88,7 +93,7 @@ def questions_for_evaluation(
         if dataset is not None and (folder / "image_embeddings.npy").exists():
             found.append(first_results(sample, read_embeddings_of(folder, dataset)))
             continue
-        of_run = _split_of(folder, checkpoint, split_name)
+        of_run = _split_of(folder, checkpoint, split_name, overrides)
         dataset = of_run if dataset is None else dataset
         if not _same(dataset, of_run):
             raise UserError(
@@ -97,7 +102,7 @@ def questions_for_evaluation(
             )
         runs.append((folder, of_run))
     for folder, of_run in runs:
-        model = load_workdir(folder, checkpoint)
+        model = load_workdir(folder, checkpoint, overrides=overrides)
         use_compile_cache(model.config.compile_cache)
         split = judged_split.embed(model, of_run, kept_path(folder, split_name))
         found.append(first_results(sample, split))
@@ -112,12 +117,12 @@ def questions_for_evaluation(
     return dataset, questions, about
 
 
-def _split_of(workdir, checkpoint, split_name) -> PairDataset:
+def _split_of(workdir, checkpoint, split_name, overrides) -> PairDataset:
     """Returns a run's split; UserError if it cannot be read, or the run has no such checkpoint."""
-    model = stored_model(workdir)
+    model = stored_model(workdir, overrides=overrides)
     with checkpoints.reader(workdir) as manager:
         checkpoints.find_step(manager, checkpoint)
-    return model.load_split(split_name)
+    return model.load_evaluation_split(split_name)
 
 
 def kept_path(workdir: pathlib.Path, split_name: str) -> pathlib.Path:
@@ -126,7 +131,7 @@ def kept_path(workdir: pathlib.Path, split_name: str) -> pathlib.Path:
 
 
 def _same(first, second):
-    arrays = ("caption_image", "image_id", "caption_id")
+    arrays = ("caption_image", "image_id", "caption_id", "image_names")
     return first.captions == second.captions and all(
         np.array_equal(getattr(first, name), getattr(second, name)) for name in arrays
     )
