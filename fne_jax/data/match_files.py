@@ -22,8 +22,8 @@ from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
 
 SUFFIX = ".npz"
-# What describes the list, a JSON text, and the checksum of the captions that it is about.
-_ABOUT, _CAPTIONS = "about", "captions_checksum"
+# The checksum of the captions and the images that the list is about.
+_CHECKSUM = "split_checksum"
 _ARRAYS = {"caption_id": np.int64, "image_id": np.int64, "probability": np.float16}
 
 
@@ -50,7 +50,7 @@ def write_match_list(
         caption_id=dataset.caption_id[pairs.caption].astype(np.int64),
         image_id=dataset.image_id[pairs.image].astype(np.int64),
         probability=np.asarray(pairs.probability, np.float16),
-        captions_checksum=_captions_checksum(dataset),
+        split_checksum=_split_checksum(dataset),
         about=json.dumps(dict(about)),
     )
     try:
@@ -73,7 +73,7 @@ def read_match_list(path: pathlib.Path, dataset: PairDataset) -> Pairs:
     try:
         # np.load would leave a damaged file open.
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in (*_ARRAYS, _CAPTIONS)}
+            arrays = {name: stored[name] for name in (*_ARRAYS, _CHECKSUM)}
     except FileNotFoundError:
         raise UserError(
             f"{path}: there is no such file; `audit --matches` writes lists of matches"
@@ -89,29 +89,24 @@ def read_match_list(path: pathlib.Path, dataset: PairDataset) -> Pairs:
                 f"{path}: expected {name} as {np.dtype(dtype)} of shape [{max(length, 0)}], got "
                 f"{arrays[name].dtype} of shape {list(arrays[name].shape)}; write the list again"
             )
-    if str(arrays[_CAPTIONS]) != _captions_checksum(dataset):
+    if str(arrays[_CHECKSUM]) != _split_checksum(dataset):
         raise UserError(
-            f"{path} is about other captions than those of the split; make it from a run on the "
-            "same data"
+            f"{path} is about other captions or images than those of the split, or about images of "
+            "other names; make it from a run on the same data"
         )
     return Pairs(
-        _rows(path, "caption_id", arrays["caption_id"], dataset.caption_id),
-        _rows(path, "image_id", arrays["image_id"], dataset.image_id),
+        _rows(arrays["caption_id"], dataset.caption_id), _rows(arrays["image_id"], dataset.image_id)
     )
 
 
-def _captions_checksum(dataset):
-    digest = hashlib.sha256(json.dumps(dataset.captions).encode())
-    digest.update(np.ascontiguousarray(dataset.caption_id, np.int64))
-    return digest.hexdigest()[:16]
+def _split_checksum(dataset):
+    """Returns what tells the captions and the images, by ids and names, in whatever order."""
+    captions = zip(dataset.caption_id.tolist(), dataset.captions, strict=True)
+    images = zip(dataset.image_id.tolist(), dataset.image_names, strict=True)
+    return hashlib.sha256(json.dumps([sorted(captions), sorted(images)]).encode()).hexdigest()[:16]
 
 
-def _rows(path, name, ids, known):
-    """Returns the rows of ids; raises UserError, naming one, if the split does not have them."""
+def _rows(ids, known):
+    """Returns the rows of ids that the split has."""
     order = np.argsort(known, kind="stable")
-    place = np.searchsorted(known, ids, sorter=order)
-    rows = order[np.minimum(place, len(known) - 1)]
-    unknown = np.asarray(known)[rows] != ids
-    if unknown.any():
-        raise UserError(f"{path}: the split has no {name} {ids[np.argmax(unknown)]}")
-    return rows
+    return order[np.searchsorted(known, ids, sorter=order)]

@@ -15,7 +15,7 @@ DATASET = PairDataset(
     image_id=np.array([70, 10, 40], np.int32),
     images=np.zeros((3, 2, 2, 3), np.uint8),
     caption_id=np.array([5, 900, 3, 12, 7]),
-    source_image_id=["x", "y", "z"],
+    source_image_id=["../x", "y", "z"],
 )
 PAIRS = Pairs(
     np.array([2, 0, 4]), np.array([0, 1, 1]), probability=np.array([0.9, 0.8, 1.0], np.float32)
@@ -34,7 +34,10 @@ def test_a_list_comes_back_for_a_split_in_another_order(stored):
     np.testing.assert_array_equal(back.caption, PAIRS.caption)
     np.testing.assert_array_equal(back.image, PAIRS.image)
     turned = dataclasses.replace(
-        DATASET, image_id=DATASET.image_id[::-1], caption_image=2 - DATASET.caption_image
+        DATASET,
+        image_id=DATASET.image_id[::-1],
+        source_image_id=["z", "y", "/another/disk/x"],
+        caption_image=2 - DATASET.caption_image,
     )
     np.testing.assert_array_equal(match_files.read_match_list(stored, turned).image, [2, 1, 1])
 
@@ -56,7 +59,8 @@ def test_the_checksum_tells_the_pairs_but_not_their_order():
     [
         ({"captions": ["a", "b", "c", "d", "f"]}, "about other captions"),
         ({"caption_id": np.array([5, 900, 3, 12, 8])}, "about other captions"),
-        ({"image_id": np.array([71, 10, 40], np.int32)}, "has no image_id 70"),
+        ({"image_id": np.array([71, 10, 40], np.int32)}, "captions or images"),
+        ({"source_image_id": ["../x", "z", "y"]}, "or about images of other names"),
     ],
 )
 def test_a_list_of_another_split_is_refused(stored, changes, message):
