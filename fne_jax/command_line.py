@@ -33,6 +33,17 @@ def parser(description: str, command: str) -> argparse.ArgumentParser:
     return _Parser(prog=f"python -m fne_jax.{command}", description=description, allow_abbrev=False)
 
 
+def parse_with_overrides(
+    parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the options of a command line and its `--config.x=y`; UserError for anything else."""
+    options, overrides = parser.parse_known_args(arguments)
+    for override in overrides:
+        if not override.startswith(("--config.", "--noconfig.")):
+            raise UserError(f"unknown argument {override!r}; see --help")
+    return options, overrides
+
+
 def expand_home(options: argparse.Namespace, *names: str) -> None:
     """Replaces `~` in the options that are paths: shells leave it where it follows a `=`.
 

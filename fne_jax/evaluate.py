@@ -103,7 +103,7 @@ def _parse(arguments):
     )
     parser.add_argument("--sample", help="which of the samples that --verdicts are of")
     processes.add_arguments(parser)
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = command_line.parse_with_overrides(parser, arguments)
     command_line.expand_home(
         options, "workdir", "embeddings", "dump", "out", "report", "config", "verdicts"
     )

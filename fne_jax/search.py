@@ -88,7 +88,7 @@ def _parse(arguments):
     parser.add_argument(
         "--weights", choices=["online", "momentum"], default="online", help="of the encoders"
     )
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = command_line.parse_with_overrides(parser, arguments)
     command_line.expand_home(options, "workdir", "images", "texts", "image", "index_dir")
     for name in ("images", "texts"):
         if getattr(options, name) == "":

@@ -205,7 +205,7 @@ def test_wrong_arguments_are_told_before_anything_is_loaded(photos, tmp_path):
         (["--images=val", os.fsdecode(b"a\xff")], r"is 'a\udcff', which has a NUL or half a"),
         (["--images=val", "--index=faiss"], "expected exact or faiss:FACTORY"),
         (["--images=val", f"--image={tmp_path / 'no.jpg'}"], "no.jpg is not a file"),
-        (["--images=val", "--imag=x"], "unrecognized arguments: --imag=x"),
+        (["--images=val", "--imag=x"], "unknown argument '--imag=x'"),
         ([f"--images={tmp_path / 'no'}"], "nowhere is not a folder"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):

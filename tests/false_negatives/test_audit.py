@@ -281,7 +281,7 @@ def test_precision_counts_what_is_in_truth_a_match(monkeypatch):
         (["--embeddings=y", "--out=z"], "takes the --config of the data"),
         (["--workdir=x", "--config=c.py"], "--config goes with --embeddings"),
         (["--embeddings=x", "--config=c.py", "--out=z", "--checkpoint=3"], "goes with --workdir"),
-        (["--workdir=x", "--config.seed=3"], "unknown argument '--config.seed=3'"),
+        (["--workdir=x", "--seed=3"], "unknown argument '--seed=3'"),
         (["--workdir=x", "--detector=external"], "external takes --caption-embeddings"),
         (["--workdir=x", "--detector=best"], "--detector: invalid choice: 'best'"),
         (["--workdir=x", "--matches=a.csv"], "--matches=a.csv: expected a name that ends in .npz"),
