@@ -23,7 +23,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fne_jax.data.pairs import PairDataset
+from fne_jax.data.pairs import PairDataset, portable_name
 from fne_jax.errors import UserError
 from fne_jax.evaluation.top_k import top_k
 from fne_jax.files import write_atomically
@@ -186,7 +186,7 @@ def read_embeddings_of(folder: pathlib.Path, dataset: PairDataset) -> EmbeddedSp
     split = read_embeddings(folder)
     images = _rows_of(folder / "image_id.npy", split.image_id, dataset.image_id)
     captions = _rows_of(folder / "caption_id.npy", split.caption_id, dataset.caption_id)
-    texts = _read_captions(folder / _NAMES, len(split.text_emb))
+    known = _read_names(folder / _NAMES, images=len(split.image_emb), captions=len(split.text_emb))
     split = split.part(images, captions)
     if not np.array_equal(split.caption_image, dataset.caption_image):
         raise UserError(
@@ -195,12 +195,15 @@ def read_embeddings_of(folder: pathlib.Path, dataset: PairDataset) -> EmbeddedSp
             f"{len(dataset.captions)}; expected the same, each caption with the same image. "
             "`convert order` writes the split's order, and ids by which any other is understood"
         )
-    if texts is not None:
-        for row, (ours, theirs) in enumerate(zip(dataset.captions, texts[captions], strict=True)):
-            if ours != theirs:
+    for kind, rows, ours in (
+        ("images", images, dataset.image_names),
+        ("captions", captions, dataset.captions),
+    ):
+        for row, own in zip(rows, ours, strict=True) if kind in known else ():
+            if portable_name(known[kind][row]) != own and known[kind][row] != own:
                 raise UserError(
-                    f"{folder / _NAMES}: caption {captions[row]} is {theirs!r}, that of the split "
-                    f"is {ours!r}; the embeddings are of another dataset or split"
+                    f"{folder / _NAMES}: {kind[:-1]} {row} is {known[kind][row]!r}, that of the "
+                    f"split is {own!r}; the embeddings are of another dataset or split"
                 )
     return dataclasses.replace(split, dataset=dataset)
 
@@ -254,15 +257,18 @@ def _read_json(path):
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
 
 
-def _read_captions(path, count):
-    """Returns [captions] texts, an object array; None where there is no file."""
-    if not path.exists():
-        return None
-    names = _read_json(path)
-    texts = names.get("captions") if isinstance(names, dict) else None
-    if not isinstance(texts, list) or len(texts) != count:
-        raise UserError(f"{path}: expected an object with a list `captions` of {count} texts")
-    return np.array(texts, dtype=object)
+def _read_names(path, **counts):
+    """Returns the lists of texts that a file has, of so many images and captions."""
+    names = _read_json(path) if path.exists() else {}
+    for kind, count in counts.items():
+        texts = names.get(kind, [""] * count) if isinstance(names, dict) else None
+        if (
+            not isinstance(texts, list)
+            or len(texts) != count
+            or not all(isinstance(text, str) for text in texts)
+        ):
+            raise UserError(f"{path}: expected an object with a list `{kind}` of {count} texts")
+    return names
 
 
 def _check_parts(folder):

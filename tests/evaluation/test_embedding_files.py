@@ -171,7 +171,7 @@ def dataset_of(split, captions=None):
         split.image_id,
         np.zeros((count, 1, 1, 3), np.uint8),
         split.caption_id,
-        [f"{n}.jpg" for n in range(count)],
+        [f"{n}.jpg" for n in split.image_id],
     )
 
 
@@ -212,10 +212,14 @@ def test_rows_that_are_not_the_split_s_are_refused(split, tmp_path, name, change
 
 def test_captions_that_are_not_the_split_s_are_refused(split, tmp_path):
     theirs = shuffled(split)
-    dataset = dataset_of(theirs, list("abcdefg"))
-    write_embeddings(tmp_path, dataclasses.replace(theirs, dataset=dataset))
-    with pytest.raises(UserError, match=r"names.json: caption \d is '.', that of the split"):
-        read_embeddings_of(tmp_path, dataset_of(split))
+    for changes, kind in (
+        ({"captions": list("abcdefg")}, "caption"),
+        ({"source_image_id": list("abcd")}, "image"),
+    ):
+        dataset = dataclasses.replace(dataset_of(theirs), **changes)
+        write_embeddings(tmp_path, dataclasses.replace(theirs, dataset=dataset))
+        with pytest.raises(UserError, match=rf"names.json: {kind} \d is '.', that of the split"):
+            read_embeddings_of(tmp_path, dataset_of(split))
 
 
 def test_parts_of_two_dumps_are_not_scored(split, tmp_path):
