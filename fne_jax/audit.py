@@ -12,6 +12,7 @@ import pathlib
 
 from fne_jax import command_line, configuration
 from fne_jax.data import match_files
+from fne_jax.data.verdicts import on_pairs_of
 from fne_jax.errors import UserError
 from fne_jax.false_negatives import (
     audit_pages,
@@ -73,7 +74,7 @@ def main(arguments: list[str]) -> None:
     measured = "" if said is None else verdict_fitting.describe_precision(said, found, by_fitted)
     if options.workdir is not None and store_path(workdir).exists():
         with VerdictStore(store_path(workdir)) as store:
-            verdicts = store.last(options.split)
+            verdicts = on_pairs_of(judged.dataset, store.last(options.split), store.path)
         found = suspects.heed_verdicts(found, verdicts, judged.dataset)
     quality = suspects.detector_quality(judged)
     print(suspects.describe(judged, found, quality))
@@ -114,7 +115,7 @@ def _parse(arguments):
         ".jsonl that it exports; with --fitted, fit the detector fitted to it and write that there",
     )
     suspect_options.add_arguments(parser)
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = command_line.parse_with_overrides(parser, arguments)
     command_line.expand_home(
         options,
         "workdir",

@@ -100,7 +100,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--port", type=int, help="port to listen on; by default one that is free")
     suspect_options.add_arguments(parser)
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = command_line.parse_with_overrides(parser, arguments)
     command_line.expand_home(
         options,
         "workdir",
@@ -113,7 +113,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     _check(options)
     if overrides and options.export is not None:
-        raise UserError(f"unknown argument {overrides[0]!r} with --export; see --help")
+        raise UserError(f"{overrides[0]} does not go with --export, which reads no data")
     return options, overrides
 
 
@@ -155,10 +155,13 @@ def _export(store: pathlib.Path, path: pathlib.Path) -> None:
 
 
 def _import(store: pathlib.Path, path: pathlib.Path, model: Model) -> None:
-    found = verdicts_lib.read_verdicts(path)
-    for split in sorted({verdict.split for verdict in found}):
-        # Against captions and ids, so that another dataset's verdicts are told before any is in.
-        verdicts_lib.read_verdicts(path, model.load_split(split), split)
+    splits = sorted({verdict.split for verdict in verdicts_lib.read_verdicts(path)})
+    # Checked before any is in the store.
+    found = [
+        verdict
+        for split in splits
+        for verdict in verdicts_lib.read_verdicts(path, model.load_split(split), split)
+    ]
     with VerdictStore(store) as verdicts:
         added = verdicts.import_verdicts(found)
     there = len(found) - added
@@ -189,7 +192,8 @@ def _serve(
                 store=store,
                 reviewer=options.reviewer.strip(),
             )
-            before = len(store.last(options.split))
+            stored = store.last(options.split)
+            before = len(verdicts_lib.on_pairs_of(review.dataset, stored, path, refuse=True))
             url = serving.address(options.host, bound)
 
             def tell() -> None:

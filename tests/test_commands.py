@@ -274,7 +274,7 @@ def test_review_keeps_verdicts_that_the_audit_heeds(shapes_run, tmp_path, capsys
         assert added in capsys.readouterr().out
     text = exported.read_text().replace(verdict.caption, "another caption")
     exported.write_text(text)
-    assert "is of another dataset or split" in refused("review", f"--workdir={workdir}", *other)
+    assert "none of its 1 verdicts is of" in refused("review", f"--workdir={workdir}", *other)
 
 
 @pytest.mark.slow
@@ -338,7 +338,8 @@ def test_systems_are_compared_by_verdicts(shapes_run, tmp_path, capsys):
         (["--for-evaluation", "."], "config.json does not exist"),
         (["--workdir=.", "--reviewer= "], "--reviewer is empty"),
         (["--workdir=.", "--limit=0"], "--limit is 0"),
-        (["--workdir=.", "--splits=val"], "unrecognized arguments"),
+        (["--workdir=.", "--splits=val"], "unknown argument '--splits=val'"),
+        (["--workdir=.", "--export=a.csv", "--config.data.dir=b"], "does not go with --export"),
         (["--for-evaluation", "x", "--queries=0"], "--queries is 0"),
         (["--for-evaluation", "x", "--seed=-1"], "--seed is -1"),
         (["--for-evaluation", "x", "--first=5"], "--first: invalid choice"),

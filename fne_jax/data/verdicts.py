@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import io
 import json
+import logging
 import math
 import pathlib
 from collections import Counter
@@ -20,13 +21,14 @@ from typing import Any
 import numpy as np
 
 from fne_jax.data.pair_columns import Pairs
-from fne_jax.data.pairs import SPLITS, PairDataset
+from fne_jax.data.pairs import SPLITS, PairDataset, portable_name
 from fne_jax.data.spreadsheet import cell_text, safe_cell
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
 
 MATCH, NO_MATCH, UNSURE = WORDS = ("match", "no_match", "unsure")
 _SUFFIXES = (".csv", ".jsonl")
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +39,9 @@ class Verdict:
       split: `train`, `val` or `test`.
       image_id: `PairDataset.image_id` of the image.
       caption_id: `PairDataset.caption_id` of the caption.
-      source_image_id: How the source itself knows the image; for people, never looked up.
-      caption: The text of the caption, by which a file of another dataset is told.
+      source_image_id: The name of the image in its source, "" if that is not known. It and the
+        caption tell whether a verdict is on this pair, or on another that had its ids.
+      caption: The text of the caption.
       verdict: One of `WORDS`.
       reviewer: Who says so.
       time: When, in ISO 8601 with its offset from UTC; "" if that is not known.
@@ -102,16 +105,15 @@ def read_verdicts(
     Args:
       path: A `.csv` or `.jsonl`, as `write_verdicts` writes it. Columns beyond a verdict's are
         passed over, and all but the split, the ids, the caption and the verdict may be missing.
-      dataset: The split that the verdicts are of, against which ids and captions are checked; None
-        to check nothing.
+      dataset: The split that the verdicts are of; those on other pairs are set aside with a
+        warning. None to keep all.
       split: The name of the split whose verdicts are wanted, the others being left out; None for
         all of them.
 
     Raises:
-      UserError: naming the file and the line, if it cannot be read, or is not of the dataset; if
-        all its verdicts are on other splits.
+      UserError: naming the file and the line, if it cannot be read; if none of its verdicts is on
+        the split, or on a pair of the dataset.
     """
-    rows = None if dataset is None else _Rows(dataset)
     others: Counter[str] = Counter()
     last: dict[tuple[str, int, int, str], tuple[float, Verdict]] = {}
     for line, cells in _read(path):
@@ -120,8 +122,6 @@ def read_verdicts(
             if split is not None and verdict.split != split:
                 others[verdict.split] += 1
                 continue
-            if rows is not None:
-                rows.check(verdict)
         except ValueError as error:
             raise UserError(f"{path}, line {line}: {error}") from error
         key = (verdict.split, verdict.image_id, verdict.caption_id, verdict.reviewer)
@@ -130,7 +130,39 @@ def read_verdicts(
             last[key] = seconds, verdict
     if split is not None and not last:
         refuse_other_splits(path, split, others)
-    return [verdict for _, verdict in last.values()]
+    found = [verdict for _, verdict in last.values()]
+    return found if dataset is None else on_pairs_of(dataset, found, path, refuse=True)
+
+
+def on_pairs_of(
+    dataset: PairDataset, verdicts: Sequence[Verdict], path: pathlib.Path, *, refuse: bool = False
+) -> list[Verdict]:
+    """Returns the verdicts that are on pairs of a split; a warning counts what is set aside.
+
+    Args:
+      dataset: The split.
+      verdicts: Verdicts on a split of that name.
+      path: Where they are from.
+      refuse: Whether it is an error that all would be set aside.
+
+    Raises:
+      UserError: if so.
+    """
+    rows = SplitRows(dataset)
+    faults = [rows.fault(verdict) for verdict in verdicts]
+    kept = [verdict for verdict, fault in zip(verdicts, faults, strict=True) if not fault]
+    if len(kept) < len(verdicts):
+        example = next(filter(None, faults))
+        if refuse and not kept:
+            raise UserError(
+                f"{path}: none of its {len(faults):,} verdicts is of this data: {example}"
+            )
+        _log.warning(
+            "%s: %d of %d verdicts are of other data and do not count: %s. To drop them, `review "
+            "--export` them and `--import` the file into another --store",
+            path, len(faults) - len(kept), len(faults), example,
+        )  # fmt: skip
+    return kept
 
 
 def refuse_other_splits(path: pathlib.Path, split: str, others: Mapping[str, int]) -> None:
@@ -184,41 +216,51 @@ def pairs_of(verdicts: Sequence[Verdict], dataset: PairDataset) -> Pairs:
     Raises:
       UserError: if a verdict is of another dataset.
     """
-    rows = _Rows(dataset)
-    try:
-        for verdict in verdicts:
-            rows.check(verdict)
-    except ValueError as error:
-        raise UserError(f"verdict: {error}") from error
-    caption = [rows.caption[verdict.caption_id] for verdict in verdicts]
-    image = [rows.image[verdict.image_id] for verdict in verdicts]
-    return Pairs(np.array(caption, np.int64), np.array(image, np.int64))
+    rows = SplitRows(dataset)
+    for verdict in verdicts:
+        if fault := rows.fault(verdict):
+            raise UserError(f"verdict: {fault}")
+    pairs = np.array([rows.pair(verdict) for verdict in verdicts], np.int64).reshape(-1, 2)
+    return Pairs(pairs[:, 0], pairs[:, 1])
 
 
-class _Rows:
-    """The rows of a dataset's captions and images by their ids."""
+class SplitRows:
+    """The rows of a split's captions and images by their ids.
 
-    def __init__(self, dataset):
-        self.captions = dataset.captions
+    Args:
+      dataset: The split.
+    """
+
+    def __init__(self, dataset: PairDataset):
+        self.captions, self.names = dataset.captions, dataset.image_names
         self.caption = {int(one): row for row, one in enumerate(dataset.caption_id)}
         self.image = {int(one): row for row, one in enumerate(dataset.image_id)}
 
-    def check(self, verdict: Verdict) -> None:
-        """Raises ValueError if a verdict is not on a pair of the dataset."""
+    def pair(self, verdict: Verdict) -> tuple[int, int]:
+        """Returns the rows of caption and image of a verdict without a fault."""
+        return self.caption[verdict.caption_id], self.image[verdict.image_id]
+
+    def fault(self, verdict: Verdict) -> str:
+        """Returns why a verdict is not on a pair of the split, or "" if it is."""
         for name, rows in (("caption_id", self.caption), ("image_id", self.image)):
             value = getattr(verdict, name)
             if value not in rows:
-                raise ValueError(
-                    f"{name} {value} is not among the {len(rows):,} of the split; the file is of "
-                    "another dataset or split"
-                )
+                return f"{name} {value} is not among the {len(rows):,} of the split"
         text = self.captions[self.caption[verdict.caption_id]]
-        # A CSV has no NUL.
-        if verdict.caption not in (text, cell_text(safe_cell(text))):
-            raise ValueError(
-                f"caption {verdict.caption_id} is {verdict.caption!r}, that of the split is "
-                f"{text!r}; the file is of another dataset or split"
+        if verdict.caption not in _spellings(text):
+            return (
+                f"caption {verdict.caption_id} was {verdict.caption!r:.80}, and is {text!r:.80} now"
             )
+        name = self.names[self.image[verdict.image_id]]
+        if verdict.source_image_id and portable_name(verdict.source_image_id) not in _spellings(
+            name
+        ):
+            return f"image {verdict.image_id} was {verdict.source_image_id!r}, and is {name!r} now"
+        return ""
+
+
+def _spellings(text):
+    return text, cell_text(safe_cell(text))  # a CSV has no NUL
 
 
 def _suffix(path):

@@ -22,7 +22,7 @@ from fne_jax.data.verdicts import (
     FIELDS,
     Verdict,
     moment,
-    pairs_of,
+    on_pairs_of,
     read_verdicts,
     refuse_other_splits,
 )
@@ -69,12 +69,12 @@ def read_any(path: pathlib.Path, dataset: PairDataset, split: str) -> list[Verdi
 
     Args:
       path: A store, `.sqlite`, or a `.csv` or `.jsonl` as `write_verdicts` writes it.
-      dataset: The split, against which ids and captions are checked.
+      dataset: The split; verdicts on other pairs are set aside with a warning.
       split: Its name.
 
     Raises:
-      UserError: if it cannot be read, is not of the dataset, or all its verdicts are on other
-        splits.
+      UserError: if it cannot be read, or none of its verdicts is on the split, or on a pair of
+        the dataset.
     """
     if path.suffix != ".sqlite":
         return read_verdicts(path, dataset, split)
@@ -83,8 +83,7 @@ def read_any(path: pathlib.Path, dataset: PairDataset, split: str) -> list[Verdi
     verdicts = [verdict for verdict in stored if verdict.split == split]
     if not verdicts:
         refuse_other_splits(path, split, Counter(verdict.split for verdict in stored))
-    pairs_of(verdicts, dataset)
-    return verdicts
+    return on_pairs_of(dataset, verdicts, path, refuse=True)
 
 
 class VerdictStore:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -130,13 +131,38 @@ def test_pairs_of_verdicts():
         pairs_of([verdict(0, 1, image_id=99)], DATASET)
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "sqlite"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"caption": "another"}, r"caption 5 was 'another', and is 'a \"dog\",\\r\\nrunning' now"),
+        ({"source_image_id": "+b"}, r"image 20 was '\+b', and is 'c' now"),
+        ({"image_id": 31}, "image_id 31 is not among the 3 of the split"),
+        ({"caption_id": 1}, "caption_id 1 is not among the 5 of the split"),
+    ],
+)
+def test_verdicts_on_other_pairs_do_not_count(tmp_path, caplog, kind, changes, message):
+    good = [verdict(0, 1, source_image_id=name) for name in ("", "../moved/+b")]
+    changed = dataclasses.replace(verdict(1, 2), **changes)
+    for number, given in enumerate(([good[0], changed], [good[1], changed], [changed])):
+        path = tmp_path / f"verdicts{number}.{kind}"
+        if kind == "sqlite":
+            with VerdictStore(path) as store:
+                store.import_verdicts(given)
+        else:
+            write_verdicts(path, given)
+        if len(given) == 2:
+            assert read_any(path, DATASET, "train") == given[:1]
+            assert re.search(f"{path}: 1 of 2 verdicts are of other data .*{message}", caplog.text)
+        else:
+            with pytest.raises(UserError, match=f"{path}: none of its 1 .*{message}"):
+                read_any(path, DATASET, "train")
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"caption": "another"}, "caption 5 is 'another', that of the split is 'a \"dog\""),
-        ({"image_id": 31}, "image_id 31 is not among the 3 of the split"),
-        ({"caption_id": 1}, "caption_id 1 is not among the 5 of the split"),
         ({"split": "dev"}, "split is 'dev'; expected one of train, val, test"),
         ({"verdict": "yes"}, "verdict is 'yes'; expected one of match, no_match, unsure"),
         ({"image_id": "1O"}, "image_id is '1O'; expected an integer"),
@@ -150,8 +176,7 @@ def test_pairs_of_verdicts():
 def test_a_damaged_row_is_told_by_its_line(tmp_path, kind, changes, message):
     path = tmp_path / f"verdicts.{kind}"
     write_verdicts(path, [verdict(0, 1), dataclasses.replace(verdict(1, 2), **changes)])
-    # The caption of the second row of a CSV has two lines, unless it was changed.
-    line = 4 if kind == "csv" and "caption" not in changes else 2 + (kind == "csv")
+    line = 4 if kind == "csv" else 2  # the caption of the second row of a CSV has two lines
     with pytest.raises(UserError, match=message) as caught:
         read_verdicts(path, DATASET)
     assert str(caught.value).startswith(f"{path}, line {line}: ")

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from fne_jax.data.pairs import PairDataset
-from fne_jax.data.verdicts import MATCH, NO_MATCH, UNSURE, Verdict
+from fne_jax.data.verdicts import MATCH, NO_MATCH, UNSURE, SplitRows, Verdict
 
 CAPTION, IMAGE = GROUPINGS = ("caption", "image")
 ALL, UNJUDGED, DISPUTED = "all", "unjudged", "disputed"
@@ -120,10 +120,7 @@ class Questions:
     def __init__(self, dataset: PairDataset, questions: Sequence[Question]):
         self._questions = list(questions)
         self._by_pair = {(one.caption, one.image): one for one in questions}
-        self._by_ids = {
-            (int(dataset.caption_id[one.caption]), int(dataset.image_id[one.image])): one
-            for one in questions
-        }
+        self._rows = SplitRows(dataset)
         self._groups: dict[str, dict[int, list[Question]]] = {name: {} for name in GROUPINGS}
         for one in questions:
             for by, groups in self._groups.items():
@@ -142,7 +139,9 @@ class Questions:
         A question with a weight is answered within its sample alone: a verdict given elsewhere
         would be missing from it.
         """
-        question = self._by_ids.get((verdict.caption_id, verdict.image_id))
+        if self._rows.fault(verdict):
+            return None
+        question = self.find(*self._rows.pair(verdict))
         if question is None or (question.weight is not None and verdict.sample != question.sample):
             return None
         return question
