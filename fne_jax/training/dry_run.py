@@ -21,7 +21,7 @@ def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
     run = RunSetup.of(config, workdir)
     training, config = run.training, run.training.model.config
     timeline, model = training.timeline, training.model
-    find_source_run(config, training.state)
+    find_source_run(model, training.state)
     batch = next(run.batches(model.tokenize(run.train.captions, config.data.text_length), range(1)))
     compiled = training.compiled([Phase.FNE], run.known)[Phase.FNE]
     first = int(batch["pair_id"][0])

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 from flax.training import train_state
 
 from fne_jax import files
+from fne_jax.configuration import flatten
 from fne_jax.encoders import freezing, towers
 from fne_jax.encoders.low_rank import FACTORS
 from fne_jax.errors import UserError
@@ -27,6 +29,11 @@ from fne_jax.objectives.similarity_statistics import SimilarityStatistics
 from fne_jax.parallel import sharding
 from fne_jax.training.optimizer import build_optimizer
 
+# What an encoder is given, as far as other values would be read by the same weights.
+_READING = ("image_mean", "image_std", "data.max_words", "data.prompt", "data.text_length")
+# Fields of modules that say how something is computed or trained, and not what.
+_HOW = ("dtype", "dropout", "attention", "mesh", "scan_layers", "remat")
+_HOW += ("frozen_layers", "lora_rank", "parent", "name")
 _log = logging.getLogger(__name__)
 
 
@@ -124,7 +131,7 @@ def first_state(model: Model, like: TrainState) -> TrainState:
     """
     config, weights = model.config, None
     if config.init_from:
-        source = find_source_run(config, like)
+        source = find_source_run(model, like)
         with checkpoints.reader(source.workdir) as manager:
             weights, _ = checkpoints.read(manager, source.step, source.weights)
         frozen = weights.pop("frozen_params")
@@ -143,12 +150,16 @@ class SourceRun(NamedTuple):
     weights: dict[str, Any]  # abstract, of both encoders and what is frozen, on the new run's mesh
 
 
-def find_source_run(config: ml_collections.ConfigDict, like: TrainState) -> SourceRun | None:
+def find_source_run(model: Model, like: TrainState) -> SourceRun | None:
     """Returns the run that `config.init_from` names, or None without any; reads no arrays.
 
+    Warns if that run was given images or captions otherwise.
+
     Raises:
-      UserError: If there is no such run, it has no checkpoint, or its weights do not fit.
+      UserError: If there is no such run, it has no checkpoint, or its weights do not fit, by their
+        shapes or because they were another function's.
     """
+    config = model.config
     if not config.init_from:
         return None
     workdir = pathlib.Path(files.expand_home(config.init_from))
@@ -161,14 +172,18 @@ def find_source_run(config: ml_collections.ConfigDict, like: TrainState) -> Sour
     theirs = _shapes(freezing.merge(towers_of(fields["params"]), fields["frozen_params"]))
     # Low-rank changes start at nothing where the other run has none.
     added = [n for n in ours.keys() - theirs.keys() if any(factor in n for factor in FACTORS)]
-    if {n: shape for n, shape in ours.items() if n not in added} != theirs:
-        different = [
-            f"{name}: {theirs.get(name)} there, {ours.get(name)} here"
-            for name in sorted(ours.keys() | theirs.keys())
-            if ours.get(name) != theirs.get(name)
-        ]
+    ours = {name: shape for name, shape in ours.items() if name not in added}
+    different = _differences(theirs | _function(other.module), ours | _function(model.module))
+    if different:
         raise UserError(
             f"config.init_from={workdir}: the weights do not fit:\n  " + "\n  ".join(different)
+        )
+    read = [
+        {name: json.dumps(flatten(of)[name]) for name in _READING} for of in (other.config, config)
+    ]
+    if different := _differences(*read):
+        _log.warning(
+            "config.init_from=%s: its weights were trained with %s", workdir, "; ".join(different)
         )
     weights = {name: fields[name] for name in ("params", "momentum_params", "frozen_params")}
     return SourceRun(workdir, step, sharding.abstract_on(other.mesh, weights))
@@ -181,6 +196,27 @@ def _pretrained_towers(encoder, mesh):
     # Copied: what is donated must not share a buffer with the arrays that were read.
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
     return copy(jax.tree.map(sharding.place, loaded, shardings))
+
+
+def _differences(theirs, ours):
+    """Returns what differs between two mappings, a line each."""
+    return [
+        f"{name}: {theirs.get(name)} there, {ours.get(name)} here"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _function(module, name="module"):
+    """Returns by name what a module computes with its parameters, such as `module.image.heads`."""
+    found = {name: type(module).__name__}
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name, None)
+        if isinstance(value, nn.Module) and field.name != "parent":
+            found |= _function(value, f"{name}.{field.name}")
+        elif field.name not in _HOW:
+            found[f"{name}.{field.name}"] = value
+    return found
 
 
 def _shapes(params):

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from fne_jax import files, train
@@ -217,6 +219,43 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
     monkeypatch.setattr(files.fcntl, "flock", no_locks)
     with run_folder.held(tmp_path):
         assert "no locks here" in caplog.text
+
+
+# The weights of another run.
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused", "told"),
+    [
+        ({"encoder__image__heads": 4}, "fit:\n  module.image.heads: 2 there, 4 here$", ""),
+        ({"encoder__text__pooling": "max"}, "module.text_pooling: mean there, max here$", ""),
+        ({"encoder__text__dropout": 0.1, "encoder__remat": "full"}, "", ""),
+        ({"data__text_length": 9}, "", "trained with data.text_length: 8 there, 9 here$"),
+        (
+            {"image_std": (1, 1, 1), "data__prompt": "a "},
+            "",
+            'prompt: "" .*std: .0.2.* .1, 1, 1. h',
+        ),
+    ],
+    ids=str,
+)
+def test_weights_of_another_function_are_refused(
+    whole_run, monkeypatch, caplog, fields, refused, told
+):
+    theirs, config = tiny_config(), tiny_config(init_from=str(whole_run), **fields)
+    stored_model = functools.partial(
+        train_state.stored_model, module=model_lib.build_module(theirs, {}, 40)
+    )
+    monkeypatch.setattr(train_state, "stored_model", stored_model)
+    module = model_lib.build_module(config, {}, 40)
+    model = model_lib.build_model(config, {}, None, sharding.create_mesh(), module=module)
+    like = train_state.abstract_state(model, optax.constant_schedule(0.1))
+    if refused:
+        with pytest.raises(UserError, match=refused):
+            train_state.find_source_run(model, like)
+    else:
+        assert train_state.find_source_run(model, like).workdir == whole_run
+    assert re.search(told, caplog.text.strip()) if told else not caplog.text
 
 
 # What the devices hold.
