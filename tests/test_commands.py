@@ -78,7 +78,7 @@ def shapes_run(tmp_path_factory):
     return folder / "run", arguments, done
 
 
-def test_training_then_evaluating(shapes_run, caplog):
+def test_training_then_evaluating(shapes_run, caplog, monkeypatch):
     workdir, arguments, trained = shapes_run
     assert "false negative elimination" in trained.stderr
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -96,7 +96,9 @@ def test_training_then_evaluating(shapes_run, caplog):
     assert "in truth" in (workdir / "report.html").read_text()
 
     # And here, where there are eight devices.
-    evaluate.main([f"--workdir={workdir}", "--split=test"])
+    monkeypatch.chdir(workdir.parent)  # from another folder, told where the data lie
+    evaluate.main(["--workdir=run", "--split=test", "--config.data.cache_dir=cache"])
+    assert report["data"] == json.loads((workdir / "data.json").read_text())["test"]
     again = json.loads((workdir / "eval_test.json").read_text())
     assert read_values(again) == pytest.approx(read_values(report), abs=1e-3)
     with caplog.at_level(logging.INFO, logger="fne_jax"):
