@@ -14,8 +14,9 @@ import json
 import logging
 import math
 import pathlib
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import numpy as np
 from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.pairs import SPLITS, PairDataset, portable_name
 from fne_jax.data.spreadsheet import cell_text, safe_cell
+from fne_jax.data.tables import read_rows
 from fne_jax.errors import UserError
 from fne_jax.files import write_atomically
 
@@ -116,14 +118,17 @@ def read_verdicts(
     """
     others: Counter[str] = Counter()
     last: dict[tuple[str, int, int, str], tuple[float, Verdict]] = {}
-    for line, cells in _read(path):
+    kind = _suffix(path).removeprefix(".")
+    for where, cells in read_rows(path, kind, _REQUIRED, FIELDS):
+        if kind == "csv":
+            cells = {name: cell and cell_text(cell) for name, cell in cells.items()}
         try:
             verdict, seconds = _verdict(cells)
             if split is not None and verdict.split != split:
                 others[verdict.split] += 1
                 continue
         except ValueError as error:
-            raise UserError(f"{path}, line {line}: {error}") from error
+            raise UserError(f"{where}: {error}") from error
         key = (verdict.split, verdict.image_id, verdict.caption_id, verdict.reviewer)
         if key not in last or seconds >= last[key][0]:
             last.pop(key, None)  # so that the order is that of what counts
@@ -247,20 +252,20 @@ class SplitRows:
             if value not in rows:
                 return f"{name} {value} is not among the {len(rows):,} of the split"
         text = self.captions[self.caption[verdict.caption_id]]
-        if verdict.caption not in _spellings(text):
+        if _one_spelling(verdict.caption) != _one_spelling(text):
             return (
                 f"caption {verdict.caption_id} was {verdict.caption!r:.80}, and is {text!r:.80} now"
             )
         name = self.names[self.image[verdict.image_id]]
-        if verdict.source_image_id and portable_name(verdict.source_image_id) not in _spellings(
-            name
-        ):
+        told = verdict.source_image_id and portable_name(verdict.source_image_id)
+        if told and _one_spelling(told) != _one_spelling(name):
             return f"image {verdict.image_id} was {verdict.source_image_id!r}, and is {name!r} now"
         return ""
 
 
-def _spellings(text):
-    return text, cell_text(safe_cell(text))  # a CSV has no NUL
+def _one_spelling(text):
+    """Returns a text as any program may save it: without NUL, other line ends, another form."""
+    return " ".join(unicodedata.normalize("NFC", cell_text(safe_cell(text))).split())
 
 
 def _suffix(path):
@@ -269,66 +274,15 @@ def _suffix(path):
     return path.suffix
 
 
-def _read(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the number of each line that has a verdict, from 1, and its values by name."""
-    read = _read_jsonl if _suffix(path) == ".jsonl" else _read_csv
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8; save it as CSV UTF-8") from error
-    return read(path, text)
-
-
-def _read_jsonl(path, text):
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected an object, got {line[:40]!r}")
-        yield number, row
-
-
-def _read_csv(path, text):
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
-    try:
-        for cells in reader:
-            if header is None:
-                header = cells
-                wrong = [name for name in _REQUIRED if name not in header]
-                wrong += [name for name in FIELDS if header.count(name) > 1]
-                if wrong:
-                    raise UserError(
-                        f"{path}, line 1: expected one column each of {', '.join(wrong)}, "
-                        f"separated by commas; got {','.join(header)[:80]!r}"
-                    )
-            elif any(cells):
-                if len(cells) != len(header):
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: {len(cells)} cells; expected "
-                        f"{len(header)}, as in the first line"
-                    )
-                yield reader.line_num, dict(zip(header, map(cell_text, cells), strict=True))
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
-    if header is None:
-        raise UserError(f"{path}: is empty; expected at least a line of {','.join(FIELDS)}")
-
-
 def _verdict(cells) -> tuple[Verdict, float]:
     """Returns the verdict of a line and when it was given, in seconds; ValueError if damaged."""
-    missing = [name for name in _REQUIRED if name not in cells]
+    missing = [name for name in _REQUIRED if cells.get(name) in (None, "")]
     if missing:
         raise ValueError(f"{', '.join(missing)}: not there")
     values = {
-        name: _PARSERS.get(name, _text)(name, cells[name]) for name in FIELDS if name in cells
+        name: _PARSERS.get(name, _text)(name, cells[name])
+        for name in FIELDS
+        if cells.get(name) not in (None, "")
     }
     if values["verdict"] not in WORDS:
         raise ValueError(f"verdict is {values['verdict']!r}; expected one of {', '.join(WORDS)}")
@@ -372,16 +326,15 @@ def _integer(name, value):
         raise ValueError(f"{name} is {value!r}; expected an integer") from error
 
 
-def _number(least: float, most: float) -> Callable[[str, Any], float | None]:
-    """Returns what reads a number from `least` to `most`, or nothing."""
+def _number(least: float, most: float) -> Callable[[str, Any], float]:
+    """Returns what reads a number from `least` to `most`."""
 
-    def read(name: str, value: Any) -> float | None:
-        if value in ("", None):
-            return None
+    def read(name: str, value: Any) -> float:
         try:
             if type(value) not in (int, float, str):
                 raise ValueError
-            number = float(value)
+            # Where lists are separated by semicolons, numbers have a decimal comma.
+            number = float(str(value).replace(",", "."))
         except ValueError as error:
             raise ValueError(f"{name} is {value!r}; expected a number or nothing") from error
         if not least <= number <= most:

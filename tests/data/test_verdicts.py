@@ -67,6 +67,29 @@ def test_verdicts_come_back_as_they_were(tmp_path, kind):
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize(("delimiter", "encoding"), [(";", "utf-8-sig"), ("\t", "utf-16")])
+def test_what_a_spreadsheet_saves_again_is_read(tmp_path, delimiter, encoding):
+    path = tmp_path / "verdicts.csv"
+    write_verdicts(path, SOME)
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        rows = [[cell.replace("\r\n", "\n") for cell in row] for row in csv.reader(stream)]
+    if delimiter == ";":  # where numbers have a decimal comma
+        rows[1][FIELDS.index("score")] = "0,25"
+    with path.open("w", encoding=encoding, newline="") as stream:
+        csv.writer(stream, delimiter=delimiter).writerows(rows)
+    found = read_verdicts(path, DATASET)
+    assert [dataclasses.replace(one, caption="") for one in found] == [
+        dataclasses.replace(one, caption="") for one in SOME
+    ]
+    # JSON's null is what there is not.
+    row = dict.fromkeys(FIELDS) | {
+        name: getattr(SOME[0], name) for name in (*FIELDS[:3], "caption", "verdict")
+    }
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    (verdict,) = read_verdicts(tmp_path / "a.jsonl", DATASET)
+    assert (verdict.reviewer, verdict.score, verdict.sample) == ("", None, "")
+
+
 def test_no_cell_of_the_csv_is_a_formula(tmp_path):
     path = tmp_path / "verdicts.csv"
     write_verdicts(path, SOME)
@@ -179,26 +202,30 @@ def test_a_damaged_row_is_told_by_its_line(tmp_path, kind, changes, message):
     line = 4 if kind == "csv" else 2  # the caption of the second row of a CSV has two lines
     with pytest.raises(UserError, match=message) as caught:
         read_verdicts(path, DATASET)
-    assert str(caught.value).startswith(f"{path}, line {line}: ")
+    assert str(caught.value).startswith(f"{path}: line {line}: ")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.txt", b"", "expected a file of verdicts, .csv or .jsonl"),
-        ("a.csv", b"", "is empty"),
-        ("a.csv", b"split;image_id\n", "line 1: expected one column each of split, image_id"),
-        ("a.csv", b"split,image_id,caption_id,caption,verdict\ntrain,1\n", "line 2: 2 cells"),
+        ("a.csv", b"", "the column 'split' is missing"),
+        ("a.csv", b"split;image_id\n", "the column 'caption_id' is missing"),
+        (
+            "a.csv",
+            b"split,image_id,caption_id,caption,verdict\ntrain,1\n",
+            "line 2: caption_id, caption, verdict: not there",
+        ),
         (
             "a.csv",
             b"split,image_id,caption_id,caption,verdict,time,time\n",
-            "line 1: expected one column each of time",
+            "the column 'time' is there twice",
         ),
-        ("a.csv", b'split,image_id,caption_id,caption,verdict\n"train,1', "line 2: not CSV"),
-        ("a.csv", b"split,\nb\xff", "line 2: not UTF-8"),
+        ("a.csv", b'split,image_id,caption_id,caption,verdict\n"train,1', "line 2: not a CSV"),
+        ("a.csv", b"split,\nb\xff", "line 2: not text in UTF-8"),
         ("a.jsonl", b"\n{", "line 2: not JSON"),
         ("a.jsonl", b"[1]", "line 1: expected an object"),
-        ("a.jsonl", b"{}", "line 1: split, image_id, caption_id, caption, verdict: not there"),
+        ("a.jsonl", b"{}", "line 1: the key 'split' is missing"),
         ("a.jsonl", None, "cannot be read"),
     ],
 )

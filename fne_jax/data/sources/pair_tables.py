@@ -5,11 +5,9 @@ Its columns are `image`, `caption` and optionally `split` and `image_id`.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import hashlib
-import io
 import os
 import re
 from collections.abc import Iterator
@@ -19,11 +17,10 @@ from etils import epath
 
 from fne_jax.data.sources import listing
 from fne_jax.data.sources.listing import SPLIT_OF, ListedImage, Listing
+from fne_jax.data.tables import read_rows
 from fne_jax.errors import UserError
-from fne_jax.files import as_user_error
 
 COLUMNS = ("image", "caption", "split", "image_id")
-_DELIMITERS = (",", ";", "\t")
 # Shares of val and test where a table has no splits; the rest is train.
 VAL_SHARE, TEST_SHARE = 0.05, 0.05
 _WHOLE = re.compile(r"[0-9]{1,18}(\.0*)?")
@@ -34,8 +31,7 @@ def read_listing(data_dir: str, kind: str) -> Listing:
     """Returns the dataset of a table, one (image, caption) pair a row.
 
     Paths of images are absolute, or relative to the table. Rows of the same file make one image.
-    Without splits, `split_of_name` parts the images. A CSV may separate by commas, semicolons or
-    tabs, and its columns may be in any order and case.
+    Without splits, `split_of_name` parts the images.
 
     Args:
       data_dir: The table, or the folder that holds it alone of its kind.
@@ -84,7 +80,6 @@ def split_of_name(name: str) -> str:
 
 
 def _image_rows(path: epath.Path, kind: str) -> list[ListedImage]:
-    read = _csv_rows if kind == "csv" else _jsonl_rows
     folder = os.fspath(path.parent)
 
     @functools.cache  # an image has several rows
@@ -92,72 +87,8 @@ def _image_rows(path: epath.Path, kind: str) -> list[ListedImage]:
         file = path.parent / name
         return file, os.path.relpath(os.fspath(file), folder)
 
-    return [_image_row(file_of, *row) for row in read(path, listing.read_text(path))]
-
-
-def _csv_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the place and the cells of each row; names of columns in lower case."""
-    delimiter, header = _csv_header(path, text)
-    lines = csv.reader(
-        io.StringIO(text, newline=""),
-        delimiter=delimiter,
-        strict=True,
-        # Where the names of the columns are spaced, so are the cells.
-        skipinitialspace=any(name.startswith(" ") for name in header[1:]),
-    )
-    names = [name.strip().lower() for name in header]
-    try:
-        next(lines)
-        for cells in lines:
-            where = f"{path}: line {lines.line_num}"
-            if not any(cells):  # as Excel leaves below a table
-                continue
-            if any(cells[len(names) :]):
-                raise UserError(
-                    f"{where}: more fields than columns; put captions with {delimiter!r} between "
-                    'quotation marks (")'
-                )
-            row = dict.fromkeys(names) | dict(zip(names, cells, strict=False))
-            yield where, {name: value or None for name, value in row.items()}
-    except csv.Error as error:
-        raise UserError(f"{path}: line {lines.line_num}: not a CSV file: {error}") from error
-
-
-def _csv_header(path, text):
-    """Returns the delimiter of a table, which its first line tells, and the names of the columns.
-
-    Excel separates by semicolons where numbers have a decimal comma.
-    """
-    headers = {}
-    for delimiter in _DELIMITERS:
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        with as_user_error(f"{path}: line 1: not a CSV file", errors=csv.Error):
-            headers[delimiter] = next(lines, [])
-        names = [name.strip().lower() for name in headers[delimiter]]
-        if "image" in names and "caption" in names:
-            for name in COLUMNS:
-                if names.count(name) > 1:
-                    raise UserError(f"{path}: the column {name!r} appears twice")
-            return delimiter, headers[delimiter]
-    likely = max(headers, key=lambda delimiter: len(headers[delimiter]))
-    names = [name.strip().lower() for name in headers[likely]]
-    missing = next(name for name in ("image", "caption") if name not in names)
-    raise UserError(
-        f"{path}: the column {missing!r} is missing; the first line names the columns "
-        f"({', '.join(COLUMNS)}), and is {likely.join(headers[likely])!r:.80}"
-    )
-
-
-def _jsonl_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        row = listing.parse_json(where, line)
-        for name in ("image", "caption"):
-            if not isinstance(row, dict) or name not in row:
-                raise UserError(f"{where}: the key {name!r} is missing; there are {COLUMNS}")
-        yield where, row
+    rows = read_rows(path, kind, COLUMNS[:2], COLUMNS)
+    return [_image_row(file_of, *row) for row in rows]
 
 
 def _image_row(file_of, where: str, row: dict[str, Any]) -> ListedImage:

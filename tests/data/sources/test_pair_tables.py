@@ -112,7 +112,13 @@ def test_mistakes_in_tables(tmp_path, change, message):
         ("jsonl", b"[" * 200_000, "line 1: not JSON: maximum recursion"),
         ("jsonl", b'{"image": "a.jpg", "caption": "b"}\n{"image": \n', "line 2: not JSON"),
         ("jsonl", b'{"image": "a.jpg"}\n', "line 1: the key 'caption' is missing"),
-        ("jsonl", b"[1]\n", "line 1: the key 'image' is missing"),
+        ("jsonl", b"[1]\n", "line 1: expected an object, got '.1.'"),
+        # Without quoting, with texts in quotation marks: not one caption of three rows.
+        (
+            "csv",
+            b'image\tcaption\na.jpg\t"a dog\nb.jpg\ta cat\nc.jpg\tit says "\n',
+            "line 4: one field holds whole rows, 'a dog",
+        ),
     ],
 )
 def test_tables_that_cannot_be_read(tmp_path, kind, text, message):

@@ -1,0 +1,107 @@
+"""Tables, CSV or JSON lines, as programs and spreadsheets write them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fne_jax.data.sources import listing
+from fne_jax.errors import UserError
+from fne_jax.files import AnyPath, as_user_error
+
+_DELIMITERS = (",", ";", "\t")
+
+
+def read_rows(
+    path: AnyPath, kind: str, required: Sequence[str], columns: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the place of each row, for messages, and its values by name, None for an empty cell.
+
+    A CSV may separate by commas, semicolons or tabs, in UTF-8 or in UTF-16 with a byte order mark,
+    and its columns may be in any order and case.
+
+    Args:
+      path: The file.
+      kind: "csv" (a header names the columns) or "jsonl" (one object a line).
+      required: The names without which the file is none of its kind.
+      columns: All names that are read; others may be there.
+
+    Raises:
+      UserError: naming the file and the line, if it cannot be read, or lacks what is required.
+    """
+    text = listing.read_text(path)
+    if kind == "csv":
+        yield from _csv_rows(path, text, required, columns)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        row = listing.parse_json(where, line)
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object, got {line[:40]!r}")
+        for name in required:
+            if name not in row:
+                raise UserError(f"{where}: the key {name!r} is missing; there are {columns}")
+        yield where, row
+
+
+def _csv_rows(path, text, required, columns):
+    delimiter, header = _csv_header(path, text, required, columns)
+    lines = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        strict=True,
+        # Where the names of the columns are spaced, so are the cells.
+        skipinitialspace=any(name.startswith(" ") for name in header[1:]),
+    )
+    names = [name.strip().lower() for name in header]
+    try:
+        next(lines)
+        for cells in lines:
+            where = f"{path}: line {lines.line_num}"
+            if not any(cells):  # as Excel leaves below a table
+                continue
+            if any(cells[len(names) :]):
+                raise UserError(
+                    f"{where}: more fields than columns; put texts with {delimiter!r} between "
+                    'quotation marks (")'
+                )
+            # A quotation mark that opens a text, rather than a cell, takes in the rows below it.
+            for cell in cells:
+                if any(row.count(delimiter) >= len(names) - 1 for row in cell.split("\n")[1:]):
+                    raise UserError(
+                        f"{where}: one field holds whole rows, {cell[:60]!r}...; put texts with "
+                        'quotation marks (") between quotation marks, and double their own'
+                    )
+            row = dict.fromkeys(names) | dict(zip(names, cells, strict=False))
+            yield where, {name: value or None for name, value in row.items()}
+    except csv.Error as error:
+        raise UserError(f"{path}: line {lines.line_num}: not a CSV file: {error}") from error
+
+
+def _csv_header(path, text, required, columns):
+    """Returns the delimiter of a table, which its first line tells, and the names of the columns.
+
+    Excel separates by semicolons where numbers have a decimal comma.
+    """
+    headers = {}
+    for delimiter in _DELIMITERS:
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        with as_user_error(f"{path}: line 1: not a CSV file", errors=csv.Error):
+            headers[delimiter] = next(lines, [])
+        names = [name.strip().lower() for name in headers[delimiter]]
+        if set(required) <= set(names):
+            for name in columns:
+                if names.count(name) > 1:
+                    raise UserError(f"{path}: the column {name!r} is there twice")
+            return delimiter, headers[delimiter]
+    likely = max(headers, key=lambda delimiter: len(headers[delimiter]))
+    names = [name.strip().lower() for name in headers[likely]]
+    missing = next(name for name in required if name not in names)
+    raise UserError(
+        f"{path}: the column {missing!r} is missing; the first line names the columns "
+        f"({', '.join(columns)}), and is {likely.join(headers[likely])!r:.80}"
+    )
