@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from fne_jax.encoders.layers import layer_norm
 from fne_jax.encoders.layouts import DENSE, NORM, TABLE, TEXT_SIZES, Layout
@@ -54,7 +55,7 @@ class TextTower(Tower):
 
     def table(self, name: str, rows: int) -> jax.Array:
         """Returns the [rows, width] float32 embeddings that are stored under a name."""
-        return self.param(name, nn.initializers.normal(0.02), (rows, self.width))
+        return self.param(name, nn.initializers.normal(0.02, jnp.float32), (rows, self.width))
 
 
 class Bert(TextTower):

@@ -27,7 +27,7 @@ def normalize_pixels(
     Returns:
       [batch, side, side, 3] float32.
     """
-    mean, std = (jnp.array(values).reshape(1, 1, 1, 3) for values in (mean, std))
+    mean, std = (jnp.array(values, jnp.float32).reshape(1, 1, 1, 3) for values in (mean, std))
     return (image.astype(jnp.float32) / 255.0 - mean) / std
 
 

@@ -15,7 +15,7 @@ from fne_jax.encoders.low_rank import LowRankDense
 
 # Random initialisation follows the original ViT's code rather than BERT's fixed deviation of 0.02,
 # which suits a width of 768 but leaves narrow towers nearly silent for their first hundred steps.
-KERNEL_INIT = nn.initializers.xavier_uniform()
+KERNEL_INIT = nn.initializers.xavier_uniform(dtype=jnp.float32)
 
 
 # By the names that Hugging Face's configs give them.

@@ -30,9 +30,10 @@ class LowRankDense(nn.Dense):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Returns the [..., features] outputs of [..., width] inputs, in the compute dtype."""
         width, shape = inputs.shape[-1], (self.features,)
-        kernel = self.param(_MERGED, self.kernel_init, (width, *shape))
-        first = self.param(FACTORS[0], nn.initializers.normal(width**-0.5), (width, self.rank))
-        second = self.param(FACTORS[1], nn.initializers.zeros, (self.rank, *shape))
+        kernel = self.param(_MERGED, self.kernel_init, (width, *shape), jnp.float32)
+        init = nn.initializers.normal(width**-0.5, jnp.float32)
+        first = self.param(FACTORS[0], init, (width, self.rank))
+        second = self.param(FACTORS[1], nn.initializers.zeros, (self.rank, *shape), jnp.float32)
         inputs = inputs.astype(self.dtype)
 
         def product(x, matrix):
@@ -40,7 +41,7 @@ class LowRankDense(nn.Dense):
 
         out = product(inputs, kernel) + product(product(inputs, first), second)
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, shape).astype(self.dtype)
+            bias = self.param("bias", self.bias_init, shape, jnp.float32).astype(self.dtype)
             out += bias.reshape((1,) * (out.ndim - 1) + shape)
         return out
 

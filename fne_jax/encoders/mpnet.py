@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fne_jax.encoders.layouts import DENSE, NORM, TABLE, TEXT_SIZES, Layout
@@ -49,7 +50,7 @@ class MPNet(Roberta, kw_only=True):
 
     def attention_bias(self, tokens: int) -> jax.Array:
         """Returns the [heads, tokens, tokens] float32 bias of each query's distance to a token."""
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.normal(0.02, jnp.float32)
         table = self.param("relative_attention_bias", init, (_BUCKETS, self.heads))
         return table[_bucket_of(tokens)].transpose(2, 0, 1)
 

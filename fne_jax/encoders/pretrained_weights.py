@@ -215,7 +215,7 @@ def _shapes(module) -> dict[str, tuple[int, ...]]:
     shapes = {name: value.shape for name, value in MODELS[model_type_of(module)].scalars.items()}
     for begin, tower in towers_of(module).items():
         if isinstance(tower, VisionTower):
-            inputs = (jnp.zeros((1, tower.image_size, tower.image_size, 3)),)
+            inputs = (jnp.zeros((1, tower.image_size, tower.image_size, 3), jnp.float32),)
         else:
             inputs = (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
         plain = tower.clone(scan_layers=False, remat=NONE, lora_rank=0)

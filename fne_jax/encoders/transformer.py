@@ -92,7 +92,8 @@ class TransformerLayer(nn.Module):
             norm = layer_norm(self.norm_epsilon, self.dtype, f"{name}_norm")
             out = part(norm(hidden) if self.pre_norm else hidden)
             if self.layer_scale:
-                scale = self.param(f"{name}_scale", nn.initializers.ones, (hidden.shape[-1],))
+                ones, width = nn.initializers.ones, hidden.shape[-1]
+                scale = self.param(f"{name}_scale", ones, (width,), jnp.float32)
                 out *= scale.astype(self.dtype)[None, None]
             out = nn.Dropout(self.dropout)(out, deterministic=deterministic)
             hidden = hidden + out if self.pre_norm else norm(hidden + out)

@@ -79,7 +79,8 @@ class VisionTower(Tower):
 
     def _learned_tokens(self, name: str, count: int, batch: int = 1) -> jax.Array:
         """Returns [batch, count, width] parameters in the compute dtype, alike for all images."""
-        tokens = self.param(name, nn.initializers.normal(self.width**-0.5), (1, count, self.width))
+        init = nn.initializers.normal(self.width**-0.5, jnp.float32)
+        tokens = self.param(name, init, (1, count, self.width))
         return jnp.broadcast_to(tokens.astype(self.dtype), (batch, count, self.width))
 
 

@@ -104,7 +104,7 @@ def write_likely_matches(
 @jax.jit
 def _scores(text_emb, bank_rows, image_emb, banks, has_captions):
     """Returns [rows, images] how near captions are to images, and to the nearest of their own."""
-    lowest = jnp.full((len(bank_rows), len(image_emb)), -jnp.inf)
+    lowest = jnp.full((len(bank_rows), len(image_emb)), -jnp.inf, jnp.float32)
     by_captions, _ = jax.lax.scan(
         lambda so_far, bank: (jnp.maximum(so_far, cosine(bank_rows, bank)), None), lowest, banks
     )

@@ -35,7 +35,8 @@ def unlabelled_pairs(split: EmbeddedSplit, *, per_query: int, relative: bool) ->
     baseline = split.own_similarity if relative else np.zeros(len(captions), np.float32)
     on_device = jax.device_put(image_emb)
     # Carried on from block to block: images as queries would need all similarities once more.
-    of_images = jnp.full((images, per_query), -jnp.inf), jnp.zeros((images, per_query), jnp.int32)
+    shape = images, per_query
+    of_images = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32)
 
     def best_of(part: slice):
         nonlocal of_images

@@ -339,7 +339,7 @@ def initial_params(
       rng: A typed PRNG key.
     """
     size = config.encoder.image.image_size
-    pixels = jnp.zeros((1, size, size, 3))
+    pixels = jnp.zeros((1, size, size, 3), jnp.float32)
     tokens = jnp.zeros((1, config.data.text_length), jnp.int32)
     (image_emb, _), variables = module.init_with_output(rng, pixels, tokens, tokens + 1)
     params = variables["params"]

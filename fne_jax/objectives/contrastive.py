@@ -175,7 +175,8 @@ def multi_positive_loss(
     def direction(keys_axis):
         negative = jax.nn.logsumexp(negatives, axis=keys_axis, keepdims=True)
         losses = jnp.where(positives, jax.nn.softplus(negative - logits), 0.0)
-        return (losses.sum(axis=keys_axis) / positives.sum(axis=keys_axis)).mean()
+        count = positives.sum(axis=keys_axis, dtype=jnp.float32)
+        return (losses.sum(axis=keys_axis) / count).mean()
 
     return (direction(1) + direction(0)) / 2, None
 

@@ -85,7 +85,7 @@ def fne_triplet_loss(
       Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380, section 3.
     """
     return _loss_from_uniforms(
-        jax.random.uniform(rng, (2, jnp.shape(features.image)[0])),
+        jax.random.uniform(rng, (2, jnp.shape(features.image)[0]), jnp.float32),
         features,
         queue,
         stats,

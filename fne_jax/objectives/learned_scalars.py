@@ -35,7 +35,12 @@ LOWEST_UNCLIPPED = 0.001
 
 def initial() -> dict[str, dict[str, jax.Array]]:
     """Returns the parameters before training, to be added to those of the towers."""
-    return {LEARNED: {LOG_TEMPERATURE_FACTOR: jnp.zeros(()), BIAS_CHANGE: jnp.zeros(())}}
+    return {
+        LEARNED: {
+            LOG_TEMPERATURE_FACTOR: jnp.zeros((), jnp.float32),
+            BIAS_CHANGE: jnp.zeros((), jnp.float32),
+        }
+    }
 
 
 def towers_of(params: Mapping[str, Any]) -> dict[str, Any]:

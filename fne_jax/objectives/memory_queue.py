@@ -52,7 +52,7 @@ class MemoryQueue:
         """
         checks.in_range("size", size, 1)
         checks.in_range("dim", dim, 1)
-        vectors = jax.random.normal(rng, (2, size, dim))
+        vectors = jax.random.normal(rng, (2, size, dim), jnp.float32)
         vectors /= jnp.linalg.norm(vectors, axis=-1, keepdims=True)
         return cls(
             image=vectors[0],

@@ -198,7 +198,8 @@ def sample_negatives(rng: jax.Array, weights: jax.Array, fallback: jax.Array) ->
     Raises:
       ValueError: on a wrong shape or dtype.
     """
-    return _sample_from_uniform(jax.random.uniform(rng, jnp.shape(weights)[:1]), weights, fallback)
+    uniform = jax.random.uniform(rng, jnp.shape(weights)[:1], jnp.float32)
+    return _sample_from_uniform(uniform, weights, fallback)
 
 
 def _sample_from_uniform(uniform: jax.Array, weights: jax.Array, fallback: jax.Array) -> jax.Array:

@@ -59,7 +59,7 @@ class GaussianStatistics:
     def create(cls) -> GaussianStatistics:
         """Returns statistics that have seen no value yet."""
         # Three arrays rather than one thrice: a donated train state must not hold a buffer twice.
-        return cls(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
+        return cls(*(jnp.zeros((), jnp.float32) for _ in range(3)))
 
     @classmethod
     def from_moments(cls, count: float, mean: float, variance: float) -> GaussianStatistics:
@@ -90,7 +90,7 @@ class GaussianStatistics:
         """
         checks.mask("mask", mask, jnp.shape(values))
         values = jnp.where(mask, values, 0.0)
-        count = ema_decay * self.count + mask.sum()
+        count = ema_decay * self.count + mask.sum(dtype=jnp.float32)
         total = ema_decay * self.total + values.sum()
         mean = total / jnp.maximum(count, 1e-6)
         added = jnp.where(mask, jnp.square(values - mean), 0.0).sum()

@@ -171,7 +171,7 @@ def rowwise_cosine(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def take_keys(index: jax.Array, batch_keys: jax.Array, queue_keys: jax.Array | None) -> jax.Array:
-    """Returns the [batch, dim] keys at some indices.
+    """Returns the [batch, dim] float32 keys at some indices.
 
     Args:
       index: [batch] int32 indices into the keys: the batch's first, then the queue's slots.
@@ -179,8 +179,8 @@ def take_keys(index: jax.Array, batch_keys: jax.Array, queue_keys: jax.Array | N
       queue_keys: [size, dim] keys of the queue, or None without a queue.
     """
     batch = batch_keys.shape[0]
-    rows = jnp.asarray(batch_keys)[jnp.minimum(index, batch - 1)]
+    rows = jnp.asarray(batch_keys)[jnp.minimum(index, batch - 1)].astype(jnp.float32)
     if queue_keys is None:
         return rows
-    slots = jnp.asarray(queue_keys)[jnp.maximum(index - batch, 0)]
+    slots = jnp.asarray(queue_keys)[jnp.maximum(index - batch, 0)].astype(jnp.float32)
     return jnp.where((index < batch)[:, None], rows, slots)

@@ -150,7 +150,7 @@ def learning_rate_factors(
 
 def _depth_factor(tower, path, decay, rank):
     if not isinstance(tower, Tower) or path[0] in tower.after_layers:
-        return jnp.ones(())
+        return jnp.float32(1)
     layer = layer_of(tower, path)
     if layer is None:
         return jnp.float32(decay ** (tower.layers + 1))

@@ -156,7 +156,7 @@ def train_step(
         "loss": loss,
         "applied": applied,
         "gradient_norm": gradient_norm,
-        "learning_rate": settings.learning_rate(updates_applied(state.opt_state)),
+        "learning_rate": jnp.float32(settings.learning_rate(updates_applied(state.opt_state))),
         **_statistics_scalars(stats),
         **_scalars(new, aux, image_id.shape[0]),
     }
@@ -194,7 +194,10 @@ def _frozen_features(state, batch, settings):
 def _scalars(state, aux, batch_size):
     """Returns what the log gets of the state after a step, and of a triplet objective's choice."""
     filled = state.queue.image_id >= 0
-    scalars = {"queue_filled": filled.mean(), "queue_age_steps": filled.sum() / batch_size}
+    scalars = {
+        "queue_filled": filled.mean(),
+        "queue_age_steps": filled.sum(dtype=jnp.float32) / batch_size,
+    }
     if aux is not None:
         scalars["fallback_fraction"] = aux.fallback_fraction
         scalars["sampled_posterior"] = aux.posterior

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,7 +21,9 @@ from fne_jax.model.model import build_model, build_module
 from fne_jax.parallel import sharding
 from fne_jax.training import loop
 from fne_jax.training.optimizer import learning_rate_schedule
+from fne_jax.training.timeline import Phase
 from fne_jax.training.train_state import abstract_state, first_state
+from tests.support.runs import training_of
 from tests.support.tiny import tiny_config
 
 
@@ -100,6 +103,33 @@ def test_a_dinov2_starts_from_its_source_at_another_size(golden):
     jax.tree.map(np.testing.assert_array_equal, dict(state.params["image"]), expected)
 
 
+@pytest.mark.parametrize("pair", [True, False])
+def test_no_state_holds_64_bits(golden, pair):
+    images = {"encoder__image__pretrained": str(golden / ("siglip" if pair else "dinov2"))}
+    if pair:
+        fields = {"encoder__text__pretrained": images["encoder__image__pretrained"]}
+        fields |= {"objective__learn_temperature": True, "objective__temperature": 0.1}
+        fields |= {"encoder__image__image_size": 32}
+    else:
+        fields = {"encoder__image__image_size": 15, "encoder__projection_dim": 5}
+        fields |= {"encoder__text__lora_rank": 2, "optimizer__layer_decay": 0.5}
+    with jax.enable_x64(True):
+        config = tiny_config(fne__start_epoch=0.0, **images, **fields)
+        architectures = read_architectures(config.encoder)
+        mesh = sharding.create_mesh(1, 1, jax.devices()[:1])
+        training = training_of(config, build_module(config, architectures, 30), mesh, 3)
+        tokens, ids = (
+            jnp.zeros((16, config.data.text_length), jnp.int32),
+            jnp.arange(16, dtype=jnp.int32),
+        )
+        side = config.encoder.image.image_size
+        batch = {"image": jnp.zeros((16, side, side, 3), jnp.uint8), "input_ids": tokens}
+        batch |= {"attention_mask": tokens + 1, "image_id": ids, "pair_id": ids}
+        after = jax.eval_shape(training.steps[Phase.FNE], training.state, batch)
+    for leaf in jax.tree.leaves((training.state, after)):
+        assert leaf.dtype not in (np.float64, np.int64)
+
+
 @pytest.mark.parametrize(
     ("image", "text", "fields", "message"),
     [
@@ -177,6 +207,14 @@ def test_a_trained_model_embeds_what_it_is_given(trained, tmp_path):
     image_emb = model.embed_images(list(val.images))
     text_emb = model.embed_texts(val.captions)
     np.testing.assert_allclose(np.linalg.norm(image_emb, axis=1), 1, rtol=1e-5)
+    with jax.enable_x64(True):
+        again = fne_jax.load_workdir(trained)
+        for ours, wide in (
+            (image_emb, again.embed_images(list(val.images))),
+            (text_emb, again.embed_texts(val.captions)),
+        ):
+            assert wide.dtype == np.float32
+            np.testing.assert_allclose(ours, wide, atol=1e-5)
     metrics = fne_jax.retrieval_metrics(image_emb, text_emb, val.caption_image)
     evaluate.main([f"--workdir={trained}", "--split=val"])
     stored = read_values(json.loads((trained / "eval_val.json").read_text()))

@@ -1,7 +1,10 @@
 """The registry of objectives: what its entries read, and who reads it."""
 
+import functools
 import inspect
 
+import jax
+import jax.numpy as jnp
 import ml_collections
 import pytest
 
@@ -9,9 +12,10 @@ import fne_jax
 from configs import base
 from fne_jax import configuration
 from fne_jax.errors import UserError
-from fne_jax.objectives import registry
+from fne_jax.objectives import learned_scalars, registry
 from fne_jax.studies import cells
 from tests.support import pages_of_docs
+from tests.support.fne import make_batch
 
 
 def config_with(**changes):
@@ -110,6 +114,30 @@ def test_parts_of_fne_are_switched_by_the_config(changes, expected):
 def test_unknown_names_are_told_early(change, message):
     with pytest.raises(UserError, match=message):
         configuration.validate(config_with(**change))
+
+
+@pytest.mark.parametrize(
+    "mode", [functools.partial(jax.numpy_dtype_promotion, "strict"), jax.enable_x64]
+)
+def test_no_objective_needs_a_promotion_or_gives_64_bits(mode):
+    features, queue = make_batch(0)
+    half = jnp.asarray(features.momentum_image, jnp.bfloat16)
+
+    def step(name, features, queue):
+        config = config_with(objective__name=name, objective__temperature=0.1, objective__bias=-1.0)
+        features = features.replace(learned=learned_scalars.initial()[learned_scalars.LEARNED])
+        stats = fne_jax.SimilarityStatistics.create()
+        stats = fne_jax.update_similarity_statistics(stats, features.image, features.text)
+        out = registry.main_objective(config)(features, queue, stats, jax.random.key(0))
+        queue = queue.enqueue(features.momentum_image, features.momentum_text, features.image_id)
+        return out, stats, fne_jax.MemoryQueue.create(jax.random.key(0), 3, 2), queue
+
+    with mode():
+        for name in registry.OBJECTIVES:
+            for momentum in (features.momentum_image, half):
+                drawn = features.replace(momentum_image=momentum, momentum_text=momentum)
+                out = jax.eval_shape(functools.partial(step, name), drawn, queue)
+                assert not {leaf.dtype.name for leaf in jax.tree.leaves(out)} & {"float64", "int64"}
 
 
 def test_positives_are_for_losses_that_take_several():
