@@ -15,7 +15,7 @@ from etils import epath
 
 from fne_jax import files
 from fne_jax.data.pairs import SPLITS
-from fne_jax.data.preparation.checking import CheckedParts, Verdict, digest_of_files
+from fne_jax.data.preparation.checking import CheckedImage, CheckedParts, digest_of_files
 from fne_jax.data.preparation.storage import PairBuilder
 from fne_jax.data.sources.listing import ListedImage, Listing, Skipped, usable_captions
 from fne_jax.data.sources.registry import find_source
@@ -189,13 +189,13 @@ def _shown(skipped):
     return "".join(lines) + (f"\n  and {more} more" if more > 0 else "")
 
 
-def _usable(images: list[ListedImage], verdicts: list[Verdict]):
+def _usable(images: list[ListedImage], outcomes: list[CheckedImage]):
     """Returns for each image the record without its JPEG, or None, and what is left out."""
     kept: list[dict[str, Any] | None] = []
     skipped: list[Skipped] = []
-    for image, verdict in zip(images, verdicts, strict=True):
+    for image, outcome in zip(images, outcomes, strict=True):
         captions, ids, bad_captions = usable_captions(image)
-        reason = verdict.reason
+        reason = outcome.reason
         if not reason:
             skipped += bad_captions
             if not captions:

@@ -1,6 +1,6 @@
 """All images of a dataset checked on all cores, a part at a time, so that nothing is done twice.
 
-A part is a zip file in a scratch folder: `verdicts.json`, one entry an image, and the images that
+A part is a zip file in a scratch folder: `outcomes.json`, one entry an image, and the images that
 had to be converted. It appears whole or not at all; a later call takes it up, and looks again only
 at images that were refused or have changed since.
 """
@@ -32,7 +32,7 @@ IMAGES_PER_PART = 256
 # Part of the identity of parts and of prepared datasets: another number where images are judged or
 # converted otherwise, so that nothing is taken up that was made by other rules.
 RULES = 2
-_VERDICTS = "verdicts.json"
+_OUTCOMES = "outcomes.json"
 # What says that there is no file, beside that it or a folder is missing: links in a circle, and a
 # name that no file can have. Other errors, such as those of a network, say nothing of the file.
 _NO_FILE = (errno.ELOOP, errno.ENAMETOOLONG)
@@ -40,7 +40,7 @@ _STAMP_THREADS = 32  # most of all for remote files, whose stamps take a round t
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class CheckedImage:
     """What came of one image.
 
     Attributes:
@@ -72,26 +72,26 @@ class CheckedParts:
         self._images, self._scratch, self._resize_to = images, scratch, resize_to
         self._starts = range(0, len(images), IMAGES_PER_PART)
 
-    def check(self) -> list[Verdict]:
-        """Returns the verdicts, one an image, from parts that are there or are made now.
+    def check(self) -> list[CheckedImage]:
+        """Returns what came of each image, from parts that are there or are made now.
 
         Raises:
           UserError: If a file is there but cannot be read, which says nothing of the image.
         """
         self._scratch.mkdir(parents=True, exist_ok=True)
         Image.init()  # PIL loads its formats on first use, which must not happen in many threads
-        verdicts: dict[int, list[Verdict]] = {}
+        outcomes: dict[int, list[CheckedImage]] = {}
         # Threads: PIL lets go of the interpreter while it decodes, resizes and encodes.
         pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
         with Progress("checking images", len(self._images)) as progress:
             try:
                 waiting = {pool.submit(self._check_part, start): start for start in self._starts}
                 for done in concurrent.futures.as_completed(waiting):
-                    verdicts[waiting[done]] = done.result()
+                    outcomes[waiting[done]] = done.result()
                     progress.advance(len(done.result()))
             finally:
                 pool.shutdown(cancel_futures=True)
-        return [verdict for start in self._starts for verdict in verdicts[start]]
+        return [outcome for start in self._starts for outcome in outcomes[start]]
 
     def jpegs(self) -> Iterator[bytes]:
         """Yields the JPEG of every image, b"" of those refused, after `check`.
@@ -102,11 +102,11 @@ class CheckedParts:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in self._starts:
                 images = self._images[start : start + IMAGES_PER_PART]
-                verdicts, converted = self._read_part(start)
+                outcomes, converted = self._read_part(start)
                 paths = [image.path for image in images]
-                jpegs = pool.map(_stored_jpeg, paths, verdicts, converted)
-                for path, verdict, jpeg in zip(paths, verdicts, jpegs, strict=True):
-                    if not jpeg and not verdict.reason:
+                jpegs = pool.map(_stored_jpeg, paths, outcomes, converted)
+                for path, outcome, jpeg in zip(paths, outcomes, jpegs, strict=True):
+                    if not jpeg and not outcome.reason:
                         self._part(start).unlink()
                         raise UserError(
                             f"{path}: has changed since it was checked; run the same command again"
@@ -125,32 +125,32 @@ class CheckedParts:
             checked = [_check_image(image.path, self._resize_to) for image in images]
             return self._write_part(start, checked)
         checked, changed = [], False
-        for image, verdict, jpeg in zip(images, old, converted, strict=True):
-            if verdict.reason or (verdict.size, verdict.modified) != file_stamp(image.path):
-                verdict, jpeg = _check_image(image.path, self._resize_to)
+        for image, outcome, jpeg in zip(images, old, converted, strict=True):
+            if outcome.reason or (outcome.size, outcome.modified) != file_stamp(image.path):
+                outcome, jpeg = _check_image(image.path, self._resize_to)
                 changed = True
-            checked.append((verdict, jpeg))
+            checked.append((outcome, jpeg))
         return self._write_part(start, checked) if changed else old
 
     def _write_part(self, start, checked):
         stream = io.BytesIO()
-        verdicts = [verdict for verdict, _ in checked]
+        outcomes = [outcome for outcome, _ in checked]
         with zipfile.ZipFile(stream, "w") as archive:
-            entries = [dataclasses.asdict(verdict) for verdict in verdicts]
-            archive.writestr(_VERDICTS, json.dumps(entries))
-            for number, (verdict, jpeg) in enumerate(checked):
-                if verdict.converted:
+            entries = [dataclasses.asdict(outcome) for outcome in outcomes]
+            archive.writestr(_OUTCOMES, json.dumps(entries))
+            for number, (outcome, jpeg) in enumerate(checked):
+                if outcome.converted:
                     archive.writestr(f"{number}.jpg", jpeg)
         files.write_atomically(self._part(start), stream.getvalue())
-        return verdicts
+        return outcomes
 
     def _read_part(self, start):
-        """Returns a part's verdicts and JPEGs, b"" of those that are the files themselves."""
+        """Returns a part's outcomes and JPEGs, b"" of those that are the files themselves."""
         with zipfile.ZipFile(io.BytesIO(self._part(start).read_bytes())) as archive:
-            verdicts = [Verdict(**entry) for entry in json.loads(archive.read(_VERDICTS))]
-            return verdicts, [
-                archive.read(f"{number}.jpg") if verdict.converted else b""
-                for number, verdict in enumerate(verdicts)
+            outcomes = [CheckedImage(**entry) for entry in json.loads(archive.read(_OUTCOMES))]
+            return outcomes, [
+                archive.read(f"{number}.jpg") if outcome.converted else b""
+                for number, outcome in enumerate(outcomes)
             ]
 
 
@@ -194,19 +194,19 @@ def digest_of_files(images: Sequence[ListedImage], *, with_stamps: bool) -> str:
     return digest.hexdigest()[:16]
 
 
-def _stored_jpeg(path, verdict, converted):
+def _stored_jpeg(path, outcome, converted):
     """Returns the JPEG of an image, b"" where there is none or the file is another by now."""
-    if verdict.reason or verdict.converted:
+    if outcome.reason or outcome.converted:
         return converted
     try:
         content = path.read_bytes()
     except OSError:
         return b""
-    return content if hashlib.sha256(content).hexdigest() == verdict.digest else b""
+    return content if hashlib.sha256(content).hexdigest() == outcome.digest else b""
 
 
 def _check_image(path, resize_to):
-    """Returns the verdict and, if the image was converted, its JPEG."""
+    """Returns the outcome and, if the image was converted, its JPEG."""
     size, modified = file_stamp(path)
     try:
         if size < 0:
@@ -215,6 +215,6 @@ def _check_image(path, resize_to):
             content = path.read_bytes()
         jpeg = usable_jpeg(content, resize_to)
     except UnusableImage as fault:
-        return Verdict(size, modified, "", False, str(fault)), b""
-    verdict = Verdict(size, modified, hashlib.sha256(jpeg).hexdigest(), jpeg != content, "")
-    return verdict, jpeg if verdict.converted else b""
+        return CheckedImage(size, modified, "", False, str(fault)), b""
+    outcome = CheckedImage(size, modified, hashlib.sha256(jpeg).hexdigest(), jpeg != content, "")
+    return outcome, jpeg if outcome.converted else b""
