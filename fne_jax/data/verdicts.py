@@ -26,7 +26,7 @@ from fne_jax.data.pairs import SPLITS, PairDataset, portable_name
 from fne_jax.data.spreadsheet import cell_text, safe_cell
 from fne_jax.data.tables import read_rows
 from fne_jax.errors import UserError
-from fne_jax.files import write_atomically
+from fne_jax.files import as_user_error, write_atomically
 
 MATCH, NO_MATCH, UNSURE = WORDS = ("match", "no_match", "unsure")
 _SUFFIXES = (".csv", ".jsonl")
@@ -91,10 +91,8 @@ def write_verdicts(path: pathlib.Path, verdicts: Iterable[Verdict]) -> None:
         writer.writerows([safe_cell(value) for value in row.values()] for row in rows)
         # Without a byte order mark Excel reads UTF-8 as the system's own encoding.
         content = "\N{BYTE ORDER MARK}" + stream.getvalue()
-    try:
+    with as_user_error(f"{path}: cannot be written"):
         write_atomically(path, content.encode())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 def read_verdicts(

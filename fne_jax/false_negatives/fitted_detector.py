@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fne_jax.errors import UserError
-from fne_jax.files import write_atomically
+from fne_jax.files import as_user_error, write_atomically
 
 # What `pair_features` tells of a pair, and whether a higher one speaks for a match (1), against it
 # (-1) or either way (0).
@@ -317,12 +317,12 @@ def write(path: pathlib.Path, detector: FittedDetector) -> None:
     }
     for owner, names in ((detector, _TABLE), (detector.trees, _ARRAYS)):
         values |= {name: getattr(owner, name).tolist() for name in names}
-    try:
+    with as_user_error(f"{path}: cannot be written"):
         write_atomically(path, json.dumps(values) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from error
 
 
+# What a file that is no detector may raise.
+_MALFORMED = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
 _NUMBERS = ("slope", "offset", "log_loss", "baseline")
 _TABLE = ("least", "precision", "recall")
 _ARRAYS = {"feature": np.int64, "threshold": np.float64, "left": np.uint8, "value": np.float64}
@@ -334,8 +334,10 @@ def read(path: pathlib.Path) -> FittedDetector:
     Raises:
       UserError: naming the file, if it cannot be read, or is not what `write` writes.
     """
-    try:
-        values = json.loads(path.read_bytes())
+    with as_user_error(f"{path}: cannot be read"):
+        content = path.read_bytes()
+    with as_user_error(f"{path}: not a fitted detector", errors=_MALFORMED):
+        values = json.loads(content)
         if not isinstance(values, dict) or values.get("format") != _FORMAT:
             raise ValueError(f"it has no format {_FORMAT!r}")
         if values["features"] != list(FEATURES):
@@ -364,7 +366,3 @@ def read(path: pathlib.Path) -> FittedDetector:
             log_loss=numbers["log_loss"],
             about=dict(values["about"]),
         )
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}: not a fitted detector: {error!r}") from error
