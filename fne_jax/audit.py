@@ -23,6 +23,7 @@ from fne_jax.false_negatives import (
 )
 from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY
 from fne_jax.false_negatives.verdict_store import VerdictStore, read_any, store_path
+from fne_jax.files import check_writable
 from fne_jax.model.model import load_workdir
 
 # Pairs of each caption and of each image that are looked at for training.
@@ -39,10 +40,12 @@ def main(arguments: list[str]) -> None:
     fitted = None if fitting else suspect_options.read_fitted(options)
     if options.workdir is not None:
         workdir = pathlib.Path(options.workdir)
+        out = pathlib.Path(options.out or workdir / f"audit_{options.split}")
+        if options.matches is None:
+            check_writable(out, "--out")
         model = load_workdir(workdir, options.checkpoint or "best", overrides=overrides)
         name, theirs = workdir.resolve().name, options.caption_embeddings
         judged = judged_split.judged_by_model(model, name, options.split, theirs)
-        out = pathlib.Path(options.out or workdir / f"audit_{options.split}")
     else:
         config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
         folder, out = pathlib.Path(options.embeddings), pathlib.Path(options.out or "")

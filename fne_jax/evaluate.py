@@ -23,6 +23,7 @@ from fne_jax.evaluation import embedding_files, protocols, results
 from fne_jax.false_negatives import judged_evaluation
 from fne_jax.false_negatives.judged_split import judged_by_embeddings
 from fne_jax.false_negatives.verdict_store import read_any
+from fne_jax.files import check_writable
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import load_workdir, pretrained_model
 from fne_jax.parallel import processes
@@ -174,6 +175,9 @@ def _check_dump(dump: str | None, embeddings: str | None) -> None:
 def _checked(out, page):
     if out is not None and out == page:
         raise UserError(f"{out} cannot hold both the metrics (--out) and the page (--report)")
+    for path in (out, page):
+        if path is not None:
+            check_writable(path, "--out")
     return out, page
 
 

@@ -176,6 +176,21 @@ def local_folder(text: str, flag: str) -> pathlib.Path:
     return pathlib.Path(expand_home(text))
 
 
+def check_writable(path: pathlib.Path, flag: str) -> None:
+    """Checks that a file or folder can be written, before hours are spent on what it will hold.
+
+    Args:
+      path: The file or folder; it and folders above it may not exist yet.
+      flag: The flag that gives another, for the message.
+
+    Raises:
+      UserError: If this process must not write there.
+    """
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{path} cannot be written: no permission for {there}; give another {flag}")
+
+
 def _scratch_beside(path):
     # A name of its own for each writer: processes that share a file system may write at once.
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{_INCOMPLETE}")

@@ -1,10 +1,12 @@
 """Files appear whole or not at all, and nothing half-written stays behind."""
 
+import os
+
 import pytest
 from etils import epath
 
 from fne_jax.errors import UserError
-from fne_jax.files import as_user_error, whole_folder, write_atomically
+from fne_jax.files import as_user_error, check_writable, whole_folder, write_atomically
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,15 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path):
         with pytest.raises(OSError) as error:
             write_atomically(path, "x")
         assert str(error.value).endswith(f": {str(path)!r}")
+
+
+def test_what_cannot_be_written_is_told_before_it_is_made(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new" / "page.html", "--out")
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: path != tmp_path
+    )  # root may write anywhere
+    with pytest.raises(UserError, match=r"page.html cannot be written: no permission for .*--out"):
+        check_writable(tmp_path / "new" / "page.html", "--out")
 
 
 def test_a_folder_appears_when_its_block_ends(tmp_path):
