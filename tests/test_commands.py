@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.request
 
 import numpy as np
@@ -34,10 +35,14 @@ from tests.support.xla_flags import xla_flags
 
 def call(command, *arguments, devices=1):
     environment = os.environ | {"XLA_FLAGS": xla_flags(devices), "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        [sys.executable, "-m", f"fne_jax.{command}", *map(str, arguments)],
-        cwd=TOP, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        ended = subprocess.run(
+            [sys.executable, "-m", f"fne_jax.{command}", *map(str, arguments)], cwd=TOP,
+            env=environment | {"TMPDIR": folder}, capture_output=True, text=True,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert not os.listdir(folder), "nothing stays in the folder for temporary files"
+    return ended
 
 
 def refused(command, *arguments):
