@@ -25,6 +25,7 @@ from fne_jax.parallel import processes
 from fne_jax.training.metric_log import FILE_NAME as METRICS_FILE
 
 LOCK_FILE = "run.lock"
+_PATTERNS = "[]*?\\"  # which Orbax takes for a pattern where it looks for what it wrote
 
 
 @contextlib.contextmanager
@@ -130,8 +131,14 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
     warning, and where its locks end at the host (some mounts of buckets) other hosts do not see it.
 
     Raises:
-      UserError: If another run holds the folder, or it cannot be written to.
+      UserError: If another run holds the folder, or it cannot be written to or hold checkpoints.
     """
+    path = str(workdir.absolute())
+    if found := sorted(set(path) & set(_PATTERNS)):
+        raise UserError(
+            f"--workdir={workdir}: Orbax loses checkpoints there, for the {' '.join(found)} in "
+            f"its path {path}; give another folder"
+        )
     with contextlib.ExitStack() as stack:
         with processes.failing_together(f"--workdir={workdir}"):
             if jax.process_index() == 0:

@@ -80,6 +80,13 @@ def test_a_mistaken_start_leaves_nothing(tmp_path, fields, message):
     assert not workdir.exists()
 
 
+@pytest.mark.parametrize("name", ["a[1]", "back\\slash", "all*", "what?"])
+def test_a_folder_where_checkpoints_would_be_lost_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match=r"Orbax loses checkpoints there, for the .* in its path"):
+        run(tmp_path / name / "run")
+    assert not (tmp_path / name).exists()
+
+
 def test_a_workdir_without_a_checkpoint_is_taken_over(tmp_path, monkeypatch, whole_run):
     def failing(*arguments):
         raise UserError("the first batch failed")
