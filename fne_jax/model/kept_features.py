@@ -7,6 +7,7 @@ them. Whatever differs in any of it is computed again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -33,6 +34,7 @@ from fne_jax.parallel import processes
 from fne_jax.progress import Progress
 
 _FOLDER = "frozen"
+_ADVICE = "make room, or give another config.data.cache_dir or --config.data.keep_frozen=False"
 _log = logging.getLogger(__name__)
 
 
@@ -92,15 +94,18 @@ def keep(
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         folder = _cache(config) / _FOLDER / f"{tower}-{digest}"
         found = read_rows(folder, about, count, mask)
-        # Process 0 first; where others do not see what it wrote, they write it themselves.
-        for first in (True, False):
-            writes = found is None and (jax.process_index() == 0 or not first)
-            if processes.highest(writes):
-                rows = embedder.frozen_rows(tower, params, dataset, tokens, batch_size)
-                rows = _shown(rows, f"{tower}s through the frozen encoder", count)
-                with processes.failing_together("config.data.cache_dir"):
-                    _write(folder, about, rows, mask, writes)
-                found = read_rows(folder, about, count, mask)
+        if processes.highest(found is None):
+            with _held(folder):
+                found = read_rows(folder, about, count, mask)  # of another run meanwhile
+                # Process 0 first; where others do not see what it wrote, they write it themselves.
+                for first in (True, False):
+                    writes = found is None and (jax.process_index() == 0 or not first)
+                    if processes.highest(writes):
+                        rows = embedder.frozen_rows(tower, params, dataset, tokens, batch_size)
+                        rows = _shown(rows, f"{tower}s through the frozen encoder", count)
+                        with processes.failing_together("config.data.cache_dir"):
+                            _write(folder, about, rows, mask, writes)
+                        found = read_rows(folder, about, count, mask)
         kept[tower] = found
     return kept
 
@@ -142,6 +147,31 @@ def _mask(module, mask):
     )
 
 
+@contextlib.contextmanager
+def _held(folder):
+    """Lets one run at a time compute the rows of a folder; another waits and uses them."""
+    with contextlib.ExitStack() as stack:
+        with processes.failing_together("config.data.cache_dir"):
+            if jax.process_index() == 0:
+                with files.as_user_error(f"{folder}: cannot be written", _ADVICE):
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    # What runs left that were killed, whatever they computed.
+                    for lock in folder.parent.glob("*.lock"):
+                        with contextlib.suppress(BlockingIOError), _locked(lock, _pass_by):
+                            files.remove_leftovers(lock.with_suffix(""))
+                    own = folder.with_name(f"{folder.name}.lock")
+                    stack.enter_context(_locked(own, _wait))
+        yield
+
+
+def _locked(path, on_held):
+    return files.locked(path, on_held, "begin no second run on this data at the same time")
+
+
+def _pass_by(holder):
+    raise BlockingIOError(holder)
+
+
 def _write(folder, about, rows: Iterator[np.ndarray], mask, writes):
     """Writes the rows that all processes compute together, each to the last one."""
     if not writes:
@@ -149,21 +179,12 @@ def _write(folder, about, rows: Iterator[np.ndarray], mask, writes):
         return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_name(f"{folder.name}.lock")
-        with files.locked(lock, _wait, "begin no second run on this data at the same time"):
-            files.remove_leftovers(folder)
-            if folder.is_dir():  # by another run meanwhile
-                _drain(rows)
-            else:
-                write_rows(folder, about, rows, mask)
-                size = sum(file.stat().st_size for file in folder.iterdir())
-                _log.info("kept in %s: %.1f MB", folder, size / 1e6)
+        write_rows(folder, about, rows, mask)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        _log.info("kept in %s: %.1f MB", folder, size / 1e6)
     except OSError as error:
         _drain(rows)
-        raise EnvironmentFailure(
-            f"{folder}: cannot be written: {error}. Make room, or give another "
-            "config.data.cache_dir or --config.data.keep_frozen=False."
-        ) from error
+        raise EnvironmentFailure(f"{folder}: cannot be written: {error}; {_ADVICE}") from error
 
 
 def _drain(rows):

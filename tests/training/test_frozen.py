@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from fne_jax import configuration
+from fne_jax import configuration, files
 from fne_jax.data.batches import BatchOrder
 from fne_jax.data.sources.registry import load_split
 from fne_jax.encoders import freezing
@@ -20,7 +20,7 @@ from fne_jax.encoders.low_rank import LowRankDense, merge_factors
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.encoders.transformer import TransformerLayer
 from fne_jax.errors import UserError
-from fne_jax.model import checkpoints
+from fne_jax.model import checkpoints, kept_features
 from fne_jax.model.model import build_model, load_workdir
 from fne_jax.parallel import sharding
 from fne_jax.training import loop
@@ -214,7 +214,7 @@ def test_a_run_on_kept_features_is_bit_identical(tmp_path, fields):
     )
 
 
-def test_kept_features_are_of_their_weights_their_data_and_their_program(tmp_path):
+def test_kept_features_are_of_their_weights_their_data_and_their_program(tmp_path, monkeypatch):
     fields = {
         "encoder__image__frozen_layers": "1",
         "data__keep_frozen": True,
@@ -237,6 +237,22 @@ def test_kept_features_are_of_their_weights_their_data_and_their_program(tmp_pat
 
     first = kept()
     assert len(first) == 1 and kept() == first
+    # A run that waited for another one finds there what it was about to compute.
+    reads, read_rows = [], kept_features.read_rows
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            kept_features,
+            "read_rows",
+            lambda *given: reads.append(given) or (read_rows(*given) if len(reads) > 1 else None),
+        )
+        patch.setattr(kept_features, "_write", None)
+        assert kept() == first and len(reads) == 2
+    # What killed runs left is removed, unless its lock tells of a run that goes on.
+    killed, going_on = (tmp_path / "frozen" / name for name in ("text-0", "text-1"))
+    leftovers = [path.with_name(f"{path.name}.12345678.incomplete") for path in (killed, going_on)]
+    for leftover in leftovers:
+        leftover.mkdir()
+    killed.with_suffix(".lock").touch()
     for other in (
         {"seed": 1},
         {"batch": 8},
@@ -244,9 +260,11 @@ def test_kept_features_are_of_their_weights_their_data_and_their_program(tmp_pat
         {"data__resize_to": 6},
         {"image_mean": (0.4, 0.5, 0.6)},
     ):
-        more = kept(**other)
+        with files.locked(going_on.with_suffix(".lock"), lambda holder: None, ""):
+            more = kept(**other)
         assert len(more) == len(first) + 1
         first = more
+    assert [leftover.exists() for leftover in leftovers] == [False, True]
 
     for path in tmp_path.glob("frozen/*/values.bin"):
         path.write_bytes(path.read_bytes()[:-4])
