@@ -8,6 +8,7 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from etils import epath
 from PIL import Image
 
@@ -16,6 +17,7 @@ from fne_jax.data.pairs import SPLITS, PairDataset
 from fne_jax.data.sources import listing, pair_tables
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error, expand_home
+from fne_jax.index.names import Names
 
 _TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl"}
 AnyPath = str | os.PathLike
@@ -29,8 +31,8 @@ class Gallery:
       kind: "images" or "texts".
       where: What holds them, for messages.
       names: The name of each item, each once; of texts, the texts themselves.
-      stamps: What differs if an item of the same name is another: size and time of change of a
-        file, a checksum of a split. Equal after a round through JSON.
+      stamps: [items, 2] int64 that differ if an item of the same name is another: size and time of
+        change (ns) of a file, -1 where there is none; of a split, its checksum.
       content: Returns an item by its index: an image of any kind, or the text.
       captions: Returns the captions of an item by its index; () where none are known.
       path: Returns the file of an item by its index; "" where there is none.
@@ -38,8 +40,8 @@ class Gallery:
 
     kind: str
     where: str
-    names: Sequence[str]
-    stamps: Sequence[list]
+    names: Names
+    stamps: np.ndarray
     content: Callable[[int], AnyImage]
     captions: Callable[[int], Sequence[str]] = lambda index: ()
     path: Callable[[int], str] = lambda index: ""
@@ -106,7 +108,8 @@ def texts_of(source: AnyPath | Sequence[str], load_split: Callable[[str], PairDa
     texts = list(dict.fromkeys(text for text in texts if text.strip()))
     if not texts:
         raise UserError(f"{where}: there is no text")
-    return Gallery("texts", where, texts, [[]] * len(texts), texts.__getitem__)
+    names = Names.of(texts)
+    return Gallery("texts", where, names, np.zeros((len(names), 2), np.int64), names.__getitem__)
 
 
 def label_of(source: AnyPath) -> str:
@@ -138,22 +141,34 @@ def _image_suffixes():
 
 def _of_folder(folder):
     suffixes = _image_suffixes()
-    names, stamps = [], []
+    names, stamps, seen = [], [], set()
 
     def refuse(error):
         raise error
 
+    # Folders that are links come after all others, and each folder once, though links lead to it
+    # from several places or in a circle.
+    tops = [os.fspath(folder)]
     with as_user_error(f"{folder}: cannot be listed"):
-        for parent, folders, files in os.walk(folder, onerror=refuse):
+        for parent, folders, files in (
+            found for top in tops for found in os.walk(top, onerror=refuse)
+        ):
+            status = os.stat(parent)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
             # Hidden files are programs' own, as the `._photo.jpg` that macOS leaves on cards.
             folders[:] = sorted(name for name in folders if not name.startswith("."))
+            tops += filter(os.path.islink, (os.path.join(parent, name) for name in folders))
+            below = os.path.relpath(parent, folder)
             for name in files:
                 if name.startswith(".") or os.path.splitext(name)[1].lower() not in suffixes:
                     continue
                 path = os.path.join(parent, name)
                 stamp = _stamp(path)
-                if stamp is not None:
-                    names.append(os.path.relpath(path, folder))
+                if stamp[0] >= 0:
+                    names.append(os.path.normpath(os.path.join(below, name)))
                     stamps.append(stamp)
     if not names:
         raise UserError(
@@ -161,8 +176,7 @@ def _of_folder(folder):
             f"images by their endings ({', '.join(sorted(suffixes))})"
         )
     order = sorted(range(len(names)), key=names.__getitem__)
-    names, stamps = [names[n] for n in order], [stamps[n] for n in order]
-    return _files(str(folder), names, stamps, folder)
+    return _files(str(folder), [names[n] for n in order], [stamps[n] for n in order], folder)
 
 
 def _of_files(paths):
@@ -174,6 +188,7 @@ def _of_files(paths):
 
 def _files(where, names, stamps, folder, captions=None):
     """Returns the gallery of files by their paths, which may be relative to a folder."""
+    names, stamps = Names.of(names), np.array(stamps, np.int64)
 
     def path(index):
         return os.path.join(folder, names[index])
@@ -183,12 +198,12 @@ def _files(where, names, stamps, folder, captions=None):
 
 
 def _stamp(path):
-    """Returns the size and the time of change of a file; None for one that does not exist."""
+    """Returns the size and the time of change of a file; (-1, 0) for one that does not exist."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # a link to nowhere; a NUL in a list's name
-        return None
-    return [status.st_size, status.st_mtime_ns]
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def _table(path):
@@ -224,8 +239,8 @@ def _images_of_split(name, dataset):
     return Gallery(
         "images",
         f"the split {name}",
-        names,
-        [[dataset.identity.checksum]] * len(names),
+        Names.of(names),
+        np.full((len(names), 2), np.array(int(dataset.identity.checksum, 16), "u8").view("i8")),
         dataset.image,
         captions.__getitem__,
         (lambda index: "") if dataset.in_memory else dataset.images.source_file,

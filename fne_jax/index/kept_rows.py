@@ -2,9 +2,10 @@
 
 The folder holds parts, `part-000001` and so on, each written whole or not at all:
 
-  rows.npy      [rows, dim] float16, to be memory-mapped
-  names.jsonl   a line for each row, {"name": ..., "stamp": [...]}: of a file its size and its time
-                of change in nanoseconds
+  rows.npy      [rows, dim] float16; all arrays are memory-mapped
+  names.npy     [bytes] uint8, the names of the rows in UTF-8, one after the other
+  ends.npy      [rows] int64, where each name ends
+  stamps.npy    [rows, 2] int64: of a file its size and its time of change in nanoseconds
   about.json    the layout's number, `model`, what the rows were computed by, and `complete`
 
 Parts are added while rows are computed. The last one is `complete`: it has all rows in the order of
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -30,12 +32,15 @@ import numpy as np
 
 from fne_jax.errors import UserError, first_line
 from fne_jax.files import locked, remove_leftovers, whole_folder, write_atomically
+from fne_jax.index.names import Names
 
-ROWS, NAMES, ABOUT = "rows.npy", "names.jsonl", "about.json"
+ROWS, NAMES, ENDS, STAMPS = "rows.npy", "names.npy", "ends.npy", "stamps.npy"
+ABOUT = "about.json"
 # Counts up with each change of what a part holds.
-LAYOUT = 1
+LAYOUT = 2
 _PART = re.compile(r"part-(\d{6,})")
 _COPIED_ROWS = 16_384
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _log = logging.getLogger(__name__)
 
 
@@ -46,25 +51,28 @@ class Part:
     Attributes:
       folder: Where they lie.
       dim: The dimension of the rows.
-      names: The name of each row.
-      stamps: The stamp of each row.
       model: What the rows were computed by.
       complete: Whether these are all rows of the folder.
     """
 
     folder: pathlib.Path
     dim: int
-    names: list[str]
-    stamps: list[list]
     model: Mapping[str, Any]
     complete: bool
 
+    # No part keeps its maps: hours of embedding leave more of them than a process may have files
+    # open.
     def open_rows(self) -> np.ndarray:
-        """Returns the [rows, dim] float16 as a map of the file.
+        """Returns the [rows, dim] float16 as a map of the file."""
+        return _mapped(self.folder / ROWS)
 
-        No part keeps it: hours of embedding leave more of them than a process may have files open.
-        """
-        return np.load(self.folder / ROWS, mmap_mode="r", allow_pickle=False)
+    def open_names(self) -> Names:
+        """Returns the name of each row, as maps of the files."""
+        return Names(_mapped(self.folder / NAMES), _mapped(self.folder / ENDS))
+
+    def open_stamps(self) -> np.ndarray:
+        """Returns the [rows, 2] int64 stamps as a map of the file."""
+        return _mapped(self.folder / STAMPS)
 
 
 class KeptRows:
@@ -83,33 +91,36 @@ class KeptRows:
         self._number = 0
         self.parts = self._read()
 
-    def places(self) -> dict[str, tuple[list, int, int]]:
+    def places(self) -> dict[str, tuple[list[int], int, int]]:
         """Returns the stamp of each name, and the part and the row where it is kept."""
         return {
             name: (stamp, number, row)
             for number, part in enumerate(self.parts)
-            for row, (name, stamp) in enumerate(zip(part.names, part.stamps, strict=True))
+            for row, (name, stamp) in enumerate(
+                zip(part.open_names(), part.open_stamps().tolist(), strict=True)
+            )
         }
 
-    def add(self, names: Sequence[str], stamps: Sequence[list], rows: np.ndarray) -> None:
+    def add(self, names: Sequence[str], stamps: np.ndarray, rows: np.ndarray) -> None:
         """Adds rows that were computed now, [rows, dim] floats of about length 1, as a part."""
-        self._write(names, stamps, [np.asarray(rows, np.float16)], rows.shape, complete=False)
+        rows = np.asarray(rows, np.float16)
+        self._write(Names.of(names), stamps, [rows], rows.shape, complete=False)
 
-    def is_complete(self, names: Sequence[str], stamps: Sequence[list]) -> bool:
+    def is_complete(self, names: Names, stamps: np.ndarray) -> bool:
         """Returns whether just these rows are kept, in this order, as one part."""
         if len(self.parts) != 1 or not self.parts[0].complete:
             return False
         only = self.parts[0]
-        return only.names == list(names) and only.stamps == list(stamps)
+        return only.open_names() == names and np.array_equal(only.open_stamps(), stamps)
 
-    def complete(self, names: Sequence[str], stamps: Sequence[list]) -> Part:
+    def complete(self, names: Names, stamps: np.ndarray) -> Part:
         """Keeps the rows of some names alone, in their order, and returns them as one part.
 
         Args:
           names: Names that all are among `places`.
           stamps: Their stamps.
         """
-        names, stamps, before = list(names), list(stamps), list(self.parts)
+        before = list(self.parts)
         if self.is_complete(names, stamps):
             return before[0]
         places = self.places()
@@ -134,23 +145,14 @@ class KeptRows:
     def _write(self, names, stamps, blocks, shape, *, complete):
         self._number += 1  # whatever becomes of it, no other part takes the number
         folder = self._folder / f"part-{self._number:06d}"
-        lines = (
-            json.dumps({"name": name, "stamp": stamp}) + "\n"
-            for name, stamp in zip(names, stamps, strict=True)
-        )
         about = {"layout": LAYOUT, "complete": complete, "model": self._model}
         with whole_folder(folder) as scratch:
-            # Not through a map of the file: a full disk would end the process without a word.
-            with (scratch / ROWS).open("wb") as stream:
-                header = {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)}
-                np.lib.format.write_array_header_1_0(stream, header)
-                for block in blocks:
-                    stream.write(np.ascontiguousarray(block, "<f2"))
-            with (scratch / NAMES).open("w", encoding="utf-8") as stream:
-                stream.writelines(lines)
+            _save(scratch / ROWS, "<f2", shape, blocks)
+            _save(scratch / NAMES, "u1", names.text.shape, [names.text])
+            _save(scratch / ENDS, "<i8", names.ends.shape, [names.ends])
+            _save(scratch / STAMPS, "<i8", stamps.shape, [stamps])
             write_atomically(scratch / ABOUT, json.dumps(about, indent=2) + "\n")
-        part = Part(folder, shape[1], list(names), list(stamps), self._model, complete)
-        self.parts.append(part)
+        self.parts.append(Part(folder, shape[1], self._model, complete))
 
     def _read(self):
         """Returns the parts that count, and removes the others, saying why."""
@@ -202,15 +204,30 @@ def _read_part(folder):
     about = json.loads((folder / ABOUT).read_bytes())
     if about["layout"] != LAYOUT:
         raise ValueError(f"{ABOUT} has not the layout {LAYOUT}")
-    rows = np.load(folder / ROWS, mmap_mode="r", allow_pickle=False)
-    # As one list, which is parsed in less time than a million lines are.
-    lines = (folder / NAMES).read_text(encoding="utf-8").rstrip("\n").replace("\n", ",")
-    entries = json.loads(f"[{lines}]")
-    names = [entry["name"] for entry in entries]
-    stamps = [entry["stamp"] for entry in entries]
-    if rows.dtype != np.float16 or rows.ndim != 2 or len(rows) != len(names):
-        raise ValueError(f"{len(names)} names for {ROWS}, {rows.dtype} {list(rows.shape)}")
-    return Part(folder, rows.shape[1], names, stamps, about["model"], about["complete"])
+    rows = _mapped(folder / ROWS)
+    part = Part(folder, rows.shape[-1], about["model"], about["complete"])
+    names, stamps = part.open_names(), part.open_stamps()
+    if not rows.dtype == np.float16 or rows.ndim != 2 or not len(rows) == len(names) == len(stamps):
+        raise ValueError(
+            f"{len(names)} names and {len(stamps)} stamps for {ROWS}, {rows.dtype} "
+            f"{list(rows.shape)}"
+        )
+    if len(names.text) != (names.ends[-1] if len(names) else 0):
+        raise ValueError(f"{NAMES} does not end where {ENDS} says")
+    return part
+
+
+def _mapped(path):
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _save(path, dtype, shape, blocks):
+    """Writes an array; not through a map, where a full disk would end the process silently."""
+    with path.open("wb") as stream:
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_1_0(stream, header)
+        for block in blocks:
+            stream.write(np.ascontiguousarray(block, dtype))
 
 
 def _in_words(model):
@@ -222,15 +239,20 @@ def _in_words(model):
 def held(folder: pathlib.Path) -> Iterator[None]:
     """Keeps other processes from changing a folder, which is created, while the block runs.
 
-    It waits for one that does.
+    It waits for one that does. A folder that this process must not write to is only read.
 
     Raises:
-      OSError: If the folder cannot be written to.
+      OSError: If there is no such folder and it cannot be created.
     """
-    folder.mkdir(parents=True, exist_ok=True)
 
     def wait(holder):
         _log.info("%s: another process (%s) is embedding there; waiting for it", folder, holder)
 
-    with locked(folder / "lock", wait, "search from one process"):
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / "lock", wait, "search from one process"))
+        except OSError as error:
+            if error.errno not in _READ_ONLY or not folder.is_dir():
+                raise
         yield

@@ -25,6 +25,7 @@ from fne_jax.index import engines, exact
 from fne_jax.index.engines import Engine
 from fne_jax.index.gallery import AnyPath, Gallery, images_of, texts_of
 from fne_jax.index.kept_rows import KeptRows, Part, held
+from fne_jax.index.names import Names
 from fne_jax.model.model import Model
 from fne_jax.progress import Progress
 
@@ -62,7 +63,8 @@ class SearchIndex:
 
     Args:
       gallery: The items.
-      part: The embeddings of those that could be used, in the gallery's order.
+      items: Which of them could be used, in the gallery's order.
+      part: The embeddings of these.
       model: The model.
       engine: What finds the nearest.
 
@@ -73,12 +75,13 @@ class SearchIndex:
         `{"text_to_image": 0.93, "image_to_image": 0.99}`; {} for the exact one.
     """
 
-    def __init__(self, gallery: Gallery, part: Part, model: Model, engine: Engine):
-        self.names, self.rows = part.names, part.open_rows()
+    def __init__(
+        self, gallery: Gallery, items: Sequence[int], part: Part, model: Model, engine: Engine
+    ):
+        self.names, self.rows = part.open_names(), part.open_rows()
         self.recall: dict[str, float] = {}
         self._gallery, self._model, self._engine = gallery, model, engine
-        used = set(part.names)
-        self._items = [n for n, name in enumerate(gallery.names) if name in used]
+        self._items = items
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -203,9 +206,9 @@ def build_index(
         place = pathlib.Path(expand_home(folder))
         advice = "keep it elsewhere by --index-dir, or in Python by folder="
         with as_user_error(f"{place}: the index cannot be kept", advice), held(place):
-            part = _update(place, items, model)
+            used, part = _update(place, items, model)
             nearest = engines.create_engine(engine, part)
-            index = SearchIndex(items, part, model, nearest)
+            index = SearchIndex(items, used, part, model, nearest)
             if engine != engines.EXACT:
                 path = engines.recall_path(engine, part)
                 index.recall = _kept_recall(path, nearest, index.rows, items, model)
@@ -214,16 +217,16 @@ def build_index(
 
 
 def _update(folder, gallery, model):
-    """Embeds what a folder lacks, and returns the part of all that can be used."""
+    """Embeds what a folder lacks; returns which items can be used, and the part of them."""
     kept = KeptRows(folder, model.identity())
     if kept.is_complete(gallery.names, gallery.stamps):
         count = len(gallery.names)
         _log.info("%d %s of %s: 0 embedded now, all kept", count, gallery.kind, gallery.where)
-        return kept.parts[0]
+        return range(count), kept.parts[0]
     places = kept.places()
     missing = [
         n
-        for n, (name, stamp) in enumerate(zip(gallery.names, gallery.stamps, strict=True))
+        for n, (name, stamp) in enumerate(zip(gallery.names, gallery.stamps.tolist(), strict=True))
         if name not in places or places[name][0] != stamp
     ]
     skipped = _embed(kept, gallery, missing, model) if missing else {}
@@ -234,7 +237,7 @@ def _update(folder, gallery, model):
             f"{next(iter(skipped.values()))}"
         )
     gone = len(places.keys() - set(gallery.names))
-    part = kept.complete([gallery.names[n] for n in used], [gallery.stamps[n] for n in used])
+    part = kept.complete(Names.of(gallery.names[n] for n in used), gallery.stamps[used])
     _log.info(
         "%d %s of %s: %d embedded now, %d kept%s",
         len(used), gallery.kind, gallery.where, len(missing) - len(skipped),
@@ -247,7 +250,7 @@ def _update(folder, gallery, model):
         _log.warning(
             "%d of %d images cannot be used:%s", len(skipped), len(gallery.names), "".join(lines)
         )
-    return part
+    return used, part
 
 
 def _embed(kept, gallery, missing, model):
@@ -260,7 +263,7 @@ def _embed(kept, gallery, missing, model):
         if waiting:
             items = [item for batch, _ in waiting for item in batch]
             rows = np.concatenate([rows for _, rows in waiting])
-            kept.add([gallery.names[n] for n in items], [gallery.stamps[n] for n in items], rows)
+            kept.add([gallery.names[n] for n in items], gallery.stamps[items], rows)
             waiting.clear()
 
     embedded = _images if gallery.kind == "images" else _texts

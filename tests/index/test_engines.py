@@ -11,6 +11,7 @@ import pytest
 from fne_jax.errors import UserError
 from fne_jax.index import engines, exact
 from fne_jax.index.kept_rows import KeptRows
+from fne_jax.index.names import Names
 from fne_jax.index.search_index import _recall_of_own, recall_at
 from tests.support.index import Model, build, unit, write_image
 
@@ -25,7 +26,7 @@ def part(tmp_path):
 def part_of(folder, numbers, dim=DIM):
     folder.mkdir(exist_ok=True)
     rows = unit(np.random.default_rng(0).standard_normal((200, dim)))[list(numbers)]
-    names, stamps = [str(number) for number in numbers], [[0]] * len(rows)
+    names, stamps = Names.of(map(str, numbers)), np.zeros((len(rows), 2), np.int64)
     kept = KeptRows(folder, {"step": 1})
     kept.add(names, stamps, rows)
     return kept.complete(names, stamps)

@@ -9,6 +9,7 @@ import pytest
 
 from fne_jax.errors import UserError
 from fne_jax.index import kept_rows
+from fne_jax.index.names import Names
 from tests.support.faults import FULL, Operations
 from tests.support.index import Dies, Killed, Model, build, build_and_die, pixels_of, write_image
 
@@ -79,7 +80,7 @@ def test_a_disk_that_is_full_is_one_error_and_loses_nothing(changed, begun):
     photos, _ = changed
     begin, operations = begun
     writes = [operation for operation in operations if operation.writes]
-    assert len(writes) == 6  # three files of the new rows, three of all
+    assert len(writes) == 10  # five files of the new rows, five of all
     for operation in writes:
         folder = begin()
         with Operations(folder, operation, FULL), pytest.raises(UserError) as error:
@@ -95,11 +96,12 @@ def test_many_parts_need_no_open_files(tmp_path):
     kept, before = kept_rows.KeptRows(tmp_path, {}), open_files()
     rows = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float16)
     for number in range(40):
-        kept.add([str(number)], [[]], rows[[number]])
+        kept.add([str(number)], np.zeros((1, 2), np.int64), rows[[number]])
     again = kept_rows.KeptRows(tmp_path, {})
     assert len(again.parts) == 40 and open_files() < before + 10
-    order = [str(number) for number in reversed(range(40))]
-    np.testing.assert_array_equal(again.complete(order, [[]] * 40).open_rows(), rows[::-1])
+    order = Names.of(str(number) for number in reversed(range(40)))
+    complete = again.complete(order, np.zeros((40, 2), np.int64))
+    np.testing.assert_array_equal(complete.open_rows(), rows[::-1])
 
 
 def test_a_second_process_waits_for_the_first(tmp_path):

@@ -1,6 +1,7 @@
 """An index follows its gallery: what is new, changed, gone, damaged; and what interrupts it."""
 
-import json
+import errno
+import itertools
 import logging
 import os
 import pathlib
@@ -87,11 +88,25 @@ def test_rows_and_names_are_files_that_anyone_reads(photos, tmp_path):
     rows = np.load(tmp_path / "index" / part / kept_rows.ROWS, mmap_mode="r")
     np.testing.assert_array_equal(rows, index.rows)
     assert isinstance(index.rows, np.memmap)
-    lines = (tmp_path / "index" / part / kept_rows.NAMES).read_text().splitlines()
-    entries = [json.loads(line) for line in lines]
+    text, ends, stamps = (
+        np.load(tmp_path / "index" / part / f"{name}.npy") for name in ("names", "ends", "stamps")
+    )
     status = (photos / "below" / "00.png").stat()
-    expected = {"name": "below/00.png", "stamp": [status.st_size, status.st_mtime_ns]}
-    assert expected in entries and [entry["name"] for entry in entries] == index.names
+    row = list(index.names).index("below/00.png")
+    assert [text[a:b].tobytes().decode() for a, b in itertools.pairwise([0, *ends])] == index.names
+    assert stamps[row].tolist() == [status.st_size, status.st_mtime_ns]
+
+
+def test_a_kept_index_is_read_where_nothing_can_be_written(photos, tmp_path, monkeypatch):
+    build(photos, tmp_path / "index")
+    before, model = sorted((tmp_path / "index").rglob("*")), Model()
+
+    def refuse(path, *arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(kept_rows, "locked", refuse)  # root may write anywhere
+    assert_as_if_new(build(photos, tmp_path / "index", model), photos)
+    assert not model.embedded and sorted((tmp_path / "index").rglob("*")) == before
 
 
 def test_another_model_embeds_all_anew_and_says_so_once(photos, tmp_path, caplog):
