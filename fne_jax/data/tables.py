@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fne_jax.data.sources import listing
@@ -15,7 +16,11 @@ _DELIMITERS = (",", ";", "\t")
 
 
 def read_rows(
-    path: AnyPath, kind: str, required: Sequence[str], columns: Sequence[str]
+    path: AnyPath,
+    kind: str,
+    required: Sequence[str],
+    columns: Sequence[str],
+    other_names: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the place of each row, for messages, and its values by name, None for an empty cell.
 
@@ -27,13 +32,14 @@ def read_rows(
       kind: "csv" (a header names the columns) or "jsonl" (one object a line).
       required: The names without which the file is none of its kind.
       columns: All names that are read; others may be there.
+      other_names: Other names of columns, which count where those are missing.
 
     Raises:
       UserError: naming the file and the line, if it cannot be read, or lacks what is required.
     """
     text = listing.read_text(path)
     if kind == "csv":
-        yield from _csv_rows(path, text, required, columns)
+        yield from _csv_rows(path, text, required, columns, other_names)
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -42,14 +48,15 @@ def read_rows(
         row = listing.parse_json(where, line)
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected an object, got {line[:40]!r}")
+        row = dict(zip(_named(row, other_names), row.values(), strict=True))
         for name in required:
             if name not in row:
                 raise UserError(f"{where}: the key {name!r} is missing; there are {columns}")
         yield where, row
 
 
-def _csv_rows(path, text, required, columns):
-    delimiter, header = _csv_header(path, text, required, columns)
+def _csv_rows(path, text, required, columns, other_names):
+    delimiter, header = _csv_header(path, text, required, columns, other_names)
     lines = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=delimiter,
@@ -57,7 +64,7 @@ def _csv_rows(path, text, required, columns):
         # Where the names of the columns are spaced, so are the cells.
         skipinitialspace=any(name.startswith(" ") for name in header[1:]),
     )
-    names = [name.strip().lower() for name in header]
+    names = _named((name.strip().lower() for name in header), other_names)
     try:
         next(lines)
         for cells in lines:
@@ -82,7 +89,7 @@ def _csv_rows(path, text, required, columns):
         raise UserError(f"{path}: line {lines.line_num}: not a CSV file: {error}") from error
 
 
-def _csv_header(path, text, required, columns):
+def _csv_header(path, text, required, columns, other_names):
     """Returns the delimiter of a table, which its first line tells, and the names of the columns.
 
     Excel separates by semicolons where numbers have a decimal comma.
@@ -92,16 +99,28 @@ def _csv_header(path, text, required, columns):
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         with as_user_error(f"{path}: line 1: not a CSV file", errors=csv.Error):
             headers[delimiter] = next(lines, [])
-        names = [name.strip().lower() for name in headers[delimiter]]
+        names = _named((name.strip().lower() for name in headers[delimiter]), other_names)
         if set(required) <= set(names):
             for name in columns:
                 if names.count(name) > 1:
-                    raise UserError(f"{path}: the column {name!r} is there twice")
+                    raise UserError(f"{path}: the column {name!r} appears twice")
             return delimiter, headers[delimiter]
+    if text.startswith("sep="):
+        raise UserError(f"{path}: line 1 is Excel's {text[:5]!r}; delete that line")
     likely = max(headers, key=lambda delimiter: len(headers[delimiter]))
-    names = [name.strip().lower() for name in headers[likely]]
+    names = _named((name.strip().lower() for name in headers[likely]), other_names)
     missing = next(name for name in required if name not in names)
     raise UserError(
         f"{path}: the column {missing!r} is missing; the first line names the columns "
         f"({', '.join(columns)}), and is {likely.join(headers[likely])!r:.80}"
     )
+
+
+def _named(names: Iterable[str], other_names: Mapping[str, Sequence[str]]) -> list[str]:
+    """Returns names of columns, another name of one that is missing replaced by its own."""
+    names = list(names)
+    for name, others in other_names.items():
+        found = [names.index(other) for other in others if other in names]
+        if name not in names and found:
+            names[found[0]] = name
+    return names

@@ -219,7 +219,7 @@ def test_a_damaged_row_is_told_by_its_line(tmp_path, kind, changes, message):
         (
             "a.csv",
             b"split,image_id,caption_id,caption,verdict,time,time\n",
-            "the column 'time' is there twice",
+            "the column 'time' appears twice",
         ),
         ("a.csv", b'split,image_id,caption_id,caption,verdict\n"train,1', "line 2: not a CSV"),
         ("a.csv", b"split,\nb\xff", "line 2: not text in UTF-8"),

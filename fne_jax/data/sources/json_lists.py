@@ -30,7 +30,9 @@ def read_listing(data_dir: str) -> Listing:
     folder = listing.existing_folder(
         data_dir, "the authors' lists *train*.json, *val*.json and *test*.json, and images/"
     )
-    paths = [listing.one_file(folder, f"*{split}*.json", "the authors' lists") for split in SPLITS]
+    paths = [
+        listing.one_file(folder, [f"*{split}*.json"], "the authors' lists") for split in SPLITS
+    ]
     file_of = functools.cache(listing.image_folder(folder).__truediv__)
     rows = itertools.chain(
         *(_rows(path, split, file_of) for split, path in zip(SPLITS, paths, strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 
 from etils import epath
 
@@ -26,13 +27,15 @@ IMAGES_FROM = {
     "as images/train2014/*.jpg and images/val2014/*.jpg",
 }
 ANY = "karpathy"  # the dataset of any name
+_log = logging.getLogger(__name__)
 
 
 def read_listing(data_dir: str, name: str = ANY) -> Listing:
     """Returns the dataset of a folder, `restval` counted as train, in the file's order.
 
     COCO's images and captions keep its own numbers (`cocoid` and `sentid`, its annotations' ids),
-    by which ECCV Caption and CxC name them; captions without any are numbered.
+    by which ECCV Caption and CxC name them. Where some have none, or one that does not fit the
+    records, all are numbered, with a word in the log.
 
     Args:
       data_dir: The folder.
@@ -50,10 +53,12 @@ def read_listing(data_dir: str, name: str = ANY) -> Listing:
         raise UserError(f"{path}: the key 'images' is missing (Karpathy's layout)")
     folder = listing.image_folder(path.parent)
     images = [
-        _read_entry(f"{path}: images[{index}]", index, entry, folder)
+        _read_entry(f"{path}: images[{index}]", entry, folder)
         for index, entry in enumerate(content["images"])
     ]
-    if all(number is None for image in images for number in image.caption_ids):
+    images = _with_image_ids(path, content["images"], images)
+    caption_ids = [number for image in images for number in image.caption_ids]
+    if not _fit(path, "sentid", caption_ids, listing.MAX_CAPTION_ID):
         images = _with_caption_ids(images)
     dataset = path.stem.removeprefix("dataset_")
     checked = listing.checked_listing(dataset, str(path), [path], images)
@@ -66,7 +71,7 @@ def read_listing(data_dir: str, name: str = ANY) -> Listing:
 def _find_json(data_dir, name):
     if name == ANY:
         folder = listing.existing_folder(data_dir, "dataset_<name>.json and images/")
-        return listing.one_file(folder, "dataset*.json", "Karpathy's layout")
+        return listing.one_file(folder, ["dataset*.json"], "Karpathy's layout")
     folder = epath.Path(data_dir).expanduser()
     path = folder / f"dataset_{name}.json"
     if not data_dir or not path.exists():
@@ -74,6 +79,30 @@ def _find_json(data_dir, name):
             f"config.data.dir is {data_dir!r}: {path.name} does not exist{_advice(name)}"
         )
     return path
+
+
+def _with_image_ids(path, entries, images):
+    """Returns the images with the first of the ids that all have, or their numbers in the file."""
+    for key in ("cocoid", "imgid"):
+        ids = [entry.get(key) for entry in entries]
+        if _fit(path, key, ids, listing.MAX_IMAGE_ID):
+            break
+    else:
+        ids = range(len(images))
+    return [dataclasses.replace(image, image_id=i) for image, i in zip(images, ids, strict=True)]
+
+
+def _fit(path, key, ids, most):
+    """Returns whether all have an id that records can hold; tells of it where only some have."""
+    bad = [
+        number for number in ids if number is None or (isinstance(number, int) and number > most)
+    ]
+    if bad and any(number is not None for number in ids):
+        _log.warning(
+            "%s: %d of %d have no %s or one above %d, as %s: they are numbered in the file's order",
+            path, len(bad), len(ids), key, most, bad[0],
+        )  # fmt: skip
+    return not bad
 
 
 def _with_caption_ids(images):
@@ -95,7 +124,7 @@ def _advice(name):
     )
 
 
-def _read_entry(where, index, entry, folder):
+def _read_entry(where, entry, folder):
     for key, kind in (("filename", str), ("split", str), ("sentences", list)):
         if not isinstance(entry, dict) or key not in entry:
             raise UserError(f"{where}: the key {key!r} is missing (Karpathy's layout)")
@@ -116,7 +145,7 @@ def _read_entry(where, index, entry, folder):
         split=SPLIT_OF[entry["split"]],
         path=folder / name,
         where=where,
-        image_id=entry.get("cocoid", entry.get("imgid", index)),
+        image_id=None,
         source_id=name,
         captions=[sentence.get("raw") for sentence in sentences],
         caption_ids=[sentence.get("sentid") for sentence in sentences],

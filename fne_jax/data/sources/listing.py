@@ -18,13 +18,22 @@ from fne_jax.errors import UserError
 from fne_jax.files import as_user_error
 
 # COCO's `restval` images belong to the training split of the published protocol.
-SPLIT_OF = {"train": "train", "restval": "train", "val": "val", "test": "test"}
+SPLIT_OF = {"train": "train", "restval": "train", "val": "val", "test": "test"} | dict.fromkeys(
+    ("valid", "validation", "dev"), "val"
+)
 # Far above the longest captions of Flickr30K and COCO: a longer text is a file read wrongly, such
 # as a table with an unclosed quotation mark.
 MAX_CAPTION_CHARACTERS = 2000
 # What the records hold.
-_MAX_IMAGE_ID, _MAX_CAPTION_ID = np.iinfo(np.int32).max, np.iinfo(np.int64).max
+MAX_IMAGE_ID, MAX_CAPTION_ID = np.iinfo(np.int32).max, np.iinfo(np.int64).max
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+# What is often in the place of a text file, and what to do.
+_PACKED = {
+    ".gz": "unpack it by gunzip",
+    ".zip": "unpack it",
+    ".xlsx": "save it as 'CSV UTF-8' in the spreadsheet",
+    ".xls": "save it as 'CSV UTF-8' in the spreadsheet",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +112,30 @@ def existing_folder(data_dir: str, expected: str) -> epath.Path:
     return folder
 
 
-def one_file(folder: epath.Path, pattern: str, kind: str) -> epath.Path:
-    """Returns the one file of a folder that matches a pattern.
+def one_file(folder: epath.Path, patterns: Sequence[str], kind: str) -> epath.Path:
+    """Returns the one file of a folder that matches one of some patterns.
 
     Raises:
       UserError: If there is none, or more than one.
     """
-    found = sorted(folder.glob(pattern))
+    # Not by `glob`, which takes a [ in the folder's own path for a pattern too.
+    with as_user_error(f"{folder}: cannot be listed"):
+        there = sorted(folder.iterdir())
+    found = [path for path in there if any(map(path.match, patterns))]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise UserError(f"{folder}: expected one {pattern} ({kind}), found {names}")
+        packed = (
+            ""
+            if found
+            else "".join(
+                f"; {path.name} is there: {_PACKED[path.suffix.lower()]}"
+                for path in there
+                if path.suffix.lower() in _PACKED
+            )
+        )
+        raise UserError(
+            f"{folder}: expected one {' or '.join(patterns)} ({kind}), found {names}{packed}"
+        )
     return found[0]
 
 
@@ -128,6 +151,8 @@ def read_text(path: epath.Path) -> str:
     Raises:
       UserError: If it cannot be read, or is in another encoding; it says how to convert it.
     """
+    if advice := _PACKED.get(path.suffix.lower()):
+        raise UserError(f"{path}: not a text file; {advice}")
     with as_user_error(f"{path}: cannot be read"):
         content = path.read_bytes()
     try:
@@ -288,7 +313,7 @@ def checked_listing(
     images: Iterable[ListedImage],
     advice: str = "",
 ) -> Listing:
-    """Returns a listing whose splits have images, each once, with unique ids that fit the records.
+    """Returns a listing whose images, in all splits or in test alone, appear once, with unique ids.
 
     Args:
       name: The name of the dataset.
@@ -302,14 +327,15 @@ def checked_listing(
     """
     images = sorted(images, key=lambda image: SPLITS.index(image.split))
     there = {image.split for image in images}
-    for split in SPLITS:
-        if split not in there:
-            raise UserError(f"{where}: no image of the split {split!r}{advice}")
+    if there != {"test"}:  # which can be evaluated on
+        for split in SPLITS:
+            if split not in there:
+                raise UserError(f"{where}: no image of the split {split!r}{advice}")
     image_of_id: dict[int, ListedImage] = {}
     image_of_file: dict[str, ListedImage] = {}
     image_of_caption: dict[int, ListedImage] = {}
     for image in images:
-        _check_number(image.where, "image id", image.image_id, _MAX_IMAGE_ID)
+        _check_number(image.where, "image id", image.image_id, MAX_IMAGE_ID)
         other = image_of_id.setdefault(image.image_id, image)
         if other is not image:
             raise UserError(
@@ -323,7 +349,7 @@ def checked_listing(
                 "image once, with all its captions"
             )
         for caption_id in image.caption_ids:
-            _check_number(image.where, "id of a caption", caption_id, _MAX_CAPTION_ID)
+            _check_number(image.where, "id of a caption", caption_id, MAX_CAPTION_ID)
             if caption_id in image_of_caption:
                 raise UserError(
                     f"{image.where}: the id of a caption, {caption_id}, already appears in "

@@ -21,6 +21,8 @@ from fne_jax.data.tables import read_rows
 from fne_jax.errors import UserError
 
 COLUMNS = ("image", "caption", "split", "image_id")
+# Other names of a column, taken where it is missing: open_clip's, Hugging Face's, and the usual.
+_OTHER_NAMES = {"image": ("filepath", "file_name"), "caption": ("title", "text")}
 # Shares of val and test where a table has no splits; the rest is train.
 VAL_SHARE, TEST_SHARE = 0.05, 0.05
 _WHOLE = re.compile(r"[0-9]{1,18}(\.0*)?")
@@ -43,7 +45,8 @@ def read_listing(data_dir: str, kind: str) -> Listing:
     path = epath.Path(data_dir).expanduser()
     if not data_dir or not path.is_file():
         folder = listing.existing_folder(data_dir, f"one table *.{kind}")
-        path = listing.one_file(folder, f"*.{kind}", "a table of image and caption")
+        patterns = [f"*.{kind}", *(["*.tsv"] if kind == "csv" else [])]
+        path = listing.one_file(folder, patterns, "a table of image and caption")
     rows = _image_rows(path, kind)
     _check_whole(rows, "split", "a hash of the image's path parts them without any")
     _check_whole(rows, "image_id", "images are numbered without any")
@@ -87,7 +90,7 @@ def _image_rows(path: epath.Path, kind: str) -> list[ListedImage]:
         file = path.parent / name
         return file, os.path.relpath(os.fspath(file), folder)
 
-    rows = read_rows(path, kind, COLUMNS[:2], COLUMNS)
+    rows = read_rows(path, kind, COLUMNS[:2], COLUMNS, _OTHER_NAMES)
     return [_image_row(file_of, *row) for row in rows]
 
 

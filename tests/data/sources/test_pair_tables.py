@@ -94,7 +94,8 @@ def test_mistakes_in_tables(tmp_path, change, message):
         ),
         ("csv", b"image,caption,Image\n", "the column 'image' appears twice"),
         ("csv", b"image;caption\na.jpg;one; two\n", "line 2: more fields .* with ';' between"),
-        ("csv", b"image;text\n", "the column 'caption' is missing; .* and is 'image;text'"),
+        ("csv", b"image;words\n", "the column 'caption' is missing; .* and is 'image;words'"),
+        ("csv", b"sep=;\nimage;caption\n", "line 1 is Excel's 'sep=;'; delete that line"),
         ("csv", b"image,caption\na\0.jpg,b\n", "line 2: 'image' is 'a.x00.jpg'"),
         ("jsonl", b'{"image": "\\ud800.jpg", "caption": "b"}', "line 1: 'image' is '.ud800.jpg'"),
         ("jsonl", b'{"image": "a\\u0000", "caption": "b"}', "line 1: 'image' is 'a.x00'"),
@@ -128,8 +129,16 @@ def test_tables_that_cannot_be_read(tmp_path, kind, text, message):
 
 
 def test_a_folder_must_hold_one_table(tmp_path):
-    with pytest.raises(UserError, match=r"expected one \*.csv.*found none"):
+    (tmp_path / "pairs.xlsx").touch()
+    message = (
+        r"expected one \*.csv or \*.tsv.*found none; pairs.xlsx is there: save it as 'CSV UTF-8'"
+    )
+    with pytest.raises(UserError, match=message):
         pair_tables.read_listing(str(tmp_path), "csv")
+    for name, advice in (("pairs.xlsx", "save it as"), ("pairs.csv.gz", "unpack it by gunzip")):
+        (tmp_path / name).touch()
+        with pytest.raises(UserError, match=rf"{name}: not a text file; {advice}"):
+            pair_tables.read_listing(str(tmp_path / name), "csv")
     (tmp_path / "a.csv").touch()
     (tmp_path / "b.csv").touch()
     with pytest.raises(UserError, match=r"found a\.csv, b\.csv"):
@@ -156,6 +165,9 @@ def exported(delimiter=",", encoding="utf-8", header=("image", "caption", "split
 
 
 EXPORTS = {
+    "open_clip's columns": exported("\t", header=("filepath", "title", "split")),
+    "Hugging Face's columns": exported(header=("file_name", "text", "split")),
+    "a validation split": exported().replace(b",val\r", b",validation\r"),
     "semicolons": exported(";"),
     "tabs in UTF-16, Excel's Unicode text": exported("\t", "utf-16"),
     "a byte order mark": exported(encoding="utf-8-sig"),
@@ -172,6 +184,14 @@ def test_exports_of_spreadsheets_are_read(tmp_path, export):
     for split, image in zip(SPLITS, images, strict=True):
         assert image.split == split and image.path == tmp_path / f"{split}.jpg"
         assert list(image.captions) == [CAPTION]
+
+
+def test_tabs_brackets_and_a_test_split_alone(tmp_path):
+    folder = tmp_path / "pairs [1]"
+    folder.mkdir()
+    (folder / "pairs.tsv").write_text("image\tcaption\tsplit\na.jpg\ta dog\ttest\n")
+    (image,) = pair_tables.read_listing(str(folder), "csv").images
+    assert image.split == "test" and image.path == folder / "a.jpg"
 
 
 @pytest.mark.parametrize("other", ["./a.jpg", "b/../a.jpg", "{folder}/a.jpg"])
