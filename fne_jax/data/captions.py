@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,15 +31,16 @@ def clean_caption(text: str, max_words: int) -> str:
 
     Hyphens and slashes part words, and `<person>` loses its brackets, as in the authors' code.
     """
-    text = _TO_NOTHING.sub("", _TO_SPACE.sub(" ", text.lower())).replace("<person>", "person")
+    text = _TO_SPACE.sub(" ", unicodedata.normalize("NFC", text).lower())
+    text = _TO_NOTHING.sub("", text).replace("<person>", "person")
     return " ".join(text.split()[:max_words])
 
 
 def fit_tokenizer(captions: Sequence[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
-    """Returns a WordPiece tokenizer fitted to cleaned captions.
+    """Returns a WordPiece tokenizer fitted to cleaned captions, which keeps accents and marks.
 
-    The same captions give the same ids in every process: special tokens come first, the other
-    pieces in alphabetical order.
+    Case and the Unicode form of a letter do not count. The same captions give the same ids in every
+    process: special tokens come first, the other pieces in alphabetical order.
 
     Args:
       captions: The cleaned captions.
@@ -45,14 +48,24 @@ def fit_tokenizer(captions: Sequence[str], vocab_size: int) -> transformers.PreT
     """
     special = list(_SPECIAL.values())
     learner = _wordpiece(None)
+    # Ahead of the trainer, which holds the normalizer's lock.
+    texts = [learner.normalizer.normalize_str(caption) for caption in captions]
+    seen = Counter()
+    for text in texts:
+        seen.update(text)
+    # The commonest letters that there is room for, each as the beginning of a word and within one.
+    ranked = sorted(seen, key=lambda letter: (-seen[letter], letter))
+    known = ranked[: (vocab_size - len(special)) // 2]
     # The trainer breaks ties by number, and numbers the letters within words as it meets them, in
-    # an order that differs from run to run; told them beforehand, it learns the same pieces.
-    words = (learner.normalizer.normalize_str(caption) for caption in captions)
-    letters = [f"##{letter}" for letter in sorted(set().union(*words))]
+    # an order that differs from run to run; told them beforehand, it learns the same pieces. An
+    # ideograph is a word by itself.
+    within = [x for x in sorted(known) if learner.normalizer.normalize_str(x) == x]
+    letters = [f"##{letter}" for letter in within]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=special + letters, show_progress=False
     )
-    learner.train_from_iterator(captions, trainer)
+    rare = dict.fromkeys(map(ord, ranked[len(known) :]), " ")
+    learner.train_from_iterator((text.translate(rare) for text in texts), trainer)
     pieces = special + sorted(set(learner.get_vocab()) - set(special))
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     tokenizer = _wordpiece(vocabulary)
@@ -64,8 +77,12 @@ def fit_tokenizer(captions: Sequence[str], vocab_size: int) -> transformers.PreT
 
 
 def _wordpiece(vocabulary):
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    # Scripts without spaces have long words.
+    longest = {"max_input_chars_per_word": 10_000}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", **longest))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.BertNormalizer(strip_accents=False, lowercase=True)]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return tokenizer
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -59,6 +60,46 @@ def test_fitted_tokenizer_tells_captions_apart_and_pads():
     assert len({row.tobytes() for row in ids}) == len(TEXTS)
     assert (ids[mask == 0] == tokenizer.pad_token_id).all()
     assert (ids[:, 0] == tokenizer.cls_token_id).all()
+
+
+# Two captions that differ in a mark, an accent or a vowel sign alone.
+OF_SCRIPTS = {
+    "Japanese": ("ガラス の 皿", "カラス の 皿"),
+    "Hindi": ("एक लाल फूल", "एक लाल फल"),
+    "Bengali": ("বালক কুল", "বালক কল"),
+    "Vietnamese": ("con bò ăn cỏ", "con bơ ăn co"),
+    "Thai": ("แมว ใกล้ บ้าน " * 9, "แมว ไกล บ้าน " * 9),
+    "Thai without spaces": ("แมวนอนอยู่บนโซฟา" * 9, "แมวนอนอยบนโซฟา" * 9),
+    "Arabic": ("مَدرسة", "مدرسة"),
+    "Hebrew": ("שָׁלוֹם", "שלום"),
+    "German": ("Ein schöner Bär", "Ein schoner Bar"),
+    "emoji": ("a \U0001f436 \U0001f3fd", "a \U0001f431 \U0001f3fd"),
+}
+
+
+@pytest.mark.parametrize("script", OF_SCRIPTS)
+def test_a_fitted_tokenizer_keeps_the_marks_of_every_script(script):
+    texts = [captions.clean_caption(text, 30) for text in OF_SCRIPTS[script]]
+    tokenizer = captions.fit_tokenizer(texts, 1000)
+    ids, _ = captions.tokenize(tokenizer, texts, 40)
+    assert (ids[0] != ids[1]).any() and tokenizer.unk_token_id not in ids
+    # Neither case nor the Unicode form counts.
+    for form in ("NFC", "NFD"):
+        spelt = [unicodedata.normalize(form, text.upper()) for text in texts]
+        np.testing.assert_array_equal(captions.tokenize(tokenizer, spelt, 40)[0], ids)
+
+
+def test_a_fitted_tokenizer_tells_letters_marks_and_numbers_apart_within_its_size():
+    letters = [chr(code) for code in range(0x80, 0x110000)]
+    letters = [x for x in letters if unicodedata.category(x)[0] in "LMNS"][::53]
+    texts = sorted({captions.clean_caption(f"x{x} {x}y", 30) for x in letters})
+    ids, _ = captions.tokenize(captions.fit_tokenizer(texts, 2**16), texts, 12)
+    assert len({row.tobytes() for row in ids}) == len(texts)
+    # The commonest letters are kept where there is no room for all.
+    texts += ["x\u00e9 \u00e9y"] * 2
+    tokenizer = captions.fit_tokenizer(texts, 200)
+    assert 190 < len(tokenizer) <= 200
+    assert tokenizer.unk_token_id not in captions.tokenize(tokenizer, ["y\u00e9x"], 12)[0]
 
 
 def test_long_captions_are_cut():
