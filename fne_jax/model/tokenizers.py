@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Sequence
 
 import ml_collections
+import numpy as np
 import tokenizers
 import transformers
 
@@ -17,9 +18,10 @@ from fne_jax.errors import EnvironmentFailure, UserError, first_line
 
 DIRECTORY = "tokenizer"
 _ABOUT, _VOCABULARY = "tokenizer_config.json", "tokenizer.json"
-# What the files are and what ids come of them: transformers takes a file that it cannot read for
-# one that is absent, and makes another tokenizer of what is left.
+# What the files are and what ids and masks come of them: transformers takes a file that it cannot
+# read for one that is absent, and makes another tokenizer of what is left.
 _RECORD = "record.json"
+_RESTORE = "restore it from a copy of the workdir"
 # Words, the letters and the digits for a vocabulary of any kind, and what none may know.
 _PROBES = (
     "two dogs run along the beach while a man in a red shirt throws a ball",
@@ -29,7 +31,9 @@ _PROBES = (
 )
 _PROBE_LENGTH = 64
 _SPECIAL = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-_FITTED = "TokenizersBackend"  # the class of fitted tokenizers in transformers
+# All that a fitted tokenizer's settings have, and its class in transformers.
+_FITTED = {"backend", "model_max_length", "tokenizer_class", *_SPECIAL}
+_FITTED_CLASS = "TokenizersBackend"
 
 
 def run_tokenizer(
@@ -77,7 +81,7 @@ def store_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, workdir: pa
         record = {
             "transformers": transformers.__version__,
             "sha256": {path.name: _digest(path) for path in sorted(scratch.iterdir())},
-            "ids": _probed(tokenizer, _PROBES),
+            "tokens": _probed(tokenizer, _PROBES),
             "size": len(tokenizer),
         }
         files.write_atomically(scratch / _RECORD, json.dumps(record, indent=2) + "\n")
@@ -97,12 +101,12 @@ def stored_tokenizer(workdir: pathlib.Path) -> transformers.PreTrainedTokenizerB
     # The Rust library raises bare Exceptions.
     with files.as_user_error(f"{folder}: the run's tokenizer cannot be loaded", errors=Exception):
         tokenizer = _loaded(folder)
-        ids = _probed(tokenizer, list(record["ids"]))
-    if record["size"] != len(tokenizer) or record["ids"] != ids:
+        tokens = _probed(tokenizer, list(record["tokens"]))
+    if record["size"] != len(tokenizer) or record["tokens"] != tokens:
         raise UserError(
-            f"{folder}: the tokenizer gives other ids than when the run began, with transformers "
-            f"{record['transformers']} (here {transformers.__version__}), though its files are the "
-            "same; try again, or with that version"
+            f"{folder / _RECORD}: the tokenizer beside it gives other ids or masks than when the "
+            f"run began; its transformers was {record['transformers']}, this one is "
+            f"{transformers.__version__}: take that version, or {_RESTORE}"
         )
     return tokenizer
 
@@ -114,25 +118,24 @@ def _checked_record(folder):
       UserError: If a file is not what it was.
     """
     path = folder / _RECORD
-    restore = "restore it from a copy of the workdir"
     unreadable = (OSError, ValueError, KeyError, TypeError)
-    with files.as_user_error(f"{path}: cannot be read", restore, unreadable):
+    with files.as_user_error(f"{path}: cannot be read", _RESTORE, unreadable):
         record = json.loads(path.read_text())
         digests = dict(record["sha256"])
-        dict(record["ids"]), record["size"], record["transformers"]  # are there
+        dict(record["tokens"]), record["size"], record["transformers"]  # are there
     for name, digest in digests.items():
-        with files.as_user_error(f"{folder / name}: cannot be read", restore):
+        with files.as_user_error(f"{folder / name}: cannot be read", _RESTORE):
             found = _digest(folder / name)
         if found != digest:
             raise UserError(
-                f"{folder / name}: is damaged, or was changed since the run began; {restore}"
+                f"{folder / name}: is damaged, or was changed since the run began; {_RESTORE}"
             )
     return record
 
 
 def _loaded(folder):
     about = json.loads((folder / _ABOUT).read_text())
-    if about.get("tokenizer_class") != _FITTED:
+    if about.get("tokenizer_class") != _FITTED_CLASS or about.keys() - _FITTED:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     # Not by transformers: it imports PyTorch to do so.
     fitted = tokenizers.Tokenizer.from_str((folder / _VOCABULARY).read_text())
@@ -141,8 +144,8 @@ def _loaded(folder):
 
 
 def _probed(tokenizer, texts):
-    ids, _ = caption_lib.tokenize(tokenizer, texts, _PROBE_LENGTH)
-    return dict(zip(texts, ids.tolist(), strict=True))
+    ids, masks = caption_lib.tokenize(tokenizer, texts, _PROBE_LENGTH)
+    return dict(zip(texts, np.stack([ids, masks], axis=1).tolist(), strict=True))
 
 
 def _digest(path):

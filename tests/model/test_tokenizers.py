@@ -16,7 +16,7 @@ from fne_jax.model import tokenizers
 from tests.support.tiny import tiny_config
 
 TEXTS = ["a red circle left of a square", "two small blue stars", "an unknown \u00fcber-7", ""]
-KINDS = ["bert", "clip", "siglip", "fitted"]
+KINDS = ["bert", "clip", "siglip", "fast", "fitted"]
 SETTINGS = {"tokenizer_config.json", "special_tokens_map.json"}
 
 
@@ -49,25 +49,36 @@ def write_siglip(folder):
     return {"tokenizer_class": "SiglipTokenizer", "model_input_names": ["input_ids"], **special}
 
 
-def ids_of(tokenizer):
-    return captions.tokenize(tokenizer, TEXTS, 16)[0].tolist()
+def write_fast(folder):
+    """Writes a tokenizer of no class of its own, without masks, that pads on the left."""
+    captions.fit_tokenizer(TEXTS, 100).save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    sides = {"padding_side": "left", "truncation_side": "left"}
+    return settings | {"model_input_names": ["input_ids"], **sides}
+
+
+def tokens_of(tokenizer, length=16):
+    """Returns the ids and the masks of the texts, as lists."""
+    return [array.tolist() for array in captions.tokenize(tokenizer, TEXTS, length)]
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def run(request, tmp_path_factory):
-    """The workdir of a run with a tokenizer of some kind, and the ids that this gives."""
+    """The workdir of a run with a tokenizer of some kind, and what this gives."""
     source, workdir = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("run")
     if request.param == "fitted":
         tokenizer = captions.fit_tokenizer(TEXTS, 100)
     else:
-        about = {"bert": write_bert, "clip": write_clip, "siglip": write_siglip}[request.param]
+        about = globals()[f"write_{request.param}"]
         (source / "tokenizer_config.json").write_text(json.dumps(about(source)))
-        (source / "config.json").write_text(json.dumps({"model_type": request.param}))
+        (source / "config.json").write_text(
+            json.dumps({"model_type": "bert" if request.param == "fast" else request.param})
+        )
         tokenizer = captions.load_tokenizer(str(source))
     tokenizers.store_tokenizer(tokenizer, workdir)
-    ids = ids_of(tokenizer)
-    assert len({tuple(row) for row in ids}) == len(TEXTS)
-    return workdir, ids
+    tokens = tokens_of(tokenizer), tokens_of(tokenizer, 6)
+    assert len({tuple(row) for row in tokens[0][0]}) == len(TEXTS)
+    return workdir, tokens
 
 
 def flipped(content):
@@ -92,8 +103,9 @@ def copied(run, tmp_path):
     return tmp_path / "copy"
 
 
-def test_a_stored_tokenizer_gives_the_same_ids(run):
-    assert ids_of(tokenizers.stored_tokenizer(run[0])) == run[1]
+def test_a_stored_tokenizer_gives_the_same_ids_and_masks(run):
+    tokenizer = tokenizers.stored_tokenizer(run[0])
+    assert (tokens_of(tokenizer), tokens_of(tokenizer, 6)) == run[1]
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "folder"])
@@ -128,7 +140,7 @@ def test_a_file_that_transformers_alone_does_not_see_is_told(run, copied, monkey
         return read(str(folder), **options)
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", read_without)
-    message = "other ids than when the run began, with transformers |tokenizer cannot be loaded: "
+    message = "other ids or masks than when the run began|tokenizer cannot be loaded: "
     with pytest.raises(UserError, match=message):
         tokenizers.stored_tokenizer(run[0])
 
