@@ -12,7 +12,7 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from fne_jax.errors import UserError
-from fne_jax.files import as_user_error
+from fne_jax.files import as_user_error, expand_home
 
 _TO_SPACE = re.compile(r"[-/]")
 _TO_NOTHING = re.compile(r"""[,.'!?"()*#:;~]""")
@@ -91,23 +91,26 @@ def load_tokenizer(name_or_path: str) -> transformers.PreTrainedTokenizerBase:
     """Returns a Hugging Face tokenizer by hub name or local folder.
 
     Raises:
-      UserError: If there is none, or it needs a package that is not installed.
+      UserError: If there is none, it needs a package that is not installed, or cannot pad.
     """
+    where = f"the tokenizer {name_or_path!r} (config.data.tokenizer, or the text encoder's own)"
     advice = (
         "give a name on the Hugging Face hub, the path of a folder that holds tokenizer.json, or "
         f"{TRAIN!r} to fit one to the training captions"
     )
-    where = f"config.data.tokenizer is {name_or_path!r}, which cannot be loaded"
     try:
-        with as_user_error(where, advice, (OSError, ValueError)):
-            return transformers.AutoTokenizer.from_pretrained(name_or_path)
+        with as_user_error(f"{where} cannot be loaded", advice, (OSError, ValueError)):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(expand_home(name_or_path))
     except ImportError as error:
         # Transformers names the package somewhere in a paragraph.
         reason = " ".join(str(error).split())
+        raise UserError(f"{where} needs a package that is not installed: {reason}") from error
+    if tokenizer.pad_token is None:
         raise UserError(
-            f"config.data.tokenizer is {name_or_path!r}, which needs a package that is not "
-            f"installed: {reason}"
-        ) from error
+            f"{where} has no padding token, which captions of one length take; name one as "
+            'pad_token in a copy of its tokenizer_config.json, e.g. its end token, "<|endoftext|>"'
+        )
+    return tokenizer
 
 
 def tokenize(

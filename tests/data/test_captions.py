@@ -109,14 +109,23 @@ def test_long_captions_are_cut():
     assert ids[0, -1] == tokenizer.sep_token_id
 
 
-def test_saved_tokenizer_gives_the_same_ids(tmp_path):
+def test_saved_tokenizer_gives_the_same_ids(tmp_path, monkeypatch):
     tokenizer = captions.fit_tokenizer(TEXTS, 80)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    loaded = captions.load_tokenizer(str(tmp_path / "tokenizer"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    loaded = captions.load_tokenizer("~/tokenizer")
     for ours, theirs in zip(
         captions.tokenize(tokenizer, TEXTS, 12), captions.tokenize(loaded, TEXTS, 12), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_tokenizer_without_a_padding_token_is_refused(tmp_path):
+    tokenizer = captions.fit_tokenizer(TEXTS, 80)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"has no padding token.*tokenizer_config.json"):
+        captions.load_tokenizer(str(tmp_path))
 
 
 def test_missing_tokenizer_says_what_else_to_give():

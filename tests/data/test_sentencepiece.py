@@ -50,6 +50,6 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
         raise ImportError(f"\nTokenizer requires the\nSentencePiece library, not found for {name}")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lacking)
-    message = "config.data.tokenizer is 'x', which .* not installed: Tokenizer .* SentencePiece"
+    message = "tokenizer .x. .config.data.tokenizer, .* not installed: Tokenizer .* SentencePiece"
     with pytest.raises(UserError, match=message):
         captions.load_tokenizer("x")
