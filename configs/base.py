@@ -60,9 +60,14 @@ def get_config() -> ConfigDict:
     data.tokenizer = "auto"
     # Most token ids of a fitted tokenizer.
     data.vocab_size = 8000
-    # Words kept of a caption.
-    data.max_words = 30
-    # What is put before each cleaned caption, e.g. "query: " for E5; auto for the default prompt of
+    # What becomes of captions before they are tokenized: authors (lower case, without most
+    # punctuation, as in the authors' code), lower (lower case), none (they stay as they are), or
+    # auto: authors for a text tower from random weights or an uncased one such as BERT's; none for
+    # others (cased ones, CLIP, SigLIP, sentence-transformers), or lower if their settings say so.
+    data.cleaning = "auto"
+    # Words kept of a caption; 0 for 30 with the authors' cleaning, as theirs, and all otherwise.
+    data.max_words = 0
+    # What is put before each caption, e.g. "query: " for E5; auto for the default prompt of
     # a pretrained text tower of sentence-transformers, and "" with others.
     data.prompt = "auto"
     # The fixed number of tokens that a caption is padded or truncated to; 0 for that of the

@@ -14,7 +14,6 @@ def get_config():
     config.queue_size = 4096
 
     config.data.vocab_size = 4000
-    config.data.text_length = 24
 
     image, text = config.encoder.image, config.encoder.text
     image.image_size = 128

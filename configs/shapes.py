@@ -17,7 +17,6 @@ def get_config():
 
     config.data.source = "shapes"
     config.data.augmentation = "none"  # mirrored, "left of" would be a lie
-    config.data.text_length = 16
 
     image, text = config.encoder.image, config.encoder.text
     image.image_size = 64

@@ -11,15 +11,18 @@ from typing import Any
 import ml_collections
 
 from fne_jax.configuration.rules import validate
+from fne_jax.data.captions import AUTHORS, LOWER, NONE, TRAIN
 from fne_jax.encoders import towers
-from fne_jax.encoders.architectures import SENTENCE_MODULES
+from fne_jax.encoders.architectures import LOWER_CASE, SENTENCE_MODULES
 from fne_jax.encoders.dual_encoder import CHECKPOINT
 from fne_jax.errors import UserError
 from fne_jax.objectives.negative_sampling import suspicion_threshold
 from fne_jax.objectives.registry import check_learned
 
-# The tokens of a caption, where neither config nor checkpoint says (the paper).
+# The tokens of a caption, where neither config nor checkpoint says, and its words, where it is
+# cleaned as the authors do (the paper).
 _TEXT_LENGTH = 30
+_MAX_WORDS = 30
 # Of objectives without a pretrained pair: MoCo's and ALBEF's temperature, and SigLIP's first bias.
 _TEMPERATURE, _BIAS = 0.07, -10.0
 # The types that end in an embedding of their own, which is taken, of captions with all the tokens
@@ -63,7 +66,7 @@ def with_model_defaults(
     """Returns a config whose fields left open ("auto", 0, (), None) are filled in.
 
     Of its towers' models come the poolings, the mean and deviation of the pixels, the tokenizer,
-    the prompt and the length of captions, and the temperature and the bias of the objective; of the
+    the cleaning, the prompt and the length of captions, and the temperature and the bias of the objective; of the
     prior the posterior that is suspect.
 
     Args:
@@ -103,8 +106,18 @@ def with_model_defaults(
             )
     if config.data.prompt == "auto":
         config.data.prompt = modules.get("prompt", "")
+    source = config.encoder.text.pretrained
     if config.data.tokenizer == "auto":
-        config.data.tokenizer = config.encoder.text.pretrained or "train"
+        config.data.tokenizer = source or TRAIN
+    if config.data.tokenizer == TRAIN and source:
+        raise UserError(
+            f"config.data.tokenizer is {TRAIN!r}, whose ids mean nothing to the pretrained "
+            f"config.encoder.text.pretrained={source}; leave it {'auto'!r}, for that model's own"
+        )
+    if config.data.cleaning == "auto":
+        config.data.cleaning = _cleaning(types["text"], architectures.get("text", {}))
+    if config.data.cleaning == AUTHORS:
+        config.data.max_words = config.data.max_words or _MAX_WORDS
     learned = _scalars_of_pair(config, architectures)
     if not config.objective.temperature:
         scale = learned.get("logit_scale")
@@ -115,6 +128,16 @@ def with_model_defaults(
     if config.fne.posterior_threshold is None:
         config.fne.posterior_threshold = suspicion_threshold(config.fne.prior)
     return config
+
+
+def _cleaning(model_type, architecture):
+    """Returns how the captions of a text tower are cleaned, as it was trained."""
+    modules = architecture.get(SENTENCE_MODULES, {})
+    # As these types' tokenizers have it where their settings do not say.
+    uncased = architecture.get(LOWER_CASE, model_type in (None, "bert", "distilbert", "mpnet"))
+    if not uncased and not modules.get(LOWER_CASE):
+        return NONE
+    return LOWER if model_type in _PAIRS or modules else AUTHORS
 
 
 def _scalars_of_pair(config, architectures):

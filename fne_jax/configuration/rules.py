@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
+from fne_jax.data.captions import CLEANINGS
 from fne_jax.data.images.augmentation import AUGMENTATIONS
 from fne_jax.data.sources.registry import find_source
 from fne_jax.data.sources.shapes_scenes import COLOURS, FACTS, FOUR, MAX_OBJECTS, SHAPES
@@ -137,7 +138,8 @@ FIELDS = {
     "data.tokenizer": _NAME,
     # Fewer would not spell most words.
     "data.vocab_size": _whole(100, 2**24),
-    "data.max_words": _whole(1, 2**16),
+    "data.cleaning": _choice("auto", *CLEANINGS),
+    "data.max_words": _whole(0, 2**16),
     "data.prompt": _TEXT,
     "data.text_length": _TEXT_LENGTH_RULE,
     "data.keep_frozen": _FLAG,

@@ -24,16 +24,23 @@ _SPECIAL = {
     "mask_token": "[MASK]",
 }
 TRAIN = "train"  # the tokenizer name that asks for a fitted one
+AUTHORS, LOWER, NONE = CLEANINGS = ("authors", "lower", "none")
 
 
-def clean_caption(text: str, max_words: int) -> str:
-    """Returns a caption in lower case, without most punctuation, of at most `max_words` words.
+def clean_caption(text: str, max_words: int = 0, cleaning: str = AUTHORS) -> str:
+    """Returns a caption as a tokenizer gets it, in Unicode's form NFC with single spaces.
 
-    Hyphens and slashes part words, and `<person>` loses its brackets, as in the authors' code.
+    Args:
+      text: The caption.
+      max_words: The most words that are kept; 0 for all.
+      cleaning: "authors" for lower case without most punctuation, where hyphens and slashes part
+        words and `<person>` loses its brackets, as in the authors' code; "lower"; or "none".
     """
-    text = _TO_SPACE.sub(" ", unicodedata.normalize("NFC", text).lower())
-    text = _TO_NOTHING.sub("", text).replace("<person>", "person")
-    return " ".join(text.split()[:max_words])
+    text = unicodedata.normalize("NFC", text)
+    text = text if cleaning == NONE else text.lower()
+    if cleaning == AUTHORS:
+        text = _TO_NOTHING.sub("", _TO_SPACE.sub(" ", text)).replace("<person>", "person")
+    return " ".join(text.split()[: max_words or None])
 
 
 def fit_tokenizer(captions: Sequence[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:

@@ -11,7 +11,7 @@ import flax.linen as nn
 from fne_jax.encoders import sentence_modules
 from fne_jax.encoders.bert import Bert
 from fne_jax.encoders.dual_encoder import CHECKPOINT, DualEncoder
-from fne_jax.encoders.hub_files import CONFIG, find_folder, read_config
+from fne_jax.encoders.hub_files import CONFIG, find_folder, read_config, read_json
 from fne_jax.encoders.layers import ACTIVATIONS
 from fne_jax.encoders.model_types import MODELS
 from fne_jax.encoders.transformer import Tower
@@ -22,8 +22,10 @@ _ADVICE = {
     "siglip2": ". This is a NaFlex model, for images of any shape; SigLIP 2's models of a fixed "
     "resolution are of the type siglip",
 }
-# The key of what is no part of a config.json, but of the folder around it.
+# The keys of what is no part of a config.json, but of the folder around it.
 SENTENCE_MODULES = "sentence_transformers"
+LOWER_CASE = "do_lower_case"
+_TOKENIZER = "tokenizer_config.json"
 
 
 def read_architecture(
@@ -31,15 +33,17 @@ def read_architecture(
 ) -> dict[str, Any]:
     """Returns the content of a model's config.json, from a local folder or the hub.
 
-    For a folder of sentence-transformers it also has, under `SENTENCE_MODULES`, what `read_modules`
-    returns.
+    It also has, under `LOWER_CASE`, what its tokenizer's settings say of that, if anything; and for
+    a folder of sentence-transformers, under `SENTENCE_MODULES`, what `read_modules` returns.
 
     Raises:
       UserError: if there is no such model.
     """
-    folder = find_folder(path_or_hub_name, revision, [CONFIG, *sentence_modules.FILES])
-    modules = sentence_modules.read_modules(folder)
-    return read_config(folder) | ({SENTENCE_MODULES: modules} if modules else {})
+    folder = find_folder(path_or_hub_name, revision, [CONFIG, _TOKENIZER, *sentence_modules.FILES])
+    fields, modules = read_config(folder), sentence_modules.read_modules(folder)
+    tokenizer = read_json(folder / _TOKENIZER) if (folder / _TOKENIZER).is_file() else {}
+    fields |= {LOWER_CASE: tokenizer[LOWER_CASE]} if LOWER_CASE in tokenizer else {}
+    return fields | ({SENTENCE_MODULES: modules} if modules else {})
 
 
 def build_from_architecture(fields: Mapping[str, Any], where: str) -> nn.Module:

@@ -98,8 +98,8 @@ def read_modules(folder: pathlib.Path) -> dict[str, Any] | None:
 
     Returns:
       JSON's values: `pooling`, a key of `POOLINGS`; `dense`, the attributes of each `DenseModule`;
-      `max_seq_length`, the most tokens of a text, or None; and `prompt`, what texts begin with
-      unless another prompt is asked for by its name.
+      `max_seq_length`, the most tokens of a text, or None; `do_lower_case`; and `prompt`, what
+      texts begin with unless another prompt is asked for by its name.
 
     Raises:
       UserError: if a file is damaged, or there is a module or a setting that is not supported.
@@ -130,6 +130,7 @@ def read_modules(folder: pathlib.Path) -> dict[str, Any] | None:
         "pooling": _read_pooling(folder / modules[1][1] / "config.json", prompt),
         "dense": [_read_dense(folder, name)._asdict() for kind, name in modules if kind == "Dense"],
         "max_seq_length": settings.get("max_seq_length"),
+        "do_lower_case": settings.get("do_lower_case", False),
         "prompt": prompt,
     }
 

@@ -239,7 +239,7 @@ class Model:
         """Returns what tells the model's embeddings from another's, as JSON has it."""
         config, data = self.config, self.config.data
         parts = [config.encoder.to_json_best_effort(), config.image_mean, config.image_std]
-        parts += [data.resize_to, data.max_words, config.evaluation.text_length]
+        parts += [data.resize_to, data.cleaning, data.max_words, config.evaluation.text_length]
         parts += [data.prompt] if data.prompt else []
         return {
             "step": self.step,

@@ -155,10 +155,11 @@ def _digest(path):
 def clean_captions(config: ml_collections.ConfigDict, captions: Sequence[str]) -> list[str]:
     """Returns captions as the tokenizer gets them.
 
-    They are cleaned, cut to `data.max_words` words, and begin with `data.prompt`.
+    They are cleaned as `data.cleaning` says, cut to `data.max_words` words, and begin with
+    `data.prompt`.
     """
     data = config.data
-    cleaned = (caption_lib.clean_caption(text, data.max_words) for text in captions)
+    cleaned = (caption_lib.clean_caption(text, data.max_words, data.cleaning) for text in captions)
     # As sentence-transformers strips what it is given.
     return [f"{data.prompt}{text}".strip() for text in cleaned] if data.prompt else list(cleaned)
 
@@ -175,12 +176,11 @@ def unread(
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def ids_of_words(count):
-        return ids(caption_lib.clean_caption(sentence, count))
+        return ids(caption_lib.clean_caption(sentence, count, config.data.cleaning))
 
     length = config.evaluation.text_length - tokenizer.num_special_tokens_to_add()
     length = max(length - len(ids(config.data.prompt)), 0)
-    # A sentence has fewer words than letters.
-    used, total = ids_of_words(config.data.max_words)[:length], len(ids_of_words(len(sentence)))
+    used, total = ids_of_words(config.data.max_words)[:length], len(ids_of_words(0))
     # SigLIP's has a token for the space before a word.
     unknown, decode = tokenizer.unk_token_id, tokenizer.decode
     if all(token == unknown or not decode([token]).strip() for token in used):

@@ -228,7 +228,7 @@ def test_the_reference_config_differs_where_design_says():
         "fne.min_count": 200, "fne.monotone": False, "fne.ema_decay": 1.0,
         "fne.elimination": "soft", "fne.cut_down": True, "warmup.objective": "hardest",
         "objective.name": "fne", "objective.queue": True, "encoder.image.image_size": 384,
-        "encoder.image.dropout": 0.0, "encoder.text.dropout": 0.0, "data.max_words": 30,
+        "encoder.image.dropout": 0.0, "encoder.text.dropout": 0.0,
         "encoder.image.pretrained": "google/vit-base-patch16-384",
         "encoder.text.pretrained": "bert-base-uncased", "encoder.projection_dim": 0,
         "data.augmentation": "randaugment",

@@ -89,6 +89,7 @@ def test_a_run_keeps_them(siglip, tmp_path):
     config = tiny_config()
     for tower in ("image", "text"):
         config.encoder[tower].update(pretrained=str(siglip), pooling="auto")
+    config.data.tokenizer = "auto"
     with config.unlocked():
         config.objective.update(temperature=0.0, bias=None)
     resolved, architectures = configuration.resolve(config)

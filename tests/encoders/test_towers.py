@@ -18,6 +18,7 @@ from fne_jax.encoders.towers import read_architectures
 from fne_jax.errors import UserError
 from fne_jax.evaluation.results import read_values
 from fne_jax.model.model import build_model, build_module
+from fne_jax.model.tokenizers import clean_captions
 from fne_jax.parallel import sharding
 from fne_jax.training import loop
 from fne_jax.training.optimizer import learning_rate_schedule
@@ -61,12 +62,43 @@ def test_what_a_config_leaves_open_follows_its_towers(golden):
         assert config.encoder.image.pooling == config.encoder.text.pooling == "checkpoint"
         assert config.data.text_length == 16
         np.testing.assert_allclose(config.image_mean[0], mean)
+    with pytest.raises(UserError, match=r"tokenizer is 'train', whose ids mean nothing to .*bert"):
+        pretrained_config(vit, bert, data__tokenizer="train")
     config = pretrained_config(golden / "dinov2", bert, **open_fields)
     assert config.encoder.image.pooling == "mean" and config.image_std == (0.229, 0.224, 0.225)
     config = pretrained_config(
         vit, bert, image_mean=(0.1, 0.2, 0.3), encoder__image__pooling="first"
     )
     assert config.image_mean == (0.1, 0.2, 0.3) and config.encoder.image.pooling == "first"
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "cleaned"),
+    [
+        (None, None, "two people a mans dog"),
+        ("encoders/bert", None, "two people a mans dog"),
+        ("encoders/bert", {"do_lower_case": True}, "two people a mans dog"),
+        ("encoders/bert", {"do_lower_case": False}, "Two people: a man's dog."),
+        ("clip", None, "Two people: a man's dog."),
+        ("siglip", {"do_lower_case": True}, "two people: a man's dog."),
+    ],
+)
+def test_captions_are_cleaned_as_those_of_the_text_towers_training(
+    golden, tmp_path, text, settings, cleaned
+):
+    fields = {}
+    if text:
+        shutil.copytree(golden / text, tmp_path / "text")
+        fields = {"encoder__text__pretrained": str(tmp_path / "text")}
+    if settings:
+        (tmp_path / "text" / "tokenizer_config.json").write_text(json.dumps(settings))
+    caption, many = "Two people: a man's dog.", "word " * 40
+    config = tiny_config(**fields)
+    short, long = clean_captions(config, [caption, many])
+    assert short == cleaned and len(long.split()) == (30 if config.data.max_words else 40)
+    assert (config.data.max_words == 30) == (config.data.cleaning == "authors")
+    config = tiny_config(**fields, data__cleaning="none", data__max_words=4)
+    assert clean_captions(config, [caption]) == ["Two people: a man's"]
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -55,7 +55,6 @@ def tiny_config(**fields):
                 "queue_size": 40,
                 "data.source": "synthetic",
                 "data.synthetic.images": 60,
-                "data.tokenizer": "train",
                 "data.text_length": 8,
                 "encoder.image.image_size": 8,
                 "encoder.image.patch_size": 4,
