@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
     by_fitted = fitting and found.detector == "fitted"
     measured = "" if said is None else verdict_fitting.describe_precision(said, found, by_fitted)
     if options.workdir is not None and store_path(workdir).exists():
-        with VerdictStore(store_path(workdir)) as store:
+        with VerdictStore(store_path(workdir), read_only=True) as store:
             verdicts = on_pairs_of(judged.dataset, store.last(options.split), store.path)
         found = suspects.heed_verdicts(found, verdicts, judged.dataset)
     quality = suspects.detector_quality(judged)

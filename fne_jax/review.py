@@ -148,7 +148,7 @@ def _login_name():
 
 
 def _export(store: pathlib.Path, path: pathlib.Path) -> None:
-    with VerdictStore(store, create=False) as verdicts:
+    with VerdictStore(store, read_only=True) as verdicts:
         found = verdicts.last()
     verdicts_lib.write_verdicts(path, found)
     print(f"{len(found):,} verdicts written to {path}")
@@ -181,7 +181,7 @@ def _serve(
         ) from error
     if os.path.exists(path) and os.path.getsize(path):
         # A damaged store is told before anything slow; a new one is made once all else is right.
-        VerdictStore(path, create=False).close()
+        VerdictStore(path, read_only=True).close()
     with serving.bind(options.host, options.port) as bound:
         ask = _suspects if options.for_evaluation is None else _evaluation
         asked = ask(options, overrides, workdir)

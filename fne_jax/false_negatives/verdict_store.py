@@ -2,7 +2,8 @@
 
 Rows are only ever added, but for those that their reviewer takes back: of several verdicts of a
 reviewer on a pair the last counts, and taking it back lets the one before count again. Several
-processes may read and write one store at a time.
+processes may read and write one store at a time. Between two of their writes a copy of the file
+holds all that was told: there is no second file that it needs, as a write-ahead log would be.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def read_any(path: pathlib.Path, dataset: PairDataset, split: str) -> list[Verdi
     """
     if path.suffix != ".sqlite":
         return read_verdicts(path, dataset, split)
-    with VerdictStore(path, create=False) as store:
+    with VerdictStore(path, read_only=True) as store:
         stored = store.last()
     verdicts = [verdict for verdict in stored if verdict.split == split]
     if not verdicts:
@@ -93,14 +94,14 @@ class VerdictStore:
 
     Args:
       path: The SQLite file.
-      create: Whether to make a file that does not exist.
+      read_only: Whether to write nothing at all, neither the file nor beside it.
 
     Raises:
       UserError: if the file is damaged, is not a store of verdicts, or cannot be opened or made;
         later too, if it was deleted, moved or replaced since it was opened.
     """
 
-    def __init__(self, path: pathlib.Path, *, create: bool = True):
+    def __init__(self, path: pathlib.Path, *, read_only: bool = False):
         self.path = path
         self._lock = threading.Lock()
         # The numbers of the rows that this object has added; none is ever given twice.
@@ -110,17 +111,20 @@ class VerdictStore:
         # Of a path's ancestors that may not be read, pathlib's own tests would raise.
         if os.path.isdir(path):
             raise UserError(f"{path} is a folder; expected an SQLite file of verdicts")
-        if not create and not os.path.isfile(path):
+        if read_only and not os.path.isfile(path):
             raise UserError(f"{path} does not exist; `review` makes it")
-        with as_user_error(f"{path.parent}: cannot be created"):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if not read_only:
+            with as_user_error(f"{path.parent}: cannot be created"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+        # Not `immutable`, by which a reader would take no lock and might see half of a write.
+        address = path.absolute().as_uri() + ("?mode=ro" if read_only else "")
         with self._told():
             self._connection = sqlite3.connect(
-                path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False
+                address, _PATIENCE, uri=True, isolation_level=None, check_same_thread=False
             )
         try:
             with self._told():
-                self._prepare(create)
+                self._prepare(read_only)
                 self._opened = _stat(path)
         except BaseException:
             self._connection.close()
@@ -224,12 +228,12 @@ class VerdictStore:
                 raise
         return len(new)
 
-    def _prepare(self, create):
+    def _prepare(self, read_only):
         connection = self._connection
         # The tables first: another process may make them at this moment, with the rest.
         tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         ours = connection.execute("PRAGMA application_id").fetchone()[0]
-        if not tables and not create:
+        if not tables and read_only:
             raise UserError(f"{self.path} is empty; expected a store that `review` has made")
         if tables and ours != _APPLICATION:
             raise UserError(f"{self.path} is an SQLite file, but not of verdicts; name another")
@@ -242,9 +246,10 @@ class VerdictStore:
         damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if damage != "ok":
             raise sqlite3.DatabaseError(damage)
-        # Where the file system has no shared memory, SQLite keeps its usual journal, just as safe.
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
+        if not read_only:
+            connection.execute("PRAGMA journal_mode = DELETE")
+        # A verdict is told once the file has it, and the journal that would undo it is gone.
+        connection.execute("PRAGMA synchronous = EXTRA")
         if not tables:
             connection.executescript(
                 f"BEGIN IMMEDIATE; {_TABLES} PRAGMA application_id = {_APPLICATION}; "

@@ -1,6 +1,8 @@
 """A store keeps every verdict that it said it has, whoever writes beside it."""
 
 import dataclasses
+import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -28,7 +30,7 @@ def test_what_was_added_is_there_when_it_is_opened_again(tmp_path):
     with VerdictStore(path) as store:
         store.add(FIRST)
         store.add(drawn)
-    with VerdictStore(path, create=False) as store:
+    with VerdictStore(path, read_only=True) as store:
         assert store.last() == [FIRST, drawn]
         assert store.last("val") == []
 
@@ -141,11 +143,41 @@ def test_a_killed_writer_loses_nothing(tmp_path):
     assert kept[: len(told)] == told and len(kept) <= len(told) + 1
 
 
+def test_a_copy_of_the_file_alone_holds_all_that_was_told(tmp_path):
+    with VerdictStore(tmp_path / "v.sqlite") as store:
+        for number in range(30):
+            store.add(other(caption_id=number))
+            copy = shutil.copy(store.path, tmp_path / "copy.sqlite")
+            with VerdictStore(tmp_path / copy, read_only=True) as copied:
+                assert len(copied.last()) == number + 1
+
+
 def test_every_write_waits_for_the_disk(tmp_path):
     # A power cut cannot be tried here; SQLite documents what this setting means for one.
     with VerdictStore(tmp_path / "v.sqlite") as store:
-        assert store._connection.execute("PRAGMA synchronous").fetchone() == (2,)
-        assert store._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert store._connection.execute("PRAGMA synchronous").fetchone() == (3,)
+        assert store._connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+
+
+def test_a_reader_writes_nothing(tmp_path):
+    path = tmp_path / "a run? 100%" / "v.sqlite"
+    with VerdictStore(path) as store:
+        store.add(FIRST)
+        with VerdictStore(path, read_only=True) as reader:  # beside a server that is running
+            assert reader.last() == [FIRST]
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    path.chmod(0o444)
+    path.parent.chmod(0o555)
+    with VerdictStore(path, read_only=True) as reader:
+        assert reader.last() == [FIRST] and os.listdir(path.parent) == ["v.sqlite"]
+        for use in (
+            lambda: reader.add(FIRST),
+            lambda: reader.import_verdicts([other(caption_id=9)]),
+        ):
+            with pytest.raises(UserError, match=r"v\.sqlite: attempt to write a readonly database"):
+                use()
+    path.parent.chmod(0o755)
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
 
 
 @pytest.mark.parametrize("replaced", [False, True])
@@ -189,9 +221,9 @@ def test_a_damaged_store_is_named(tmp_path, break_it, message):
     with VerdictStore(path) as store:
         store.import_verdicts(other(caption_id=number) for number in range(200))
     break_it(path)
-    for create in (True, False):
+    for read_only in (True, False):
         with pytest.raises(UserError, match=f"v.sqlite.*{message}") as error:
-            VerdictStore(path, create=create)
+            VerdictStore(path, read_only=read_only)
         assert "\n" not in str(error.value)
 
 
@@ -206,12 +238,12 @@ def test_other_databases_are_left_alone(tmp_path):
         VerdictStore(path)
     assert path.read_bytes() == before
     with pytest.raises(UserError, match=r"nothing\.sqlite does not exist"):
-        VerdictStore(tmp_path / "nothing.sqlite", create=False)
+        VerdictStore(tmp_path / "nothing.sqlite", read_only=True)
     assert not (tmp_path / "nothing.sqlite").exists()
     empty = tmp_path / "empty.sqlite"
     empty.touch()
     with pytest.raises(UserError, match=r"empty\.sqlite is empty; expected a store"):
-        VerdictStore(empty, create=False)
+        VerdictStore(empty, read_only=True)
     assert not empty.read_bytes()
     newer = tmp_path / "newer.sqlite"
     VerdictStore(newer).close()
