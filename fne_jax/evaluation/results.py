@@ -146,7 +146,8 @@ def what_was_learnt(
 
 
 def _of_negatives(log):
-    rates = [line for line in log if _SAMPLED in line and not line.get(WARMUP)]
+    # Steps that named no negative have no rate.
+    rates = [line for line in log if {_SAMPLED, _HARDEST} <= line.keys() and not line.get(WARMUP)]
     if rates:
         sampled, hardest = (
             100 * sum(line[name] for line in rates) / len(rates) for name in (_SAMPLED, _HARDEST)

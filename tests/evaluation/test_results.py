@@ -42,6 +42,7 @@ def test_what_is_known_is_told():
          "hardest_false_negative_rate": 0.9},
         {"loss": 2.0, "warmup": 0.0, **RATES},
         {"eval_rsum": 100.0},
+        {"loss": 1.5, "warmup": 0.0, "sampled_false_negative_rate": 0.7},
         {"loss": 1.0, "sampled_false_negative_rate": 0.2, "hardest_false_negative_rate": 0.4},
     ]  # fmt: skip
     first, second, third = what_was_learnt({"t2i_r1": 28.8, "complete_t2i_r1": 57.9}, log, 1250)
