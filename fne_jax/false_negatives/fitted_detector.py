@@ -183,9 +183,11 @@ class FittedDetector:
           UserError: if it is not reached by the pairs of any ten verdicts.
         """
         enough = np.arange(1, len(self.least) + 1) >= _LEAST_ABOVE
-        reached = np.flatnonzero(enough & (self.precision >= precision))
+        # Of equal probabilities all count or none.
+        last = np.append(self.least[1:] < self.least[:-1], True)
+        reached = np.flatnonzero(last & enough & (self.precision >= precision))
         if not len(reached):
-            best = self.precision[enough].max(initial=0)
+            best = self.precision[last & enough].max(initial=0)
             raise UserError(
                 f"the fitted detector reaches a precision of {best:.3f} at most, not "
                 f"{precision:g}; ask for less, or gather more verdicts"

@@ -1,5 +1,6 @@
 """The detector fitted to verdicts: its trees, its probabilities, its thresholds, its file."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -78,6 +79,10 @@ def test_thresholds_keep_their_precision(judged, detector):
         above = probability >= detector.threshold(precision)
         assert truth[above].mean() > precision - 0.15 and truth[above].sum() > 0.3 * truth.sum()
     assert detector.threshold(0.5) < detector.threshold(0.9)
+    # Of the ten verdicts at 0.5 the first five are matches.
+    least, right = np.repeat([0.9, 0.5], 10), np.minimum(np.arange(1, 21), 15)
+    tied = dataclasses.replace(detector, least=least, precision=right / np.arange(1, 21))
+    assert tied.threshold(0.9) == 0.9 and tied.threshold(0.7) == 0.5
     with pytest.raises(UserError, match=r"a precision of \d\.\d+ at most, not 1\.1; ask"):
         detector.threshold(1.1)
 
