@@ -65,9 +65,12 @@ def measure(model: Model, train: PairDataset) -> dict[str, Any]:
     Returns:
       Of the loss's posterior over all candidates `roc_auc`, `average_precision`, `density`,
       `mean_posterior` and `calibration`; and as `detectors` what `detection_quality.quality`
-      returns of each detector among the hardest.
+      returns of each detector among the hardest. Nothing of an empty queue, which a run of an
+      objective within the batch may leave.
     """
     anchors = _anchors(model, train)
+    if not len(anchors.pair):
+        return {}
     posterior, truth = judged_candidates(model, train, anchors)
     scores = detection_scores(posterior, truth)
     # The precision at a recall is of use among the hardest alone.

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import pathlib
@@ -460,6 +461,8 @@ def test_the_judged_candidates_are_those_of_the_memory(finished):
     ]
     same = [train.captions[chosen[i, 0]] in texts[i] for i in range(30)]
     assert of_detector["mean_probability"] == pytest.approx(np.mean(same))
+    empty = model.queue.replace(image_id=np.full(40, -1, np.int32))
+    assert detector.measure(dataclasses.replace(model, queue=empty), train) == {}
 
 
 def test_a_signal_to_a_single_process_says_how_to_go_on(finished, monkeypatch):
