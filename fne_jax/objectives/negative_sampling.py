@@ -48,6 +48,8 @@ import jax.numpy as jnp
 from fne_jax.objectives import checks
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics, false_negative_posterior
 
+# Float32 holds exp(-80), so that with this tau no posterior takes a weight below what it can hold.
+_ELIMINATES_NONE = 80.0
 # Columns whose weights are summed before any cumulative sum. About the square root of a large
 # key count, so that neither the sums over groups nor the search inside one costs much.
 GROUP = 128
@@ -165,7 +167,10 @@ def weights_and_candidates(
     )
     weight = jnp.exp(-exponent)
     too_easy = similarity <= stats.positive.mean - margin
-    candidate = ~(excluded | (suspected & (weight == 0)))
+    candidate = ~excluded
+    # Known before anything is compiled, where it is no array, so that the paper's costs nothing.
+    if isinstance(elimination_tau, jax.Array) or elimination_tau > _ELIMINATES_NONE:
+        candidate = candidate & ~(suspected & (weight == 0))
     return jnp.where(excluded | too_easy, 0.0, weight), candidate
 
 

@@ -16,7 +16,7 @@ from tests.support.runs import mesh_of
 
 
 def weigh(similarity, positive, same_image):
-    return abs(similarity - 2 * positive) * ~same_image, ~same_image & (similarity < 0.9)
+    return abs(similarity - 2 * positive) * ~same_image, ~same_image & (similarity < 0.2)
 
 
 @functools.partial(jax.jit, static_argnames="key_chunk")
