@@ -153,7 +153,7 @@ OBJECTIVES: dict[str, Entry] = {
         _temperature,
     ),
     "sigmoid": Entry(
-        "all of the batch, each judged by itself",
+        "the whole batch, each pair classified by itself",
         "SigLIP",
         sigmoid_loss,
         _sigmoid,
@@ -161,14 +161,14 @@ OBJECTIVES: dict[str, Entry] = {
         uses_keys=False,
     ),
     "clip": Entry(
-        "all of the batch, contrastively, both sides with gradient",
+        "the whole batch, contrastively, gradient on both sides",
         "CLIP",
         clip_loss,
         _temperature,
         uses_keys=False,
     ),
     "multi_positive": Entry(
-        "as `clip`, each of several positives beside the negatives alone",
+        "as `clip`, each positive against the negatives alone",
         "SupCon",
         multi_positive_loss,
         _several_positives,
