@@ -133,14 +133,6 @@ def _pooled_width(name, tower, settings):
                 f"config.encoder.{name}.{kind} is {CHECKPOINT!r}, but that tower has no embedding "
                 f"of its own; expected one of {', '.join(POOLINGS)}"
             )
-    training = settings.get("training_pooling", settings.pooling)
-    for alone in (CHECKPOINT, FIRST_AND_MEAN):  # the others read the same states, of one width
-        if (training == alone) != (settings.pooling == alone):
-            raise UserError(
-                f"config.encoder.{name}.training_pooling is {training!r} and its pooling "
-                f"{settings.pooling!r}, which are different embeddings; expected {alone!r} as both "
-                "or as neither"
-            )
     if settings.pooling == CHECKPOINT:
         return tower.pooled_dim
     return count * tower.width * (2 if settings.pooling == FIRST_AND_MEAN else 1)

@@ -19,6 +19,7 @@ from flax.training import train_state
 from fne_jax import files
 from fne_jax.configuration import flatten
 from fne_jax.encoders import freezing, towers
+from fne_jax.encoders.dual_encoder import CHECKPOINT, FIRST_AND_MEAN
 from fne_jax.encoders.low_rank import FACTORS
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints
@@ -92,9 +93,21 @@ def _created(rng, weights, model, apply_fn, tx):
 
 
 def abstract_state(model: Model, learning_rate: optax.Schedule) -> TrainState:
-    """Returns the shapes, dtypes and shardings of a run's state; nothing is allocated."""
+    """Returns the shapes, dtypes and shardings of a run's state; nothing is allocated.
+
+    Raises:
+      UserError: If captions are pooled to one width in training and to another in evaluation.
+    """
     config = model.config
-    module = model.module.clone(text_pooling=config.encoder.text.training_pooling)
+    pooling, training = config.encoder.text.pooling, config.encoder.text.training_pooling
+    for alone in (CHECKPOINT, FIRST_AND_MEAN):  # the others read the same states, of one width
+        if (training == alone) != (pooling == alone):
+            raise UserError(
+                f"config.encoder.text.training_pooling is {training!r} and its pooling "
+                f"{pooling!r}, which are different embeddings; expected {alone!r} as both or as "
+                "neither"
+            )
+    module = model.module.clone(text_pooling=training)
     temperature = config.objective.temperature if config.objective.learn_temperature else None
     tx = build_optimizer(config.optimizer, learning_rate, module, temperature)
     create = functools.partial(_created, model=model, apply_fn=module.apply, tx=tx)

@@ -176,12 +176,6 @@ def test_no_state_holds_64_bits(golden, pair):
             {"encoder__image__pooling": "median"},
             "mean_to_longest, first, max, first_and_mean, checkpoint",
         ),
-        (
-            "clip",
-            "clip",
-            {"encoder__text__training_pooling": "checkpoint", "encoder__text__pooling": "mean"},
-            r"training_pooling is 'checkpoint' and its pooling 'mean', which are different",
-        ),
         ("nowhere", "clip", {}, "neither a local folder nor a model"),
     ],
 )
@@ -194,6 +188,16 @@ def test_towers_that_do_not_fit_are_named(golden, image, text, fields, message):
     with pytest.raises(UserError, match=message):
         config = tiny_config(**fields)
         build_module(config, read_architectures(config.encoder), 50)
+
+
+def test_captions_are_trained_as_what_they_are_evaluated_as(golden):
+    fields = {"encoder__text__training_pooling": "checkpoint", "encoder__text__pooling": "mean"}
+    config = pretrained_config(
+        golden / "clip", golden / "clip", encoder__projection_dim=8, **fields
+    )
+    module = build_module(config, read_architectures(config.encoder), 30)
+    with pytest.raises(UserError, match=r"training_pooling is 'checkpoint' and its pooling 'mean'"):
+        training_of(config, module, sharding.create_mesh(), 3)
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(golden):
