@@ -66,8 +66,8 @@ def with_model_defaults(
     """Returns a config whose fields left open ("auto", 0, (), None) are filled in.
 
     Of its towers' models come the poolings, the mean and deviation of the pixels, the tokenizer,
-    the cleaning, the prompt and the length of captions, and the temperature and the bias of the objective; of the
-    prior the posterior that is suspect.
+    the cleaning, the prompt and the length of captions, and the temperature and the bias of the
+    objective; of the prior the posterior that is suspect.
 
     Args:
       config: As loaded; see configs/base.py.

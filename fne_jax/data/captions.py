@@ -14,8 +14,6 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error, expand_home
 
-_TO_SPACE = re.compile(r"[-/]")
-_TO_NOTHING = re.compile(r"""[,.'!?"()*#:;~]""")
 _SPECIAL = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -27,7 +25,7 @@ TRAIN = "train"  # the tokenizer name that asks for a fitted one
 AUTHORS, LOWER, NONE = CLEANINGS = ("authors", "lower", "none")
 
 
-def clean_caption(text: str, max_words: int = 0, cleaning: str = AUTHORS) -> str:
+def clean_caption(text: str, max_words: int = 0, cleaning: str = "authors") -> str:
     """Returns a caption as a tokenizer gets it, in Unicode's form NFC with single spaces.
 
     Args:
@@ -36,10 +34,12 @@ def clean_caption(text: str, max_words: int = 0, cleaning: str = AUTHORS) -> str
       cleaning: "authors" for lower case without most punctuation, where hyphens and slashes part
         words and `<person>` loses its brackets, as in the authors' code; "lower"; or "none".
     """
+    # Without names of this module, for model cards copy its source.
     text = unicodedata.normalize("NFC", text)
-    text = text if cleaning == NONE else text.lower()
-    if cleaning == AUTHORS:
-        text = _TO_NOTHING.sub("", _TO_SPACE.sub(" ", text)).replace("<person>", "person")
+    text = text if cleaning == "none" else text.lower()
+    if cleaning == "authors":
+        text = re.sub(r"""[,.'!?"()*#:;~]""", "", re.sub(r"[-/]", " ", text))
+        text = text.replace("<person>", "person")
     return " ".join(text.split()[: max_words or None])
 
 

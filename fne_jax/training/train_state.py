@@ -31,7 +31,14 @@ from fne_jax.parallel import sharding
 from fne_jax.training.optimizer import build_optimizer
 
 # What an encoder is given, as far as other values would be read by the same weights.
-_READING = ("image_mean", "image_std", "data.max_words", "data.prompt", "data.text_length")
+_READING = (
+    "image_mean",
+    "image_std",
+    "data.cleaning",
+    "data.max_words",
+    "data.prompt",
+    "data.text_length",
+)
 # Fields of modules that say how something is computed or trained, and not what.
 _HOW = ("dtype", "dropout", "attention", "mesh", "scan_layers", "remat")
 _HOW += ("frozen_layers", "lora_rank", "parent", "name")
