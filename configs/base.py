@@ -1,4 +1,4 @@
-"""Every field of a run, with the paper's values where it has one. Other configs change a few.
+"""Every field of a run, with the paper's value where it gives one. Other configs change a few.
 
 The paper: Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380.
 """
@@ -15,21 +15,20 @@ def get_config() -> ConfigDict:
     config.num_epochs = 25.0
     # Pairs in a batch over all devices and processes.
     config.global_batch_size = 32
-    # Parts in which a batch goes through the encoders, one after the other, to save memory; the
-    # negatives are those of the whole batch all the same.
+    # Parts in which a batch is encoded, one after the other, to save memory; the negatives are
+    # still those of the whole batch.
     config.micro_batches = 1
-    # Workdir of another run whose best weights this run begins with ("" for none).
+    # Workdir of another run whose best weights this run starts from ("" for none).
     config.init_from = ""
-    # Steps in a row without a finite loss and gradient (none of them applied) that end the run.
+    # Consecutive steps with a non-finite loss or gradient (all skipped) that end the run.
     config.max_bad_steps = 10
-    # Where compiled programs are kept for the next start; "" for nowhere (nor with several CPU
-    # devices).
+    # Cache of compiled programs; "" for none (nor with several CPU devices).
     config.compile_cache = "~/.cache/fne_jax/xla"
 
     config.mesh = mesh = ConfigDict()
-    # Both axes split batches, parameters, their momentum and Adam's moments. Two matter only where
-    # the number of all devices divides no dimension of large arrays, and that along one axis does.
-    # Devices along the first; -1 for as many as `fsdp` leaves.
+    # Both axes shard batches, parameters, momentum parameters and Adam's moments. Two axes matter
+    # only where the number of all devices divides no dimension of a large array, but that along one
+    # axis does. Devices along the first; -1 for as many as `fsdp` leaves.
     mesh.data = -1
     # Devices along the second; -1 for as many as `data` leaves.
     mesh.fsdp = 1
@@ -40,16 +39,16 @@ def get_config() -> ConfigDict:
     data.source = "karpathy"
     # Folder of the source, local or remote (gs://...); of csv and jsonl also the table itself.
     data.dir = ""
-    # Where prepared datasets are kept, local or remote.
+    # Folder of prepared datasets, local or remote.
     data.cache_dir = "~/.cache/fne_jax"
-    # Pixels that the shorter side of a stored image is reduced to where it is longer, so that
-    # decoding stays cheap; 0 stores images as they are.
+    # Stored images whose shorter side is longer than this many pixels are shrunk to it, which makes
+    # decoding cheaper; 0 stores images as they are.
     data.resize_to = 0
-    # Most images and captions that may be left out because they cannot be used.
+    # How many unusable images and captions may be skipped.
     data.max_skipped = 0
-    # File of pairs of the training split that match though nobody labelled them: a detector's list
-    # (.npz of `audit --matches`) or people's verdicts (.csv or .jsonl of `review --export`). After
-    # the warm-up they are neither negatives nor in the statistics of negatives, and further
+    # File of unlabelled matches in the training split: a detector's list (.npz of `audit
+    # --matches`) or people's verdicts (.csv or .jsonl of `review --export`). After the warm-up they
+    # are excluded from the negatives and from the statistics of negatives, and are further
     # positives of multi_positive and sigmoid. "" for none.
     data.matches = ""
     # Training augmentation: none (as in evaluation), crop_flip (random resized crop and mirroring),
@@ -58,25 +57,25 @@ def get_config() -> ConfigDict:
     # Name of a Hugging Face tokenizer, a local folder, "train" to fit one to the captions, or
     # auto: that of the pretrained text tower, and "train" without one.
     data.tokenizer = "auto"
-    # Most token ids of a fitted tokenizer.
+    # Largest vocabulary of a fitted tokenizer.
     data.vocab_size = 8000
-    # What becomes of captions before they are tokenized: authors (lower case, without most
+    # How captions are cleaned before they are tokenized: authors (lower case, without most
     # punctuation, as in the authors' code), lower (lower case), none (they stay as they are), or
     # auto: authors for a text tower from random weights or an uncased one such as BERT's; none for
     # others (cased ones, CLIP, SigLIP, sentence-transformers), or lower if their settings say so.
     data.cleaning = "auto"
     # Words kept of a caption; 0 for 30 with the authors' cleaning, as theirs, and all otherwise.
     data.max_words = 0
-    # What is put before each caption, e.g. "query: " for E5; auto for the default prompt of
+    # Prepended to each caption, e.g. "query: " for E5; auto for the default prompt of
     # a pretrained text tower of sentence-transformers, and "" with others.
     data.prompt = "auto"
-    # The fixed number of tokens that a caption is padded or truncated to; 0 for that of the
-    # pretrained text tower (CLIP 77, SigLIP 64), and 30 with others, or what they take if less.
+    # Number of tokens that a caption is padded or truncated to; 0 for that of the pretrained text
+    # tower (CLIP 77, SigLIP 64), and with others 30, or their maximum if less.
     data.text_length = 0
-    # Whether what the frozen layers make of each image and caption is computed once, kept in
-    # `cache_dir` and read from there. Images that are augmented are not kept.
+    # Compute the outputs of the frozen layers once for each image and caption, and keep them in
+    # `cache_dir`. Augmented images are not kept.
     data.keep_frozen = False
-    # Batches prepared ahead of the step.
+    # Batches prefetched.
     data.prefetch = 4
 
     # The rendered dataset. The density of false negatives falls as the vocabulary grows.
@@ -88,7 +87,7 @@ def get_config() -> ConfigDict:
     shapes.shapes = 5  # 1 to 8 kinds of shape
     shapes.colours = 7  # 1 to 10 colours
     shapes.max_objects = 3  # objects in a scene, 1 to this many, at most 3
-    # varied (captions of one fact to seven: some are true of far more images than others) or four
+    # varied (one to seven facts per caption: some are true of far more images than others) or four
     # (four facts in every caption, three objects in every scene).
     shapes.facts = "varied"
 
@@ -96,15 +95,15 @@ def get_config() -> ConfigDict:
     synthetic.seed = 0  # of the pixels and the captions
     synthetic.images = 256  # images of each split, two captions each
 
-    # Pixels in [0, 1] are normalised with these; () for those of the pretrained image tower:
-    # SigLIP's 0.5, and CLIP's, which the authors use with ViT as well, with others.
+    # Mean and standard deviation by channel, for pixels in [0, 1]; () for those of the pretrained
+    # image tower: SigLIP's 0.5, and with others CLIP's, which the authors use with ViT too.
     config.image_mean = ()
-    config.image_std = ()  # by channel, like image_mean
+    config.image_std = ()  # like image_mean
 
     config.encoder = encoder = ConfigDict()
     encoder.image = image = ConfigDict()
-    # Hugging Face name or local folder of a model to start from, of those that docs/pretrained.md
-    # lists; "" for random weights and the sizes below. `image_size` may differ from the source's.
+    # Hugging Face name or local folder of a pretrained model (docs/pretrained.md lists what is
+    # supported); "" for random weights and the sizes below. The model's `image_size` may differ.
     image.pretrained = ""
     image.image_size = 384  # pixels of a side
     image.patch_size = 16  # pixels of a side of a patch, which is a token
@@ -113,18 +112,18 @@ def get_config() -> ConfigDict:
     image.heads = 12  # attention heads of a layer; they divide the width
     image.mlp_width = 3072  # hidden dimension of each layer's MLP
     image.dropout = 0.0  # share of activations dropped while training
-    # mean over all tokens, class token included; first (the class token); first_and_mean (it beside
-    # the mean of the others, twice as wide); checkpoint (the embedding of CLIP and SigLIP
+    # mean over all tokens, class token included; first (the class token); first_and_mean (the class
+    # token and the mean of the others, concatenated); checkpoint (the embedding of CLIP and SigLIP
     # themselves); or auto (checkpoint where there is one, else mean).
     image.pooling = "auto"
-    # How many of the last layers are pooled, beside each other; DINOv2's linear evaluation takes 4.
+    # How many of the last layers are pooled and concatenated; DINOv2's linear evaluation uses 4.
     image.pooled_layers = 1
-    # Layers that are frozen, from the bottom, the embeddings with them: "none", "all" (with the
-    # norm and the head after them), or how many, e.g. "6". They have no gradient, no moments, no
-    # momentum copy and no dropout, and run once a step.
+    # Frozen layers from the bottom, embeddings included: "none", "all" (with the final norm and the
+    # head), or a number, e.g. "6". They have no gradient, no moments, no momentum copy and no
+    # dropout, and run once per step.
     image.frozen_layers = "none"
-    # Rank of learned changes of the layers' matrices (LoRA), everything else in the tower being
-    # frozen; 0 for none.
+    # Rank of low-rank updates of the layers' matrices (LoRA), with the rest of the tower frozen; 0
+    # for none.
     image.lora_rank = 0
     encoder.text = text = ConfigDict()
     # As above, or of a folder of sentence-transformers.
@@ -135,12 +134,12 @@ def get_config() -> ConfigDict:
     text.heads = 12  # attention heads of a layer; they divide the width
     text.mlp_width = 3072  # hidden dimension of each layer's MLP
     text.dropout = 0.0  # share of activations dropped while training
-    # mean over real tokens; mean_with_padding over all, as the authors; first; max over real
-    # tokens; checkpoint (of sentence-transformers too, where dense layers follow the pooling); or
-    # auto, with which a folder of sentence-transformers decides.
+    # mean or max over the tokens without padding; mean_with_padding over all, as the authors;
+    # first; checkpoint (also of sentence-transformers with dense layers after the pooling); or
+    # auto, which for a folder of sentence-transformers is its own.
     text.pooling = "auto"
-    # While training: as `pooling` (auto), or mean_to_longest, over as many tokens as the longest
-    # caption of the batch has, as the authors.
+    # Pooling in training: auto (as `pooling`), or mean_to_longest, over as many tokens as the
+    # longest caption of the batch has, as the authors.
     text.training_pooling = "auto"
     text.pooled_layers = 1  # as of the image tower
     text.frozen_layers = "none"  # as of the image tower
@@ -151,15 +150,15 @@ def get_config() -> ConfigDict:
     encoder.projection_hidden = 0
     # float32 or bfloat16; parameters, losses and similarities are float32 in any case.
     encoder.compute_dtype = "bfloat16"
-    # How attention is computed: auto (what suits the device and the number of tokens), xla
-    # (anywhere), splash (fused; TPUs in bfloat16), cudnn (fused; GPUs in bfloat16), or head_loop
-    # (long sequences on a CPU, in little memory).
+    # Attention implementation: auto (by device and number of tokens), xla (anywhere), splash
+    # (fused; TPUs in bfloat16), cudnn (fused; GPUs in bfloat16), or head_loop (long sequences on a
+    # CPU, in little memory).
     encoder.attention = "auto"
     # Compile one layer and loop over it.
     encoder.scan_layers = False
-    # What layers keep for the backward pass, which computes the rest again: none (is computed
-    # again), products (the results of matrix products and of fused attention are kept), attention
-    # (of fused attention alone), or full (all is computed again from a layer's input).
+    # Rematerialization: none, products (keeps the results of matrix products and of fused
+    # attention), attention (keeps those of fused attention), or full (recomputes everything from a
+    # layer's input).
     encoder.remat = "none"
 
     # Momentum m of the momentum encoders' update m <- m * momentum + (1 - m) * online.
@@ -167,38 +166,38 @@ def get_config() -> ConfigDict:
     # Slots of the queue of momentum embeddings.
     config.queue_size = 8224
 
-    # What follows the warm-up (fne_jax/objectives/registry.py lists all objectives).
+    # The objective after the warm-up (fne_jax/objectives/registry.py lists all).
     config.objective = objective = ConfigDict()
     # fne; triplets with the hardest, a semi_hard or a random key as negative; infonce (contrastive
     # over the queue); or, within the batch, clip (contrastive), multi_positive (the same with
     # several positives, at least all captions of an image) or sigmoid (SigLIP's).
     objective.name = "fne"
-    # Whether candidates come from the queue as well, or from the batch alone.
+    # Whether candidates come from the queue too, or only from the batch.
     objective.queue = True
-    # Divisor of the similarities in infonce, clip, multi_positive and sigmoid (0.1 is where SigLIP
-    # starts). 0 for the one that a CLIP or SigLIP learned, where both towers are of it and their
-    # embeddings its own, and 0.07 otherwise (with sigmoid for CLIP too, which learned no bias).
+    # Temperature of infonce, clip, multi_positive and sigmoid (SigLIP starts at 0.1). 0 for the one
+    # that a CLIP or SigLIP learned, if both towers and the embeddings are its own, and otherwise
+    # 0.07 (with sigmoid for CLIP too, which learned no bias).
     objective.temperature = 0.0
-    # Number that sigmoid adds to the logits; None for the one that a SigLIP learned, likewise, and
-    # -10 otherwise.
+    # Bias that sigmoid adds to the logits; None likewise for the one that a SigLIP learned, and
+    # otherwise -10.
     objective.bias = config_dict.placeholder(float)
-    # Whether temperature and bias are learned from there on by these objectives, as CLIP and SigLIP
-    # do, within 0.01 to 1, or from 0.001 on if it begins below 0.01; not in the warm-up.
+    # Whether these objectives learn temperature and bias further, as CLIP and SigLIP do, within
+    # 0.01 to 1, or above 0.001 if it starts below 0.01; not in the warm-up.
     objective.learn_temperature = False
-    # What the truth is used for, where the training split knows it (shapes does), to see how much a
-    # perfect detector would gain: none (nothing); drop (whatever matches is neither a negative nor
-    # in the statistics of negatives); positives (multi_positive and sigmoid: further positives).
-    # The warm-up never uses it.
+    # Use of the complete truth, where the training split knows it (shapes does), to measure what a
+    # perfect detector would gain: none; drop (true matches are excluded from the negatives and from
+    # the statistics of negatives); positives (of multi_positive and sigmoid). The warm-up never
+    # uses it.
     objective.oracle = "none"
 
-    # False negative elimination, section 3 of the paper. `margin` and `prior` also serve the
-    # other triplet objectives: the one in their loss, the other in their log.
+    # False negative elimination, section 3 of the paper. The other triplet objectives use `margin`
+    # in their loss and `prior` in their log.
     config.fne = fne = ConfigDict()
-    # Epochs of warm-up before it; may be fractional.
+    # Epochs of warm-up; may be fractional.
     fne.start_epoch = 1.0
-    # Similarity by which the positive should win.
+    # Similarity by which a positive should exceed a negative.
     fne.margin = 0.2
-    # tau of the sampling weights, the paper's.
+    # tau of the sampling weights.
     fne.tau = 0.5
     # Prior probability of a candidate being a false negative; it should follow the dataset.
     fne.prior = 1e-4
@@ -207,34 +206,34 @@ def get_config() -> ConfigDict:
     fne.posterior_threshold = config_dict.placeholder(float)
     # Positive similarities seen before anything is suspected.
     fne.min_count = 200
-    # Leave out other captions of the same image from the warm-up loss and the statistics. The
-    # authors leave out the diagonal only.
+    # Exclude other captions of the same image from the warm-up loss and the statistics. The authors
+    # exclude only the diagonal.
     fne.mask_same_image = True
     # The same of the weights of suspected candidates; None for tau, as the paper.
     fne.elimination_tau = config_dict.placeholder(float)
     # How suspected candidates are weighed: soft (by their posterior, the paper's), hard (never
     # negatives), or none (as ordinary ones).
     fne.elimination = "soft"
-    # Whether ordinary candidates weigh the more the nearer they are to the positive; without it
-    # they all weigh 1.
+    # Whether other candidates weigh more the closer their similarity is to the positive's; without
+    # it all weigh 1.
     fne.cut_down = True
-    # Hold the posterior where its formula would fall as similarity rises.
+    # Keep the posterior from falling as similarity rises.
     fne.monotone = False
-    # 1 collects the statistics of an epoch and resets them at its start, as the paper; below 1 they
-    # are an exponential moving average that keeps this share at each step, for data without epochs.
+    # 1 collects statistics over an epoch and resets them at its start, as in the paper; below 1
+    # they are exponential moving averages with this decay per step, for data without epochs.
     fne.ema_decay = 1.0
     # Keys of the queue scored at a time, a multiple of 16, to save memory; 0 for all at once.
     fne.key_chunk = 0
 
     config.warmup = warmup = ConfigDict()
-    # hardest (the paper's, for pretrained encoders); for encoders from random weights, where the
+    # hardest (the paper's, for pretrained encoders); for encoders from random weights, which the
     # hardest negative collapses, clip (contrastive within the batch, the faster) or infonce
     # (contrastive over the queue).
     warmup.objective = "hardest"
-    # Divisor of the similarities in clip and infonce.
+    # Temperature of clip and infonce.
     warmup.temperature = 0.07
-    # Write the queue during the last steps of the warm-up, as many as fill it, so that FNE does
-    # not start on random vectors. The authors do not. (infonce writes it from the first step.)
+    # Fill the queue in the last steps of the warm-up, so that FNE does not start on random vectors.
+    # The authors do not. (infonce fills it from the first step.)
     warmup.fill_queue = True
 
     config.optimizer = optimizer = ConfigDict()
@@ -251,42 +250,42 @@ def get_config() -> ConfigDict:
     optimizer.schedule = "step"
     optimizer.step_epochs = (5.0, 15.0)  # may be fractional
     optimizer.step_factor = 0.1  # less than 1 lowers the rate
-    # Epochs over which the learning rate rises linearly from 0.
+    # Epochs of linear learning-rate warm-up from 0.
     optimizer.warmup_epochs = 0.0
-    # Factors on the learning rate of either tower and its projection.
+    # Factor on the learning rate of the image tower and its projection.
     optimizer.image_factor = 1.0
     optimizer.text_factor = 1.0  # that of the text tower
-    # Factor on the learning rate of temperature and bias, where they are learned.
+    # Factor on the learning rate of learned temperature and bias.
     optimizer.objective_factor = 1.0
-    # Factor on the learning rate from a layer to the one below, the last layer's being this; 1 for
-    # one rate for all layers.
+    # Layer-wise decay of the learning rate: each layer's is this times that of the one above, the
+    # last layer's this; 1 for the same rate everywhere.
     optimizer.layer_decay = 1.0
 
     config.evaluation = evaluation = ConfigDict()
-    # Validations in an epoch.
+    # Validations per epoch.
     evaluation.per_epoch = 3
     # Images or captions embedded at once over all devices.
     evaluation.batch_size = 256
     # Tokens of a caption in evaluation; 0 for as many as in training.
     evaluation.text_length = 0
-    # Captions of an image that count in evaluation, its first ones; 0 for all. COCO has images
-    # with 6 or 7, of which the published protocol uses 5.
+    # Captions per image in evaluation, the first ones; 0 for all. Some COCO images have 6 or 7, of
+    # which the published protocol uses 5.
     evaluation.captions_per_image = 0
 
     config.checkpoint = checkpoint = ConfigDict()
-    # Newest checkpoints kept, beside the one of best validation rSum.
+    # Newest checkpoints kept, besides the best by validation rSum.
     checkpoint.keep_latest = 2
-    # Steps between checkpoints, beside those at validations; 0 for none.
+    # Steps between checkpoints, besides those at validations; 0 for none.
     checkpoint.every_steps = 0
 
     config.logging = logging = ConfigDict()
     # Steps over which scalars are averaged before they are written.
     logging.every_steps = 50
-    # Where the scalars of TensorBoard go too: any of "wandb" and "trackio".
+    # Trackers that get TensorBoard's scalars too: any of "wandb" and "trackio".
     logging.also = ()
-    # Seconds between progress lines where there is no terminal.
+    # Seconds between progress lines without a terminal.
     logging.progress_seconds = 20
-    # Step whose surroundings are profiled for TensorBoard, 0 for none.
+    # First of five steps that are profiled for TensorBoard, 0 for none.
     logging.profile_step = 0
 
     return config.lock()

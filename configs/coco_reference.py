@@ -1,4 +1,4 @@
-"""The authors' own behaviour on COCO; see configs/flickr30k_reference.py.
+"""The authors' behaviour on COCO; see configs/flickr30k_reference.py.
 
 python -m fne_jax.train --config=configs/coco_reference.py --workdir=runs/coco_reference \\
     --config.data.dir=DIR

@@ -1,10 +1,10 @@
-"""The authors' own behaviour on Flickr30K, where our defaults go past it.
+"""The authors' behaviour on Flickr30K, where our defaults differ from it.
 
-Deliberately different: no dropout (theirs is on in BERT until each epoch's first validation), and
-BERT's embedding of the padding token learns (in PyTorch it does not). In RandAugment, autocontrast
-is PIL's and sharpness saturates (theirs saturates a channel in autocontrast on a third of the
-photographs, and wraps around at 0 and 255 in sharpness); crops are resized within one level of 255
-of PIL's bicubic.
+Differences that remain: there is no dropout (theirs is on in BERT until each epoch's first
+validation), and BERT's embedding of the padding token is trained (in PyTorch it is not). In
+RandAugment, autocontrast is PIL's and sharpness saturates (theirs saturates a channel in
+autocontrast on a third of the photographs, and wraps around at 0 and 255 in sharpness); crops are
+resized to within one level of 255 of PIL's bicubic.
 
 python -m fne_jax.train --config=configs/flickr30k_reference.py --workdir=runs/reference \\
     --config.data.dir=DIR

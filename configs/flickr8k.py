@@ -24,8 +24,7 @@ def get_config():
     image.dropout = text.dropout = 0.1
     config.encoder.compute_dtype = "float32"
 
-    # On rendered scenes, small encoders from random weights recall more so than by `fne`
-    # (docs/study.md): --config.objective.name=fne is a flag away.
+    # Better than `fne` for small encoders from random weights on rendered scenes (docs/study.md).
     config.objective.name = "clip"
     config.objective.temperature = 0.05
     config.warmup.objective = "clip"

@@ -36,7 +36,7 @@ def get_config():
     config.encoder.projection_hidden = 2048
     config.encoder.compute_dtype = "float32"
 
-    # The image tower runs once over each image, and its output is read from a file from then on.
+    # The image tower runs once over each image; then its output is read from a file.
     config.data.augmentation = "none"
     config.data.keep_frozen = True
     config.data.text_length = 20

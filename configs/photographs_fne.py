@@ -1,4 +1,4 @@
-"""The paper's setting on photographs: encoders pretrained apart, hardest negatives, then FNE.
+"""The paper's setting on photographs: encoders pretrained separately, hardest negatives, then FNE.
 
 python -m fne_jax.train --config=configs/photographs_fne.py --workdir=runs/photographs_fne \\
     --config.data.dir=DIR

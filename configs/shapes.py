@@ -1,6 +1,6 @@
-"""Small encoders from random weights on rendered scenes whose false negatives are known.
+"""Small encoders from random weights on rendered scenes with known false negatives.
 
-It shows FNE at work. Without pretrained encoders `clip` recalls more (docs/study.md).
+It demonstrates FNE. Without pretrained encoders `clip` is better (docs/study.md).
 
 bash launch/local.sh configs/shapes.py runs/shapes
 """
@@ -16,7 +16,7 @@ def get_config():
     config.queue_size = 2048
 
     config.data.source = "shapes"
-    config.data.augmentation = "none"  # mirrored, "left of" would be a lie
+    config.data.augmentation = "none"  # mirroring makes "left of" wrong
 
     image, text = config.encoder.image, config.encoder.text
     image.image_size = 64

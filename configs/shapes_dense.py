@@ -1,4 +1,4 @@
-"""`shapes` whose captions state four facts each, where false negatives are dense (3.2 %).
+"""`shapes` with four facts in each caption, where false negatives are dense (3.2 %).
 
 bash launch/local.sh configs/shapes_dense.py runs/shapes_dense
 """

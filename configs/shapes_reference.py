@@ -1,9 +1,9 @@
-"""The paper's own regime on rendered scenes, for `study`.
+"""The paper's regime on rendered scenes, for `study`.
 
-Small batches, the hardest negative as warm-up, and False Negative Elimination as published, prior
-included; the towers are pretrained apart, then matched by `clip` for an epoch, without which the
-hardest negative makes one point of all embeddings. What differs from the paper is the size of the
-encoders, and with it the learning rate. docs/study.md has the commands.
+Small batches, a warm-up with the hardest negative, and FNE as published, prior included. The towers
+are pretrained separately, then aligned with `clip` for an epoch, as the hardest negative would
+collapse the embeddings otherwise. The encoders are smaller than the paper's, and the learning rate
+higher. docs/study.md has the commands.
 """
 
 from configs import shapes_sparse
