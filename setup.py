@@ -42,6 +42,8 @@ setuptools.setup(
         'tensorflow-cpu>=2.21.0; sys_platform == "linux" and platform_machine == "x86_64"',
         'tensorflow>=2.21.0; sys_platform != "linux" or platform_machine != "x86_64"',
         "tensorflow-datasets>=4.9.10",
+        "pyarrow>=26.0",
+        "fsspec>=2026.9",
         "array_record>=0.8.6",
         "importlib_resources>=7.1.0",  # imported by tfds' ArrayRecord reader, not declared by it
         # Writing TensorBoard logs.

@@ -39,7 +39,12 @@ def get_config() -> ConfigDict:
     data.source = "karpathy"
     # Folder of the source, local or remote (gs://...); of csv and jsonl also the table itself.
     data.dir = ""
-    # Folder of prepared datasets, local or remote.
+    # The column of images in tables that hold them (`parquet`), or the feature (`tfds`).
+    data.image_key = "image"
+    # The column or the feature of captions, or their key in JSON beside images (`webdataset`);
+    # several with commas between.
+    data.caption_key = "caption"
+    # Folder of prepared datasets, on a disk of this machine.
     data.cache_dir = "~/.cache/fne_jax"
     # Stored images whose shorter side is longer than this many pixels are shrunk to it, which makes
     # decoding cheaper; 0 stores images as they are.

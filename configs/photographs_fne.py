@@ -3,8 +3,8 @@
 python -m fne_jax.train --config=configs/photographs_fne.py --workdir=runs/photographs_fne \\
     --config.data.dir=DIR
 
-On two x86-64 cores, with Flickr8K at 160 pixels (our split), seed 0, from preparing to evaluating: 28
-minutes at most (other programs ran beside it), rSum 95.7 on 1,000 test images, where
+On two x86-64 cores, with Flickr8K at 160 pixels (our split), seed 0, from preparing to evaluating:
+28 minutes at most (other programs ran beside it), rSum 95.7 on 1,000 test images, where
 configs/photographs.py has 230.8. docs/pretrained.md says more.
 """
 

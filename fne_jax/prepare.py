@@ -6,14 +6,16 @@ called again, the command goes on where it was.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import os
 import signal
 
 import ml_collections
 import numpy as np
 
 from fne_jax import command_line, configuration
-from fne_jax.data.pairs import SPLITS, PairDataset
+from fne_jax.data.pairs import PairDataset
 from fne_jax.data.sources.registry import find_source
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.training.interruption import stop_signals
@@ -26,7 +28,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--resize-to", type=int, help="the same as --config.data.resize_to, e.g. 512 (pixels)"
     )
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="how many work at once; all cores"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="read what is prepared, and compare it with its notes"
+    )
     options, overrides = parser.parse_known_args(arguments)
+    if options.processes < 1:
+        raise UserError(f"--processes is {options.processes}; expected at least 1")
     if options.resize_to is not None:
         overrides.append(f"--config.data.resize_to={options.resize_to}")
     # Another machine may train.
@@ -37,32 +47,24 @@ def main(arguments: list[str]) -> None:
             "nothing to prepare"
         )
     with _stopping_in_good_order():
-        _prepare(config.data)
+        _prepare(config.data, options)
 
 
-def _prepare(data: ml_collections.ConfigDict) -> None:
-    # Kept out of the module's imports: TensorFlow takes seconds to import, which a mistake in the
-    # command line should not have to wait for.
-    from fne_jax.data.preparation import captioned_images, storage
+def _prepare(data: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
+    # Kept out of the module's imports: a mistake in the command line should not wait for them.
+    from fne_jax.data.preparation import preparing, storage
 
-    builder = captioned_images.prepared_builder(data)
-    written = builder.summaries()
-    for split in SPLITS:
-        read = storage.summarize(builder.record_source(split))
+    prepared = preparing.prepare(data, options.processes)
+    for split, summary in prepared.summaries.items():
+        if options.check:
+            prepared.check(split)
         print(
-            f"{split:6}{read.images:9,} images {read.captions:9,} captions"
-            f"   checksum {read.checksum}"
+            f"{split:6}{summary.images:9,} images {summary.captions:9,} captions"
+            f"   checksum {summary.checksum}"
         )
-        if written[split] != read:
-            raise UserError(
-                f"{builder.data_dir}: the split {split} was written with "
-                f"{written[split].images} images and checksum {written[split].checksum}; its files "
-                "have changed. Delete that folder and prepare the dataset again"
-            )
-    if isinstance(builder, captioned_images.CaptionedImages):
-        print(f"skipped: {len(builder.skipped())}, listed in {builder.skipped_path()}")
-    print(f"prepared in {builder.data_dir}")
-    test = builder.load_split("test")
+    print(f"skipped: {len(prepared.skipped())}, listed in {prepared.folder / storage.SKIPPED_FILE}")
+    print(f"prepared in {prepared.folder}")
+    test = prepared.load_split("test")
     if test.truth is not None:
         print(_density(test))
 

@@ -1,9 +1,9 @@
 """Preparing: what is left out, what survives an interruption, and damage after the build."""
 
+import dataclasses
 import io
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -18,7 +18,8 @@ from fne_jax import prepare
 from fne_jax.data.batches import BatchOrder, evaluation_images, training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.pairs import SPLITS
-from fne_jax.data.preparation import captioned_images, checking, storage
+from fne_jax.data.preparation import image_shards, preparing
+from fne_jax.data.preparation.storage import SplitSummary
 from fne_jax.data.sources.registry import load_split
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.training.interruption import stop_signals
@@ -45,18 +46,19 @@ def write_damaged(folder):
             name = f"images/{kind} {number}.jpg"
             kinds[name] = kind
             (folder / name).write_bytes(content(number))
-            rows.insert(7 * number, {"image": name, "caption": "Some words.", "split": "train"})
+            row = {"image": name, "caption": "Some words.", "split": "train"}
+            rows.insert(7 * number, row | {"image_id": 1000 + len(kinds)})
     sources.write_jsonl(folder, rows)
     return kinds
 
 
 def skipped(config):
-    builder = captioned_images.prepared_builder(config.data)
-    return json.loads((pathlib.Path(builder.data_dir) / "skipped.json").read_text())
+    return [dataclasses.asdict(one) for one in preparing.prepare(config.data).skipped()]
 
 
 def record_files(folder):
-    return sorted((folder / "cache").rglob("*.array_record*"))
+    files = (folder / "cache").rglob("*.array_record*")
+    return sorted(file for file in files if "unfinished" not in file.parts)
 
 
 def test_a_hundred_damaged_images(tmp_path):
@@ -79,9 +81,7 @@ def test_a_hundred_damaged_images(tmp_path):
     assert all(entry["reason"] and "line " in entry["where"] for entry in listed)
     train = load_split(config.data, 8, "train")
     assert len(train.image_id) == 24 and "Some words." not in train.captions
-    assert not (tmp_path / "cache" / "unfinished").exists() or not list(
-        (tmp_path / "cache" / "unfinished").iterdir()
-    )
+    assert not list((tmp_path / "cache").rglob("unfinished/*/"))
     with pytest.raises(UserError, match=r"more than config.data.max_skipped, 99"):
         load_split(config_of(tmp_path, data__max_skipped=99).data, 8, "train")
 
@@ -127,13 +127,13 @@ def test_a_split_that_is_lost(tmp_path):
 def checked(monkeypatch):
     """The contents that were looked at, in no order."""
     contents = []
-    real = checking.usable_jpeg
+    real = image_shards.usable_jpeg
 
     def spy(content, resize_to):
         contents.append(content)
         return real(content, resize_to)
 
-    monkeypatch.setattr(checking, "usable_jpeg", spy)
+    monkeypatch.setattr(image_shards, "usable_jpeg", spy)
     return contents
 
 
@@ -142,7 +142,7 @@ def command(monkeypatch, tmp_path):
     """Calls `prepare` in this process on a table of its own; its signal handlers do not stay."""
     sources.write_jsonl(tmp_path / "source", sources.table_rows(tmp_path / "source"))
     old = {number: signal.getsignal(number) for number in stop_signals()}
-    monkeypatch.setattr(checking, "IMAGES_PER_PART", 10)
+    monkeypatch.setattr(image_shards, "IMAGES_PER_SHARD", 10)
 
     def call(*arguments):
         prepare.main(
@@ -151,6 +151,7 @@ def command(monkeypatch, tmp_path):
                 "--config.data.source=jsonl",
                 f"--config.data.dir={tmp_path / 'source'}",
                 f"--config.data.cache_dir={tmp_path / 'cache'}",
+                "--processes=1",
                 *arguments,
             ]
         )
@@ -166,28 +167,28 @@ def test_an_interrupted_build_goes_on_where_it_was(
     tmp_path, command, checked, monkeypatch, capsys, number
 ):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    spy = checking.usable_jpeg
+    spy = image_shards.usable_jpeg
 
-    def stop_in_the_third_part(content, resize_to):
+    def stop_in_the_fourth_shard(content, resize_to):
         if len(checked) == 25:
             os.kill(os.getpid(), number)
         return spy(content, resize_to)
 
-    monkeypatch.setattr(checking, "usable_jpeg", stop_in_the_third_part)
+    monkeypatch.setattr(image_shards, "usable_jpeg", stop_in_the_fourth_shard)
     with pytest.raises(Interrupted) as stop:
         command()
     assert stop.value.exit_code == 128 + number
     assert not record_files(tmp_path)
 
-    monkeypatch.setattr(checking, "usable_jpeg", spy)
+    monkeypatch.setattr(image_shards, "usable_jpeg", spy)
     command()
     assert "train        24 images        72 captions" in capsys.readouterr().out
     command()
-    # Parts under way came to their end before the first call did.
-    assert len(checked) == len(set(checked)) == 35, "nothing is looked at twice"
+    assert len(set(checked)) == 35 and len(set(checked[:24])) == 24
+    assert not set(checked[:24]) & set(checked[24:]), "of finished shards nothing is done twice"
 
 
-def test_only_what_was_refused_or_has_changed_is_checked_again(tmp_path, command, checked):
+def test_only_shards_of_images_that_have_changed_are_made_again(tmp_path, command, checked):
     images = tmp_path / "source" / "images"
     good = (images / "image3.jpg").read_bytes()
     (images / "image3.jpg").write_bytes(good[:300])
@@ -197,42 +198,61 @@ def test_only_what_was_refused_or_has_changed_is_checked_again(tmp_path, command
     (images / "image3.jpg").write_bytes(good)
     (images / "image9.jpg").write_bytes(sources.jpeg(99, width=50))
     command()
-    assert checked[35:] == [good, sources.jpeg(99, width=50)]
+    assert checked[35:] == [(images / f"image{n}.jpg").read_bytes() for n in range(10)]
+
+
+def test_a_mended_caption_has_no_image_looked_at(tmp_path, command, checked):
+    command()
+    rows = sources.table_rows(tmp_path / "same" / "source")
+    rows[0]["caption"] = "Mended."
+    sources.write_jsonl(tmp_path / "source", rows)
+    command()
+    assert len(checked) == 35
+    train = load_split(config_of(tmp_path).data, 8, "train")
+    assert train.captions[0] == "Mended." and train.images[0]["image"] == sources.jpeg(0, width=30)
+    folders = [path.parent for path in (tmp_path / "cache").rglob("prepared.json")]
+    files = [{file.stat().st_ino for file in folder.glob("*.array_record*")} for folder in folders]
+    assert files[0] == files[1], "both datasets have the same files"
 
 
 def test_an_image_that_changes_while_it_is_prepared(tmp_path, command, monkeypatch):
     changing = tmp_path / "source" / "images" / "image12.jpg"
-    real = checking.CheckedParts.check
+    real = image_shards.read_bytes
 
-    def check_then_change(parts):
-        verdicts = real(parts)
-        changing.write_bytes(sources.jpeg(77))
-        return verdicts
+    def read_then_change(image):
+        content = real(image)
+        if os.fspath(image) == str(changing):
+            changing.write_bytes(sources.jpeg(77))
+        return content
 
-    monkeypatch.setattr(checking.CheckedParts, "check", check_then_change)
-    with pytest.raises(UserError, match=r"image12.jpg: has changed since it was checked"):
-        command()
+    with monkeypatch.context() as patch:
+        patch.setattr(image_shards, "read_bytes", read_then_change)
+        with pytest.raises(UserError, match=r"image12.jpg: has changed since it was listed"):
+            command()
     assert not record_files(tmp_path)
-    monkeypatch.setattr(checking.CheckedParts, "check", real)
     command()
     assert load_split(config_of(tmp_path).data, 8, "train").images[12]["image"] == sources.jpeg(77)
 
 
 def test_the_checksum_depends_on_the_records_alone(tmp_path, monkeypatch):
-    sources.write_jsonl(tmp_path / "source", sources.table_rows(tmp_path / "source"))
+    rows = sources.table_rows(tmp_path / "source")
+    for row in rows:
+        del row["image_id"]
+    sources.write_jsonl(tmp_path / "source", rows)
     summaries = []
     for workers, shard in ((1, 100), (5, 7)):
         monkeypatch.setattr(os, "cpu_count", lambda workers=workers: workers)
-        monkeypatch.setattr(storage, "IMAGES_PER_SHARD", shard)
+        monkeypatch.setattr(image_shards, "IMAGES_PER_SHARD", shard)
         config = config_of(tmp_path)
         config.data.cache_dir = str(tmp_path / f"cache{workers}")
-        builder = captioned_images.prepared_builder(config.data)
-        read = {s: storage.summarize(builder.record_source(s)) for s in SPLITS}
-        assert read == builder.summaries()
-        summaries.append(read)
-        files = list((tmp_path / f"cache{workers}").rglob("*-train.array_record*"))
-        assert len(files) == (1 if shard == 100 else 4)
+        prepared = preparing.prepare(config.data)
+        for split in SPLITS:
+            prepared.check(split)
+        summaries.append(prepared.summaries)
+        assert len(prepared.shards) == (3 if shard == 100 else 6)
     assert summaries[0] == summaries[1]
+    # As when captions lay in the records themselves.
+    assert summaries[0]["val"] == SplitSummary(5, 14, "5178a056fe942bd0")
     assert len({summary.checksum for summary in summaries[0].values()}) == 3
 
 
@@ -320,11 +340,10 @@ def test_smaller_images_are_another_dataset(tmp_path, command, capsys):
     small = capsys.readouterr().out
     assert "checksum" in full and set(full.split()) != set(small.split())
     train = load_split(config_of(tmp_path, data__resize_to=16).data, 8, "train")
-    assert "16px" in small and not (tmp_path / "cache" / "unfinished" / "16px").exists()
     for record in train.images:
         with Image.open(io.BytesIO(record["image"])) as image:
             assert min(image.size) == 16
-    assert len(record_files(tmp_path)) == 6, "training has found it"
+    assert len(record_files(tmp_path)) == 10, "training has found it"
 
 
 def test_a_table_may_have_any_name(tmp_path):
@@ -355,12 +374,16 @@ def tokens_of(dataset):
 
 def test_a_flipped_byte_in_a_prepared_file_names_the_record(tmp_path, command, capsys):
     command()
-    file = next(path for path in record_files(tmp_path) if "-train." in path.name)
+    file = record_files(tmp_path)[1]
     content = bytearray(file.read_bytes())
     place = content.index(sources.jpeg(17, width=36)[-200:-100])
     content[place] ^= 0xFF
     file.write_bytes(bytes(content))
-    for call in (lambda: load_split(config_of(tmp_path).data, 8, "train"), command):
+
+    def read():
+        list(load_split(config_of(tmp_path).data, 8, "train").images)
+
+    for call in (read, lambda: command("--check")):
         named = r"record 17 of the split train in .*, made of .*/image17\.jpg, is damaged"
         with pytest.raises(UserError, match=named) as e:
             call()
@@ -374,8 +397,13 @@ def test_files_that_were_exchanged_are_noticed(tmp_path, command, monkeypatch):
     command()
     for path in record_files(tmp_path):
         path.write_bytes(next((tmp_path / "other").rglob(path.name)).read_bytes())
+    with pytest.raises(UserError, match=r"record 5 of the split train .*not the image that was"):
+        command("--check")
+    next((tmp_path / "cache").rglob("train.arrow")).write_bytes(
+        next((tmp_path / "cache").rglob("val.arrow")).read_bytes()
+    )
     with pytest.raises(UserError, match="the split train was written with 24 images and checksum"):
-        command()
+        command("--check")
 
 
 @pytest.fixture
@@ -384,7 +412,7 @@ def damaged(tmp_path, monkeypatch):
     sources.write_jsonl(tmp_path / "source", sources.table_rows(tmp_path / "source"))
     bad = [sources.jpeg(n, width=30 + n % 11) for n in (11, 26)]
     monkeypatch.setattr(
-        checking,
+        image_shards,
         "usable_jpeg",
         lambda content, _: content[:300] if content in bad else content,
     )

@@ -34,7 +34,7 @@ def training_on_one_device(config: ml_collections.ConfigDict) -> Training:
     """Returns the training of a config on the first device; neither data nor weights are read.
 
     Raises:
-      UserError: if the config names known matches, or a pretrained source that is not there.
+      UserError: if the config names known matches, or a pretrained source that is missing.
     """
     return training_without_data(config, sharding.create_mesh(devices=jax.devices()[:1]))
 

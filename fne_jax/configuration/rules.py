@@ -130,6 +130,8 @@ FIELDS = {
     "mesh.fsdp": _whole(1, 2**24, also=(-1,)),
     "data.source": _NAME,
     "data.dir": _TEXT,
+    "data.image_key": _NAME,
+    "data.caption_key": _NAME,
     "data.cache_dir": _NAME,
     "data.resize_to": _whole(0, 2**16),
     "data.max_skipped": _whole(0),

@@ -49,7 +49,7 @@ def read_identities(workdir: pathlib.Path) -> dict[str, DatasetIdentity]:
     A run whose data nobody knows, such as one that `convert` made, has none.
 
     Raises:
-      UserError: If the file is not there or damaged.
+      UserError: If the file is missing or damaged.
     """
     path = workdir / FILE_NAME
     with as_user_error(

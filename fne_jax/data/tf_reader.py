@@ -19,6 +19,10 @@ from fne_jax.data.images import preprocessing
 from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.preparation.storage import RecordSource
 
+# TensorFlow reads data on the host alone; the accelerator's memory is JAX's.
+tf.config.set_visible_devices([], "GPU")
+tf.config.set_visible_devices([], "TPU")
+
 
 def read_training_images(
     source: RecordSource,

@@ -101,7 +101,7 @@ def training_without_data(
       steps_per_epoch: Number of steps in an epoch, which the program holds as a constant.
 
     Raises:
-      UserError: if the config names known matches, or a pretrained source that is not there.
+      UserError: if the config names known matches, or a pretrained source that is missing.
     """
     if uses_matches(config):
         raise UserError(

@@ -133,7 +133,17 @@ def test_preparing_asks_nobody_and_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not list((tmp_path / "scratch").iterdir())
 
 
-@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "prepared.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dataset_info.json",
+        "features.json",
+        "prepared.json",
+        "inputs.arrow",
+        "val.arrow",
+        "skipped.json",
+    ],
+)
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", None])
 def test_damaged_notes_of_a_prepared_dataset_are_told_with_their_folder(tmp_path, name, content):
     sources.write_coco(tmp_path / "source")
@@ -146,6 +156,7 @@ def test_damaged_notes_of_a_prepared_dataset_are_told_with_their_folder(tmp_path
         path.write_bytes(content)
     try:
         again = load_split(data, 8, "val")
+        again.images[0]
     except UserError as error:
         assert str(path.parent) in str(error) and "delete" in str(error) and "\n" not in str(error)
     else:  # prepared anew, or nothing of the file is needed

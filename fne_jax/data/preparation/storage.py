@@ -1,35 +1,62 @@
-"""The TFDS records that every dataset of captioned images is prepared into, and their reader."""
+"""Prepared datasets: a folder with the images as TFDS keeps them, and a table for each split.
+
+The images of all splits lie in ArrayRecord files, a dataset of TFDS with the one split `images`. A
+table `train.arrow` (`val`, `test`) has a row an image: the number of its record, its ids, captions
+and the digest of its JPEG. It is read by memory map, so that nothing but captions and ids is read
+before images are asked for.
+"""
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
+import functools
 import hashlib
-import io
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
-from etils import epath
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from fne_jax.data.pairs import PairDataset
-from fne_jax.data.sources.shapes_scenes import SceneTruth
+from fne_jax.data.sources.image_files import Stamp, stamps_of
+from fne_jax.data.sources.listing import Skipped
+from fne_jax.data.sources.shapes_scenes import (
+    FACT_FIELDS,
+    MAX_OBJECTS,
+    SCENE_FIELDS,
+    SceneTruth,
+)
 from fne_jax.errors import UserError, first_line
-from fne_jax.files import as_user_error
+from fne_jax.files import as_user_error, write_atomically
 
-SUMMARY_FILE = "prepared.json"
-# 2.6 GB of COCO's images.
-IMAGES_PER_SHARD = 16_384
-_INFO_FILE = "dataset_info.json"  # of TFDS
+LAYOUT = 2
+ABOUT_FILE = "prepared.json"
+SKIPPED_FILE = "skipped.json"
+_INPUTS_FILE = "inputs.arrow"
+_DATASET, _IMAGES = "captioned_images", "images"  # TFDS's names for the dataset and its split
 _ADVICE = "delete that folder and prepare the dataset again"
-# What a JSON file that is no such file leads to.
+_ROWS_PER_BATCH = 65_536
+_CHUNK = 256  # records that are read at a time where all of them are
+# What a file that is no such file leads to; pyarrow's own errors are of these kinds.
 _MALFORMED = (OSError, ValueError, TypeError, LookupError)
-# Records that are read at a time where all of them are.
-_CHUNK = 256
+_INPUTS = pa.schema([("file", pa.string()), ("size", pa.int64()), ("modified", pa.int64())])
+_ROWS = pa.schema(
+    [
+        ("record", pa.int64()),
+        ("image_id", pa.int64()),
+        ("source_id", pa.string()),
+        ("file", pa.string()),
+        ("digest", pa.binary(32)),
+        ("captions", pa.list_(pa.string())),
+        ("caption_ids", pa.list_(pa.int64())),
+        ("scene", pa.list_(pa.int32())),  # of rendered scenes, as is the next
+        ("facts", pa.list_(pa.int32())),
+    ]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,36 +75,18 @@ class SplitSummary:
     checksum: str
 
 
-def summarize(records: Iterable[dict[str, Any]]) -> SplitSummary:
-    """Returns the summary of the records that a `PairBuilder` yields or has written."""
-    summary = _RunningSummary()
-    for record in records:
-        summary.add(record)
-    return summary.value()
+def image_features() -> dict[str, Any]:
+    """Returns TFDS's features of a record."""
+    import tensorflow_datasets as tfds
 
-
-class _RunningSummary:
-    def __init__(self):
-        self._images = self._captions = 0
-        self._digest = hashlib.sha256()
-
-    def add(self, record):
-        captions = [c.decode() if isinstance(c, bytes) else c for c in record["captions"]]
-        ids = [int(number) for number in record["caption_ids"]]
-        text = json.dumps([int(record["image_id"]), captions, ids])
-        self._digest.update(hashlib.sha256(record["image"]).digest() + text.encode())
-        self._images += 1
-        self._captions += len(captions)
-
-    def value(self):
-        return SplitSummary(self._images, self._captions, self._digest.hexdigest()[:16])
+    return {"image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")}
 
 
 class RecordSource:
-    """The records of a prepared split; a TFDS data source with errors for users.
+    """The images of a split, in order, with errors for users.
 
     Args:
-      source: The random-access source of the split that TFDS gives.
+      source: Random access to records, whose `image` is a JPEG.
       where: The prepared dataset and the split, for messages.
       source_file: Returns the file that a record was made of, "" if it is not known.
       checksum: Stands for what the records hold.
@@ -135,154 +144,235 @@ class RecordSource:
         )
 
 
-class _LocalInfo(tfds.core.DatasetInfo):
-    """What TFDS notes of a dataset; of ones on this machine, whose names are nobody's business."""
+class _Records:
+    """The records of TFDS that the rows of a split name; nothing is opened before one is read."""
 
-    def initialize_from_bucket(self) -> None:
-        """Does nothing, where TFDS asks Google's bucket for a dataset of that name."""
+    def __init__(self, folder, rows):
+        self._folder, self._rows = folder, rows
 
-    def read_from_directory(self, dataset_info_dir: Any) -> None:
-        """Reads what is noted in a folder; UserError if it is damaged."""
-        # Whatever the readers of TFDS and of its buffers raise.
-        with as_user_error(f"{dataset_info_dir}: is damaged", _ADVICE, Exception):
-            super().read_from_directory(dataset_info_dir)
+    @functools.cached_property
+    def _source(self):
+        # Kept out of the module's imports: captions alone are read without it.
+        import tensorflow_datasets as tfds
+
+        with as_user_error(f"{self._folder}: is damaged", _ADVICE, Exception):
+            builder = tfds.builder_from_directory(self._folder)
+            return builder.as_data_source(_IMAGES, decoders={"image": tfds.decode.SkipDecoding()})
+
+    def __len__(self):
+        return len(self._rows)
+
+    def __getitems__(self, indices):
+        return self._source.__getitems__(self._rows[np.asarray(indices)].tolist())
 
 
-class PairBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
-    """Writes one record an image, in the source's order.
+class TableWriter:
+    """Writes the table of a split row by row, and sums it up.
 
-    TFDS shuffles by default, which would lose COCO's folds of consecutive images; shard-based
-    builders keep the order that `records` yields.
+    Args:
+      path: The file.
+
+    Attributes:
+      images: The number of rows so far.
+      captions: The number of their captions.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    def __init__(self, path: pathlib.Path):
+        self._writer = pa.ipc.new_file(str(path), _ROWS)
+        self._rows: list[dict[str, Any]] = []
+        self._digest = hashlib.sha256()
+        self.images = self.captions = 0
 
-    @abc.abstractmethod
-    def sizes(self) -> dict[str, int]:
-        """Returns the number of images of each split."""
+    def add(self, row: dict[str, Any]) -> None:
+        """Adds a row with the columns of the table, those of scenes where there are any."""
+        text = json.dumps([row["image_id"], row["captions"], row["caption_ids"]])
+        self._digest.update(row["digest"] + text.encode())
+        self.images += 1
+        self.captions += len(row["captions"])
+        self._rows.append(row)
+        if len(self._rows) == _ROWS_PER_BATCH:
+            self._flush()
 
-    @abc.abstractmethod
-    def records(self, split: str, rows: range) -> Iterator[dict[str, Any]]:
-        """Yields consecutive records of a split: the features of `_info`, `image` as bytes.
+    def close(self) -> SplitSummary:
+        """Ends the file, and returns what it holds."""
+        self._flush()
+        self._writer.close()
+        return SplitSummary(self.images, self.captions, self._digest.hexdigest()[:16])
 
-        It is called for one range after the other, in order.
-        """
+    def _flush(self):
+        self._writer.write_batch(pa.RecordBatch.from_pylist(self._rows, _ROWS))
+        self._rows = []
 
-    def extra_features(self) -> dict[str, Any]:
-        """Returns the features that only this dataset has."""
-        return {}
 
-    def known_truth(self, records: list[dict[str, Any]]) -> SceneTruth | None:
-        """Returns the truth of a split from its records without their images, if it is known."""
-        del records
-        return None
+def write_notes(
+    folder: pathlib.Path,
+    origin: Mapping[str, Any],
+    inputs: tuple[Sequence[str], Sequence[Stamp]],
+    summaries: Mapping[str, SplitSummary],
+    shards: Mapping[str, tuple[str, int]],
+    skipped: str,
+) -> None:
+    """Writes all that lies beside the records and the tables of a prepared dataset.
 
-    def source_file(self, split: str, index: int) -> str:
-        """Returns the file that a record of a split was made of, "" if there is none."""
-        del split, index
-        return ""
+    Args:
+      folder: The folder, which has both.
+      origin: What it was made of, by `Prepared.origin`.
+      inputs: The files that were read, and their stamps.
+      summaries: What each split holds.
+      shards: For each file of records, in order, the key of its shard and the records in it.
+      skipped: What was left out, as the text of a JSON list.
 
-    def extra_files(self) -> dict[str, str]:
-        """Returns the names and the texts of files that lie beside the records."""
-        return {}
+    Raises:
+      OSError: If something cannot be written.
+    """
+    import tensorflow_datasets as tfds
 
-    def prepare(self) -> None:
-        """Writes the dataset unless a complete one is there; TFDS renames it into place when done.
+    names, stamps = inputs
+    sizes, modified = zip(*stamps, strict=True) if stamps else ((), ())
+    table = pa.table([pa.array(names, pa.string()), sizes, modified], _INPUTS)
+    with pa.ipc.new_file(str(folder / _INPUTS_FILE), _INPUTS) as writer:
+        writer.write_table(table)
+    write_atomically(folder / SKIPPED_FILE, skipped)
+    split = tfds.core.SplitInfo(
+        name=_IMAGES,
+        shard_lengths=[records for _, records in shards.values()],
+        num_bytes=sum((folder / name).stat().st_size for name in shards),
+        filename_template=tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=_DATASET, split=_IMAGES, filetype_suffix="array_record"
+        ),
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=image_features(), split_infos=[split], check_data=False
+    )
+    about = {
+        "layout": LAYOUT,
+        "origin": origin,
+        "splits": {name: dataclasses.asdict(summary) for name, summary in summaries.items()},
+        "shards": {name: key for name, (key, _) in shards.items()},
+    }
+    write_atomically(folder / ABOUT_FILE, json.dumps(about, indent=2) + "\n")
+
+
+def records_name(number: int, count: int) -> str:
+    """Returns TFDS's name of a file of records."""
+    return f"{_DATASET}-{_IMAGES}.array_record-{number:05}-of-{count:05}"
+
+
+def table_name(split: str) -> str:
+    """Returns the name of the file that a split's table lies in."""
+    return f"{split}.arrow"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A prepared dataset.
+
+    Attributes:
+      folder: Its folder.
+      origin: What it was made of: the fields of `config.data` that tell, and the listing's files.
+      summaries: What each split holds.
+      shards: The keys of the files of records by their names.
+    """
+
+    folder: pathlib.Path
+    origin: Mapping[str, Any]
+    summaries: Mapping[str, SplitSummary]
+    shards: Mapping[str, str]
+
+    @classmethod
+    def open(cls, folder: pathlib.Path) -> Prepared:
+        """Opens a folder.
 
         Raises:
-          OSError: If it cannot be written.
-          UserError: If what is there is damaged.
+          UserError: If it is damaged, or was written by a version of another layout.
         """
-        folder = epath.Path(self.data_dir)
-        if folder.exists() and not (folder / _INFO_FILE).exists():  # which TFDS takes for complete
-            raise UserError(f"{folder}: is damaged: {_INFO_FILE} does not exist; {_ADVICE}")
-        # TFDS announces a download of unknown size; nothing is downloaded.
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.download_and_prepare(file_format="array_record")
+        with as_user_error(f"{folder / ABOUT_FILE}: is damaged", _ADVICE, _MALFORMED):
+            about = json.loads((folder / ABOUT_FILE).read_text())
+            if about["layout"] != LAYOUT:
+                raise ValueError(f"has layout {about['layout']}, this version reads {LAYOUT}")
+            summaries = {name: SplitSummary(**entry) for name, entry in about["splits"].items()}
+            return cls(folder, about["origin"], summaries, about["shards"])
 
-    def summaries(self) -> dict[str, SplitSummary]:
-        """Returns what was written of each split of a prepared dataset.
-
-        Raises:
-          UserError: If that is damaged.
-        """
-        path = epath.Path(self.data_dir) / SUMMARY_FILE
-        advice = "delete its folder and prepare the dataset again"
-        with as_user_error(f"{path}: is damaged", advice, _MALFORMED):
-            content = json.loads(path.read_text())
-            return {split: SplitSummary(**content[split]) for split in content}
-
-    def record_source(self, split: str) -> RecordSource:
-        """Returns the records of a split of a prepared dataset, their images as JPEGs."""
-        return RecordSource(
-            self.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}),
-            f"the split {split} in {self.data_dir}",
-            lambda index: self.source_file(split, index),
-            self.summaries()[split].checksum,
-        )
+    def is_current(self) -> bool:
+        """Returns whether all files that it was made of are as they were."""
+        with self._reading(_INPUTS_FILE) as table:
+            sizes, modified = (table[name].to_pylist() for name in ("size", "modified"))
+            return stamps_of(table["file"].to_pylist()) == list(zip(sizes, modified, strict=True))
 
     def load_split(self, split: str) -> PairDataset:
-        """Returns a split of a prepared dataset: its captions, and its images when asked for.
+        """Returns a split: its captions, and its images when they are asked for.
 
         Raises:
-          UserError: If a record is damaged; it names the record.
+          UserError: If it is damaged.
         """
-        source = self.record_source(split)
-        rows = [{name: row[name] for name in row if name != "image"} for row in source]
-        captions = [[text.decode() for text in row["captions"]] for row in rows]
-        counts = [len(texts) for texts in captions]
-        return PairDataset(
-            captions=list(itertools.chain.from_iterable(captions)),
-            caption_image=np.repeat(np.arange(len(rows), dtype=np.int32), counts),
-            image_id=np.array([row["image_id"] for row in rows], np.int32),
-            images=source,
-            caption_id=np.concatenate([row["caption_ids"] for row in rows]),
-            source_image_id=[
-                row["source_id"].decode() if "source_id" in row else str(row["image_id"])
-                for row in rows
-            ],
-            truth=self.known_truth(rows),
+        with self._reading(table_name(split)) as table:
+            captions = table["captions"].combine_chunks()
+            rows = np.arange(len(table), dtype=np.int32)
+            dataset = PairDataset(
+                captions=captions.flatten().to_numpy(zero_copy_only=False).tolist(),
+                caption_image=np.repeat(rows, pc.list_value_length(captions).to_numpy()),
+                image_id=table["image_id"].to_numpy().astype(np.int32),
+                images=self._images(split, table),
+                caption_id=table["caption_ids"].combine_chunks().flatten().to_numpy(),
+                source_image_id=table["source_id"].to_numpy().tolist(),
+                truth=_truth(table),
+            )
+        if len(dataset.captions) != self.summaries[split].captions:
+            raise UserError(f"{self.folder / table_name(split)}: is damaged; {_ADVICE}")
+        return dataset
+
+    def check(self, split: str) -> None:
+        """Reads all of a split, and compares it with what was noted when it was written.
+
+        Raises:
+          UserError: If a record is damaged, or another than it was; it names the first.
+        """
+        noted = self.summaries[split]
+        with self._reading(table_name(split)) as table:
+            again, images = hashlib.sha256(), self._images(split, table)
+            columns = ("image_id", "captions", "caption_ids", "digest")
+            rows = zip(*(_values(table[name]) for name in columns), images, strict=True)
+            for index, (image_id, captions, ids, digest, record) in enumerate(rows):
+                if hashlib.sha256(record["image"]).digest() != digest:
+                    raise images.damage(index, ValueError("not the image that was written"))
+                again.update(digest + json.dumps([image_id, captions, ids]).encode())
+        if again.hexdigest()[:16] != noted.checksum:
+            raise UserError(
+                f"{self.folder}: the split {split} was written with {noted.images} images and "
+                f"checksum {noted.checksum}; its files have changed; {_ADVICE}"
+            )
+
+    def skipped(self) -> list[Skipped]:
+        """Returns what was left out."""
+        path = self.folder / SKIPPED_FILE
+        with as_user_error(f"{path}: is damaged", _ADVICE, _MALFORMED):
+            return [Skipped(**entry) for entry in json.loads(path.read_text())]
+
+    def _images(self, split, table):
+        return RecordSource(
+            _Records(self.folder, table["record"].to_numpy()),
+            f"the split {split} in {self.folder}",
+            lambda index: table["file"][index].as_py(),
+            self.summaries[split].checksum,
         )
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return _LocalInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
-                    "image_id": tfds.features.Scalar(np.int64),
-                    "captions": tfds.features.Sequence(tfds.features.Text()),
-                    "caption_ids": tfds.features.Sequence(tfds.features.Scalar(np.int64)),
-                    **self.extra_features(),
-                }
-            ),
-        )
+    @contextlib.contextmanager
+    def _reading(self, name):
+        """Yields a table by memory map, which ends with what holds a part of it."""
+        with as_user_error(f"{self.folder / name}: is damaged", _ADVICE, _MALFORMED):
+            table = pa.ipc.open_file(pa.memory_map(str(self.folder / name))).read_all()
+        yield table
 
-    def _shard_iterators_per_split(self, dl_manager):
-        del dl_manager
-        self._summaries = {}
 
-        def shard(split, rows):
-            def numbered():
-                summary = self._summaries.setdefault(split, _RunningSummary())
-                for index, record in zip(rows, self.records(split, rows), strict=True):
-                    summary.add(record)
-                    yield index, record
+def _values(column):
+    for chunk in column.chunks:
+        yield from chunk.to_pylist()
 
-            return numbered
 
-        return {
-            split: [
-                shard(split, range(start, min(start + IMAGES_PER_SHARD, size)))
-                for start in range(0, size, IMAGES_PER_SHARD)
-            ]
-            for split, size in self.sizes().items()
-        }
-
-    def _download_and_prepare(self, dl_manager, download_config=None):
-        super()._download_and_prepare(dl_manager, download_config)
-        # Into the scratch folder that TFDS renames when all is done.
-        splits = {s: dataclasses.asdict(v.value()) for s, v in self._summaries.items()}
-        texts = {SUMMARY_FILE: json.dumps(splits, indent=2) + "\n"} | self.extra_files()
-        for name, text in texts.items():
-            (epath.Path(self.data_dir) / name).write_text(text)
+def _truth(table):
+    if not len(table) or table["scene"].null_count:
+        return None
+    scenes, facts = (
+        table[name].combine_chunks().flatten().to_numpy() for name in ("scene", "facts")
+    )
+    return SceneTruth(scenes.reshape(-1, MAX_OBJECTS, SCENE_FIELDS), facts.reshape(-1, FACT_FIELDS))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from fne_jax.data.pairs import SPLITS
+from fne_jax.data.sources.image_files import AnyImageFile
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error
 
@@ -48,15 +50,17 @@ class ListedImage:
       source_id: The path of the image as the source lists it.
       captions: What stands where captions should.
       caption_ids: One number for each caption.
+      truth: Of a rendered scene, the numbers of `scene` and of its captions' `facts`.
     """
 
     split: str
-    path: epath.Path
+    path: AnyImageFile
     where: str
     image_id: int
     source_id: str
     captions: Sequence[Any]
     caption_ids: Sequence[int] = ()
+    truth: Mapping[str, list[int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +78,41 @@ class Skipped:
     reason: str
 
 
+class ContainedImage(NamedTuple):
+    """One image as the file that holds it lists it.
+
+    Attributes:
+      split: "train", "val" or "test".
+      source_id: The name or number by which the source itself knows the image.
+      where: The place in the file, for messages.
+      captions: What stands where captions should.
+    """
+
+    split: str
+    source_id: str
+    where: str
+    captions: Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Container(abc.ABC):
+    """A file that holds images with their captions, such as a tar; equal ones list the same.
+
+    Attributes:
+      file: Its path.
+    """
+
+    file: str
+
+    @abc.abstractmethod
+    def images(self) -> Iterator[tuple[ContainedImage, bytes | None]]:
+        """Yields the images with their bytes, or None where there are none, in one pass.
+
+        Raises:
+          UserError: If the file cannot be read.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class Listing:
     """A dataset as its files list it.
@@ -82,15 +121,15 @@ class Listing:
       name: The name of the dataset, part of the name of the prepared one.
       digest: The digest of the files that list it; another digest is another dataset.
       images: All images, those of train first, then val and test, each in the source's order.
+      files: The paths of the files that list it.
+      containers: The files that list and hold images of their own, which come after all others.
     """
 
     name: str
     digest: str
     images: list[ListedImage]
-
-    def split(self, name: str) -> list[ListedImage]:
-        """Returns the images of a split."""
-        return [image for image in self.images if image.split == name]
+    files: Sequence[str] = ()
+    containers: Sequence[Container] = ()
 
 
 def existing_folder(data_dir: str, expected: str) -> epath.Path:
@@ -246,7 +285,7 @@ def check_text(name: str, value: Any) -> None:
         )
 
 
-def same_file(path: epath.Path) -> str:
+def same_file(path: AnyImageFile) -> str:
     """Returns one name for all spellings of a path, such as `a.jpg` and `./a.jpg`."""
     return os.path.normpath(os.fspath(path))
 
@@ -359,7 +398,7 @@ def checked_listing(
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())
-    return Listing(name, digest.hexdigest()[:12], images)
+    return Listing(name, digest.hexdigest()[:12], images, [os.fspath(file) for file in files])
 
 
 def _check_number(where, what, number, most):

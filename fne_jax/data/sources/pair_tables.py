@@ -76,10 +76,19 @@ def split_of_name(name: str) -> str:
     are added, and when table and images are moved: of the hashed path as a fraction of its range,
     the first 5 % are val, the next 5 % test.
     """
-    hashed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    hashed = _fraction(name)
     if hashed < VAL_SHARE:
         return "val"
     return "test" if hashed < VAL_SHARE + TEST_SHARE else "train"
+
+
+def half_of_name(name: str) -> str:
+    """Returns "val" or "test" for an image by its name, each for half of them."""
+    return "val" if _fraction(name) < 0.5 else "test"
+
+
+def _fraction(name: str) -> float:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def _image_rows(path: epath.Path, kind: str) -> list[ListedImage]:

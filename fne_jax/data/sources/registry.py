@@ -6,20 +6,27 @@ To add one, write its file in this folder and give it an entry in `SOURCES`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import ml_collections
-from etils import epath
 
 from fne_jax.data.pairs import SPLITS, PairDataset
-from fne_jax.data.sources import json_lists, karpathy, npz, pair_tables, synthetic
+from fne_jax.data.sources import (
+    coco_captions,
+    json_lists,
+    karpathy,
+    many_files,
+    npz,
+    pair_tables,
+    parquet,
+    shapes,
+    synthetic,
+    text_files,
+    tfds_datasets,
+    webdataset,
+)
 from fne_jax.data.sources.listing import Listing
 from fne_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from fne_jax.data.preparation.storage import PairBuilder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +35,17 @@ class Source:
 
     Attributes:
       in_dir: What lies in `config.data.dir`, for docs/data.md.
-      read: Reads the listing at `config.data.dir`, whose images are checked and packed before use.
-      builder: Returns what renders images and packs them before use, from `config.data` and the
-        folder of prepared datasets.
+      read: Returns the listing that `config.data` describes, whose images are prepared before use.
+      fields: The fields of `config.data` that tell what is listed.
+      files: Returns the files that `config.data` names, where these are looked for at each start.
       load: Returns a split as arrays, so that there is nothing to prepare, from `config.data`, the
         pixels of a side, and the name of the split.
     """
 
     in_dir: str
-    read: Callable[[str], Listing] | None = None
-    builder: Callable[[ml_collections.ConfigDict, epath.Path], PairBuilder] | None = None
+    read: Callable[[ml_collections.ConfigDict], Listing] | None = None
+    fields: tuple[str, ...] = ("dir",)
+    files: Callable[[ml_collections.ConfigDict], list[str]] | None = None
     load: Callable[[ml_collections.ConfigDict, int, str], PairDataset] | None = None
 
 
@@ -68,17 +76,10 @@ def load_split(data: ml_collections.ConfigDict, image_size: int, split: str) -> 
     load = find_source(data.source).load
     if load is not None:
         return load(data, image_size, split)
-    # Kept out of the module's imports: training from arrays must work without TensorFlow.
-    from fne_jax.data.preparation import captioned_images
+    # Kept out of the module's imports: it imports this one.
+    from fne_jax.data.preparation import preparing
 
-    return captioned_images.prepared_builder(data).load_split(split)
-
-
-def _shapes_builder(data: ml_collections.ConfigDict, cache: epath.Path) -> PairBuilder:
-    # Kept out of the module's imports: it needs TensorFlow Datasets.
-    from fne_jax.data.sources import shapes
-
-    return shapes.shapes_builder(data.shapes, cache)
+    return preparing.prepare(data).load_split(split)
 
 
 _NAMED_KARPATHY = "`dataset_<source>.json` (Karpathy's splits) and the images in `images/`"
@@ -86,25 +87,54 @@ _TABLE = "one table of pairs (or `dir` is the table itself)"
 
 SOURCES: dict[str, Source] = {
     **{
-        name: Source(_NAMED_KARPATHY, functools.partial(karpathy.read_listing, name=name))
+        name: Source(_NAMED_KARPATHY, lambda data, name=name: karpathy.read_listing(data.dir, name))
         for name in karpathy.IMAGES_FROM
     },
     "karpathy": Source(
-        "any one `dataset_*.json` of that layout, and `images/`", karpathy.read_listing
+        "any one `dataset_*.json` of that layout, and `images/`",
+        lambda data: karpathy.read_listing(data.dir),
     ),
     "json_lists": Source(
         "the authors' lists `*train*.json`, `*val*.json`, `*test*.json`, and `images/`",
-        json_lists.read_listing,
+        lambda data: json_lists.read_listing(data.dir),
     ),
-    "csv": Source(_TABLE, functools.partial(pair_tables.read_listing, kind="csv")),
-    "jsonl": Source(_TABLE, functools.partial(pair_tables.read_listing, kind="jsonl")),
-    "shapes": Source("nothing: rendered", builder=_shapes_builder),
+    "csv": Source(_TABLE, lambda data: pair_tables.read_listing(data.dir, "csv")),
+    "jsonl": Source(_TABLE, lambda data: pair_tables.read_listing(data.dir, "jsonl")),
+    "shapes": Source(
+        "nothing: rendered", lambda data: shapes.read_listing(data.shapes), fields=("shapes",)
+    ),
+    "coco_captions": Source(
+        "COCO's own `annotations/captions_*.json`, and images in `train2017/`, `val2017/`",
+        lambda data: coco_captions.read_listing(data.dir),
+    ),
+    "text_files": Source(
+        "images, each with a `.txt` of its name beside it",
+        lambda data: text_files.read_listing(data.dir),
+        files=lambda data: many_files.named_by(data.dir, ("",)),
+    ),
+    "webdataset": Source(
+        "tars of images and `.txt` or `.json`, or `dir` is a pattern of them",
+        webdataset.read_listing,
+        ("dir", "caption_key"),
+        lambda data: many_files.named_by(data.dir, webdataset.ENDINGS),
+    ),
+    "parquet": Source(
+        "tables with the images in them, or `dir` is a pattern of them",
+        parquet.read_listing,
+        ("dir", "image_key", "caption_key"),
+        lambda data: many_files.named_by(data.dir, parquet.ENDINGS),
+    ),
+    "tfds": Source(
+        "a dataset of TensorFlow Datasets: its folder, or `dir` is its name",
+        tfds_datasets.read_listing,
+        ("dir", "image_key", "caption_key"),
+    ),
     "npz": Source(
         "`train.npz`, `val.npz`, `test.npz` with `images` (uint8), `captions`, `caption_image`",
         load=npz.load_split,
     ),
     "synthetic": Source(
-        "nothing: made up in memory, to exercise a machine without TensorFlow",
+        "nothing: made up in memory, to test a machine without TensorFlow",
         load=synthetic.load_split,
     ),
 }

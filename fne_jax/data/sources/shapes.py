@@ -1,103 +1,66 @@
-"""`shapes`: a TFDS dataset of rendered scenes whose unlabelled matches are known."""
+"""`shapes`: rendered scenes whose unlabelled matches are known."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
 
 import ml_collections
 import numpy as np
-import tensorflow_datasets as tfds
-from etils import epath
 
 from fne_jax.data.pairs import SPLITS
-from fne_jax.data.preparation.storage import PairBuilder
 from fne_jax.data.sources import shapes_scenes as scenes
+from fne_jax.data.sources.image_files import Part
+from fne_jax.data.sources.listing import ListedImage, Listing
+
+_BYTES = 2000  # of a JPEG of these, roughly
 
 
-def shapes_builder(settings: ml_collections.ConfigDict, cache: epath.Path) -> Shapes:
-    """Returns the builder of the dataset that `config.data.shapes` describes.
+@dataclasses.dataclass(frozen=True)
+class _Scene(Part):
+    """The image of a scene, which is drawn when it is read."""
+
+    vocabulary: scenes.Vocabulary
+    # One generator an image, so that a larger dataset begins with a smaller one's images.
+    seeds: tuple[int, int, int]
+
+    def drawn(self) -> tuple[np.ndarray, list[str], np.ndarray, np.random.Generator]:
+        """Returns the scene, its captions, their facts, and the generator for the image."""
+        rng = np.random.default_rng(self.seeds)
+        scene = scenes.random_scene(rng, self.vocabulary)
+        return scene, *scenes.random_captions(rng, scene, self.vocabulary.facts), rng
+
+    def read(self) -> bytes:
+        scene, _, _, rng = self.drawn()
+        return scenes.render_image(rng, scene)
+
+
+def read_listing(settings: ml_collections.ConfigDict) -> Listing:
+    """Returns the scenes that `config.data.shapes` describes; image ids count on over the splits.
 
     Args:
       settings: The group `config.data.shapes`, whose values can be.
-      cache: The folder of prepared datasets.
     """
-    words = (settings.shapes, settings.colours, settings.max_objects, settings.facts)
+    vocabulary = scenes.Vocabulary(
+        settings.shapes, settings.colours, settings.max_objects, settings.facts
+    )
     sizes = (settings.train_images, settings.val_images, settings.test_images)
-    config = ShapesConfig(seed=settings.seed, sizes=sizes, vocabulary=scenes.Vocabulary(*words))
-    return Shapes(data_dir=cache, config=config)
-
-
-@dataclasses.dataclass(kw_only=True)
-class ShapesConfig(tfds.core.BuilderConfig):
-    """What the dataset depends on.
-
-    Attributes:
-      seed: The seed of the scenes, the captions and the images.
-      sizes: The numbers of images in train, val and test.
-      vocabulary: How varied the scenes are.
-    """
-
-    seed: int = 0
-    sizes: tuple[int, int, int] = (10000, 500, 1000)
-    vocabulary: scenes.Vocabulary = dataclasses.field(default_factory=scenes.Vocabulary)
-    name: str = dataclasses.field(init=False)
-
-    def __post_init__(self):
-        words = self.vocabulary
-        self.name = (
-            f"s{self.seed}-n{'-'.join(map(str, self.sizes))}"
-            f"-v{words.shapes}-{words.colours}-{words.max_objects}"
-        )
-        # Varied facts are not named: datasets were prepared before there were others.
-        if words.facts != scenes.VARIED:
-            self.name += f"-{words.facts}"
-
-
-class Shapes(PairBuilder, skip_registration=True):
-    """Renders the scenes of a `ShapesConfig`, the same at each build."""
-
-    name = "shapes"
-    builder_config: ShapesConfig
-
-    def extra_features(self) -> dict[str, Any]:
-        """Returns the scene of each image and the facts of each caption."""
-        return {
-            "scene": tfds.features.Tensor(
-                shape=(scenes.MAX_OBJECTS, scenes.SCENE_FIELDS), dtype=np.int32
-            ),
-            "facts": tfds.features.Tensor(
-                shape=(scenes.CAPTIONS_PER_IMAGE, scenes.FACT_FIELDS), dtype=np.int32
-            ),
-        }
-
-    def known_truth(self, records: list[dict[str, Any]]) -> scenes.SceneTruth:
-        """Returns the truth of a split from the scenes and the facts of its records."""
-        return scenes.SceneTruth(
-            scenes=np.stack([record["scene"] for record in records]),
-            facts=np.concatenate([record["facts"] for record in records]),
-        )
-
-    def sizes(self) -> dict[str, int]:
-        """Returns the numbers of images of train, val and test."""
-        return dict(zip(SPLITS, self.builder_config.sizes, strict=True))
-
-    def records(self, split: str, rows: range) -> Iterator[dict[str, Any]]:
-        """Yields the records of a split's scenes; image ids count on from split to split."""
-        config, number = self.builder_config, SPLITS.index(split)
-        first_id = sum(config.sizes[:number])
-        for index in rows:
-            # One generator an image, so that a larger dataset begins with a smaller one's images.
-            rng = np.random.default_rng([config.seed, number, index])
-            scene = scenes.random_scene(rng, config.vocabulary)
-            captions, facts = scenes.random_captions(rng, scene, config.vocabulary.facts)
-            image_id = first_id + index
-            yield {
-                "image": scenes.render_image(rng, scene),
-                "image_id": image_id,
-                "captions": captions,
-                "caption_ids": [image_id * len(captions) + i for i in range(len(captions))],
-                "scene": scene,
-                "facts": facts,
-            }
+    images: list[ListedImage] = []
+    for number, (split, size) in enumerate(zip(SPLITS, sizes, strict=True)):
+        for index in range(size):
+            seeds = (settings.seed, number, index)
+            image = _Scene("", f"{seeds} {vocabulary}", _BYTES, vocabulary, seeds)
+            scene, captions, facts, _ = image.drawn()
+            first_id = len(images) * len(captions)
+            images.append(
+                ListedImage(
+                    split=split,
+                    path=image,
+                    where=f"scene {index} of {split}",
+                    image_id=len(images),
+                    source_id=str(len(images)),
+                    captions=captions,
+                    caption_ids=range(first_id, first_id + len(captions)),
+                    truth={"scene": scene.ravel().tolist(), "facts": facts.ravel().tolist()},
+                )
+            )
+    return Listing("shapes", "", images)

@@ -9,7 +9,7 @@ import pytest
 
 from fne_jax.data.batches import BatchOrder, evaluation_images, training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
-from fne_jax.data.preparation.checking import file_stamp
+from fne_jax.data.sources.image_files import stamp_of, stamps_of
 from fne_jax.data.sources.registry import load_split
 from fne_jax.errors import UserError
 from tests.support import sources
@@ -23,7 +23,9 @@ def accepted_and_read(folder, count):
     for number, (kind, content) in enumerate(sources.damaged_images(count)):
         name = f"images/damaged{number}.jpg"
         (folder / "source" / name).write_bytes(content)
-        rows.append({"image": name, "caption": "Some words.", "split": "train", "image_id": name})
+        rows.append(
+            {"image": name, "caption": "Some words.", "split": "train", "image_id": 1000 + number}
+        )
         kind_of[name] = kind
     sources.write_jsonl(folder / "source", rows)
     config = tiny_config(
@@ -68,13 +70,13 @@ def test_a_file_is_absent_where_the_file_system_says_so_alone(tmp_path, monkeypa
     (tmp_path / "file").write_bytes(b"1234")
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     absent = ("none", "file/below", "circle", "n" * 999, ".")
-    assert [file_stamp(tmp_path / name) for name in absent] == [(-1, 0)] * len(absent)
-    assert file_stamp(tmp_path / "file")[0] == 4
+    assert stamps_of([tmp_path / name for name in absent]) == [(-1, 0)] * len(absent)
+    assert stamp_of(tmp_path / "file")[0] == 4
 
     def stale(path):
         raise OSError(errno.ESTALE, "Stale file handle", path)
 
     monkeypatch.setattr(os, "stat", stale)
     with pytest.raises(UserError, match=r"file: cannot be read: .*Stale file handle") as error:
-        file_stamp(tmp_path / "file")
+        stamp_of(tmp_path / "file")
     assert error.value.exit_code == 74

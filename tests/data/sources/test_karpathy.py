@@ -16,7 +16,7 @@ def test_splits_keep_order_captions_and_restval(tmp_path):
     listing = karpathy.read_listing(str(tmp_path))
     assert listing.name == "made-up"
     images = listing.images
-    assert [len(listing.split(split)) for split in ("train", "val", "test")] == [7, 3, 4]
+    assert [image.split for image in images] == ["train"] * 7 + ["val"] * 3 + ["test"] * 4
     assert [image.image_id for image in images] == list(range(14)), "restval is training data"
     for image, entry in zip(images, content["images"], strict=True):
         assert image.captions == [sentence["raw"] for sentence in entry["sentences"]]

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fne_jax.data.pairs import SPLITS
-from fne_jax.data.preparation.checking import digest_of_files
+from fne_jax.data.preparation.image_shards import plan_shards
 from fne_jax.data.sources import json_lists, karpathy, pair_tables
+from fne_jax.data.sources.image_files import stamps_of
 from fne_jax.data.sources.listing import same_file, usable_captions
 from fne_jax.errors import UserError
 
@@ -61,7 +62,7 @@ def read_or_refused(read, *arguments):
         assert str(error)
         return None
     images = listing.images
-    digest_of_files(images, with_stamps=True)
+    plan_shards(images, stamps_of([image.path for image in images]), [], 0)
     for image in images:
         kept, ids, skipped = usable_captions(image)
         assert len(kept) == len(ids) and len(kept) + len(skipped) == len(image.captions)

@@ -2,16 +2,8 @@
 
 import numpy as np
 
-from fne_jax.data.sources import shapes
 from fne_jax.data.sources.registry import load_split
-from fne_jax.data.sources.shapes_scenes import Vocabulary
 from tests.support.tiny import tiny_config
-
-
-def test_datasets_of_varied_facts_keep_the_name_that_they_were_prepared_under():
-    assert shapes.ShapesConfig().name == "s0-n10000-500-1000-v5-7-3"
-    four = shapes.ShapesConfig(vocabulary=Vocabulary(shapes=8, colours=3, facts="four"))
-    assert four.name == "s0-n10000-500-1000-v8-3-3-four"
 
 
 def test_four_facts_are_prepared_and_read_with_their_truth(tmp_path):

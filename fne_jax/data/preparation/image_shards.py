@@ -1,0 +1,210 @@
+"""Shards of images: each checked, converted and written by itself, in whatever process.
+
+A shard becomes two files that are named by its key, a digest of its images' names, sizes and times
+of modification: `KEY.array_record` with the JPEGs, and `KEY.json` with an outcome for each image,
+which appears last. A shard of unchanged images is never made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+
+from fne_jax import files
+from fne_jax.data.images.usable_images import UnusableImage, usable_jpeg
+from fne_jax.data.sources.image_files import AnyImageFile, Stamp, read_bytes, stamp_of
+from fne_jax.data.sources.listing import ContainedImage, Container, ListedImage
+from fne_jax.errors import UserError, first_line
+
+# A shard of listed images is full at the first of these.
+IMAGES_PER_SHARD = 4096
+BYTES_PER_SHARD = 256 * 2**20  # of the images' files
+# Part of each key: another number where images are judged or converted otherwise, so that nothing
+# is taken up that was made by other rules.
+RULES = 3
+
+
+class Stopped(Exception):
+    """A shard is given up, since the command ends."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of one image.
+
+    Attributes:
+      digest: The SHA-256 of the stored JPEG, "" where there is none.
+      reason: Why the image cannot be used, "" where it can.
+      listed: The image as its container lists it; None where the listing has it.
+    """
+
+    digest: str
+    reason: str
+    listed: ContainedImage | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageShard:
+    """Images that are written to a file of their own.
+
+    Attributes:
+      key: 32 hexadecimal digits that stand for what the shard is made of.
+      contents: What the images are read from: listed files with their stamps, or a container.
+      resize_to: The pixels that the shorter side of an image is reduced to where it is longer, or 0
+        to store images as they are.
+    """
+
+    key: str
+    contents: Sequence[tuple[AnyImageFile, Stamp]] | Container
+    resize_to: int
+
+    def records_in(self, folder: pathlib.Path) -> pathlib.Path:
+        """Returns the file of the JPEGs in a folder."""
+        return folder / f"{self.key}.array_record"
+
+    def outcomes_in(self, folder: pathlib.Path) -> pathlib.Path:
+        """Returns the file of the outcomes in a folder."""
+        return folder / f"{self.key}.json"
+
+    def is_made(self, folder: pathlib.Path) -> bool:
+        """Returns whether a folder has both."""
+        return self.outcomes_in(folder).exists() and self.records_in(folder).exists()
+
+    def outcomes(self, folder: pathlib.Path) -> list[Outcome]:
+        """Returns what came of each image.
+
+        Raises:
+          UserError: If the file is damaged.
+        """
+        path = self.outcomes_in(folder)
+        advice = "delete it, and run the same command again"
+        with files.as_user_error(f"{path}: is damaged", advice, (OSError, ValueError, TypeError)):
+            return [
+                Outcome(digest, reason, listed and ContainedImage(*listed))
+                for digest, reason, listed in json.loads(path.read_text())
+            ]
+
+
+def plan_shards(
+    images: Iterable[ListedImage],
+    stamps: Iterable[Stamp],
+    containers: Iterable[Container],
+    resize_to: int,
+) -> list[ImageShard]:
+    """Returns the shards of a listing: of its images up to a split's end or full, and of each file.
+
+    An image that is added to the end of a split leaves all but the last shard of it as they were.
+
+    Args:
+      images: The listed images.
+      stamps: Their sizes and times of modification.
+      containers: The files that list and hold images of their own.
+      resize_to: See `ImageShard`.
+    """
+    shards: list[ImageShard] = []
+    part: list[tuple[AnyImageFile, Stamp]] = []
+    split, size = None, 0
+
+    def add(contents, told):
+        digest = hashlib.sha256(f"{RULES} {resize_to}".encode())
+        for one in told:
+            digest.update(repr(one).encode())
+        shards.append(ImageShard(digest.hexdigest()[:32], contents, resize_to))
+
+    def close():
+        if part:
+            add(part, ((os.path.abspath(image), stamp) for image, stamp in part))
+
+    for image, stamp in zip(images, stamps, strict=True):
+        full = len(part) == IMAGES_PER_SHARD or size + stamp[0] > BYTES_PER_SHARD
+        if full or image.split != split:
+            close()
+            part, split, size = [], image.split, 0
+        part.append((image.path, stamp))
+        size += stamp[0]
+    close()
+    for container in containers:
+        add(container, [container, stamp_of(container.file)])
+    return shards
+
+
+def write_shard(
+    shard: ImageShard, folder: pathlib.Path, stopped: Callable[[], bool] = lambda: False
+) -> int:
+    """Checks and converts a shard's images, one at a time, and writes those that can be used.
+
+    Args:
+      shard: The shard.
+      folder: Where its files go.
+      stopped: Asked before each image; once it is true, the shard is given up.
+
+    Returns:
+      The number of images, usable or not.
+
+    Raises:
+      OSError: If the files cannot be written.
+      Stopped: If it was given up.
+      UserError: If an image's file is there but cannot be read, which says nothing of the image, or
+        has changed since its stamp was taken.
+    """
+    # Kept out of the module's imports: TensorFlow takes seconds to import.
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    from fne_jax.data.preparation.storage import image_features
+
+    encode = tfds.features.FeaturesDict(image_features()).serialize_example
+    path = shard.records_in(folder)
+    outcomes = []
+    writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
+    try:
+        for listed, read in _contents(shard):
+            if stopped():
+                raise Stopped
+            try:
+                jpeg, reason = usable_jpeg(read(), shard.resize_to), ""
+                writer.write(encode({"image": jpeg}))
+            except UnusableImage as fault:
+                jpeg, reason = b"", str(fault)
+            digest = hashlib.sha256(jpeg).hexdigest() if jpeg else ""
+            outcomes.append((digest, reason, listed))
+        writer.close()
+    except RuntimeError as error:  # of ArrayRecord, where the disk is full
+        raise OSError(f"{path}: cannot be written: {first_line(error)}") from error
+    finally:
+        if writer.is_open():
+            writer.close()
+    files.write_atomically(shard.outcomes_in(folder), json.dumps(outcomes))
+    return len(outcomes)
+
+
+def _contents(shard):
+    """Yields for each image how its container lists it, if one does, and what reads its bytes."""
+    if isinstance(shard.contents, Container):
+        for listed, content in shard.contents.images():
+            yield listed, functools.partial(_contained, content)
+        return
+    for image, stamp in shard.contents:
+        yield None, functools.partial(_read, image, stamp)
+
+
+def _contained(content):
+    if content is None:
+        raise UnusableImage("there is no image beside the caption")
+    return content
+
+
+def _read(image, stamp):
+    name = os.fspath(image)
+    if stamp[0] < 0:
+        raise UnusableImage(f"there is no image {name}")
+    with files.as_user_error(f"{name}: cannot be read", "fix that and try again"):
+        content = read_bytes(image)
+    if stamp_of(image) != stamp:
+        raise UserError(f"{name}: has changed since it was listed; run the same command again")
+    return content

@@ -1,0 +1,298 @@
+"""Preparing what `config.data` describes: found where it was prepared before, or made by shards.
+
+What is finished of a dataset lies in `unfinished/NAME` meanwhile, where the next call takes it up.
+Shards of images that another prepared dataset has already are linked from there.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+import re
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+from PIL import Image
+
+from fne_jax import files
+from fne_jax.data.pairs import SPLITS
+from fne_jax.data.preparation import storage
+from fne_jax.data.preparation.image_shards import (
+    RULES,
+    ImageShard,
+    Outcome,
+    plan_shards,
+    write_shard,
+)
+from fne_jax.data.preparation.storage import Prepared
+from fne_jax.data.sources.image_files import container, stamps_of
+from fne_jax.data.sources.listing import ListedImage, Listing, Skipped, usable_captions
+from fne_jax.data.sources.registry import Source, find_source
+from fne_jax.errors import UserError
+from fne_jax.progress import Progress
+
+_FOLDER = "captioned_images"
+_UNFINISHED = "unfinished"
+_SHOWN = 5
+_NAME_LENGTH = 60
+_log = logging.getLogger(__name__)
+
+
+def prepare(data: ml_collections.ConfigDict, processes: int = 1) -> Prepared:
+    """Returns the prepared dataset that `config.data` describes, which is made if need be.
+
+    Args:
+      data: The group `config.data`, whose source has a listing.
+      processes: How many processes make shards; 1 makes them in threads of this one. More need a
+        main module that may be imported again.
+
+    Raises:
+      UserError: If the source cannot be read, more of it cannot be used than
+        `config.data.max_skipped` allows, or what was prepared is damaged.
+    """
+    root = files.local_folder(data.cache_dir, "config.data.cache_dir") / _FOLDER
+    source = find_source(data.source)
+    origin = _origin(source, data)
+    prepared = _found(root, origin)
+    if prepared is None:
+        with files.as_user_error(f"config.data.cache_dir is {data.cache_dir!r}"):
+            prepared = _made(root, origin, source.read(data), data, processes)
+    _check_skipped(prepared.skipped(), data.max_skipped, prepared.folder / storage.SKIPPED_FILE)
+    return prepared
+
+
+def _origin(source: Source, data: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns what a prepared dataset must have been made of, as JSON gives it back."""
+    told = {
+        name: data[name].to_dict() if isinstance(data[name], ml_collections.ConfigDict)
+        else data[name]
+        for name in source.fields
+    }  # fmt: skip
+    if told.get("dir") and "://" not in told["dir"]:
+        told["dir"] = os.path.abspath(files.expand_home(told["dir"]))
+    if source.files is not None:
+        told["files"] = source.files(data)
+    return {"source": data.source, **told, "resize_to": data.resize_to, "rules": RULES}
+
+
+def _found(root: pathlib.Path, origin: dict[str, Any]) -> Prepared | None:
+    """Returns the dataset that was prepared of the same before, of files that have not changed."""
+    for about in sorted(root.glob(f"*/{storage.ABOUT_FILE}")):
+        try:
+            prepared = Prepared.open(about.parent)
+        except UserError:  # told where it is the one that would be made
+            continue
+        if prepared.origin == origin and prepared.is_current():
+            return prepared
+    return None
+
+
+def _made(
+    root: pathlib.Path,
+    origin: dict[str, Any],
+    listing: Listing,
+    data: ml_collections.ConfigDict,
+    processes: int,
+) -> Prepared:
+    stamps = stamps_of([image.path for image in listing.images])
+    shards = plan_shards(listing.images, stamps, listing.containers, data.resize_to)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", listing.name)[:_NAME_LENGTH]
+    key = _digest([origin, listing.digest, [shard.key for shard in shards]])
+    paths = _digest([origin, *(os.fspath(image.path) for image in listing.images)])
+    folder, scratch = root / f"{name}-{key}", root / _UNFINISHED / f"{name}-{paths}"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with _alone(scratch):
+        if folder.exists():
+            return Prepared.open(folder)
+        _take_up(shards, root, scratch)
+        _make(shards, scratch, processes)
+        with files.whole_folder(folder) as unnamed:
+            _finish(unnamed, scratch, origin, listing, shards, data.max_skipped)
+        shutil.rmtree(scratch)
+    return Prepared.open(folder)
+
+
+@contextlib.contextmanager
+def _alone(scratch: pathlib.Path) -> Iterator[None]:
+    """Holds off other processes that prepare the same, until this one has ended."""
+
+    def wait(holder: str) -> None:
+        _log.info("%s is being prepared by %s; waiting for it", scratch.name, holder)
+
+    with files.locked(
+        scratch.with_name(f"{scratch.name}.lock"), wait, "prepare nothing twice at the same time"
+    ):
+        scratch.mkdir(exist_ok=True)  # the process that was waited for removed it
+        yield
+
+
+def _take_up(shards: Sequence[ImageShard], root: pathlib.Path, scratch: pathlib.Path) -> None:
+    """Links what other prepared datasets have of the shards."""
+    wanted = {shard.key: shard for shard in shards if not shard.is_made(scratch)}
+    for about in root.glob(f"*/{storage.ABOUT_FILE}"):
+        with contextlib.suppress(UserError):
+            other = Prepared.open(about.parent)
+            for file, key in other.shards.items():
+                if shard := wanted.get(key):
+                    _link(other.folder / file, shard.records_in(scratch))
+                    _link(shard.outcomes_in(other.folder), shard.outcomes_in(scratch))
+
+
+def _link(file: pathlib.Path, name: pathlib.Path) -> None:
+    name.unlink(missing_ok=True)
+    try:
+        os.link(file, name)
+    except OSError:  # file systems without links, or another one's
+        shutil.copyfile(file, name)
+
+
+def _make(shards: Sequence[ImageShard], scratch: pathlib.Path, processes: int) -> None:
+    """Makes the shards that are not there yet."""
+    missing = [shard for shard in shards if not shard.is_made(scratch)]
+    if not missing:
+        return
+    Image.init()  # PIL loads its formats on first use, which must not happen in many threads
+    stop = threading.Event()
+    if min(processes, len(missing)) > 1:
+        spawn = multiprocessing.get_context("spawn")  # threads and TensorFlow survive no fork
+        pool: concurrent.futures.Executor = concurrent.futures.ProcessPoolExecutor(
+            processes, mp_context=spawn
+        )
+        options = ()
+    else:
+        # PIL lets go of the interpreter while it decodes, resizes and encodes.
+        pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        options = (stop.is_set,)
+    with Progress(
+        "shards of images", len(shards), completed=len(shards) - len(missing)
+    ) as progress:
+        try:
+            waiting = [pool.submit(write_shard, shard, scratch, *options) for shard in missing]
+            for one in concurrent.futures.as_completed(waiting):
+                one.result()
+                progress.advance()
+        except BaseException:
+            stop.set()
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _finish(
+    folder: pathlib.Path,
+    scratch: pathlib.Path,
+    origin: dict[str, Any],
+    listing: Listing,
+    shards: Sequence[ImageShard],
+    max_skipped: int,
+) -> None:
+    """Writes tables and notes of a dataset into its folder, and moves its shards there."""
+    writers = {split: storage.TableWriter(folder / storage.table_name(split)) for split in SPLITS}
+    skipped_of: dict[str, list[Skipped]] = {}
+    lengths = {shard.key: 0 for shard in shards}
+    for record, image, outcome in _outcomes(listing.images, shards, scratch, lengths):
+        skipped = skipped_of.setdefault(image.split, [])
+        reason = outcome.reason
+        if not reason:
+            captions, ids, bad = usable_captions(image)
+            skipped += bad
+            if not captions:
+                reason = "no caption is left" if bad else "the list of captions is empty"
+        if reason:
+            skipped.append(Skipped(image.where, os.fspath(image.path), reason))
+            continue
+        writers[image.split].add(
+            {
+                "record": record,
+                "image_id": image.image_id,
+                "source_id": image.source_id,
+                "file": os.fspath(image.path),
+                "digest": bytes.fromhex(outcome.digest),
+                "captions": captions,
+                "caption_ids": ids,
+                **image.truth,
+            }
+        )
+    summaries = {split: writer.close() for split, writer in writers.items()}
+    left_out = [one for part in skipped_of.values() for one in part]
+    text = json.dumps([dataclasses.asdict(one) for one in left_out], indent=2) + "\n"
+    listed = scratch / storage.SKIPPED_FILE
+    files.write_atomically(listed, text)
+    _check_skipped(left_out, max_skipped, listed)
+    for split, summary in summaries.items():
+        if split in skipped_of and not summary.images:
+            raise UserError(
+                f"no image of the split {split!r} can be used:{_shown(skipped_of[split])}\n"
+                f"All are listed in {listed}."
+            )
+    kept = [shard for shard in shards if lengths[shard.key]]
+    named = {}
+    for number, shard in enumerate(kept):
+        name = storage.records_name(number, len(kept))
+        os.replace(shard.records_in(scratch), folder / name)
+        os.replace(shard.outcomes_in(scratch), shard.outcomes_in(folder))
+        named[name] = (shard.key, lengths[shard.key])
+    inputs = {container(image.path) for image in listing.images} - {""}
+    inputs = sorted(inputs | set(listing.files) | {one.file for one in listing.containers})
+    storage.write_notes(folder, origin, (inputs, stamps_of(inputs)), summaries, named, text)
+
+
+def _outcomes(
+    images: Sequence[ListedImage],
+    shards: Sequence[ImageShard],
+    scratch: pathlib.Path,
+    lengths: dict[str, int],
+) -> Iterator[tuple[int, ListedImage, Outcome]]:
+    """Yields the number of the record, the image and the outcome of each; counts the records.
+
+    Images and captions of containers are numbered as they come.
+    """
+    rest = iter(images)
+    record = image_id = caption_id = 0
+    for shard in shards:
+        for outcome in shard.outcomes(scratch):
+            if outcome.listed is None:
+                image = next(rest)
+            else:
+                split, source_id, where, captions = outcome.listed
+                ids = range(caption_id, caption_id + len(captions))
+                image = ListedImage(split, where, where, image_id, source_id, captions, ids)
+                image_id, caption_id = image_id + 1, ids.stop
+            yield record, image, outcome
+            if not outcome.reason:
+                record += 1
+                lengths[shard.key] += 1
+
+
+def _digest(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def _check_skipped(skipped: list[Skipped], allowed: int, listing: pathlib.Path) -> None:
+    """Raises UserError, which shows the first few and their number, if too much is left out."""
+    if len(skipped) <= allowed:
+        return
+    raise UserError(
+        f"{len(skipped)} images or captions cannot be used, more than config.data.max_skipped, "
+        f"{allowed}:{_shown(skipped)}\nAll are listed in {listing}. Fix them, or allow that many "
+        "to be left out."
+    )
+
+
+def _shown(skipped):
+    """Returns the first few reasons, a line each, and the number of the others."""
+    more = len(skipped) - _SHOWN
+    lines = [f"\n  {one.where}: {one.reason}" for one in skipped[:_SHOWN]]
+    return "".join(lines) + (f"\n  and {more} more" if more > 0 else "")

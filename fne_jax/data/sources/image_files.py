@@ -1,0 +1,118 @@
+"""Where the bytes of a listed image lie: in a file, in a tar, or in a cell of a Parquet file."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import errno
+import functools
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Sequence
+
+import fsspec
+from etils import epath
+
+from fne_jax.errors import UserError
+
+Stamp = tuple[int, int]  # bytes, and time of modification in nanoseconds; (-1, 0) for no file
+# What says that there is no file, beside that it or a folder is missing: links in a circle, and a
+# name that no file can have. Other errors, such as those of a network, say nothing of the file.
+_NO_FILE = (errno.ELOOP, errno.ENAMETOOLONG)
+_CHANGED = ("mtime", "LastModified", "updated", "created", "ETag")
+_STAMP_THREADS = 32  # for remote files, whose stamps take a round trip each
+_STAMPED_AT_A_TIME = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """An image that is a part of a larger file, or is made when it is read.
+
+    Attributes:
+      file: The path of the larger file; "" for an image that is made.
+      name: The name of the part, unique within the file.
+      size: The bytes of the part, or an estimate of them.
+    """
+
+    file: str
+    name: str
+    size: int
+
+    def __fspath__(self) -> str:
+        """Returns the file's path and the part's name, as one."""
+        return f"{self.file}/{self.name}"
+
+    def read(self) -> bytes:
+        """Returns the image's bytes.
+
+        Raises:
+          OSError: If the file cannot be read, or has become shorter.
+        """
+        raise NotImplementedError
+
+
+AnyImageFile = str | os.PathLike | Part
+
+
+def read_bytes(image: AnyImageFile) -> bytes:
+    """Returns the content of an image's file.
+
+    Raises:
+      OSError: If it cannot be read.
+    """
+    return image.read() if isinstance(image, Part) else epath.Path(image).read_bytes()
+
+
+def container(image: AnyImageFile) -> str:
+    """Returns the path of the file that an image is, or is part of; "" if it is made."""
+    return image.file if isinstance(image, Part) else os.fspath(image)
+
+
+def stamp_of(image: AnyImageFile, look: Callable[[str], Stamp] | None = None) -> Stamp:
+    """Returns the bytes of an image and when its file was modified (ns), or (-1, 0) for no file.
+
+    Args:
+      image: The image.
+      look: What looks at a larger file in place of `file_stamp`.
+
+    Raises:
+      UserError: If the file system does not tell whether there is a file.
+    """
+    if not isinstance(image, Part):
+        return file_stamp(os.fspath(image))
+    size, modified = (look or file_stamp)(image.file) if image.file else (0, 0)
+    return (image.size, modified) if size >= 0 else (-1, 0)
+
+
+def stamps_of(images: Sequence[AnyImageFile]) -> list[Stamp]:
+    """Returns the stamp of each image, see `stamp_of`; looks once at each larger file."""
+    look = functools.cache(file_stamp)
+    chunk = _STAMPED_AT_A_TIME
+    parts = (images[start : start + chunk] for start in range(0, len(images), chunk))
+    with concurrent.futures.ThreadPoolExecutor(_STAMP_THREADS) as pool:
+        stamps = pool.map(lambda part: [stamp_of(image, look) for image in part], parts)
+        return [stamp for part in stamps for stamp in part]
+
+
+def file_stamp(name: str) -> Stamp:
+    """Returns the bytes of a file and when it was modified (ns), or (-1, 0) if there is none.
+
+    Raises:
+      UserError: If the file system does not tell whether there is one.
+    """
+    try:
+        if "://" in name:
+            system, path = fsspec.core.url_to_fs(name)
+            info = system.info(path)
+            # Each file system tells by another name when a file was changed, or only that it was.
+            changed = [str(info[key]) for key in _CHANGED if key in info]
+            digest = hashlib.sha256(" ".join(changed).encode()).digest()
+            return info["size"], int.from_bytes(digest[:6], "big")
+        # epath's own gives whole seconds, and fails where the file's owner has no name.
+        local = os.stat(name)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno in _NO_FILE:
+            return -1, 0
+        raise UserError(f"{name}: cannot be read: {error}; fix that and try again") from error
+    return (local.st_size, local.st_mtime_ns) if stat.S_ISREG(local.st_mode) else (-1, 0)

@@ -1,0 +1,111 @@
+"""`parquet`: tables that hold the images themselves, as Hugging Face's datasets and img2dataset's.
+
+`.parquet` files, and the `.arrow` files of `save_to_disk`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import ml_collections
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fne_jax.data.sources import many_files
+from fne_jax.data.sources.listing import ContainedImage, Container, Listing
+from fne_jax.data.sources.pair_tables import split_of_name
+from fne_jax.errors import UserError
+from fne_jax.files import as_user_error
+
+ENDINGS = (".parquet", ".arrow")
+_ROWS = 64  # in memory at a time
+
+
+def read_listing(data: ml_collections.ConfigDict) -> Listing:
+    """Returns the tables that `config.data.dir` names.
+
+    Args:
+      data: The group `config.data`. `dir` is a folder or a pattern of files; `image_key` the column
+        of images (bytes, {bytes, path}, or a path), `caption_key` that of captions (text, or a list
+        of texts), or several with commas between.
+
+    Raises:
+      UserError: If there is no file, or only some of their names tell a split.
+    """
+    tables = [
+        Table(path, split, data.image_key, data.caption_key)
+        for path, split in many_files.splits_of(many_files.named_by(data.dir, ENDINGS)).items()
+    ]
+    return Listing("parquet", "", [], containers=tables)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table(Container):
+    """A file of rows, one an image.
+
+    Attributes:
+      split: The split of all its images; "" to draw that by their names.
+      image_key: The column of images.
+      caption_key: The columns of captions, with commas between.
+    """
+
+    split: str
+    image_key: str
+    caption_key: str
+
+    def images(self) -> Iterator[tuple[ContainedImage, bytes | None]]:
+        """Yields the images with their bytes; None for a caption without an image."""
+        columns = [self.image_key, *self.caption_key.split(",")]
+        errors = (OSError, ValueError, pa.ArrowException)
+        row = 0
+        with (
+            as_user_error(f"{self.file}: is damaged", errors=errors),
+            fsspec.open(self.file, "rb") as file,
+        ):
+            for batch in self._batches(file, columns):
+                for values in zip(*(batch[name].to_pylist() for name in columns), strict=True):
+                    name, content = self._image(values[0], row)
+                    captions = [
+                        text
+                        for value in values[1:]
+                        for text in (value if isinstance(value, list) else [value])
+                    ]
+                    where = f"{self.file}: row {row}"
+                    split = self.split or split_of_name(name)
+                    yield ContainedImage(split, name, where, captions), content
+                    row += 1
+
+    def _batches(self, file: Any, columns: list[str]) -> Iterator[Any]:
+        table = pq.ParquetFile(file) if self.file.endswith(".parquet") else pa.ipc.open_stream(file)
+        names = (table.schema_arrow if self.file.endswith(".parquet") else table.schema).names
+        for field, name in [("image_key", columns[0]), *(("caption_key", c) for c in columns[1:])]:
+            if name not in names:
+                raise UserError(
+                    f"{self.file}: there is no column {name!r}; make config.data.{field} one of "
+                    f"{', '.join(names)}"
+                )
+        if self.file.endswith(".parquet"):
+            yield from table.iter_batches(_ROWS, columns=columns)
+        else:
+            for batch in table:
+                for start in range(0, batch.num_rows, _ROWS):
+                    yield batch.slice(start, _ROWS)
+
+    def _image(self, value: Any, row: int) -> tuple[str, bytes | None]:
+        """Returns the name and the bytes of an image."""
+        name = f"{os.path.basename(self.file)}/{row}"
+        if isinstance(value, dict):  # as `datasets` encodes an image
+            path, value = value.get("path"), value.get("bytes")
+            name, value = path or name, value if value is not None else path
+        if isinstance(value, str):
+            beside = value if "://" in value else os.path.join(os.path.dirname(self.file), value)
+            try:
+                with fsspec.open(beside, "rb") as file:
+                    return value, file.read()
+            except FileNotFoundError:
+                return value, None
+        return name, value if isinstance(value, bytes) else None

@@ -1,0 +1,268 @@
+"""Tars, Parquet and TFDS: what holds images and captions in files of its own."""
+
+import io
+import json
+import tarfile
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tensorflow_datasets as tfds
+
+from fne_jax.data.pairs import SPLITS
+from fne_jax.data.preparation import preparing
+from fne_jax.data.sources import many_files
+from fne_jax.data.sources.pair_tables import split_of_name
+from fne_jax.errors import UserError
+from tests.support import sources
+from tests.support.tiny import tiny_config
+
+
+def prepared(tmp_path, source, folder, **fields):
+    config = tiny_config(
+        data__source=source,
+        data__dir=str(folder),
+        data__cache_dir=str(tmp_path / "cache"),
+        **{f"data__{name}": value for name, value in fields.items()},
+    )
+    return preparing.prepare(config.data)
+
+
+def samples():
+    """Returns (split, number, JPEG, captions) of 24, 5 and 6 images."""
+    number = 0
+    for split, count in sources.SPLITS.items():
+        for _ in range(count):
+            captions = [f"Image {number}, seen {n} times." for n in range(1 + number % 3)]
+            yield split, number, sources.jpeg(number, width=30 + number % 11), captions
+            number += 1
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def tars(folder, kind="txt"):
+    """Writes a tar of at most nine images a file, the captions as text or JSON."""
+    for split in SPLITS:
+        of_split = [sample for sample in samples() if sample[0] == split]
+        for start in range(0, len(of_split), 9):
+            members = []
+            for _, number, jpeg, captions in of_split[start : start + 9]:
+                text = "\n".join(captions) if kind == "txt" else json.dumps({"caption": captions})
+                members += [(f"{number:04}.jpg", jpeg), (f"{number:04}.{kind}", text.encode())]
+            write_tar(folder / f"{split}-{start:03}.tar", members)
+
+
+def tables(folder):
+    """Writes Parquet as Hugging Face's datasets have it."""
+    folder.mkdir(parents=True)
+    for split in SPLITS:
+        rows = [
+            {"image": {"bytes": jpeg, "path": f"{number}.jpg"}, "caption": captions}
+            for one, number, jpeg, captions in samples()
+            if one == split
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
+
+
+def saved_to_disk(folder):
+    """Writes Arrow streams as `save_to_disk` does, the images' paths beside."""
+    for split in SPLITS:
+        (folder / split).mkdir(parents=True)
+        rows = []
+        for one, number, jpeg, captions in samples():
+            if one == split:
+                (folder / split / f"{number}.jpg").write_bytes(jpeg)
+                rows.append({"image": f"{number}.jpg", "caption": captions})
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_stream(folder / split / "data-00000-of-00001.arrow", table.schema) as out:
+            out.write_table(table)
+
+
+class Captioned(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A dataset of TFDS, its splits under its names."""
+
+    VERSION = tfds.core.Version("1.2.3")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(encoding_format="jpeg"),
+                    "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
+                }
+            ),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        return {split.replace("val", "validation"): self._of(split) for split in SPLITS}
+
+    def _of(self, split):
+        for one, number, jpeg, captions in samples():
+            if one == split:
+                yield number, {"image": io.BytesIO(jpeg), "captions": {"text": captions}}
+
+    def _generate_examples(self):
+        raise NotImplementedError
+
+
+def of_tfds(folder, monkeypatch):
+    monkeypatch.setattr(tfds.core.utils.gcs_utils, "gcs_dataset_info_files", lambda name: None)
+    builder = Captioned(data_dir=folder)
+    builder.download_and_prepare()
+    return builder.data_dir
+
+
+def texts(folder):
+    for split, number, jpeg, captions in samples():
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        (folder / split / f"{number:04}.jpg").write_bytes(jpeg)
+        (folder / split / f"{number:04}.txt").write_text("\n".join(captions))
+
+
+def test_every_kind_holds_the_same(tmp_path, monkeypatch):
+    tars(tmp_path / "tars")
+    tars(tmp_path / "json", "json")
+    tables(tmp_path / "parquet")
+    saved_to_disk(tmp_path / "arrow")
+    texts(tmp_path / "texts")
+    keys = {"caption_key": "captions/text"}
+    found = [
+        prepared(tmp_path, "webdataset", tmp_path / "tars"),
+        prepared(tmp_path, "webdataset", tmp_path / "json" / "{train,val,test}-{000..018..}.tar"
+                 if False else tmp_path / "json" / "{train,val,test}-*.tar"),
+        prepared(tmp_path, "parquet", tmp_path / "parquet"),
+        prepared(tmp_path, "parquet", tmp_path / "arrow"),
+        prepared(tmp_path, "text_files", tmp_path / "texts"),
+        prepared(tmp_path, "tfds", of_tfds(tmp_path / "tfds", monkeypatch), **keys),
+    ]  # fmt: skip
+    first = {split: found[0].load_split(split) for split in SPLITS}
+    ids = np.concatenate([first[split].image_id for split in SPLITS])
+    assert sorted(ids.tolist()) == list(range(35))
+    for one in found:
+        assert not one.skipped()
+        for split in SPLITS:
+            one.check(split)
+            loaded = one.load_split(split)
+            expected = [sample for sample in samples() if sample[0] == split]
+            assert loaded.captions == [text for sample in expected for text in sample[3]]
+            assert loaded.caption_image.tolist() == [
+                row for row, sample in enumerate(expected) for _ in sample[3]
+            ]
+            assert [loaded.image(row) for row in range(len(expected))] == [
+                jpeg for _, _, jpeg, _ in expected
+            ]
+
+
+def test_a_tar_more_or_another_is_another_dataset(tmp_path):
+    tars(tmp_path / "tars")
+    first = prepared(tmp_path, "webdataset", tmp_path / "tars")
+    assert prepared(tmp_path, "webdataset", tmp_path / "tars").folder == first.folder
+    write_tar(tmp_path / "tars" / "train-100.tar", [("x.jpg", sources.jpeg(99)), ("x.txt", b"X.")])
+    second = prepared(tmp_path, "webdataset", tmp_path / "tars")
+    assert second.summaries["train"].images == first.summaries["train"].images + 1
+    assert second.summaries["val"].images == first.summaries["val"].images
+    shared = set(first.shards.values()) & set(second.shards.values())
+    assert len(shared) == len(first.shards), "only the new tar was read"
+
+
+def test_what_a_tar_lacks_is_told(tmp_path):
+    tars(tmp_path / "tars")
+    write_tar(
+        tmp_path / "tars" / "train-100.tar",
+        [
+            ("a.jpg", sources.jpeg(1)),
+            ("b.txt", b"Without an image."),
+            ("c.jpg", sources.jpeg(2)[:200]),
+            ("c.txt", b"Damaged."),
+            ("d.jpg", sources.jpeg(3)),
+            ("d.txt", b"\xff\xfe"),
+            ("e.JPG", sources.jpeg(4)),
+            ("e.txt", b"Fine.\n\nReally.\n"),
+            ("e.json", b"{"),
+        ],
+    )
+    with pytest.raises(UserError, match="5 images or captions cannot be used"):
+        prepared(tmp_path, "webdataset", tmp_path / "tars")
+    skipped = prepared(tmp_path, "webdataset", tmp_path / "tars", max_skipped=5).skipped()
+    reasons = {one.where.rpartition(" ")[2][:1]: one.reason for one in skipped}
+    assert reasons["a"] == "the list of captions is empty"
+    assert reasons["b"] == "there is no image beside the caption"
+    assert reasons["c"].startswith("cannot be decoded")
+    assert reasons["d"] == "no caption is left"
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"3")], r"the members a\.\* lie apart"),
+        ([("a.jpg", b"1"), ("a.JPG", b"2")], r"the member a\.JPG appears twice"),
+    ],
+)
+def test_a_tar_in_disorder(tmp_path, members, message):
+    write_tar(tmp_path / "tars" / "train.tar", members)
+    with pytest.raises(UserError, match=rf"train\.tar: (is damaged: .*)?{message}"):
+        prepared(tmp_path, "webdataset", tmp_path / "tars", max_skipped=99)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_damaged_containers_are_named(tmp_path, share):
+    tars(tmp_path / "tars")
+    tables(tmp_path / "parquet")
+    for source, name in (("webdataset", "tars/val-000.tar"),
+                         ("parquet", "parquet/val-00000-of-00001.parquet")):  # fmt: skip
+        path = tmp_path / name
+        content = path.read_bytes()
+        path.write_bytes(content[: int(share * len(content)) // 512 * 512 + 100])
+        with pytest.raises(UserError, match=rf"{path.name}: is damaged"):
+            prepared(tmp_path, source, path.parent)
+
+
+def test_columns_that_are_not_there(tmp_path):
+    tables(tmp_path / "parquet")
+    with pytest.raises(UserError, match=r"no column .text.; make .*caption_key one of im"):
+        prepared(tmp_path, "parquet", tmp_path / "parquet", caption_key="text")
+
+
+def test_files_elsewhere(tmp_path):
+    tars(tmp_path / "tars")
+    memory = fsspec.filesystem("memory")
+    for path in (tmp_path / "tars").iterdir():
+        memory.pipe_file(f"/bucket/{path.name}", path.read_bytes())
+    here = prepared(tmp_path, "webdataset", tmp_path / "tars")
+    there = prepared(tmp_path, "webdataset", "memory://bucket/*.tar")
+    assert there.summaries == here.summaries
+
+
+def test_names_tell_splits_or_none_does():
+    assert many_files.splits_of(["/d/train/0.tar", "/d/train/1.tar"]) == dict.fromkeys(
+        ["/d/train/0.tar", "/d/train/1.tar"], ""
+    ), "a folder of all tells nothing"
+    assert list(many_files.splits_of(["/d/a-valid.tar", "/d/a-train.tar"]).values()) == [
+        "val", "train",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"b\.tar: its name tells no split"):
+        many_files.splits_of(["/d/train.tar", "/d/b.tar"])
+
+
+def test_without_splits_names_are_hashed(tmp_path):
+    members = [
+        member
+        for number in range(120)
+        for member in ((f"{number:03}.jpg", sources.jpeg(number)), (f"{number:03}.txt", b"One."))
+    ]
+    write_tar(tmp_path / "tars" / "all.tar", members)
+    found = prepared(tmp_path, "webdataset", tmp_path / "tars")
+    for split in SPLITS:
+        names = [f"{n:03}" for n in range(120) if split_of_name(f"{n:03}") == split]
+        assert found.load_split(split).source_image_id == names
