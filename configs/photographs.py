@@ -7,10 +7,10 @@ DIR holds `dataset_flickr8k.json` and `images`; --config.data.source=csv takes a
 Without network give folders: --config.encoder.image.pretrained=DINOV2
 --config.encoder.text.pretrained=MINILM.
 
-On two x86-64 cores, with Flickr8K at 160 pixels (our split), seed 0, captions cleaned as the authors
-do (--config.data.cleaning=authors), from preparing to evaluating: 18.2 minutes, rSum 230.8 on 1,000
-test images; with --config.encoder.image.image_size=224 --config.num_epochs=4 40 minutes, 242.4.
-docs/pretrained.md has more.
+On two x86-64 cores, with Flickr8K at 160 pixels (our split), seed 0, captions cleaned like the
+authors' (--config.data.cleaning=authors), from preparing to evaluating: 18.2 minutes, rSum 230.8 on
+1,000 test images; with --config.encoder.image.image_size=224 --config.num_epochs=4 40 minutes,
+242.4. docs/pretrained.md has more.
 """
 
 from configs import base

@@ -156,10 +156,9 @@ def weights_and_candidates(
     similarity, positive_similarity = jax.lax.stop_gradient((similarity, positive_similarity))
     similarity = similarity.astype(jnp.float32)
     posterior = false_negative_posterior(similarity, stats, prior, monotone=monotone)
-    if posterior_threshold is None:
-        posterior_threshold = suspicion_threshold(prior)
-    checks.in_range("posterior_threshold", posterior_threshold, 0, 1)
-    suspected = (stats.positive.count > min_count) & (posterior > posterior_threshold)
+    threshold = suspicion_threshold(prior) if posterior_threshold is None else posterior_threshold
+    checks.in_range("posterior_threshold", threshold, 0, 1)
+    suspected = (stats.positive.count > min_count) & (posterior > threshold)
     exponent = jnp.where(
         suspected,
         elimination_tau * posterior,
