@@ -26,6 +26,7 @@ from fne_jax.false_negatives import audit_pages
 from fne_jax.false_negatives.judged_evaluation import EvaluationSample
 from fne_jax.false_negatives.review_app.question_sources import questions_for_evaluation
 from fne_jax.false_negatives.review_app.questions import Question
+from fne_jax.false_negatives.verdict_store import VerdictStore, store_path
 from fne_jax.model.model import load_evaluation_split
 from tests.support import TOP
 from tests.support.embeddings import statistics
@@ -230,7 +231,7 @@ def test_audit_lists_likely_false_negatives(shapes_run, capsys, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_review_keeps_verdicts_that_the_audit_heeds(shapes_run, tmp_path, capsys):
+def test_review_keeps_verdicts_that_the_audit_heeds(shapes_run, tmp_path, capsys, caplog):
     workdir, _, _ = shapes_run
     workdir = shutil.copytree(workdir, tmp_path / "run")
     options = [f"--workdir={workdir}", "--split=val", "--detector=words", "--min-probability=0"]
@@ -279,6 +280,16 @@ def test_review_keeps_verdicts_that_the_audit_heeds(shapes_run, tmp_path, capsys
     for added in ("1 verdicts added", "0 verdicts added"):
         review.main([f"--workdir={workdir}", *other])
         assert added in capsys.readouterr().out
+    # A caption that was corrected since ends no audit, and a store of other data no review.
+    before = dataclasses.replace(verdict, caption="another caption", reviewer="bert")
+    with VerdictStore(store_path(workdir)) as store, VerdictStore(tmp_path / "b.sqlite") as berts:
+        store.add(before)
+        berts.add(before)
+    audit.main([*options, "--limit=3"])
+    assert "1 more that reviewers refuted are left out" in capsys.readouterr().out
+    assert "1 of 2 verdicts are of other data and do not count: caption" in caplog.text
+    theirs = f"--store={tmp_path / 'b.sqlite'}"
+    assert "b.sqlite: none of its 1 verdicts is of" in refused("review", *options, theirs)
     text = exported.read_text().replace(verdict.caption, "another caption")
     exported.write_text(text)
     assert "none of its 1 verdicts is of" in refused("review", f"--workdir={workdir}", *other)

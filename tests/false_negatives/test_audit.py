@@ -242,7 +242,7 @@ def test_what_reviewers_say(tmp_path):
     assert text.count("reviewers say it matches") == 1
     assert "2 more that reviewers refuted" in suspects.describe(of_split, heeded, {})
     foreign = dataclasses.replace(verdict(2, "match"), caption="another")
-    with pytest.raises(UserError, match="another dataset"):
+    with pytest.raises(UserError, match="caption 2 was 'another', and is"):
         suspects.heed_verdicts(found, [foreign], split)
 
 

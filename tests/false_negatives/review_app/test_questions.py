@@ -17,8 +17,8 @@ SPLIT = hostile_split()
 
 def said(pair, verdict, reviewer="anna"):
     caption, image = pair
-    return Verdict("train", int(SPLIT.image_id[image]), int(SPLIT.caption_id[caption]), "", "",
-                   verdict, reviewer)  # fmt: skip
+    return Verdict("train", int(SPLIT.image_id[image]), int(SPLIT.caption_id[caption]), "",
+                   SPLIT.captions[caption], verdict, reviewer)  # fmt: skip
 
 
 @pytest.fixture
@@ -33,6 +33,7 @@ VERDICTS = [
     said((3, 6), "no_match", "bert"),
     said((5, 4), "match", "bert"),
     said((1, 1), "match"),  # of another list
+    dataclasses.replace(said((3, 4), "match"), caption="before it was corrected"),
 ]
 
 
