@@ -233,7 +233,7 @@ def test_the_examples_of_the_docs_run(run, photos, tmp_path, monkeypatch, capsys
     assert len(commands) == 7
     monkeypatch.setattr(pathlib.Path, "is_file", lambda path: path.name == "beach.jpg")
     for command in commands:
-        assert search._parse(shlex.split(command)).workdir == "runs/flickr30k"
+        assert search._parse(shlex.split(command))[0].workdir == "runs/flickr30k"
     monkeypatch.undo()
 
     monkeypatch.chdir(tmp_path)
