@@ -25,7 +25,7 @@ from fne_jax.false_negatives.judged_split import judged_by_model
 from fne_jax.false_negatives.review_app import question_sources
 from fne_jax.false_negatives.review_app.questions import Questions
 from fne_jax.false_negatives.verdict_store import VerdictStore, store_path
-from fne_jax.model.model import Model, load_workdir, stored_model
+from fne_jax.model.model import load_workdir, stored_model
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.training.interruption import stop_signals
 
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
     if options.export is not None:
         _export(path, pathlib.Path(options.export))
     elif options.import_ is not None:
-        _import(path, pathlib.Path(options.import_), stored_model(workdir, overrides=overrides))
+        _import(path, pathlib.Path(options.import_), workdir, overrides)
     else:
         _serve(options, overrides, workdir, path)
 
@@ -154,8 +154,11 @@ def _export(store: pathlib.Path, path: pathlib.Path) -> None:
     print(f"{len(found):,} verdicts written to {path}")
 
 
-def _import(store: pathlib.Path, path: pathlib.Path, model: Model) -> None:
+def _import(
+    store: pathlib.Path, path: pathlib.Path, workdir: pathlib.Path, overrides: list[str]
+) -> None:
     splits = sorted({verdict.split for verdict in verdicts_lib.read_verdicts(path)})
+    model = stored_model(workdir, overrides=overrides)
     # Checked before any is in the store.
     found = [
         verdict

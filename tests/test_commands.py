@@ -201,8 +201,8 @@ def test_audit_lists_likely_false_negatives(shapes_run, capsys, tmp_path, monkey
     assert "nothing is suspected before" in refused("audit", *arguments, "--detector=gaussians")
     load_workdir = audit.load_workdir
 
-    def restore_with_statistics(*arguments):
-        return dataclasses.replace(load_workdir(*arguments), stats=statistics())
+    def restore_with_statistics(*arguments, **options):
+        return dataclasses.replace(load_workdir(*arguments, **options), stats=statistics())
 
     monkeypatch.setattr(audit, "load_workdir", restore_with_statistics)
     listed = (*arguments, "--min-probability=0", "--limit=70", f"--out={tmp_path}")
