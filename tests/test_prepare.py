@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -331,6 +332,23 @@ def test_the_identity_is_that_of_the_data(tmp_path):
         identity("validation", split="val"),
     ]
     assert len({first, *others}) == 4
+
+
+def test_prepared_data_stand_by_themselves_wherever_they_are_copied(tmp_path):
+    sources.write_jsonl(tmp_path / "source", sources.table_rows(tmp_path / "source"))
+    data = config_of(tmp_path).data
+    before = {split: load_split(data, 8, split) for split in SPLITS}
+    preparing.prepare(data).folder.rename(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "source")
+    data.update(source="prepared", dir=str(tmp_path / "moved"), cache_dir=str(tmp_path / "none"))
+    for split, made in before.items():
+        opened = load_split(data, 8, split)
+        assert (opened.identity, opened.image_names) == (made.identity, made.image_names)
+        assert Image.open(io.BytesIO(opened.image(2))).size
+    assert not (tmp_path / "none").exists()
+    data.dir = str(tmp_path / "cache")
+    with pytest.raises(UserError, match="cache: expected a folder that `prepare` has"):
+        load_split(data, 8, "test")
 
 
 def test_smaller_images_are_another_dataset(tmp_path, command, capsys):

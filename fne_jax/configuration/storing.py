@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "data.dir",
     "data.max_skipped",
     "data.prefetch",
+    "data.source",
     "encoder.attention",
     "encoder.remat",
     "evaluation.batch_size",
@@ -78,7 +79,9 @@ def write_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
     content = json.loads(config.to_json())
     for field in ("dir", "cache_dir"):
         path = content["data"][field]
-        if path and not path.startswith("~") and "://" not in path:
+        # A dataset of TensorFlow Datasets may be given by its name.
+        named = content["data"]["source"] == "tfds" and not os.path.exists(path)
+        if path and not path.startswith("~") and "://" not in path and not named:
             content["data"][field] = os.path.abspath(path)
     write_atomically(workdir / FILE_NAME, json.dumps(content, indent=2) + "\n")
 

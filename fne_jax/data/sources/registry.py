@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import ml_collections
 
+from fne_jax import files
 from fne_jax.data.pairs import SPLITS, PairDataset
 from fne_jax.data.sources import (
     coco_captions,
@@ -82,6 +83,17 @@ def load_split(data: ml_collections.ConfigDict, image_size: int, split: str) -> 
     return preparing.prepare(data).load_split(split)
 
 
+def _opened(data: ml_collections.ConfigDict, image_size: int, split: str) -> PairDataset:
+    # Kept out of the module's imports: it needs pyarrow.
+    from fne_jax.data.preparation.storage import ABOUT_FILE, Prepared
+
+    del image_size
+    folder = files.local_folder(data.dir, "config.data.dir")
+    if not (folder / ABOUT_FILE).exists():
+        raise UserError(f"config.data.dir={folder}: expected a folder that `prepare` has printed")
+    return Prepared.open(folder).load_split(split)
+
+
 _NAMED_KARPATHY = "`dataset_<source>.json` (Karpathy's splits) and the images in `images/`"
 _TABLE = "one table of pairs (or `dir` is the table itself)"
 
@@ -129,6 +141,7 @@ SOURCES: dict[str, Source] = {
         tfds_datasets.read_listing,
         ("dir", "image_key", "caption_key"),
     ),
+    "prepared": Source("what `prepare` wrote: the folder that it printed, or a copy", load=_opened),
     "npz": Source(
         "`train.npz`, `val.npz`, `test.npz` with `images` (uint8), `captions`, `caption_image`",
         load=npz.load_split,
