@@ -24,6 +24,7 @@ from fne_jax.false_negatives import judged_evaluation
 from fne_jax.false_negatives.judged_split import judged_by_embeddings
 from fne_jax.false_negatives.verdict_store import read_any
 from fne_jax.files import check_writable
+from fne_jax.logs import warn_once
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import load_workdir, pretrained_model
 from fne_jax.parallel import processes
@@ -223,6 +224,7 @@ def _embedded(model, name, weights, options):
     split_name = options.split or _USUAL["split"]
     use_compile_cache(model.config.compile_cache)
     dataset = model.load_evaluation_split(split_name)
+    warn_once(_log, model.unread(dataset.captions))
     protocols.check_suits(options.protocol, dataset.image_id, dataset.caption_id)
     split = dataclasses.replace(model.embed_split(dataset), name=name, split_name=split_name)
     return split, {"name": name, "split": split_name, "step": model.step, "weights": weights}

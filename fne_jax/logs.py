@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -40,6 +41,13 @@ def set_up_logging(level: int) -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _tell_unraisable
+
+
+@functools.cache
+def warn_once(log: logging.Logger, line: str) -> None:
+    """Logs a line as a warning unless this process has done so, or it is empty."""
+    if line:
+        log.warning("%s", line)
 
 
 def _tell_unraisable(unraisable):

@@ -47,14 +47,15 @@ def main(arguments: list[str]) -> None:
             "nothing to prepare"
         )
     with _stopping_in_good_order():
-        _prepare(config.data, options)
+        _prepare(config, options)
 
 
-def _prepare(data: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
+def _prepare(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
     # Kept out of the module's imports: a mistake in the command line should not wait for them.
     from fne_jax.data.preparation import preparing, storage
+    from fne_jax.model import tokenizers
 
-    prepared = preparing.prepare(data, options.processes)
+    prepared = preparing.prepare(config.data, options.processes)
     for split, summary in prepared.summaries.items():
         if options.check:
             prepared.check(split)
@@ -63,6 +64,13 @@ def _prepare(data: ml_collections.ConfigDict, options: argparse.Namespace) -> No
             f"   checksum {summary.checksum}"
         )
     print(f"skipped: {len(prepared.skipped())}, listed in {prepared.folder / storage.SKIPPED_FILE}")
+    # A pretrained encoder's limit is its own, in tokens, and its tokenizer may not be here.
+    if not config.encoder.text.pretrained:
+        captions = [
+            one for split in prepared.summaries for one in prepared.load_split(split).captions
+        ]
+        if line := tokenizers.unread(configuration.with_model_defaults(config, {}), captions):
+            print(line)
     print(f"prepared in {prepared.folder}")
     test = prepared.load_split("test")
     if test.truth is not None:

@@ -380,6 +380,15 @@ def test_preparing_needs_no_accelerator(command, monkeypatch):
     command("--config.global_batch_size=7")
 
 
+def test_captions_that_training_cuts_are_told(tmp_path, command, capsys):
+    rows = sources.table_rows(tmp_path / "source")
+    for row, end in zip(rows, "ab", strict=False):
+        row["caption"] = f"{'word ' * 30}{end}"
+    sources.write_jsonl(tmp_path / "source", rows)
+    command()
+    assert f"2 of {len(rows)} captions" in capsys.readouterr().out
+
+
 def test_there_is_nothing_to_prepare_in_memory(command):
     with pytest.raises(UserError, match="nothing to prepare"):
         command("--config.data.source=synthetic")

@@ -90,7 +90,6 @@ def test_texts_are_searched_by_image(run, photos, model, capsys):
 
 def test_a_text_that_the_model_cannot_read_is_warned_of_once(run, model, caplog, capsys):
     long = " ".join(["red six"] * 20)
-    whole = len(model.tokenizer(long)["input_ids"]) - 2
     texts = ["red six", "\N{SNOWMAN} \u732b", "...", long, "red \u732b"]
     search.main([f"--workdir={run}", "--images=val", "--top=1", *texts])
     log = "fne_jax.index.search_index"
@@ -99,17 +98,21 @@ def test_a_text_that_the_model_cannot_read_is_warned_of_once(run, model, caplog,
         for each in caplog.records
         if each.name == log and each.levelno > logging.INFO
     ]
-    nothing = "no word of it is in the tokenizer's vocabulary: the results say nothing"
-    used = model.config.evaluation.text_length - 2
+    nothing = "it is without any word of the tokenizer's vocabulary"
+    cut = (
+        f"cut to 30 words (config.data.max_words) or {model.config.evaluation.text_length} tokens "
+        "(config.data.text_length)"
+    )
     assert warnings == [
         f"'\N{SNOWMAN} \u732b': {nothing}",
         f"'...': {nothing}",
-        f"{long!r:.60}: only the first {used} of its {whole} tokens are used",
+        f"{long!r:.60}: it is {cut}",
     ]
     caplog.clear()
-    model.embed_texts(texts)
     build_index(model, texts=texts).search("red six")
-    assert log not in [each.name for each in caplog.records if each.levelno > logging.INFO]
+    (line,) = [each.getMessage() for each in caplog.records if each.levelno > logging.INFO]
+    assert line.startswith(f"1 of 5 captions (20.0%) are {cut}, such as 'red six red six")
+    assert "; 2 of 5 captions (40.0%) are without any word" in line
 
 
 def test_people_read_ranks_scores_and_files(run, photos, capsys):

@@ -21,6 +21,7 @@ from fne_jax.false_negatives.fitted_detector import FittedDetector
 from fne_jax.false_negatives.own_captions import CaptionTerms, OwnCaptions
 from fne_jax.false_negatives.unlabelled import unlabelled_pairs
 from fne_jax.files import write_atomically
+from fne_jax.logs import warn_once
 from fne_jax.model import checkpoints
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import Model, load_evaluation_split
@@ -189,6 +190,7 @@ def judged_by_model(
       UserError: if the split or the captions' embeddings cannot be read.
     """
     dataset = model.load_split(split_name)
+    warn_once(_log, model.unread(dataset.captions))
     external = _external(caption_embeddings, dataset)
     return embed(model, dataset, kept, name=name, split_name=split_name, external=external)
 

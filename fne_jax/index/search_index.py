@@ -26,6 +26,7 @@ from fne_jax.index.engines import Engine
 from fne_jax.index.gallery import AnyPath, Gallery, images_of, texts_of
 from fne_jax.index.kept_rows import KeptRows, Part, held
 from fne_jax.index.names import Names
+from fne_jax.logs import warn_once
 from fne_jax.model.model import Model
 from fne_jax.progress import Progress
 
@@ -109,7 +110,7 @@ class SearchIndex:
             raise UserError(f"the text to search by is {text!r:.60}; expected a sentence")
         else:
             listing.check_text("the text to search by", text)
-            if unread := self._model.unread(text):
+            if unread := self._model.unread([text]):
                 _log.warning("%s: %s", f"{text!r:.60}", unread)
             query = self._model.embed_texts([text])
         rows, scores = self.nearest(query, top)
@@ -294,10 +295,10 @@ def _embed(kept, gallery, missing, model):
 def _texts(gallery, missing, model, skipped):
     """Yields some items at a time and their [items, dim] rows."""
     del skipped
-    size = model.embedder.batch_size
+    size, texts = model.embedder.batch_size, [gallery.content(n) for n in missing]
+    warn_once(_log, model.unread(texts))
     for start in range(0, len(missing), size):
-        items = missing[start : start + size]
-        yield items, model.embed_texts([gallery.content(n) for n in items])
+        yield missing[start : start + size], model.embed_texts(texts[start : start + size])
 
 
 def _images(gallery, missing, model, skipped):

@@ -231,9 +231,17 @@ class Model:
         tokens = self.tokenize(texts, self.config.evaluation.text_length)
         return self.embedder.texts(self.params, tokens)
 
-    def unread(self, text: str) -> str:
-        """Returns in words what `embed_texts` leaves out of a sentence; "" where it reads all."""
-        return tokenizers.unread(self.config, self.tokenizer, text)
+    def unread(
+        self, texts: Sequence[str], tokens: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> str:
+        """Returns in a line what `embed_texts` leaves out of sentences; "" where it reads all.
+
+        Args:
+          texts: The sentences, such as raw captions.
+          tokens: Their ids and masks, where they are known.
+        """
+        tokens = tokens or self.tokenize(texts, self.config.evaluation.text_length)
+        return tokenizers.unread(self.config, texts, self.tokenizer, tokens)
 
     def identity(self) -> dict[str, Any]:
         """Returns what tells the model's embeddings from another's, as JSON has it."""

@@ -166,25 +166,54 @@ def clean_captions(config: ml_collections.ConfigDict, captions: Sequence[str]) -
 
 def unread(
     config: ml_collections.ConfigDict,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    sentence: str,
+    captions: Sequence[str],
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+    tokens: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> str:
-    """Returns in words what is left out of a sentence to be embedded; "" where all is read."""
+    """Returns in a line what is lost of captions before they are embedded; "" where nothing is.
 
-    def ids(text):
+    That is what is cut, what has no known word, and what is thereby equal to another caption that
+    differs in more than case, punctuation and spaces, each with its number and an example.
+
+    Args:
+      config: The resolved config.
+      captions: The raw captions.
+      tokenizer: The tokenizer; None to look at words alone.
+      tokens: The captions' ids and masks, both [captions, length] int32, unless at words alone.
+    """
+    used, data = clean_captions(config, captions), config.data
+    words = [caption_lib.clean_caption(text) for text in captions]
+    limits = [f"{data.max_words} words (config.data.max_words)"] if data.max_words else []
+    cut = {n for n, text in enumerate(words) if limits and len(text.split()) > data.max_words}
+    unknown: list[int] = []
+    keys: Sequence[str | bytes] = used
+    if tokenizer is not None and tokens is not None and len(captions):
+        ids, mask = tokens
+        limits.append(f"{ids.shape[1]} tokens (config.data.text_length)")
+        full = np.flatnonzero(mask.all(axis=1)).tolist()
         # Not verbose: it would warn of the length itself.
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = tokenizer([used[n] for n in full], verbose=False)["input_ids"] if full else []
+        cut |= {n for n, row in zip(full, whole, strict=True) if len(row) > ids.shape[1]}
+        # SigLIP's has a token for the space before a word.
+        read = set(np.unique(ids).tolist()) - set(tokenizer.all_special_ids)
+        read = [token for token in read if tokenizer.decode([token]).strip()]
+        of_prompt = tokenizer(clean_captions(config, [""]))["input_ids"][0]
+        known = np.isin(ids, read) & ~np.isin(ids, of_prompt)
+        unknown = np.flatnonzero(~known.any(axis=1)).tolist()
+        keys = [row.tobytes() for row in ids]
+    first: dict[str | bytes, int] = {}
+    equal = [n for n, key in enumerate(keys) if words[first.setdefault(key, n)] != words[n]]
 
-    def ids_of_words(count):
-        return ids(caption_lib.clean_caption(sentence, count, config.data.cleaning))
+    def part(rows, what):
+        if len(captions) == 1:
+            return f"it is {what}"
+        share = f"{len(rows):,} of {len(captions):,} captions ({len(rows) / len(captions):.1%})"
+        return f"{share} are {what}, such as {captions[rows[0]]!r:.80}"
 
-    length = config.evaluation.text_length - tokenizer.num_special_tokens_to_add()
-    length = max(length - len(ids(config.data.prompt)), 0)
-    used, total = ids_of_words(config.data.max_words)[:length], len(ids_of_words(0))
-    # SigLIP's has a token for the space before a word.
-    unknown, decode = tokenizer.unk_token_id, tokenizer.decode
-    if all(token == unknown or not decode([token]).strip() for token in used):
-        return "no word of it is in the tokenizer's vocabulary: the results say nothing"
-    if len(used) < total:
-        return f"only the first {len(used)} of its {total} tokens are used"
-    return ""
+    parts = [part(sorted(cut), f"cut to {' or '.join(limits)}")] if cut else []
+    if unknown:
+        parts.append(part(unknown, "without any word of the tokenizer's vocabulary"))
+    if equal:
+        other = captions[first[keys[equal[0]]]]
+        parts.append(f"{part(equal, 'equal to another in what is left')} and {other!r:.80}")
+    return "; ".join(parts)

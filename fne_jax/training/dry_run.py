@@ -22,7 +22,8 @@ def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
     training, config = run.training, run.training.model.config
     timeline, model = training.timeline, training.model
     find_source_run(model, training.state)
-    batch = next(run.batches(model.tokenize(run.train.captions, config.data.text_length), range(1)))
+    tokens = model.tokenize(run.train.captions, config.data.text_length)
+    batch = next(run.batches(tokens, range(1)))
     compiled = training.compiled([Phase.FNE], run.known)[Phase.FNE]
     first = int(batch["pair_id"][0])
     lines = [
@@ -36,6 +37,7 @@ def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
         *(f"  {name:16}{array.shape!s:>24} {array.dtype}" for name, array in batch.items()),
         f"  first caption   {run.train.captions[first]!r}",
         f"  its tokens      {model.tokenizer.convert_ids_to_tokens(batch['input_ids'][0])}",
+        *filter(None, [model.unread(run.train.captions, tokens)]),
     ]
     return "\n".join(lines)
 

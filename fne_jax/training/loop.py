@@ -15,6 +15,7 @@ import numpy as np
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.evaluation.metric_names import WARMUP
 from fne_jax.evaluation.results import score_split
+from fne_jax.logs import warn_once
 from fne_jax.parallel import sharding
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.progress import Progress
@@ -140,6 +141,7 @@ def _train(run, workdir, last_step, state, position, checkpoints, stop):
     if first_step >= last_step and validated:
         return
     tokens = run.training.model.tokenize(run.train.captions, config.data.text_length)
+    warn_once(_log, run.training.model.unread(run.train.captions, tokens))
     # What frozen encoders make of the data, once for all steps, where it is kept.
     run = run.with_kept(state.all_params, tokens)
     steps = range(first_step, last_step)

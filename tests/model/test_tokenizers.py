@@ -1,6 +1,5 @@
 """A run's tokenizer gives the ids that it gave when the run began, or an error."""
 
-import functools
 import io
 import json
 import shutil
@@ -148,8 +147,19 @@ def test_a_file_that_transformers_alone_does_not_see_is_told(run, copied, monkey
 def test_what_a_model_does_not_read_of_a_text_is_told(run):
     workdir, _ = run
     tokenizer = tokenizers.stored_tokenizer(workdir)
-    unread = functools.partial(tokenizers.unread, tiny_config(), tokenizer)
-    assert unread("red") == ""
-    assert "tokens are used" in unread("red " * 40)
+
+    def unread(*texts):
+        tokens = captions.tokenize(tokenizer, tokenizers.clean_captions(config, texts), 8)
+        return tokenizers.unread(config, texts, tokenizer, tokens)
+
+    config = tiny_config(data__max_words=20)
+    assert unread("red", "Red.", "a") == ""
+    limits = "cut to 20 words (config.data.max_words) or 8 tokens (config.data.text_length)"
+    assert unread("red " * 40) == f"it is {limits}"
+    long = [f"{'red ' * 6}{middle}{' red' * 6}" for middle in ("blue", "small", "blue")]
+    assert unread("red", *long).startswith(
+        f"3 of 4 captions (75.0%) are {limits}, such as {long[0]!r}; 1 of 4 captions (25.0%) are "
+        f"equal to another in what is left, such as {long[1]!r} and {long[0]!r}"
+    )
     if not isinstance(tokenizer, transformers.CLIPTokenizer):  # it knows every byte
-        assert "no word of it" in unread("\u732b \U0001f642")
+        assert unread("\u732b") == "it is without any word of the tokenizer's vocabulary"

@@ -50,7 +50,7 @@ class Model:
         seeds = [int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) for text in texts]
         return unit(np.stack([np.random.default_rng(s).standard_normal(DIM) for s in seeds]))
 
-    def unread(self, text):
+    def unread(self, texts):
         return ""
 
     def load_split(self, name):
