@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from fne_jax import command_line, configuration
+from fne_jax.data.pairs import few_images
 from fne_jax.errors import UserError
 from fne_jax.evaluation import embedding_files, protocols, results
 from fne_jax.false_negatives import judged_evaluation
@@ -224,6 +225,7 @@ def _embedded(model, name, weights, options):
     split_name = options.split or _USUAL["split"]
     use_compile_cache(model.config.compile_cache)
     dataset = model.load_evaluation_split(split_name)
+    warn_once(_log, few_images(split_name, len(dataset.image_id)))
     warn_once(_log, model.unread(dataset.captions))
     protocols.check_suits(options.protocol, dataset.image_id, dataset.caption_id)
     split = dataclasses.replace(model.embed_split(dataset), name=name, split_name=split_name)

@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from fne_jax import command_line, configuration
-from fne_jax.data.pairs import PairDataset
+from fne_jax.data.pairs import PairDataset, few_images
 from fne_jax.data.sources.registry import find_source
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.training.interruption import stop_signals
@@ -63,6 +63,8 @@ def _prepare(config: ml_collections.ConfigDict, options: argparse.Namespace) -> 
             f"{split:6}{summary.images:9,} images {summary.captions:9,} captions"
             f"   checksum {summary.checksum}"
         )
+        if split != "train" and (few := few_images(split, summary.images)):
+            print(few)
     print(f"skipped: {len(prepared.skipped())}, listed in {prepared.folder / storage.SKIPPED_FILE}")
     # A pretrained encoder's limit is its own, in tokens, and its tokenizer may not be here.
     if not config.encoder.text.pretrained:

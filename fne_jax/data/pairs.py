@@ -86,6 +86,14 @@ def portable_name(name: str) -> str:
     return posixpath.basename(name) if name.startswith(("../", "/")) else name
 
 
+def few_images(split: str, images: int) -> str:
+    """Returns in words that a split is too small for its figures to tell much; "" if it is not."""
+    if not images or images >= 100:
+        return ""
+    chance = min(100, 1000 / images)
+    return f"{split} has {images} images only: by chance alone its recall at 10 is {chance:.0f} %"
+
+
 def with_captions_per_image(dataset: PairDataset, count: int) -> PairDataset:
     """Returns a split with at most the first `count` captions of each image, or all for 0."""
     if not count:

@@ -12,6 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from fne_jax.data.pairs import few_images
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.evaluation.metric_names import WARMUP
 from fne_jax.evaluation.results import score_split
@@ -120,7 +121,9 @@ def doubts(config: ml_collections.ConfigDict, timeline: Timeline) -> list[str]:
 def _tell(run, warmup_only):
     """Logs what the run is, and what it will hardly have been meant to do."""
     config, timeline, state = run.training.model.config, run.training.timeline, run.training.state
-    _log.info("data: %d training pairs, %s", len(run.train.captions), timeline)
+    pairs = len(run.train.captions), len(run.val.captions)
+    _log.info("data: %d training pairs, %d for validation, %s", *pairs, timeline)
+    warn_once(_log, few_images("val", len(run.val.image_id)))
     for doubt in () if warmup_only else doubts(config, timeline):
         _log.warning("%s", doubt)
     trained, frozen = (

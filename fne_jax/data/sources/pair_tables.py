@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -23,8 +23,9 @@ from fne_jax.errors import UserError
 COLUMNS = ("image", "caption", "split", "image_id")
 # Other names of a column, taken where it is missing: open_clip's, Hugging Face's, and the usual.
 _OTHER_NAMES = {"image": ("filepath", "file_name"), "caption": ("title", "text")}
-# Shares of val and test where a table has no splits; the rest is train.
-VAL_SHARE, TEST_SHARE = 0.05, 0.05
+# Shares of val and test where a table has no splits; the rest is train. In a small one they have
+# this many images each, but no more than a fifth.
+VAL_SHARE, TEST_SHARE, _LEAST = 0.05, 0.05, 20
 _WHOLE = re.compile(r"[0-9]{1,18}(\.0*)?")
 _NO_VALUE = ("nan", "none", "null", "<na>", "n/a")
 
@@ -33,7 +34,7 @@ def read_listing(data_dir: str, kind: str) -> Listing:
     """Returns the dataset of a table, one (image, caption) pair a row.
 
     Paths of images are absolute, or relative to the table. Rows of the same file make one image.
-    Without splits, `split_of_name` parts the images.
+    Without splits, `parted` parts the images.
 
     Args:
       data_dir: The table, or the folder that holds it alone of its kind.
@@ -50,7 +51,7 @@ def read_listing(data_dir: str, kind: str) -> Listing:
     rows = _image_rows(path, kind)
     _check_whole(rows, "split", "a hash of the image's path parts them without any")
     _check_whole(rows, "image_id", "images are numbered without any")
-    images = listing.images_of_rows(_with_splits(rows))
+    images = parted(listing.images_of_rows(rows))
     advice = f"; add a column 'split' with {', '.join(SPLIT_OF)}"
     return listing.checked_listing(path.stem, str(path), [path], images, advice)
 
@@ -80,6 +81,25 @@ def split_of_name(name: str) -> str:
     if hashed < VAL_SHARE:
         return "val"
     return "test" if hashed < VAL_SHARE + TEST_SHARE else "train"
+
+
+def parted(images: Sequence[ListedImage]) -> list[ListedImage]:
+    """Returns the images of a listing, those without a split parted as by `split_of_name`.
+
+    Of less than some 400 images val and test have more than it would give them: 20 each or a fifth,
+    those whose hashed paths come first.
+    """
+    lacking = sorted(
+        (one for one in images if not one.split), key=lambda one: _fraction(one.source_id)
+    )
+    splits = [split_of_name(one.source_id) for one in lacking]
+    least = min(_LEAST, len(lacking) // 5)
+    val, test = (max(splits.count(split), least) for split in ("val", "test"))
+    named = {id(one): "val" if n < val else "test" for n, one in enumerate(lacking[: val + test])}
+    return [
+        one if one.split else dataclasses.replace(one, split=named.get(id(one), "train"))
+        for one in images
+    ]
 
 
 def half_of_name(name: str) -> str:
@@ -138,8 +158,3 @@ def _check_whole(rows: list[ListedImage], field: str, without: str) -> None:
             f"{lacking[0].where}: the {field} is missing, which other rows have; give all rows "
             f"one, or none: {without}"
         )
-
-
-def _with_splits(rows: list[ListedImage]) -> Iterator[ListedImage]:
-    for row in rows:
-        yield row if row.split else dataclasses.replace(row, split=split_of_name(row.source_id))

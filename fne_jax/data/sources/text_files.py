@@ -10,7 +10,7 @@ from etils import epath
 from fne_jax.data.sources import listing, many_files
 from fne_jax.data.sources.image_files import stamps_of
 from fne_jax.data.sources.listing import ListedImage, Listing
-from fne_jax.data.sources.pair_tables import split_of_name
+from fne_jax.data.sources.pair_tables import parted
 from fne_jax.errors import UserError
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -40,7 +40,7 @@ def read_listing(data_dir: str) -> Listing:
             captions = [line for line in listing.read_lines(text) if line.strip()]
         images.append(
             ListedImage(
-                split=splits[path] or split_of_name(name),
+                split=splits[path],
                 path=epath.Path(path),
                 where=path,
                 image_id=row,
@@ -54,5 +54,5 @@ def read_listing(data_dir: str) -> Listing:
     if not there:
         raise UserError(f"config.data.dir is {data_dir!r}: no image has a .txt file beside it")
     digest = hashlib.sha256(repr(stamps_of(there)).encode()).hexdigest()[:12]
-    checked = listing.checked_listing(folder.name, str(folder), [], images)
+    checked = listing.checked_listing(folder.name, str(folder), [], parted(images))
     return Listing(checked.name, digest, checked.images, [os.fspath(text) for text in there])

@@ -18,13 +18,23 @@ def test_a_table_without_splits_is_parted_by_name(tmp_path):
         assert abs(splits.count(split) / 4000 - share) < 0.012
     # Their SHA-256 begin with 0x5c, 0x0b and 0x14; a twentieth of 256 is 12.8, a tenth 25.6.
     assert [splits[n] for n in (0, 6, 68)] == ["train", "val", "test"]
-    rows = [{"image": name, "caption": "words"} for name in names[:300]]
+    rows = [{"image": name, "caption": "words"} for name in names[:1000]]
     sources.write_csv(tmp_path, rows, ("image", "caption"))
     listing = pair_tables.read_listing(str(tmp_path), "csv")
     for split in SPLITS:
         assert [i.source_id for i in listing.images if i.split == split] == [
-            n for n, s in zip(names[:300], splits, strict=False) if s == split
+            n for n, s in zip(names[:1000], splits, strict=False) if s == split
         ]
+    # In a small table val and test have no less than 20 images, or a fifth of all.
+    for count, least in ((30, 6), (60, 12), (250, 20)):
+        sources.write_csv(tmp_path, rows[:count], ("image", "caption"))
+        small = pair_tables.read_listing(str(tmp_path), "csv").images
+        found = {image.source_id: image.split for image in small}
+        for split in ("val", "test"):
+            assert list(found.values()).count(split) == least
+        assert all(
+            found[n] == "val" for n, s in zip(names[:count], splits, strict=False) if s == "val"
+        )
     sources.write_csv(tmp_path, rows[:3], ("image", "caption"))
     with pytest.raises(UserError, match=r"no image of the split .*; add a column 'split'"):
         pair_tables.read_listing(str(tmp_path), "csv")
@@ -41,7 +51,7 @@ def test_moving_a_table_with_its_images_changes_no_split_and_no_name(tmp_path, a
         sources.write_csv(folder, rows, ("image", "caption"))
         images = pair_tables.read_listing(str(folder), "csv").images
         found.append([(image.split, image.source_id, image.image_id) for image in images])
-    assert found[0] == found[1] and found[0][0][1] == "images/0.jpg"
+    assert found[0] == found[1] and found[0][0][1] == "images/2.jpg"
 
 
 def test_an_image_id_is_the_table_s_own(tmp_path):
