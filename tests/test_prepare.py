@@ -87,11 +87,12 @@ def test_a_hundred_damaged_images(tmp_path):
         load_split(config_of(tmp_path, data__max_skipped=99).data, 8, "train")
 
 
-def test_damaged_captions_and_missing_images(tmp_path):
+def test_damaged_captions_and_missing_images(tmp_path, caplog):
     rows = sources.table_rows(tmp_path / "source")
     bad = list(sources.DAMAGED_CAPTIONS.values())
     assert rows[0]["image"] == "images/image0.jpg"
     rows += [rows[0] | {"caption": caption} for caption in bad]
+    rows.append(rows[8])
     # An image all of whose captions are bad goes as well.
     sources.write_jsonl(
         tmp_path / "source", [row | {"caption": ""} if row["image"].endswith("e5.jpg") else row
@@ -101,14 +102,16 @@ def test_damaged_captions_and_missing_images(tmp_path):
     listed = skipped(config_of(tmp_path, data__max_skipped=20))
     reasons = [entry["reason"] for entry in listed if entry["image"].endswith("e0.jpg")]
     starts = ["not text", "not text", "empty", "empty", "too long: 2002", "not text"]
+    starts += ["'NaN', which stands for no value", "a list written as text"]
     assert len(reasons) == len(starts)
     for reason, start in zip(reasons, starts, strict=True):
         assert reason.startswith(f"the caption is {start}")
+    assert "1 captions repeat one of their image, such as" in caplog.text
     of_five = [entry["reason"] for entry in listed if entry["image"].endswith("e5.jpg")]
     assert of_five == ["the caption is empty: ''"] * 4 + ["no caption is left"]
     of_seven = [entry["reason"] for entry in listed if entry["image"].endswith("e7.jpg")]
     assert len(of_seven) == 1 and of_seven[0].startswith("there is no image")
-    assert len(listed) == 12
+    assert len(listed) == 14
     train = load_split(config_of(tmp_path, data__max_skipped=20).data, 8, "train")
     first = [c for c, o in zip(train.captions, train.caption_image, strict=True) if o == 0]
     assert len(train.image_id) == 22

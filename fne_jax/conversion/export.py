@@ -30,6 +30,7 @@ from captions and image files as they are. (Lay transparent images on white firs
 
 ```python
 import io
+import html
 import re
 import unicodedata
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 from collections import Counter
@@ -29,13 +30,13 @@ def clean_caption(text: str, max_words: int = 0, cleaning: str = "authors") -> s
     """Returns a caption as a tokenizer gets it, in Unicode's form NFC with single spaces.
 
     Args:
-      text: The caption.
+      text: The caption; HTML's entities in it count as what they stand for.
       max_words: The most words that are kept; 0 for all.
       cleaning: "authors" for lower case without most punctuation, where hyphens and slashes part
         words and `<person>` loses its brackets, as in the authors' code; "lower"; or "none".
     """
     # Without names of this module, for model cards copy its source.
-    text = unicodedata.normalize("NFC", text)
+    text = unicodedata.normalize("NFC", html.unescape(html.unescape(text)))
     text = text if cleaning == "none" else text.lower()
     if cleaning == "authors":
         text = re.sub(r"""[,.'!?"()*#:;~]""", "", re.sub(r"[-/]", " ", text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import pathlib
 from collections.abc import Sequence
@@ -211,6 +212,9 @@ def unread(
         return f"{share} are {what}, such as {captions[rows[0]]!r:.80}"
 
     parts = [part(sorted(cut), f"cut to {' or '.join(limits)}")] if cut else []
+    entities = [n for n, text in enumerate(captions) if html.unescape(text) != text]
+    if entities:
+        parts.append(part(entities, "read with HTML's entities as what they stand for"))
     if unknown:
         parts.append(part(unknown, "without any word of the tokenizer's vocabulary"))
     if equal:

@@ -161,5 +161,7 @@ def test_what_a_model_does_not_read_of_a_text_is_told(run):
         f"3 of 4 captions (75.0%) are {limits}, such as {long[0]!r}; 1 of 4 captions (25.0%) are "
         f"equal to another in what is left, such as {long[1]!r} and {long[0]!r}"
     )
+    assert "read with HTML's entities" in unread("red &amp; a", "red")
+    assert tokenizers.clean_captions(config, ["Red &amp;amp; a"]) == ["red & a"]
     if not isinstance(tokenizer, transformers.CLIPTokenizer):  # it knows every byte
         assert unread("\u732b") == "it is without any word of the tokenizer's vocabulary"

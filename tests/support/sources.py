@@ -218,4 +218,6 @@ DAMAGED_CAPTIONS = {
     "only marks": " ... !",
     "too long": "a " * 1001,
     "half a character": "a dog \ud800",
+    "no value": "NaN",
+    "a list as NumPy writes it": "['a' 'b']",
 }

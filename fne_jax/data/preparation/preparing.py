@@ -18,6 +18,7 @@ import pathlib
 import re
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -201,6 +202,7 @@ def _finish(
     """Writes tables and notes of a dataset into its folder, and moves its shards there."""
     writers = {split: storage.TableWriter(folder / storage.table_name(split)) for split in SPLITS}
     skipped_of: dict[str, list[Skipped]] = {}
+    repeated: list[str] = []
     lengths = {shard.key: 0 for shard in shards}
     for record, image, outcome in _outcomes(listing.images, shards, scratch, lengths):
         skipped = skipped_of.setdefault(image.split, [])
@@ -213,6 +215,8 @@ def _finish(
         if reason:
             skipped.append(Skipped(image.where, os.fspath(image.path), reason))
             continue
+        counts = Counter(captions).items()
+        repeated += [f"{image.where}: {text!r:.60}" for text, n in counts for _ in range(n - 1)]
         writers[image.split].add(
             {
                 "record": record,
@@ -225,6 +229,9 @@ def _finish(
                 **image.truth,
             }
         )
+    if repeated:
+        example = repeated[0]
+        _log.warning("%d captions repeat one of their image, such as %s", len(repeated), example)
     summaries = {split: writer.close() for split, writer in writers.items()}
     left_out = [one for part in skipped_of.values() for one in part]
     text = json.dumps([dataclasses.asdict(one) for one in left_out], indent=2) + "\n"

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,9 @@ SPLIT_OF = {"train": "train", "restval": "train", "val": "val", "test": "test"} 
 MAX_CAPTION_CHARACTERS = 2000
 # What the records hold.
 MAX_IMAGE_ID, MAX_CAPTION_ID = np.iinfo(np.int32).max, np.iinfo(np.int64).max
+# What programs write into a cell for no value, in lower case.
+NO_VALUE = ("nan", "none", "null", "<na>", "n/a", "#n/a")
+_LIST = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 # What is often in the place of a text file, and what to do.
 _PACKED = {
@@ -431,6 +435,10 @@ def caption_fault(caption: Any) -> str:
         return f"the caption is not text: {caption!r:.60}"
     if not any(_says_something(character) for character in caption):
         return f"the caption is empty: {caption!r:.60}"
+    if caption.strip().lower() in NO_VALUE:
+        return f"the caption is {caption!r}, which stands for no value"
+    if _LIST.fullmatch(caption):
+        return f"the caption is a list written as text: {caption!r:.60}"
     if len(caption) > MAX_CAPTION_CHARACTERS:
         return (
             f"the caption is too long: {len(caption)} characters, more than the "

@@ -5,9 +5,12 @@ Its columns are `image`, `caption` and optionally `split` and `image_id`.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -27,14 +30,16 @@ _OTHER_NAMES = {"image": ("filepath", "file_name"), "caption": ("title", "text")
 # this many images each, but no more than a fifth.
 VAL_SHARE, TEST_SHARE, _LEAST = 0.05, 0.05, 20
 _WHOLE = re.compile(r"[0-9]{1,18}(\.0*)?")
-_NO_VALUE = ("nan", "none", "null", "<na>", "n/a")
+# Texts beside each other without a comma, as NumPy writes them, which Python would join.
+_UNPARTED = re.compile(r"""['"]\s+['"]""")
+_log = logging.getLogger(__name__)
 
 
 def read_listing(data_dir: str, kind: str) -> Listing:
     """Returns the dataset of a table, one (image, caption) pair a row.
 
     Paths of images are absolute, or relative to the table. Rows of the same file make one image.
-    Without splits, `parted` parts the images.
+    A cell may hold a list of captions. Without splits, `parted` parts the images.
 
     Args:
       data_dir: The table, or the folder that holds it alone of its kind.
@@ -49,6 +54,10 @@ def read_listing(data_dir: str, kind: str) -> Listing:
         patterns = [f"*.{kind}", *(["*.tsv"] if kind == "csv" else [])]
         path = listing.one_file(folder, patterns, "a table of image and caption")
     rows = _image_rows(path, kind)
+    lists = [row.where for row in rows if len(row.captions) != 1]
+    if lists:
+        told = "%d cells hold a list of captions, which are taken one by one, such as in %s"
+        _log.warning(told, len(lists), lists[0])
     _check_whole(rows, "split", "a hash of the image's path parts them without any")
     _check_whole(rows, "image_id", "images are numbered without any")
     images = parted(listing.images_of_rows(rows))
@@ -135,15 +144,23 @@ def _image_row(file_of, where: str, row: dict[str, Any]) -> ListedImage:
         where=where,
         image_id=_image_id(where, row.get("image_id")),
         source_id=name,
-        captions=[row["caption"]],
+        captions=_captions(row["caption"]),
     )
+
+
+def _captions(cell: Any) -> list[Any]:
+    """Returns the captions of a cell, several of a list, also as pandas or JSON writes it."""
+    if isinstance(cell, str) and cell.lstrip().startswith("[") and not _UNPARTED.search(cell):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            cell = ast.literal_eval(cell.strip())
+    return cell if isinstance(cell, list) else [cell]
 
 
 def _image_id(where: str, value: Any) -> int | None:
     text = str(value).strip()
     if value is None or _WHOLE.fullmatch(text):  # pandas writes 7.0 where other rows have none
         return None if value is None else int(text.partition(".")[0])
-    missing = ", which stands for no value" if text.lower() in _NO_VALUE else ""
+    missing = ", which stands for no value" if text.lower() in listing.NO_VALUE else ""
     raise UserError(
         f"{where}: image_id is {value!r:.60}{missing}; expected a whole number, or no such column, "
         "for images to be known by their paths"

@@ -40,6 +40,21 @@ def test_a_table_without_splits_is_parted_by_name(tmp_path):
         pair_tables.read_listing(str(tmp_path), "csv")
 
 
+def test_lists_of_captions_in_cells_are_taken_one_by_one(tmp_path, caplog):
+    cells = ["['a dog', \"a cat's\"]", '["a", "b"]', "[a dog]", "['a'\n 'b']", "plain"]
+    rows = [
+        {"image": f"{n}.jpg", "caption": cell, "split": split}
+        for n, (cell, split) in enumerate(zip(cells, [*SPLITS, "train", "train"], strict=True))
+    ]
+    sources.write_csv(tmp_path, rows, ("image", "caption", "split"))
+    images = pair_tables.read_listing(str(tmp_path), "csv").images
+    found = {image.source_id: (list(image.captions), list(image.caption_ids)) for image in images}
+    assert found["0.jpg"] == (["a dog", "a cat's"], [0, 1])
+    assert found["1.jpg"] == (["a", "b"], [2, 3])
+    assert [found[f"{n}.jpg"][0] for n in (2, 3, 4)] == [["[a dog]"], ["['a'\n 'b']"], ["plain"]]
+    assert "2 cells hold a list of captions, which are taken one by one, such as in" in caplog.text
+
+
 @pytest.mark.parametrize("absolute", [False, True])
 def test_moving_a_table_with_its_images_changes_no_split_and_no_name(tmp_path, absolute):
     found = []
