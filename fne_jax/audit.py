@@ -1,4 +1,4 @@
-"""Lists a dataset's likely false negatives: pairs that match but that nobody labelled.
+"""Lists a dataset's likely false negatives: pairs that match, but nobody labelled.
 
 python -m fne_jax.audit --workdir=runs/shapes --split=train
 python -m fne_jax.audit --workdir=runs/shapes --split=train --matches=runs/matches.npz
@@ -114,8 +114,8 @@ def _parse(arguments):
     parser.add_argument(
         "--verdicts",
         metavar="FILE",
-        help="measure by what people said, first: a store, .sqlite, of `review`, or a .csv or "
-        ".jsonl that it exports; with --fitted, fit the detector fitted to it and write that there",
+        help="first measure by people's verdicts: `review`'s store (.sqlite), or its export (.csv "
+        "or .jsonl); with --fitted, fit a detector to them and write it there",
     )
     suspect_options.add_arguments(parser)
     options, overrides = command_line.parse_with_overrides(parser, arguments)

@@ -21,10 +21,10 @@ from fne_jax.files import as_user_error, write_atomically
 
 
 def main(arguments: list[str]) -> None:
-    """Parses the command line, measures, and prints one JSON object a line.
+    """Parses the command line, measures, and prints one JSON object per line.
 
     Raises:
-      UserError: on numbers that cannot be, or if a config or package is missing.
+      UserError: on invalid numbers, or if a config or package is missing.
     """
     options = _parse(arguments)
     for line in options.measure(options):
@@ -36,7 +36,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add = functools.partial(_add, parser.add_subparsers(dest="benchmark", required=True))
     add(
         "strategy",
-        "FNE's loss and gradient against two bare products; queue and momentum",
+        "FNE's loss and gradient, against two matrix products alone; queue and momentum",
         lambda o: strategy.strategy_lines(o.repeats),
         repeats=(9, "timed calls of each"),
     )
@@ -73,7 +73,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     add(
         "input",
-        "training images read, decoded, augmented and batched, beside PIL",
+        "reading, decoding, augmenting and batching of training images, against PIL",
         lambda o: input_benchmark.input_pipeline(o.images, o.batch, o.batches, o.repeats),
         images=(64, "images to render"),
         batch=(32, "images in a batch"),
@@ -82,7 +82,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     add(
         "retrieval",
-        "recalls and ranks of a test split against the bare product",
+        "recalls and ranks of a test split, against the matrix product alone",
         lambda o: [ranking.retrieval(o.images, o.captions, o.dim, o.repeats)],
         images=(5000, "images to rank"),
         captions=(25000, "captions to rank"),
@@ -109,7 +109,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _add(commands, name, about, measure, *, config=None, **numbers):
-    """Adds a command whose options are numbers: by name, the default and what is said of it."""
+    """Adds a command whose options are numbers: by name, the default and the help."""
     parser = commands.add_parser(name, help=about)
     if config:
         parser.add_argument("--config", required=True, help=f"config file, e.g. {config}")
@@ -122,7 +122,7 @@ def _add(commands, name, about, measure, *, config=None, **numbers):
 def _add_step(add):
     parser = add(
         "step",
-        "a config's whole train step on one device, beside PyTorch's and its plan; config "
+        "a config's whole train step on one device, against PyTorch's and its plan; config "
         "fields as --config.x=y",
         lambda o: [_step(o)],
         config="configs/flickr30k.py",
@@ -143,7 +143,7 @@ def _add_step(add):
     parser.add_argument(
         "--pytorch-python",
         default=sys.executable,
-        help="interpreter of PyTorch's parts, where its CUDA libraries are others than JAX's",
+        help="interpreter for PyTorch's parts, if its CUDA libraries differ from JAX's",
     )
 
 

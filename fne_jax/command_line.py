@@ -65,8 +65,8 @@ def expand_home(options: argparse.Namespace, *names: str) -> None:
 def run(main: Callable[[list[str]], None]) -> None:
     """Calls a command's main function and exits with a code of the table in docs/runs.md.
 
-    Where stdout is closed, what is printed is dropped; where its reader ends before the command,
-    as `head` does, the command ends too, without a word.
+    Output to a closed stdout is dropped; when the output pipe closes, as by `head`, the command
+    ends silently.
 
     Args:
       main: Takes the command line, without the program's name.
@@ -100,14 +100,14 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def _open_closed_streams():
-    """Makes streams that the shell closed (`>&-`) take what is written, to nowhere."""
+    """Lets streams that the shell closed (`>&-`) discard what is written."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
 
 
 def _drop_unread_output():
-    """Returns whether the reader of stdout is gone; if so, what it has not read goes nowhere.
+    """Returns whether the output pipe is closed; if so, drops what was not read.
 
     A pipe to another process may break, too, which is an error.
     """

@@ -1,4 +1,4 @@
-"""Takes from others and gives to them: checkpoints, models, and the order of a split's rows.
+"""Imports and exports: the authors' checkpoints, encoders, and the order of a split's rows.
 
 python -m fne_jax.convert reference model_best.pth.tar --out=runs/authors
 python -m fne_jax.convert export --workdir=runs/flickr30k --out=exported
@@ -24,18 +24,16 @@ def main(arguments: list[str]) -> None:
     """Parses the command line and converts."""
     parser = command_line.parser("Converts checkpoints and splits.", "convert")
     commands = parser.add_subparsers(dest="command", required=True)
-    reference = commands.add_parser("reference", help="the authors' checkpoint into a run of ours")
+    reference = commands.add_parser("reference", help="turn the authors' checkpoint into a run")
     reference.add_argument("checkpoint", help="model_best.pth.tar; needs the extra [convert]")
     reference.add_argument("--out", required=True, help="workdir to make")
     reference.add_argument(
         "--config",
         default=str(REFERENCE_CONFIG),
-        help="config that names the encoders and the tokenizer it was trained with",
+        help="config with its encoders and tokenizer",
     )
     reference.set_defaults(convert=convert_reference)
-    exported = commands.add_parser(
-        "export", help="a run's two encoders, as transformers opens them"
-    )
+    exported = commands.add_parser("export", help="a run's encoders for transformers")
     exported.add_argument("--workdir", required=True, help="folder of the run")
     exported.add_argument("--checkpoint", default="best", help="best, latest or a step")
     exported.add_argument("--out", required=True, help="folder to make")
@@ -45,7 +43,9 @@ def main(arguments: list[str]) -> None:
     )
     order.add_argument("--config", required=True, help="config file of the data; --config.x=y")
     order.add_argument("--split", default="test", help="train, val or test (by default)")
-    order.add_argument("--out", required=True, help="folder that is to get the embeddings, too")
+    order.add_argument(
+        "--out", required=True, help="folder for these files, and later the embeddings"
+    )
     order.set_defaults(convert=convert_order)
     options, overrides = parser.parse_known_args(arguments)
     paths = {"checkpoint", "workdir", "out", "config"} & vars(options).keys()
@@ -73,7 +73,7 @@ def convert_export(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def convert_order(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Writes all that a folder of embeddings holds but the embeddings, before there is a model."""
+    """Writes all files of a folder of embeddings except the embeddings, without a model."""
     config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
     dataset, out = load_evaluation_split(config, options.split), pathlib.Path(options.out)
     embedding_files.write_order(out, dataset)

@@ -1,4 +1,4 @@
-"""Errors that end a command in one line instead of a traceback, and the exit codes they give."""
+"""Errors that end a command with one line instead of a traceback, and their exit codes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MISTAKEN_PATH = (
 
 
 def is_environment_failure(error: BaseException | None) -> bool:
-    """Returns whether an error is the machine's: a full disk, a lost file system, no memory.
+    """Returns whether the machine failed: a full disk, a lost file system, no memory.
 
     Libraries raise OSError for damaged content too; the operating system's own have a number.
     """
@@ -28,7 +28,7 @@ def is_environment_failure(error: BaseException | None) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    r"""Returns what an error says, in one line: what a message can quote.
+    r"""Returns the first line of an error's message that says anything.
 
     Libraries raise messages of a page, of blank lines, and none at all.
 
@@ -41,18 +41,18 @@ def first_line(error: BaseException) -> str:
 
 
 class UserError(Exception):
-    """What the user can mend: the message names what was wrong, what was expected, what to do."""
+    """An error that the user can fix: what was wrong, what was expected, what to do."""
 
     @property
     def exit_code(self) -> int:
-        """2, or 74 where the cause is a failure of the machine, after which a restart may help."""
+        """2, or 74 if the machine failed, where a restart may help."""
         if is_environment_failure(self.__cause__):
             return EXIT_ENVIRONMENT_FAILURE
         return EXIT_USER_ERROR
 
 
 class EnvironmentFailure(UserError):
-    """The machine failed rather than the input: the same command may well succeed another time."""
+    """The machine failed rather than the input: the same command may succeed later."""
 
     @property
     def exit_code(self) -> int:
@@ -61,7 +61,7 @@ class EnvironmentFailure(UserError):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop, and it did so in good order.
+    """A signal stopped the run, which saved its state first.
 
     Attributes:
       exit_code: 128 plus the signal's number, as shells report it (129 a closed terminal, 130

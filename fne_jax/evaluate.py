@@ -1,4 +1,4 @@
-"""Evaluates a run's checkpoint, pretrained towers as they come, or anyone's embeddings.
+"""Evaluates a run's checkpoint, pretrained towers, or any model's embeddings.
 
 python -m fne_jax.evaluate --workdir=runs/shapes
 python -m fne_jax.evaluate --init=pretrained --config=configs/flickr30k_siglip.py
@@ -83,13 +83,13 @@ def _parse(arguments):
     parser.add_argument("--embeddings", help="folder of embeddings, as --dump writes, to score")
     parser.add_argument(
         "--out",
-        help="JSON to write; of a run by default eval_<split>.json in its folder, with what is "
-        "not usual in its name, as eval_test_latest.json",
+        help="JSON to write; by default eval_<split>.json in the run's folder, or named after the "
+        "options, as eval_test_latest.json",
     )
     parser.add_argument(
         "--report",
-        help="HTML page to write; of a run by default report.html in its folder, or as "
-        "report_val.html",
+        help="HTML page to write; by default report.html in the run's folder, or report_val.html "
+        "and so on",
     )
     parser.add_argument(
         "--protocol",
@@ -101,8 +101,8 @@ def _parse(arguments):
     parser.add_argument(
         "--verdicts",
         metavar="FILE",
-        help="what people said of the first results of random queries, by which to score as well: "
-        "the .sqlite, .csv or .jsonl of `review --for-evaluation`",
+        help="people's verdicts on the first results of random queries, to score by as well: the "
+        ".sqlite, .csv or .jsonl of `review --for-evaluation`",
     )
     parser.add_argument("--sample", help="which of the samples that --verdicts are of")
     processes.add_arguments(parser)
@@ -193,7 +193,7 @@ def _path(option: str, value: str | None) -> pathlib.Path | None:
 
 
 def _evaluation_name(options: argparse.Namespace) -> str:
-    """Returns the split, and what else is not as usual: `test`, `val_latest`, `test_step40`."""
+    """Returns the split and whatever is not the default: `test`, `val_latest`, `test_step40`."""
     chosen = {name: getattr(options, name) or usual for name, usual in _USUAL.items()}
     if chosen["checkpoint"].isdigit():
         chosen["checkpoint"] = f"step{int(chosen['checkpoint'])}"
@@ -214,7 +214,7 @@ def _of_run(
 
 
 def _of_pretrained(options, overrides):
-    """Returns the same of towers that were not trained."""
+    """Returns the same of pretrained towers."""
     model = pretrained_model(configuration.load_config(options.config, overrides))
     name = f"pretrained, {pathlib.Path(options.config).stem}"
     split, about = _embedded(model, name, "online", options)
@@ -233,7 +233,7 @@ def _embedded(model, name, weights, options):
 
 
 def _of_embeddings(options, overrides):
-    """Returns the same of anyone's embeddings."""
+    """Returns the same of a folder of embeddings."""
     folder = pathlib.Path(options.embeddings)
     name = folder.resolve().name
     about = {"name": name, "embeddings": options.embeddings}

@@ -27,7 +27,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.
 
 @contextlib.contextmanager
 def as_user_error(where: str, advice: str = "", errors: AnyError = OSError) -> Iterator[None]:
-    """Lets the errors of the block end a command in one line: `where: what the error says; advice`.
+    """Turns errors of the block into a UserError in one line: `where: what the error says; advice`.
 
     Args:
       where: The file, field or flag, and what could not be done with it.
@@ -109,9 +109,9 @@ def remove_leftovers(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, on_held: Callable[[str], None], no_locks: str) -> Iterator[None]:
-    """Holds a lock of the operating system on a file, which is created, while the block runs.
+    """Holds an operating-system lock on a file, which is created, while the block runs.
 
-    However the process ends, the lock ends with it, so that none is ever left behind.
+    The lock ends with the process, so none is left behind.
 
     Args:
       path: The file, whose folder exists; it tells which process holds it.

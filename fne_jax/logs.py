@@ -21,7 +21,7 @@ class _StderrHandler(logging.StreamHandler):
 
 
 def set_up_logging(level: int) -> None:
-    """Lets this package log plain messages to stderr from a level up, and quiets what it builds on.
+    """Logs this package's messages to stderr from a level up, and quiets its dependencies.
 
     It has the last word: libraries that log while they are imported (Orbax does, through absl) give
     the root logger a handler of their own. Handlers that write elsewhere stay.
@@ -51,7 +51,7 @@ def warn_once(log: logging.Logger, line: str) -> None:
 
 
 def _tell_unraisable(unraisable):
-    """Prints what nobody can catch, but for what TensorStore's threads meet after a failed save.
+    """Prints unraisable errors, except those of TensorStore's threads after a failed save.
 
     They tell of each write to an event loop that Orbax closed after the first error.
     """

@@ -1,6 +1,6 @@
-"""Says what a run would take: python -m fne_jax.plan --config=configs/coco.py --topology v5e:4x4.
+"""Plans a run on a machine: python -m fne_jax.plan --config=configs/coco.py --topology v5e:4x4.
 
-The FNE step is compiled for the machine, which need not be there, and its program is counted.
+It compiles the FNE step for the machine, which you need not have, and counts its program.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     """Parses the command line, compiles, and prints the plan.
 
     Raises:
-      UserError: on wrong input.
+      UserError: on invalid input.
     """
     options, overrides = _parse(arguments)
     # Programs for TPUs and GPUs are compiled without any; only the CPU is to be started.

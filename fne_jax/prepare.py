@@ -1,7 +1,7 @@
 """Prepares a dataset: python -m fne_jax.prepare --config=configs/shapes.py.
 
-Every image and caption is checked; what cannot be used is listed in skipped.json. Stopped and
-called again, the command goes on where it was.
+Every image and caption is checked; unusable ones are listed in skipped.json. The same command
+continues after a stop.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fne_jax.training.interruption import stop_signals
 
 
 def main(arguments: list[str]) -> None:
-    """Parses the command line, writes the records unless they are there, and prints counts."""
+    """Parses the command line, writes the records unless they exist, and prints counts."""
     parser = command_line.parser("Packs a dataset into ArrayRecord files.", "prepare")
     parser.add_argument("--config", required=True, help="config file, e.g. configs/shapes.py")
     parser.add_argument(
@@ -88,7 +88,7 @@ def _density(test: PairDataset) -> str:
 
 @contextlib.contextmanager
 def _stopping_in_good_order():
-    """Lets a signal end the command by an exception, so that nothing half-made stays."""
+    """Lets a signal raise an exception, so that no partial files stay."""
     before = {number: signal.signal(number, _stop) for number in stop_signals()}
     try:
         yield

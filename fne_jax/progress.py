@@ -1,4 +1,4 @@
-"""Progress of a long task: a bar on a terminal, elsewhere a line in the log now and then."""
+"""Progress of a long task: a bar on a terminal, elsewhere occasional log lines."""
 
 from __future__ import annotations
 

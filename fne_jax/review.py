@@ -1,4 +1,4 @@
-"""Serves a page on this machine, to search a split and to judge its suspects.
+"""Serves a page on this machine, to search a split and judge its suspects.
 
 python -m fne_jax.review --workdir=runs/shapes --split=train
 python -m fne_jax.review --workdir=runs/shapes --export=verdicts.csv
@@ -55,7 +55,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--checkpoint", default="best", help="best (by default), latest or a step")
     parser.add_argument("--split", default="train", help="train (by default), val or test")
     parser.add_argument(
-        "--reviewer", default=_login_name(), help="who answers; by default the name of your login"
+        "--reviewer", default=_login_name(), help="your name; by default your login"
     )
     parser.add_argument(
         "--store",
@@ -70,8 +70,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--for-evaluation",
         nargs="+",
         metavar="RUN",
-        help="instead of suspects, ask of what these systems find first for random queries, blind "
-        "to which found it: folders of runs or, but for the first, of embeddings",
+        help="instead of suspects, judge blindly what these systems find first for random queries: "
+        "folders of runs or, except for the first, of embeddings",
     )
     parser.add_argument(
         "--first",
@@ -87,8 +87,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--sample",
         type=int,
         metavar="COUNT",
-        help="instead of suspects, ask of so many random pairs, the hardest far more often than "
-        "others; what `audit --verdicts` learns from",
+        help="instead of suspects, judge so many random pairs, the hardest far more often than "
+        "others, for `audit --verdicts`",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="with --for-evaluation or --sample: of what is drawn"
@@ -96,7 +96,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on; by default 127.0.0.1, which this machine alone can reach",
+        help="address to listen on; by default 127.0.0.1, reachable only from this machine",
     )
     parser.add_argument("--port", type=int, help="port to listen on; by default one that is free")
     suspect_options.add_arguments(parser)
@@ -216,7 +216,7 @@ def _serve(
 def _suspects(
     options: argparse.Namespace, overrides: list[str], workdir: pathlib.Path
 ) -> dict[str, Any]:
-    """Returns a review's fields that tell of a run's suspects, or of a sample of all pairs."""
+    """Returns the fields of a review of a run's suspects, or of a sample of all pairs."""
     # Read before the split is embedded, which may take long.
     fitted = suspect_options.read_fitted(options)
     model = load_workdir(workdir, options.checkpoint, overrides=overrides)
@@ -245,7 +245,7 @@ def _suspects(
 def _evaluation(
     options: argparse.Namespace, overrides: list[str], workdir: pathlib.Path
 ) -> dict[str, Any]:
-    """Returns the same of what several systems find first; a search's model would be one's."""
+    """Returns the same for what several systems find first; a search would favour one."""
     del workdir
     sample = EvaluationSample(options.first, options.queries, options.seed)
     systems = [pathlib.Path(run) for run in options.for_evaluation]

@@ -28,7 +28,7 @@ _CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def main(arguments: list[str]) -> None:
-    """Parses the command line, embeds what is new, and prints what is nearest to each query."""
+    """Parses the command line, embeds new items, and prints what is nearest to each query."""
     options, overrides = _parse(arguments)
     workdir = pathlib.Path(options.workdir)
     model = load_workdir(workdir, options.checkpoint, overrides=overrides)
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
 
 def _parse(arguments):
     parser = command_line.parser("Searches images or captions with a trained run.", "search")
-    parser.add_argument("query", nargs="*", metavar="TEXT", help="a sentence to search by")
+    parser.add_argument("query", nargs="*", metavar="TEXT", help="a sentence to search with")
     parser.add_argument(
         "--workdir",
         required=True,
@@ -60,7 +60,7 @@ def _parse(arguments):
     )
     parser.add_argument(
         "--images",
-        help="what is searched: a folder of images (and those below it), a table (.csv, .tsv, "
+        help="what is searched: a folder of images (with subfolders), a table (.csv, .tsv, "
         ".jsonl) as config.data.source reads it, or train, val or test of the run's dataset",
     )
     parser.add_argument(
@@ -69,7 +69,7 @@ def _parse(arguments):
         "of a file",
     )
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="an image to search by"
+        "--image", action="append", default=[], metavar="FILE", help="an image to search with"
     )
     parser.add_argument("--top", type=int, default=10, help="results of each query")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each query")
@@ -138,7 +138,7 @@ def _print(hits: list[Hit], query: dict[str, str], as_json: bool) -> None:
 
 
 def _visible(text):
-    """Returns a text with escapes in place of what ends a line or commands the terminal."""
+    """Returns a text with line breaks and control characters escaped."""
     return _CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 

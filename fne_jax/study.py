@@ -58,16 +58,16 @@ def _parse(arguments):
     parser.add_argument(
         "--objectives",
         default="fne,hardest",
-        help=f"some of {', '.join((*registry.OBJECTIVES, *registry.FNE_VARIANTS))}, with commas "
-        "between; with a colon and `truth`, or what finds them at the end of the warm-up, as in "
-        "multi_positive:similarity, an objective that knows of matches beyond the labels; with an "
-        "at sign they are found by another's finished run, as in multi_positive:fitted5000@clip",
+        help=f"some of {', '.join((*registry.OBJECTIVES, *registry.FNE_VARIANTS))}, separated "
+        "by commas. A colon gives it matches beyond the labels: multi_positive:truth, or those of "
+        "a detector, after the warm-up, as in multi_positive:similarity, or by another's finished "
+        "run, as in multi_positive:fitted5000@clip",
     )
     parser.add_argument(
         "--vary",
         action="append",
         default=[],
-        help="field=value[,field=value...]: each objective once more with that; repeatable",
+        help="field=value[,field=value...]: adds each objective with that change; repeatable",
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each, seeds 0, 1, ...")
     parser.add_argument(
@@ -75,11 +75,12 @@ def _parse(arguments):
         type=int,
         default=0,
         metavar="STEPS",
-        help="train each tower apart for so many steps first: on what stands where in images, and "
+        help="first train each tower separately for so many steps: on what is where in images, and "
         "on masked words",
     )
     parser.add_argument(
-        "--baseline", help="objective to compare with: hardest if it is there, else the first"
+        "--baseline",
+        help="objective to compare with; by default hardest if it is in the list, else the first",
     )
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time, on a CPU; each gets its share of cores"
@@ -88,11 +89,11 @@ def _parse(arguments):
     parser.add_argument(
         "--verdicts",
         metavar="NUMBERS",
-        help="also tell how well so many verdicts would order the systems, and what they would say "
-        "of the baseline's unlabelled pairs, as 200,500,2000; where the truth is known",
+        help="also estimate how well so many verdicts, as 200,500,2000, rank the systems, and what "
+        "they tell of the baseline's unlabelled pairs; needs the truth",
     )
     parser.add_argument(
-        "--report-only", action="store_true", help="train nothing; table what there is"
+        "--report-only", action="store_true", help="train nothing; tabulate the finished runs"
     )
     options, overrides = parser.parse_known_args(arguments)
     command_line.expand_home(options, "workdir", "config")
@@ -108,7 +109,7 @@ def _parse(arguments):
     except ValueError:
         options.verdicts = [0]
     if any(number < 1 for number in options.verdicts):
-        raise UserError("--verdicts: expected numbers of at least 1 with commas between")
+        raise UserError("--verdicts: expected numbers of at least 1 separated by commas")
     objectives = options.objectives.split(",")
     if options.baseline is None:
         options.baseline = "hardest" if "hardest" in objectives else objectives[0]
