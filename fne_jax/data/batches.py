@@ -82,7 +82,7 @@ def training_batches(
 
     Args:
       dataset: The training split.
-      tokens: The ids and the masks of its captions, both [pairs, length] int32.
+      tokens: The ids and the masks of its captions, both [pairs, length] integers.
       batches: The rows of each batch, as many in each, e.g. from `BatchOrder.rows`.
       make_image: What makes a training image of a stored one.
       prefetch: The number of batches that are prepared ahead.
@@ -109,8 +109,8 @@ def training_batches(
         yield {
             **image,
             **({} if kept_text is None else {"text_features": kept_text[pair]}),
-            "input_ids": ids[pair],
-            "attention_mask": mask[pair],
+            "input_ids": ids[pair].astype(np.int32),
+            "attention_mask": mask[pair].astype(np.int32),
             "image_id": dataset.image_id[dataset.caption_image[pair]],
             "pair_id": pair.astype(np.int32),
         }

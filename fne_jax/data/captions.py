@@ -22,6 +22,8 @@ _SPECIAL = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+# Captions that are tokenized at a time; their objects take some 6 kB each meanwhile.
+_AT_A_TIME = 16_384
 TRAIN = "train"  # the tokenizer name that asks for a fitted one
 AUTHORS, LOWER, NONE = CLEANINGS = ("authors", "lower", "none")
 
@@ -129,12 +131,16 @@ def tokenize(
     Masks are 1 throughout for tokenizers that give none, such as SigLIP's, whose encoders were
     trained on padded texts.
     """
-    encoded = tokenizer(
-        list(captions),
-        padding="max_length",
-        truncation=True,
-        max_length=length,
-        return_tensors="np",
-    )
-    ids = encoded["input_ids"].astype(np.int32)
-    return ids, np.asarray(encoded.get("attention_mask", np.ones_like(ids)), np.int32)
+    ids, mask = (np.ones((len(captions), length), np.int32) for _ in range(2))
+    for start in range(0, len(captions), _AT_A_TIME):
+        rows = slice(start, start + _AT_A_TIME)
+        encoded = tokenizer(
+            list(captions[rows]),
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="np",
+        )
+        ids[rows] = encoded["input_ids"]
+        mask[rows] = encoded.get("attention_mask", 1)
+    return ids, mask

@@ -134,7 +134,7 @@ def embed(
 
 def caption_bank(model: Model, dataset: PairDataset) -> np.ndarray:
     """Returns the [captions, width] embeddings of captions by a run's momentum encoder."""
-    tokens = model.tokenize(dataset.captions, model.config.evaluation.text_length)
+    tokens = model.tokenize_split(dataset, model.config.evaluation.text_length)
     return model.embedder.captions(model.momentum_params, tokens)
 
 

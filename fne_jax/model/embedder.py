@@ -88,7 +88,7 @@ class Embedder:
 
         Args:
           params: The parameters of the two towers.
-          tokens: The ids and the masks, [captions, length] int32.
+          tokens: The ids and the masks, [captions, length] integers.
           kept: What the frozen part makes of each caption, where that is kept.
         """
         return self._texts(params, tokens, self.batch_size, kept)
@@ -107,7 +107,7 @@ class Embedder:
           tower: "image" or "text".
           params: The parameters of the two towers.
           dataset: The split.
-          tokens: The ids and the masks of its captions, [captions, length] int32.
+          tokens: The ids and the masks of its captions, [captions, length] integers.
           batch_size: How many go through at once, over all devices, which divide it.
         """
         if tower == "image":
@@ -127,6 +127,7 @@ class Embedder:
         ids, mask = tokens
         for rows in self._rows(len(ids), size):
             batch = {"input_ids": ids[rows], "attention_mask": mask[rows]}
+            batch = {name: values.astype(np.int32) for name, values in batch.items()}
             yield batch if kept is None else batch | {FEATURES["text"]: kept[rows]}
 
     def pixels(self, params: Any, parts: Iterable[np.ndarray]) -> np.ndarray:

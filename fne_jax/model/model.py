@@ -87,10 +87,15 @@ class Model:
 
     def tokenize(self, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ids and masks of raw captions, both [captions, length] int32."""
-        if not captions:  # tokenizers fail over nothing
-            return np.zeros((0, length), np.int32), np.zeros((0, length), np.int32)
         cleaned = tokenizers.clean_captions(self.config, captions)
         return caption_lib.tokenize(self.tokenizer, cleaned, length)
+
+    def tokenize_split(self, dataset: PairDataset, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids and masks of a split's captions, both [captions, length] integers.
+
+        Those of a prepared split are kept beside it, and read by memory map from then on.
+        """
+        return tokenizers.kept_tokens(self.config, self.tokenizer, dataset, length)
 
     def load_split(self, name: str) -> PairDataset:
         """Returns a split of the config's dataset, with a warning if it is not as in training.
@@ -131,7 +136,7 @@ class Model:
         Raises:
           UserError: naming the images or captions whose embeddings are not finite.
         """
-        tokens = self.tokenize(dataset.captions, self.config.evaluation.text_length)
+        tokens = self.tokenize_split(dataset, self.config.evaluation.text_length)
         read = self.with_kept(dataset, tokens)
         split = EmbeddedSplit(
             self.embedder.images(self.params, read),

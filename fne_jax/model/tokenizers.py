@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import html
 import json
@@ -15,9 +16,14 @@ import transformers
 
 from fne_jax import files
 from fne_jax.data import captions as caption_lib
+from fne_jax.data.feature_rows import read_rows, write_rows
+from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import EnvironmentFailure, UserError, first_line
 
 DIRECTORY = "tokenizer"
+_TOKENS = "tokens"
+_LOOKED_AT = 100_000
+_ROWS = 65_536  # that are tokenized and written at a time
 _ABOUT, _VOCABULARY = "tokenizer_config.json", "tokenizer.json"
 # What the files are and what ids and masks come of them: transformers takes a file that it cannot
 # read for one that is absent, and makes another tokenizer of what is left.
@@ -165,6 +171,52 @@ def clean_captions(config: ml_collections.ConfigDict, captions: Sequence[str]) -
     return [f"{data.prompt}{text}".strip() for text in cleaned] if data.prompt else list(cleaned)
 
 
+def kept_tokens(
+    config: ml_collections.ConfigDict,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    dataset: PairDataset,
+    length: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids and masks of a split's captions, both [captions, length] integers.
+
+    Those of a prepared split lie in `data.cache_dir/tokens`, in as few bytes as their ids need,
+    under a digest of all that they depend on; they are written there if they can be.
+
+    Args:
+      config: The resolved config.
+      tokenizer: The tokenizer.
+      dataset: The split.
+      length: The number of tokens.
+    """
+
+    def tokens(rows):
+        cleaned = clean_captions(config, dataset.captions[rows])
+        return caption_lib.tokenize(tokenizer, cleaned, length)
+
+    if dataset.in_memory or not tokenizer.is_fast:
+        return tokens(slice(None))
+    data, backend = config.data, json.loads(tokenizer.backend_tokenizer.to_str())
+    del backend["padding"], backend["truncation"]  # as it was called last
+    about = {
+        "captions": dataset.identity.checksum,
+        "cleaning": [data.cleaning, data.max_words, data.prompt],
+        "tokenizer": hashlib.sha256(json.dumps(backend).encode()).hexdigest(),
+        "options": [tokenizer.padding_side, list(tokenizer.model_input_names), length],
+        "transformers": transformers.__version__,
+    }
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    folder = pathlib.Path(files.expand_home(data.cache_dir)) / _TOKENS / digest
+    count, dtype = len(dataset.captions), np.min_scalar_type(len(tokenizer))
+    blocks = (slice(start, start + _ROWS) for start in range(0, count, _ROWS))
+    parts = (np.stack(tokens(rows), axis=1).astype(dtype) for rows in blocks)
+    # Another process may write it first, and a cache may be read-only.
+    with contextlib.suppress(OSError):
+        if not folder.exists():
+            write_rows(folder, about, parts, None)
+    found = read_rows(folder, about, count, None)
+    return tokens(slice(None)) if found is None else (found.values[:, 0], found.values[:, 1])
+
+
 def unread(
     config: ml_collections.ConfigDict,
     captions: Sequence[str],
@@ -178,10 +230,12 @@ def unread(
 
     Args:
       config: The resolved config.
-      captions: The raw captions.
+      captions: The raw captions, of which the first 100,000 are looked at.
       tokenizer: The tokenizer; None to look at words alone.
-      tokens: The captions' ids and masks, both [captions, length] int32, unless at words alone.
+      tokens: The captions' ids and masks, both [captions, length] integers, unless at words alone.
     """
+    first_few = "the first " if len(captions) > _LOOKED_AT else ""
+    captions = captions[:_LOOKED_AT]
     used, data = clean_captions(config, captions), config.data
     words = [caption_lib.clean_caption(text) for text in captions]
     limits = [f"{data.max_words} words (config.data.max_words)"] if data.max_words else []
@@ -189,7 +243,7 @@ def unread(
     unknown: list[int] = []
     keys: Sequence[str | bytes] = used
     if tokenizer is not None and tokens is not None and len(captions):
-        ids, mask = tokens
+        ids, mask = (array[:_LOOKED_AT] for array in tokens)
         limits.append(f"{ids.shape[1]} tokens (config.data.text_length)")
         full = np.flatnonzero(mask.all(axis=1)).tolist()
         # Not verbose: it would warn of the length itself.
@@ -208,7 +262,8 @@ def unread(
     def part(rows, what):
         if len(captions) == 1:
             return f"it is {what}"
-        share = f"{len(rows):,} of {len(captions):,} captions ({len(rows) / len(captions):.1%})"
+        of = f"{first_few}{len(captions):,} captions"
+        share = f"{len(rows):,} of {of} ({len(rows) / len(captions):.1%})"
         return f"{share} are {what}, such as {captions[rows[0]]!r:.80}"
 
     parts = [part(sorted(cut), f"cut to {' or '.join(limits)}")] if cut else []

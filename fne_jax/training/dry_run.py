@@ -22,7 +22,7 @@ def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
     training, config = run.training, run.training.model.config
     timeline, model = training.timeline, training.model
     find_source_run(model, training.state)
-    tokens = model.tokenize(run.train.captions, config.data.text_length)
+    tokens = model.tokenize_split(run.train, config.data.text_length)
     batch = next(run.batches(tokens, range(1)))
     compiled = training.compiled([Phase.FNE], run.known)[Phase.FNE]
     first = int(batch["pair_id"][0])

@@ -143,7 +143,7 @@ def _train(run, workdir, last_step, state, position, checkpoints, stop):
     validated = not timeline.validates(first_step) or checkpoints.is_validated(first_step)
     if first_step >= last_step and validated:
         return
-    tokens = run.training.model.tokenize(run.train.captions, config.data.text_length)
+    tokens = run.training.model.tokenize_split(run.train, config.data.text_length)
     warn_once(_log, run.training.model.unread(run.train.captions, tokens))
     # What frozen encoders make of the data, once for all steps, where it is kept.
     run = run.with_kept(state.all_params, tokens)

@@ -190,7 +190,7 @@ class RunSetup:
         if not config.data.keep_frozen:
             return self
         model = model.with_params(params)
-        val_tokens = model.tokenize(self.val.captions, config.evaluation.text_length)
+        val_tokens = model.tokenize_split(self.val, config.evaluation.text_length)
         return dataclasses.replace(
             self,
             train=model.with_kept(self.train, tokens, training=True),

@@ -4,14 +4,17 @@ import io
 import json
 import shutil
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as rust
 import transformers
 
 from fne_jax.data import captions
+from fne_jax.data.sources.registry import load_split
 from fne_jax.errors import UserError
 from fne_jax.model import tokenizers
+from tests.support import sources
 from tests.support.tiny import tiny_config
 
 TEXTS = ["a red circle left of a square", "two small blue stars", "an unknown \u00fcber-7", ""]
@@ -165,3 +168,51 @@ def test_what_a_model_does_not_read_of_a_text_is_told(run):
     assert tokenizers.clean_captions(config, ["Red &amp;amp; a"]) == ["red & a"]
     if not isinstance(tokenizer, transformers.CLIPTokenizer):  # it knows every byte
         assert unread("\u732b") == "it is without any word of the tokenizer's vocabulary"
+
+
+@pytest.fixture
+def prepared_split(tmp_path, monkeypatch):
+    sources.write_jsonl(tmp_path / "source", sources.table_rows(tmp_path / "source"))
+    config = tiny_config(
+        data__source="jsonl",
+        data__dir=str(tmp_path / "source"),
+        data__cache_dir=str(tmp_path / "cache"),
+    )
+    monkeypatch.setattr(tokenizers, "_ROWS", 31)
+    monkeypatch.setattr(captions, "_AT_A_TIME", 7)
+    return config, load_split(config.data, 8, "train")
+
+
+def test_tokens_of_a_prepared_split_are_kept(prepared_split, monkeypatch):
+    config, split = prepared_split
+    fitted = captions.fit_tokenizer(tokenizers.clean_captions(config, split.captions), 200)
+    asked = []
+    real = captions.tokenize
+
+    def tokenize(tokenizer, texts, length):
+        asked.append(len(texts))
+        return real(tokenizer, texts, length)
+
+    monkeypatch.setattr(captions, "tokenize", tokenize)
+    for length, rows in ((9, [31, 31, 10]), (9, []), (5, [31, 31, 10])):
+        asked.clear()
+        ids, mask = tokenizers.kept_tokens(config, fitted, split, length)
+        assert asked == rows and ids.dtype == np.uint8
+        direct = fitted(
+            tokenizers.clean_captions(config, split.captions), padding="max_length",
+            truncation=True, max_length=length, return_tensors="np",
+        )  # fmt: skip
+        np.testing.assert_array_equal(ids, direct["input_ids"])
+        np.testing.assert_array_equal(mask, direct["attention_mask"])
+
+
+def test_tokens_where_nothing_can_be_kept(prepared_split, monkeypatch):
+    config, split = prepared_split
+    fitted = captions.fit_tokenizer(split.captions, 200)
+
+    def refuse(*arguments):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(tokenizers, "write_rows", refuse)
+    ids, mask = tokenizers.kept_tokens(config, fitted, split, 9)
+    assert ids.shape == mask.shape == (72, 9) and ids.dtype == np.int32
