@@ -33,7 +33,7 @@ setuptools.setup(
         "safetensors>=0.8.0",
         "huggingface_hub>=2.4.0",
         "rich>=15.0.0",
-        "pillow>=13.0.0",
+        "pillow>=12.3.0",
         "opencv-python-headless>=5.0.0.93",
         # Refuses damaged files, which OpenCV would fill with grey.
         "simplejpeg>=1.9.0",
@@ -42,7 +42,7 @@ setuptools.setup(
         'tensorflow-cpu>=2.21.0; sys_platform == "linux" and platform_machine == "x86_64"',
         'tensorflow>=2.21.0; sys_platform != "linux" or platform_machine != "x86_64"',
         "tensorflow-datasets>=4.9.10",
-        "pyarrow>=26.0",
+        "pyarrow>=25.0.1",
         "fsspec>=2026.9",
         "array_record>=0.8.6",
         "importlib_resources>=7.1.0",  # imported by tfds' ArrayRecord reader, not declared by it
@@ -62,6 +62,8 @@ setuptools.setup(
         "eccv": ["eccv_caption>=0.1.0"],
         # An engine of `search --index`.
         "faiss": ["faiss-cpu>=1.15.1"],
+        # Prepares on many machines, for `prepare --beam`; it needs older pillow and pyarrow.
+        "beam": ["apache-beam>=2.77.0"],
         # The local page of `review`.
         "review": ["starlette>=1.10.0", "uvicorn>=0.54.0"],
         # Fits detectors, for `study`.

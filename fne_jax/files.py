@@ -15,7 +15,12 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from fne_jax.errors import UserError, first_line
+from fne_jax.errors import (
+    EnvironmentFailure,
+    UserError,
+    first_line,
+    is_environment_failure,
+)
 
 _INCOMPLETE = ".incomplete"
 AnyPath = pathlib.Path | epath.Path
@@ -41,7 +46,10 @@ def as_user_error(where: str, advice: str = "", errors: AnyError = OSError) -> I
         yield
     except errors as error:
         said = str(error) if isinstance(error, UserError) else first_line(error)
-        raise UserError(f"{where}: {said}{advice and f'; {advice}'}") from error
+        # By its class, since a process that gives it to another loses what it came from.
+        failed = is_environment_failure(error) or isinstance(error, EnvironmentFailure)
+        kind = EnvironmentFailure if failed else UserError
+        raise kind(f"{where}: {said}{advice and f'; {advice}'}") from error
 
 
 def write_atomically(path: AnyPath, content: str | bytes) -> None:

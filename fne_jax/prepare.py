@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import signal
 
@@ -32,6 +33,12 @@ def main(arguments: list[str]) -> None:
         "--processes", type=int, default=os.cpu_count(), help="how many work at once; all cores"
     )
     parser.add_argument(
+        "--beam",
+        metavar="OPTIONS",
+        help="work on Apache Beam with these options, e.g. '--runner=FlinkRunner ...'; its workers "
+        "must see config.data.cache_dir under the same path",
+    )
+    parser.add_argument(
         "--check", action="store_true", help="read what is prepared, and compare it with its notes"
     )
     options, overrides = parser.parse_known_args(arguments)
@@ -52,10 +59,16 @@ def main(arguments: list[str]) -> None:
 
 def _prepare(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
     # Kept out of the module's imports: a mistake in the command line should not wait for them.
-    from fne_jax.data.preparation import preparing, storage
+    from fne_jax.data.preparation import makers, preparing, storage
     from fne_jax.model import tokenizers
 
-    prepared = preparing.prepare(config.data, options.processes)
+    if options.beam is not None:
+        maker = functools.partial(makers.by_beam, options=options.beam)
+    elif options.processes > 1:
+        maker = functools.partial(makers.in_processes, processes=options.processes)
+    else:
+        maker = makers.in_threads
+    prepared = preparing.prepare(config.data, maker)
     for split, summary in prepared.summaries.items():
         if options.check:
             prepared.check(split)

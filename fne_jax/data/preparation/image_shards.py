@@ -19,7 +19,7 @@ from fne_jax import files
 from fne_jax.data.images.usable_images import UnusableImage, usable_jpeg
 from fne_jax.data.sources.image_files import AnyImageFile, Stamp, read_bytes, stamp_of
 from fne_jax.data.sources.listing import ContainedImage, Container, ListedImage
-from fne_jax.errors import UserError, first_line
+from fne_jax.errors import EnvironmentFailure, UserError, first_line
 
 # A shard of listed images is full at the first of these.
 IMAGES_PER_SHARD = 4096
@@ -147,7 +147,7 @@ def write_shard(
       The number of images, usable or not.
 
     Raises:
-      OSError: If the files cannot be written.
+      EnvironmentFailure: If the files cannot be written.
       Stopped: If it was given up.
       UserError: If an image's file is there but cannot be read, which says nothing of the image, or
         has changed since its stamp was taken.
@@ -175,7 +175,7 @@ def write_shard(
             outcomes.append((digest, reason, listed))
         writer.close()
     except RuntimeError as error:  # of ArrayRecord, where the disk is full
-        raise OSError(f"{path}: cannot be written: {first_line(error)}") from error
+        raise EnvironmentFailure(f"{path}: cannot be written: {first_line(error)}") from error
     finally:
         if writer.is_open():
             writer.close()

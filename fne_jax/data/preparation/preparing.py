@@ -6,24 +6,20 @@ Shards of images that another prepared dataset has already are linked from there
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import pathlib
 import re
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
-from PIL import Image
 
 from fne_jax import files
 from fne_jax.data.pairs import SPLITS
@@ -33,8 +29,8 @@ from fne_jax.data.preparation.image_shards import (
     ImageShard,
     Outcome,
     plan_shards,
-    write_shard,
 )
+from fne_jax.data.preparation.makers import Maker, in_threads
 from fne_jax.data.preparation.storage import Prepared
 from fne_jax.data.sources.image_files import container, stamps_of
 from fne_jax.data.sources.listing import ListedImage, Listing, Skipped, usable_captions
@@ -49,13 +45,12 @@ _NAME_LENGTH = 60
 _log = logging.getLogger(__name__)
 
 
-def prepare(data: ml_collections.ConfigDict, processes: int = 1) -> Prepared:
+def prepare(data: ml_collections.ConfigDict, maker: Maker = in_threads) -> Prepared:
     """Returns the prepared dataset that `config.data` describes, which is made if need be.
 
     Args:
       data: The group `config.data`, whose source has a listing.
-      processes: How many processes make shards; 1 makes them in threads of this one. More need a
-        main module that may be imported again.
+      maker: What makes the shards.
 
     Raises:
       UserError: If the source cannot be read, more of it cannot be used than
@@ -67,7 +62,7 @@ def prepare(data: ml_collections.ConfigDict, processes: int = 1) -> Prepared:
     prepared = _found(root, origin)
     if prepared is None:
         with files.as_user_error(f"config.data.cache_dir is {data.cache_dir!r}"):
-            prepared = _made(root, origin, source.read(data), data, processes)
+            prepared = _made(root, origin, source.read(data), data, maker)
     _check_skipped(prepared.skipped(), data.max_skipped, prepared.folder / storage.SKIPPED_FILE)
     return prepared
 
@@ -103,7 +98,7 @@ def _made(
     origin: dict[str, Any],
     listing: Listing,
     data: ml_collections.ConfigDict,
-    processes: int,
+    maker: Maker,
 ) -> Prepared:
     stamps = stamps_of([image.path for image in listing.images])
     shards = plan_shards(listing.images, stamps, listing.containers, data.resize_to)
@@ -116,7 +111,7 @@ def _made(
         if folder.exists():
             return Prepared.open(folder)
         _take_up(shards, root, scratch)
-        _make(shards, scratch, processes)
+        _make(shards, scratch, maker)
         with files.whole_folder(folder) as unnamed:
             _finish(unnamed, scratch, origin, listing, shards, data.max_skipped)
         shutil.rmtree(scratch)
@@ -157,38 +152,16 @@ def _link(file: pathlib.Path, name: pathlib.Path) -> None:
         shutil.copyfile(file, name)
 
 
-def _make(shards: Sequence[ImageShard], scratch: pathlib.Path, processes: int) -> None:
+def _make(shards: Sequence[ImageShard], scratch: pathlib.Path, maker: Maker) -> None:
     """Makes the shards that are not there yet."""
     missing = [shard for shard in shards if not shard.is_made(scratch)]
-    if not missing:
-        return
-    Image.init()  # PIL loads its formats on first use, which must not happen in many threads
-    stop = threading.Event()
-    if min(processes, len(missing)) > 1:
-        spawn = multiprocessing.get_context("spawn")  # threads and TensorFlow survive no fork
-        pool: concurrent.futures.Executor = concurrent.futures.ProcessPoolExecutor(
-            processes, mp_context=spawn
-        )
-        options = ()
-    else:
-        # PIL lets go of the interpreter while it decodes, resizes and encodes.
-        pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-        options = (stop.is_set,)
-    with Progress(
-        "shards of images", len(shards), completed=len(shards) - len(missing)
-    ) as progress:
-        try:
-            waiting = [pool.submit(write_shard, shard, scratch, *options) for shard in missing]
-            for one in concurrent.futures.as_completed(waiting):
-                one.result()
-                progress.advance()
-        except BaseException:
-            stop.set()
-            for child in multiprocessing.active_children():
-                child.terminate()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+    done = len(shards) - len(missing)
+    with (
+        Progress("shards of images", len(shards), completed=done) as progress,
+        contextlib.closing(maker(missing, scratch)) as making,
+    ):
+        for _ in making:
+            progress.advance()
 
 
 def _finish(
