@@ -1,6 +1,6 @@
 """Measures speed: python -m fne_jax.benchmark NAME.
 
-NAME is strategy, encoders, step, frozen, input, retrieval or search.
+NAME is strategy, encoders, step, frozen, input, data, retrieval or search.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import jax
 
 from fne_jax import command_line, configuration
-from fne_jax.benchmarks import encoders, ranking, step, step_comparison, strategy
+from fne_jax.benchmarks import data, encoders, ranking, step, step_comparison, strategy
 from fne_jax.benchmarks import input as input_benchmark
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error, write_atomically
@@ -80,6 +80,19 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         batches=(16, "in each measurement"),
         repeats=(5, "measurements of each pipeline"),
     )
+    command = add(
+        "data",
+        "preparing, starting and reading, by the size of the dataset",
+        lambda o: data.data_lines(o.pairs, o.batches),
+        batches=(200, "batches of 128 images to read"),
+    )
+    command.add_argument(
+        "--pairs",
+        type=int,
+        nargs="+",
+        default=[10_000, 100_000, 1_000_000],
+        help="training pairs of each dataset (10^4, 10^5 and 10^6 by default; 10^6 take 5 GB)",
+    )
     add(
         "retrieval",
         "recalls and ranks of a test split, against the matrix product alone",
@@ -103,8 +116,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     elif overrides:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     for name, value in vars(options).items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise UserError(f"--{name} is {value}; expected a number above 0")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and not isinstance(number, bool) and number < 1:
+                raise UserError(f"--{name} is {number}; expected a number above 0")
     return options
 
 
