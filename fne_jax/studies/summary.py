@@ -100,38 +100,54 @@ def over_seeds(seeds: int) -> str:
 
 
 def markdown(results: Results, baseline: str) -> str:
-    """Returns two tables: the metrics, and their differences to the baseline's."""
+    """Returns two tables: the metrics, and their differences to the baseline's.
+
+    Each row says which seeds it is over; those of a difference are the ones that both have.
+    """
     shown = [name for name in COLUMNS if is_known(results, name)]
-    seeds = max(len(of) for of in results.values())
-    lines = [f"Test metrics of the last weights: {over_seeds(seeds)}.", *_explanations(shown), ""]
+    lines = ["Test metrics of the last weights, mean ± standard deviation over the seeds of a row."]
+    lines += [*_explanations(shown), ""]
     lines += _table(
-        ["", *(describe(name).heading for name in shown)],
+        ["", "seeds", *(describe(name).heading for name in shown)],
         [
-            [cell.name, *(_shown(name, estimate(results, cell, name)) for name in shown)]
-            for cell in results
+            [
+                cell.name,
+                _named(of),
+                *(_shown(name, estimate(results, cell, name)) for name in shown),
+            ]
+            for cell, of in results.items()
         ],
     )
     compared = [name for name in shown if name in _COMPARED]
-    rows = []
-    for cell in results:
+    rows, found = [], []
+    for cell, of in results.items():
         other = cell.baseline(baseline)
-        if other == cell:
+        common = of.keys() & results.get(other, {})
+        if other == cell or not common:
             continue
-        found = {name: difference(results, cell, other, name) for name in compared}
-        if any(one is not None for one in found.values()):
-            values = [_shown_difference(name, one) for name, one in found.items()]
-            rows.append([f"{cell.name} less {other.name}", *values])
+        row = [difference(results, cell, other, name) for name in compared]
+        values = [_shown_difference(name, one) for name, one in zip(compared, row, strict=True)]
+        rows.append([f"{cell.name} less {other.name}", _named(common), *values])
+        found += [one for one in row if one is not None and one.count > 1]
     if rows:
-        lines += [
-            "",
-            "Differences of a single seed: they say nothing."
-            if seeds == 1
-            else f"Differences, paired by seed, with {LEVEL} % t-intervals. Those without a * are "
-            "within\nthe spread of the seeds: they say nothing.",
-            "",
-        ]
-        lines += _table(["", *(describe(name).heading for name in compared)], rows)
+        intervals = f"with {LEVEL} % t-intervals" if found else "single seeds: no intervals"
+        lines += ["", f"Differences, paired by the seeds that both have, {intervals}."]
+        if found:
+            excluding = sum(one.tells for one in found)
+            lines.append(
+                f"* marks the {excluding} of {len(found)} that exclude 0; if nothing differed, "
+                f"{100 - LEVEL} % would."
+            )
+        lines += ["", *_table(["", "seeds", *(describe(name).heading for name in compared)], rows)]
     return "\n".join(lines) + "\n"
+
+
+def _named(seeds):
+    """Returns seeds in words: `0 to 4`, or `0, 2`."""
+    seeds = sorted(seeds)
+    if len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1:
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds))
 
 
 def _explanations(shown: Sequence[str]) -> list[str]:
@@ -182,7 +198,10 @@ def runs_csv(results: Results) -> str:
 
 
 def summary_csv(results: Results, baseline: str) -> str:
-    """Returns a line for each cell and metric: its estimate, and its difference to the baseline."""
+    """Returns a line for each cell and metric: its estimate, and its difference to the baseline.
+
+    The difference is over the seeds that both have, `common_seeds` in number.
+    """
     rows = []
     for cell in results:
         for name in COLUMNS:
@@ -192,9 +211,11 @@ def summary_csv(results: Results, baseline: str) -> str:
             row = [cell.objective, cell.variant, name, value.mean, value.deviation, value.count]
             other = cell.baseline(baseline)
             gap = None if other == cell else difference(results, cell, other, name)
-            rows.append(row + ([None] * 2 if gap is None else [gap.mean, gap.half_width]))
+            rows.append(
+                row + ([None] * 3 if gap is None else [gap.mean, gap.half_width, gap.count])
+            )
     header = ["objective", "variant", "metric", "mean", "deviation", "seeds"]
-    return _csv([*header, "difference", "half_width"], rows)
+    return _csv([*header, "difference", "half_width", "common_seeds"], rows)
 
 
 def _shown(name, value):

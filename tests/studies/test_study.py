@@ -353,21 +353,38 @@ def test_variants_are_compared_within_themselves():
         Cell("hardest", "queue_size=64"): {0: {"rsum": 6.0}},
     }
     table = summary.markdown(results, "hardest").splitlines()
-    assert "| fne queue_size=64 less hardest queue_size=64 | -1.0 |" in table
-    assert "| fne less hardest | +3.0 |" in table
+    assert "| fne queue_size=64 less hardest queue_size=64 | 0 | -1.0 |" in table
+    assert "| fne less hardest | 0 | +3.0 |" in table
+    assert table[-7].endswith("by the seeds that both have, single seeds: no intervals.")
+
+
+def test_cells_of_other_seeds_are_compared_over_the_common_ones():
+    results = {
+        Cell("hardest"): {seed: {"rsum": 10.0 * seed} for seed in (0, 1, 2)},
+        Cell("fne"): {seed: {"rsum": 10.0 * seed + 5 + seed / 100} for seed in (0, 2)},
+        Cell("random"): {seed: {"rsum": 10.0 * seed + (-1) ** seed} for seed in range(5)},
+    }
+    lines = summary.markdown(results, "hardest").splitlines()
+    assert "| hardest | 0 to 2 | 10.0 ± 10.0 |" in lines
+    assert "| fne | 0, 2 | 15.0 ± 14.2 |" in lines
+    assert "| random | 0 to 4 | 20.2 ± 15.8 |" in lines
+    assert "| fne less hardest | 0, 2 | +5.0 ± 0.1 * |" in lines
+    assert "| random less hardest | 0 to 2 | +0.3 ± 2.9 |" in lines
+    assert "* marks the 1 of 2 that exclude 0; if nothing differed, 5 % would." in lines
+    table = summary.summary_csv(results, "hardest").splitlines()
+    assert table[2].startswith("fne,,rsum,") and table[2].endswith(",2") and ",2,5.01," in table[2]
 
 
 def test_only_columns_that_are_there_are_explained():
     few = {Cell("infonce"): {0: {"rsum": 10.0, "i2t_r1": 1.0}}}
     assert summary.markdown(few, "infonce").splitlines()[:4] == [
-        "Test metrics of the last weights: 1 seed.",
+        "Test metrics of the last weights, mean ± standard deviation over the seeds of a row.",
         "",
         "- rSum, R@1 i2t: by the labels",
         "",
     ]
     more = {Cell("fne"): {s: {"rsum": 1.0, "roc_auc": 0.5 + s} for s in (0, 1)}}
     text = summary.markdown(more, "fne")
-    assert "mean ± standard deviation over 2 seeds" in text
     assert "- AUC: of the posterior" in text and "truth" not in text
 
 
@@ -380,8 +397,9 @@ def test_text_to_image_by_the_truth_comes_first_and_its_confound_has_a_control()
         "complete_i2t_r1_weight": -0.016,
     }
     lines = summary.markdown({Cell("fne"): {0: result}}, "fne").splitlines()
-    columns = "|  | true R@1 t2i | true R@1 i2t | controlled R@1 i2t | weight for R@1 i2t | rSum |"
-    assert lines[lines.index(columns) + 2] == "| fne | 50.0 | 60.0 | 71.5 | -0.016 | 10.0 |"
+    columns = ("", "seeds", "true R@1 t2i", "true R@1 i2t", "controlled R@1 i2t")
+    columns = "| " + " | ".join((*columns, "weight for R@1 i2t", "rSum")) + " |"
+    assert lines[lines.index(columns) + 2] == "| fne | 0 | 50.0 | 60.0 | 71.5 | -0.016 | 10.0 |"
     assert "- true R@1 t2i, true R@1 i2t: by the complete truth" in lines
     assert any(line.startswith("- controlled R@1 i2t: by the complete truth, ea") for line in lines)
     assert "- weight for R@1 i2t: these weights, each the best on the validation split" in lines
