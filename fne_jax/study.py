@@ -11,6 +11,7 @@ import pathlib
 
 from fne_jax import command_line
 from fne_jax.errors import UserError
+from fne_jax.files import as_user_error, write_atomically
 from fne_jax.objectives import registry
 
 
@@ -19,7 +20,7 @@ def main(arguments: list[str]) -> None:
     options, overrides = _parse(arguments)
     try:
         # scikit-learn and matplotlib: only studies need both.
-        from fne_jax.studies import cells, execution, outputs, schedule, summary
+        from fne_jax.studies import cells, execution, figure, schedule, summary, verdict_tables
     except ImportError as error:
         raise UserError(f"{error}: install the extra with `pip install -e .[study]`") from error
     workdir = pathlib.Path(options.workdir)
@@ -38,14 +39,22 @@ def main(arguments: list[str]) -> None:
     results = execution.read_results(runs)
     if not results:
         raise UserError("no run has a result:\n  " + "\n  ".join(failures or ["none was trained"]))
-    outputs.write_tables(workdir, options.name, results, options.baseline)
-    print(f"\n{summary.markdown(results, options.baseline)}")
+    tables = summary.markdown(results, options.baseline)
+    for end, content in {
+        ".md": tables,
+        ".csv": summary.summary_csv(results, options.baseline),
+        "_runs.csv": summary.runs_csv(results),
+        ".png": figure.study_figure(results),
+    }.items():
+        path = workdir / f"{options.name}{end}"
+        with as_user_error(f"{path}: cannot be written"):
+            write_atomically(path, content)
+    print(f"\n{tables}")
     print(f"written to {workdir / options.name}.md, .csv, _runs.csv and .png")
     if options.verdicts:
         finished = [run for run in runs if run.seed in results.get(run.cell, {})]
-        tables = outputs.write_verdict_tables(
-            workdir, options.name, finished, options.baseline, options.verdicts
-        )
+        path = workdir / f"{options.name}_verdicts.md"
+        tables = verdict_tables.write(path, finished, options.baseline, options.verdicts)
         print(f"\n{tables}")
     if failures:
         raise UserError("these could not be trained:\n  " + "\n  ".join(failures))

@@ -1,4 +1,4 @@
-"""What a study compares: objectives and variants of a config, each over several seeds."""
+"""The runs of a study: objectives and variants of a config, each with several seeds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,8 @@ from fne_jax.studies.match_lists import MatchList
 
 # The matches that the training split's truth tells, in place of a list.
 TRUTH = "truth"
-# Stands between an objective and where its known matches come from, as in `clip:truth`.
-_FROM = ":"
-# Stands between what finds these matches and the objective whose finished run it finds them by, as
-# in `multi_positive:fitted5000@clip`.
-_BY = "@"
+# An objective, what finds its matches, and whose finished run: `multi_positive:fitted5000@clip`.
+_FROM, _BY = ":", "@"
 # What each objective, or variant of FNE, changes in the config.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     name: (f"objective.name={name}",) for name in registry.OBJECTIVES
@@ -52,13 +49,9 @@ class Cell:
         return f"{self.objective} {self.variant}" if self.variant else self.objective
 
     def baseline(self, study_baseline: str) -> Cell:
-        """Returns what it is compared with: the baseline in the same variant.
-
-        The baseline itself is compared with what it is without the variant.
-        """
-        if self.objective == study_baseline:
-            return Cell(study_baseline)
-        return Cell(study_baseline, self.variant)
+        """Returns what it is compared with: the baseline in the same variant, or without it."""
+        is_baseline = self.objective == study_baseline
+        return Cell(study_baseline, "" if is_baseline else self.variant)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +65,7 @@ class Run:
       workdir: Its folder.
       warmup: The folder of the warm-up that it shares with other runs; None for a run without one.
       warmup_config: The config that the warm-up is trained with.
-      pretraining: The steps for which each tower is pretrained apart, into `config.init_from`,
-        before the warm-up; 0 for none.
+      pretraining: The steps for which each tower is pretrained into `config.init_from`; 0 for none.
       matches: The list that is to be made for `config.data.matches`; None for a run without one.
     """
 
@@ -103,12 +95,12 @@ def study_runs(
 
     Args:
       config_path: The config file.
-      overrides: Changes that hold for all runs, as `--config.x=y`.
+      overrides: Changes for all runs, as `--config.x=y`.
       objectives: As `Cell.objective`.
       variants: Each `field=value`, or several of these with commas between.
       seeds: The number of runs of each cell.
       workdir: The folder of the study.
-      pretraining: The steps for which each tower is pretrained apart; 0 for none.
+      pretraining: The steps for which each tower is pretrained separately; 0 for none.
 
     Raises:
       UserError: if an objective is unknown or named twice, a config is wrong, or an objective
@@ -123,33 +115,22 @@ def study_runs(
     runs = []
     for seed in range(seeds):
         for cell in cells:
-            changes = _assignments(cell.variant)
-            common = [*overrides, *(f"--config.{change}" for change in changes)]
-            common.append(f"--config.seed={seed}")
+            changes = [*_assignments(cell.variant), f"seed={seed}"]
             if pretraining:
-                towers = workdir / "towers" / f"steps{pretraining}_seed{seed}"
-                common.append(f"--config.init_from={towers}")
+                changes.append(f"init_from={workdir / 'towers' / f'steps{pretraining}_seed{seed}'}")
+            common = [*overrides, *(f"--config.{change}" for change in changes)]
             chosen = [f"--config.{change}" for change in _changes(cell.objective)]
             config = configuration.load_config(config_path, [*common, *chosen])
             after = registry.fields_after_warmup(config)
             before = [o for o in common if _field(o) not in after]
-            warmup_config = _completed(configuration.load_config(config_path, before))
-            warmup = _warmup_folder(workdir, warmup_config, after)
+            shared, _ = configuration.resolve(configuration.load_config(config_path, before))
+            warmup = _warmup_folder(workdir, shared, after)
             matches = _match_list(cell, seed, workdir, warmup)
             if matches is not None:
                 config.data.matches = str(matches.path)
-            runs.append(
-                Run(
-                    cell,
-                    seed,
-                    _completed(config),
-                    _run_folder(workdir, cell, seed),
-                    warmup,
-                    warmup_config,
-                    matches,
-                    pretraining,
-                )
-            )
+            config, _ = configuration.resolve(config)
+            folder = _run_folder(workdir, cell, seed)
+            runs.append(Run(cell, seed, config, folder, warmup, shared, matches, pretraining))
     return runs
 
 
@@ -159,11 +140,9 @@ def _check_name(name, objectives):
         raise UserError(
             f"--objectives: there is no {objective!r}; expected some of {', '.join(OBJECTIVES)}"
         )
-    if source is None:
-        return
     if source == TRUTH and by is not None:
         raise UserError(f"--objectives={name}: the truth is not found by a run; leave out @{by}")
-    if source != TRUTH and not match_lists.is_source(source):
+    if source not in (None, TRUTH) and not match_lists.is_source(source):
         raise UserError(
             f"--objectives={name}: there is no {source!r}; expected one of "
             f"{', '.join((TRUTH, *match_lists.SOURCES))}"
@@ -239,10 +218,6 @@ def _assignments(variant):
         if field == "seed":
             raise UserError("--vary=seed=...: give the number of --seeds instead")
     return changes
-
-
-def _completed(config):
-    return configuration.resolve(config)[0]
 
 
 def _field(override):

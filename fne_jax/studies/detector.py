@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,46 +26,40 @@ _DETECTORS = ("gaussians", "captions", "words", "identical")
 ANCHORS = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class _Anchors:
-    """The first training images and the first caption of each, and the queue's slots.
+class _Anchors(NamedTuple):
+    """The first training images, the first caption of each, and the queue's filled slots.
 
     Attributes:
       image: [anchors] rows of the images.
       caption: [anchors] rows of the captions.
-      image_emb: [anchors, dim] online embeddings.
-      text_emb: [anchors, dim] online embeddings.
-      pair: [slots] the pair in each filled slot.
+      embeddings: [anchors, dim] online embeddings of the images, and of the captions.
+      pair: [slots] the pair in each slot.
       slot_image: [slots] the row of its image.
-      queue_image: [slots, dim] its momentum embeddings of the image.
-      queue_text: [slots, dim] those of the caption.
+      queue: [slots, dim] its momentum embeddings of the image, and of the caption.
     """
 
     image: np.ndarray
     caption: np.ndarray
-    image_emb: np.ndarray
-    text_emb: np.ndarray
+    embeddings: tuple[np.ndarray, np.ndarray]
     pair: np.ndarray
     slot_image: np.ndarray
-    queue_image: np.ndarray
-    queue_text: np.ndarray
+    queue: tuple[np.ndarray, np.ndarray]
 
 
 def measure(model: Model, train: PairDataset) -> dict[str, Any]:
-    """Returns how good the detectors are on the candidates in a run's queue.
+    """Returns how good the detectors are on the pairs that a run's loss weighs.
 
-    The anchors are the first training images, and the first caption of each; their candidates are
-    what the queue holds of other images: the very pairs that the loss weighs.
+    These are of the first training images, and the first caption of each, with the other images'
+    pairs in the queue.
 
     Args:
       model: The model of the run, with its queue and statistics.
       train: Its training split, whose true matches are all known.
 
     Returns:
-      Of the loss's posterior over all candidates `roc_auc`, `average_precision`, `density`,
-      `mean_posterior` and `calibration`; and as `detectors` what `detection_quality.quality`
-      returns of each detector among the hardest. Nothing of an empty queue, which a run of an
-      objective within the batch may leave.
+      `roc_auc`, `average_precision`, `density`, `mean_posterior` and `calibration` of the loss's
+      posterior over all pairs; and as `detectors` the `quality` of each detector on the hardest.
+      Nothing for an empty queue, which a run of an in-batch objective may leave.
     """
     anchors = _anchors(model, train)
     if not len(anchors.pair):
@@ -74,11 +67,11 @@ def measure(model: Model, train: PairDataset) -> dict[str, Any]:
     posterior, truth = judged_candidates(model, train, anchors)
     scores = detection_scores(posterior, truth)
     # The precision at a recall is of use among the hardest alone.
-    of_loss = {
-        name: scores[name] for name in ("roc_auc", "average_precision", "density", "calibration")
+    names = ("roc_auc", "average_precision", "density", "calibration")
+    return {name: scores[name] for name in names} | {
+        "mean_posterior": scores["mean_probability"],
+        "detectors": _quality(model, train, anchors),
     }
-    of_loss["mean_posterior"] = scores["mean_probability"]
-    return of_loss | {"detectors": _quality(model, train, anchors)}
 
 
 def _anchors(model, train):
@@ -100,60 +93,40 @@ def _anchors(model, train):
     )
     filled = queue.image_id >= 0
     pair = queue.pair_id[filled]
-    return _Anchors(
-        image,
-        caption,
-        split.image_emb,
-        split.text_emb,
-        pair,
-        train.caption_image[pair],
-        queue.image[filled],
-        queue.text[filled],
-    )
+    embeddings, slots = (split.image_emb, split.text_emb), (queue.image[filled], queue.text[filled])
+    return _Anchors(image, caption, embeddings, pair, train.caption_image[pair], slots)
 
 
 def judged_candidates(
     model: Model, train: PairDataset, anchors: _Anchors | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the loss's posterior [n] float32 and the truth [n] bool of the queue's candidates.
-
-    Args:
-      model: The model of the run, with its queue and statistics.
-      train: Its training split, whose true matches are all known.
-      anchors: The anchors and the queue; None to embed them here.
-    """
+    """Returns the loss's posterior [n] float32 and the truth [n] bool of what `measure` judges."""
     anchors = _anchors(model, train) if anchors is None else anchors
     fne, stats, pair = model.config.fne, jax.device_get(model.stats), anchors.pair
     other = anchors.image[:, None] != anchors.slot_image[None, :]
-    similarity = [
-        cosine(anchors.image_emb, anchors.queue_text),
-        cosine(anchors.text_emb, anchors.queue_image),
-    ]
-    truth = [
-        np.stack([train.truth.is_true(pair, np.full_like(pair, row)) for row in anchors.image]),
-        np.stack(
-            [
-                train.truth.is_true(np.full_like(pair, row), anchors.slot_image)
-                for row in anchors.caption
-            ]
-        ),
-    ]
+    is_true, slot_image = train.truth.is_true, anchors.slot_image
+    truth = (
+        [is_true(pair, np.full_like(pair, row)) for row in anchors.image],
+        [is_true(np.full_like(pair, row), slot_image) for row in anchors.caption],
+    )
     posterior = [
-        false_negative_posterior(s, stats, fne.prior, monotone=fne.monotone) for s in similarity
+        false_negative_posterior(cosine(ours, keys), stats, fne.prior, monotone=fne.monotone)
+        for ours, keys in zip(anchors.embeddings, reversed(anchors.queue), strict=True)
     ]
     return (
         np.concatenate([np.asarray(p)[other] for p in posterior]),
-        np.concatenate([t[other] for t in truth]),
+        np.concatenate([np.stack(t)[other] for t in truth]),
     )
 
 
 def _quality(model, train, anchors):
     """Returns the quality of each detector that is there among the hardest of the queue."""
     groups = anchors.image, anchors.slot_image
-    slot, similarity = top_k(anchors.image_emb, anchors.queue_text, max(HARDEST), groups)
+    (image_emb, text_emb), (queue_image, queue_text) = anchors.embeddings, anchors.queue
+    slot, similarity = top_k(image_emb, queue_text, max(HARDEST), groups)
     own = np.broadcast_to(anchors.image[:, None], slot.shape)
     candidates = hardest_pairs("i2t", Pairs(anchors.pair[slot], own, similarity))
-    slot, similarity = top_k(anchors.text_emb, anchors.queue_image, max(HARDEST), groups)
+    slot, similarity = top_k(text_emb, queue_image, max(HARDEST), groups)
     own = np.broadcast_to(anchors.caption[:, None], slot.shape)
     candidates |= hardest_pairs("t2i", Pairs(own, anchors.slot_image[slot], similarity))
     # Detectors that take no embeddings of the whole split: there are none, of width 0.

@@ -22,29 +22,18 @@ from fne_jax.studies.cells import Cell, Run
 from fne_jax.training.loop import train_and_evaluate
 from fne_jax.training.metric_log import read_metrics
 
-RESULT_NAME = "study.json"
-LOG_NAME = "study.log"
-# Written into a warm-up's folder once it has ended.
-_DONE_NAME = "warmup.json"
+RESULT_NAME, LOG_NAME = "study.json", "study.log"
+_DONE_NAME = "warmup.json"  # in a warm-up's folder once it has ended
 
 
 def warmup_is_done(run: Run, also_for_matches: bool) -> bool:
-    """Returns whether a run that has a warm-up needs it no more.
-
-    Args:
-      run: The run.
-      also_for_matches: Whether its list of matches is still to be made by the warm-up.
-    """
+    """Returns whether a run, and its list of matches if still to be made, need no warm-up more."""
     begun = (run.workdir / configuration.FILE_NAME).exists() and not also_for_matches
     return begun or (run.warmup / _DONE_NAME).exists()
 
 
 def train_warmup(run: Run) -> None:
-    """Trains the warm-up that the run shares with others.
-
-    Raises:
-      UserError: if the warm-up cannot be trained.
-    """
+    """Trains the warm-up that the run shares with others; raises UserError if it cannot."""
     with _logging_to(run.warmup / LOG_NAME):
         _pretrain(run)
         train_and_evaluate(run.warmup_config, run.warmup, warmup_only=True)
@@ -52,24 +41,24 @@ def train_warmup(run: Run) -> None:
 
 
 def find_matches(run: Run) -> None:
-    """Writes the list of matches that the run takes.
-
-    Raises:
-      UserError: if nothing can be found by what there is, or the list cannot be written.
-    """
+    """Writes the list of matches that the run takes; raises UserError if it cannot."""
     match_lists.write(run.matches)
 
 
 def train_and_measure(run: Run) -> None:
-    """Trains a run from where its warm-up ended, tests its last weights, and writes the result.
+    """Trains a run from the end of its warm-up, tests its last weights, and writes the result.
 
-    Equal to the bit to training it alone: the warm-up depends on nothing that sets it apart.
+    It is bit-identical to one trained alone: the warm-up depends on nothing that follows it.
 
     Raises:
       UserError: if the run cannot be trained, or its folder cannot be made.
     """
     if run.warmup is not None and not run.workdir.exists():
-        _copy_warmup(run)
+        with whole_folder(run.workdir) as folder:
+            shutil.copytree(run.warmup, folder, dirs_exist_ok=True)
+            for own in (configuration.FILE_NAME, _DONE_NAME, LOG_NAME):
+                (folder / own).unlink()
+            configuration.store_config(run.config, folder)
     with _logging_to(run.workdir / LOG_NAME):
         if run.warmup is None:
             _pretrain(run)
@@ -77,39 +66,27 @@ def train_and_measure(run: Run) -> None:
     _write_json(run.workdir / RESULT_NAME, measured(run))
 
 
-def read_result(run: Run) -> dict[str, Any] | None:
-    """Returns what `measured` returned once, or None for a run that is still to come.
-
-    Raises:
-      UserError: if the folder holds a run of another config.
-    """
-    if not (run.workdir / RESULT_NAME).exists():
-        return None
-    configuration.store_config(run.config, run.workdir)
-    return json.loads((run.workdir / RESULT_NAME).read_text())
-
-
 def read_results(runs: Sequence[Run]) -> dict[Cell, dict[int, dict[str, Any]]]:
-    """Returns the results that there are, by cell and seed; cells without any are left out.
+    """Returns what `measured` returned of the runs that have ended, by cell and seed.
 
     Raises:
       UserError: if a folder holds a run of another config.
     """
     results: dict[Cell, dict[int, dict[str, Any]]] = {run.cell: {} for run in runs}
     for run in runs:
-        result = read_result(run)
-        if result is not None:
-            results[run.cell][run.seed] = result
-    return {cell: of_cell for cell, of_cell in results.items() if of_cell}
+        path = run.workdir / RESULT_NAME
+        if path.exists():
+            configuration.store_config(run.config, run.workdir)  # checks it
+            results[run.cell][run.seed] = json.loads(path.read_text())
+    return {cell: of for cell, of in results.items() if of}
 
 
 def measured(run: Run) -> dict[str, Any]:
     """Returns the test metrics of a trained run's last weights and how it treated its negatives.
 
-    The metrics are `retrieval_metrics`, and `complete_metrics` and `controlled_metrics` where the
-    truth is known. Beside them: `sampled_false_negative_rate` and `hardest_false_negative_rate`,
-    means over the steps after the warm-up, and what `detector.measure` gives; each where it is
-    known.
+    These are `retrieval_metrics`; where the truth is known `complete_metrics`, `controlled_metrics`
+    with weights chosen on the validation split, and `detector.measure`; and the means over the
+    steps after the warm-up of `sampled_false_negative_rate` and `hardest_false_negative_rate`.
     """
     model = load_workdir(run.workdir, "latest")
     test = model.load_evaluation_split("test")
@@ -119,7 +96,12 @@ def measured(run: Run) -> dict[str, Any]:
         embedded = split.image_emb, split.text_emb, split.truth
         words = generality.word_counts(test.captions)
         result |= complete_metrics(*embedded)
-        result |= generality.controlled_metrics(*embedded, words, _weights_of_words(model))
+        val = model.load_evaluation_split("val")
+        of_val, words_of_val = model.embed_split(val), generality.word_counts(val.captions)
+        weights = generality.choose_weights(
+            of_val.image_emb, of_val.text_emb, of_val.truth, words_of_val
+        )
+        result |= generality.controlled_metrics(*embedded, words, weights)
     lines = read_metrics(run.workdir)
     for name in ("sampled_false_negative_rate", "hardest_false_negative_rate"):
         logged = [line[name] for line in lines if name in line]
@@ -140,23 +122,6 @@ def _pretrain(run):
         pretraining.pretrain_towers(config, folder, run.pretraining)
 
 
-def _weights_of_words(model):
-    """Returns what a word takes off a similarity in controlled metrics, by the validation split."""
-    val = model.load_evaluation_split("val")
-    split = model.embed_split(val)
-    words = generality.word_counts(val.captions)
-    return generality.choose_weights(split.image_emb, split.text_emb, split.truth, words)
-
-
-def _copy_warmup(run):
-    """Makes the run's folder from its warm-up's."""
-    with whole_folder(run.workdir) as folder:
-        shutil.copytree(run.warmup, folder, dirs_exist_ok=True)
-        for own in (configuration.FILE_NAME, _DONE_NAME, LOG_NAME):
-            (folder / own).unlink()
-        configuration.store_config(run.config, folder)
-
-
 @contextlib.contextmanager
 def _logging_to(path):
     """Sends the package's log to a file, to which a restart adds."""
@@ -174,5 +139,5 @@ def _logging_to(path):
         handler.close()
 
 
-def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+def _write_json(path, content):
     write_atomically(path, json.dumps(content, indent=2) + "\n")

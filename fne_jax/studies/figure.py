@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -29,13 +31,13 @@ _PANELS = {
 
 
 @style()
-def study_figure(results: Results) -> Figure:
-    """Returns the figure: a dot a seed, a line at their mean, and the posterior's calibration."""
+def study_figure(results: Results) -> bytes:
+    """Returns a PNG: a dot per seed, a line at their mean, and the posterior's calibration."""
     known = {
-        title: shown
+        title: {name: colour for name, colour in metrics.items() if is_known(results, name)}
         for title, metrics in _PANELS.items()
-        if (shown := {name: c for name, c in metrics.items() if is_known(results, name)})
     }
+    known = {title: shown for title, shown in known.items() if shown}
     calibrated = any("calibration" in run for of in results.values() for run in of.values())
     count = len(known) + calibrated
     rows, columns = -(-count // _ACROSS), min(count, _ACROSS)
@@ -49,7 +51,9 @@ def study_figure(results: Results) -> Figure:
         _plot_calibration(axes[count - 1], results)
     for unused in axes[count:]:
         unused.set_axis_off()
-    return figure
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
 
 
 def _plot_dots(axes, results, colours, labelled):

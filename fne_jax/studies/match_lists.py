@@ -1,4 +1,4 @@
-"""Matches beyond the labels that a study finds for its runs: their `config.data.matches`."""
+"""The lists of matches that a study finds for its runs: their `config.data.matches`."""
 
 from __future__ import annotations
 
@@ -48,12 +48,7 @@ class MatchList:
 
 
 def check_source(wanted: MatchList, train: PairDataset) -> None:
-    """Raises UserError if a list takes verdicts that nobody can give.
-
-    Args:
-      wanted: The list.
-      train: The training split.
-    """
+    """Raises UserError if a list takes verdicts by a truth that the training split lacks."""
     if _FITTED.fullmatch(wanted.source) and train.truth is None:
         raise UserError(
             f"--objectives: {wanted.source} takes verdicts by the truth, which nobody knows of "
@@ -62,9 +57,7 @@ def check_source(wanted: MatchList, train: PairDataset) -> None:
 
 
 def write(wanted: MatchList) -> None:
-    """Writes the file of a list, whose folder holds encoders that are trained.
-
-    Of `fittedN` the truth gives the verdicts.
+    """Writes the file of a list, by the trained encoders in its folder; verdicts are by the truth.
 
     Raises:
       UserError: if the source cannot judge by these encoders, or the file cannot be written.
@@ -74,7 +67,11 @@ def write(wanted: MatchList) -> None:
     split = embed(model, train)
     verdicts, least = _FITTED.fullmatch(wanted.source), LEAST_PROBABILITY
     if verdicts:
-        fitted = _fitted(split, int(verdicts[1]), model.config.seed)
+        seed = model.config.seed
+        drawn = verdict_samples.sample(split, int(verdicts[1]), seed)
+        table = pair_features.features(split, drawn.caption, drawn.image)
+        is_match = train.truth.is_true(drawn.caption, drawn.image)
+        fitted = fitted_detector.fit(table, is_match, drawn.weight, seed)
         split, least = dataclasses.replace(split, fitted=fitted), fitted.threshold(least)
     written = write_likely_matches(
         wanted.path,
@@ -86,14 +83,6 @@ def write(wanted: MatchList) -> None:
     )
     if not written["matches"]:
         _log.warning(
-            "%s: no pair is likely enough to be a match; runs with this list are those without it",
+            "%s: no pair is likely enough to be a match; runs with it equal those without",
             wanted.path,
         )
-
-
-def _fitted(split, verdicts, seed):
-    """Returns a detector fitted to what the truth says of a sample of so many pairs."""
-    drawn = verdict_samples.sample(split, verdicts, seed)
-    table = pair_features.features(split, drawn.caption, drawn.image)
-    is_match = split.dataset.truth.is_true(drawn.caption, drawn.image)
-    return fitted_detector.fit(table, is_match, drawn.weight, seed)

@@ -1,9 +1,8 @@
-"""Works through a study: warm-ups, lists of matches and runs, each once what it needs is there."""
+"""The order of a study's work: warm-ups, lists of matches and runs, each after what it needs."""
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -13,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from fne_jax.data.sources.registry import load_split
 from fne_jax.errors import Interrupted, UserError
@@ -22,12 +22,10 @@ from fne_jax.studies.cells import Run
 from fne_jax.training.interruption import stop_signals
 from fne_jax.training.matches import check_known
 
-# The seconds that a piece of work took, and what went wrong, or None.
-Outcome = tuple[float, str | None]
+Outcome = tuple[float, str | None]  # seconds, and what went wrong
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A piece of a study's work.
 
     Attributes:
@@ -46,7 +44,7 @@ class Task:
 
 
 def work_through(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> list[str]:
-    """Trains and measures every run that has no result yet, a seed's before the next one's.
+    """Trains and measures every run that has no result yet, and returns a line for each failure.
 
     Args:
       runs: The runs of the study, those of the first seed first.
@@ -54,20 +52,22 @@ def work_through(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> 
         everything in this process.
       say: Shows a line of progress.
 
-    Returns:
-      What went wrong, a line for each piece of work that failed and for all that needed it.
-
     Raises:
-      Interrupted: after Ctrl-C or SIGTERM; the same call goes on from there.
+      Interrupted: after Ctrl-C or SIGTERM; the same call continues.
       UserError: if a run asks for the truth of a dataset that does not know it.
     """
-    todo = [run for run in runs if execution.read_result(run) is None]
+    results = execution.read_results(runs)
+    todo = [run for run in runs if run.seed not in results.get(run.cell, ())]
     tasks = plan(todo)
     say(
         f"{len(runs)} runs, {len(runs) - len(todo)} of them done; to do: {len(todo)} runs, "
         f"{len(tasks) - len(todo)} warm-ups and lists of matches that they share"
     )
-    for of_dataset in _by_dataset(todo):
+    datasets = collections.defaultdict(list)
+    for run in todo:
+        data = repr({**run.config.data.to_dict(), "matches": ""})  # lists that are yet to be made
+        datasets[data, run.config.encoder.image.image_size].append(run)
+    for of_dataset in datasets.values():
         # Prepared here, once: several processes would do so at the same time.
         config = of_dataset[0].config
         train = load_split(config.data, config.encoder.image.image_size, "train")
@@ -75,17 +75,20 @@ def work_through(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> 
             check_known(run.config, train)
             if run.matches is not None:
                 match_lists.check_source(run.matches, train)
-    progress = _Progress(len(tasks), say)
+    done, failures, started = 0, [], time.monotonic()
     with _Workers(jobs) as workers:
-        for task, outcome in workers.each(tasks):
-            progress.note(task.name, outcome)
+        for done, (task, (seconds, error)) in enumerate(workers.each(tasks), 1):
+            shown = f"{seconds:.0f} s" if error is None else f"failed: {error}"
+            left = (time.monotonic() - started) / done * (len(tasks) - done) / 60
+            say(f"[{done}/{len(tasks)}] {task.name}: {shown}; about {left:.0f} min left")
+            if error is not None:
+                failures.append(f"{task.name}: {error}")
     if workers.stopped_by is not None:
         raise Interrupted(
             workers.stopped_by,
-            f"stopped after {progress.done} of {progress.total}, saved; the same command goes on "
-            "from there",
+            f"stopped after {done} of {len(tasks)}, saved; run the same command to continue",
         )
-    return progress.failures
+    return failures
 
 
 def plan(todo: Sequence[Run]) -> list[Task]:
@@ -113,44 +116,8 @@ def plan(todo: Sequence[Run]) -> list[Task]:
     return list(tasks.values())
 
 
-def _by_dataset(runs):
-    """Returns the runs in groups that load the same pairs with images of the same side."""
-    groups = collections.defaultdict(list)
-    for run in runs:
-        data = repr({**run.config.data.to_dict(), "matches": ""})  # lists that are yet to be made
-        groups[data, run.config.encoder.image.image_size].append(run)
-    return list(groups.values())
-
-
-class _Progress:
-    """Counts what is done, collects what failed, and says so.
-
-    Attributes:
-      total: Number of tasks.
-      done: How many of them have ended, well or not.
-      failures: A line for each that failed.
-    """
-
-    def __init__(self, total: int, say: Callable[[str], None]):
-        self.total, self.done, self.failures = total, 0, []
-        self._say, self._started = say, time.monotonic()
-
-    def note(self, name: str, outcome: Outcome) -> None:
-        seconds, error = outcome
-        self.done += 1
-        if error is not None:
-            self.failures.append(f"{name}: {error}")
-        shown = f"{seconds:.0f} s" if error is None else f"failed: {error}"
-        left = (time.monotonic() - self._started) / self.done * (self.total - self.done) / 60
-        self._say(f"[{self.done}/{self.total}] {name}: {shown}; about {left:.0f} min left")
-
-
 class _Workers:
-    """Runs work here (one job) or in processes of their own, which it stops on a signal.
-
-    Attributes:
-      stopped_by: The signal that came, or None.
-    """
+    """Runs work here (one job) or in processes, which a signal (then `stopped_by`) stops."""
 
     def __init__(self, jobs: int):
         self.stopped_by: int | None = None
@@ -169,10 +136,9 @@ class _Workers:
             signal.signal(number, handler)
 
     def each(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
-        """Yields each task as it ends; after a signal, if it ended well in spite of it.
+        """Yields each task as it ends; after a signal only those that ended well.
 
-        Of those whose needs are met the first one is next. What needs a task that failed is not
-        begun, and yielded as failed too.
+        The next one is the first whose needs are met. Whatever needs a failed task fails too.
         """
         waiting, unmade = list(tasks), {task.makes for task in tasks}
         while self._running or (waiting and self.stopped_by is None):
@@ -265,6 +231,6 @@ def _received(receiver, process) -> Outcome:
         except EOFError:
             process.join()
             return 0.0, (
-                f"its process died with exit code {process.exitcode}, perhaps for want of memory; "
-                "the same command, perhaps with fewer --jobs, goes on from what is saved"
+                f"its process died with exit code {process.exitcode}, perhaps out of memory; "
+                "run the same command to continue, perhaps with fewer --jobs"
             )

@@ -3,44 +3,47 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
 
-from fne_jax.evaluation.metric_names import COMPLETE, CONTROLLED, WEIGHT, describe
+from fne_jax.evaluation.metric_names import CONTROLLED, WEIGHT, describe
 from fne_jax.studies.cells import Cell
 
-# Of the intervals of differences, in percent.
-LEVEL = 95
-
-# Metrics that the tables show, as far as any run knows them, the headline first: text to image by
-# the truth, which how much captions say does not blur.
-COLUMNS = (
-    *("complete_t2i_r1", "complete_t2i_map_at_r"),
-    *("complete_i2t_r1", "complete_i2t_map_at_r"),
-    *("complete_i2t_r1_controlled", "complete_i2t_map_at_r_controlled"),
-    *("complete_i2t_r1_weight", "complete_i2t_map_at_r_weight"),
-    *("rsum", "i2t_r1", "t2i_r1"),
-    *("sampled_false_negative_rate", "roc_auc", "average_precision", "density", "mean_posterior"),
-)
-# Of these the table of differences tells.
-_COMPARED = (
-    *("complete_t2i_r1", "complete_t2i_map_at_r", "complete_i2t_r1", "complete_i2t_map_at_r"),
-    *("complete_i2t_r1_controlled", "complete_i2t_map_at_r_controlled"),
-    *("rsum", "sampled_false_negative_rate"),
-)
+LEVEL = 95  # percent, of the intervals of differences
+_TRUE = ("complete_t2i_r1", "complete_t2i_map_at_r", "complete_i2t_r1", "complete_i2t_map_at_r")
+_CONTROLLED = tuple(f"{name}{CONTROLLED}" for name in _TRUE[2:])
+_WEIGHTS = tuple(f"{name}{WEIGHT}" for name in _TRUE[2:])
+_LABELLED = ("rsum", "i2t_r1", "t2i_r1")
+_OF_POSTERIOR = ("roc_auc", "average_precision")
+# What the metrics that the tables show are, the headline first: text to image by the truth, which
+# how much captions say does not blur.
+_MEANINGS = {
+    _TRUE: "by the complete truth",
+    _CONTROLLED: "by the complete truth, each caption's similarities less a weight times its "
+    "number of words, so that ranking short captions high or low counts for less",
+    _WEIGHTS: "these weights, each the best on the validation split",
+    _LABELLED: "by the labels",
+    (
+        "sampled_false_negative_rate",
+    ): "share of true matches among the negatives that the loss chose after the warm-up",
+    _OF_POSTERIOR: "of the posterior as a detector of false negatives in the queue (area under the "
+    "ROC curve, average precision)",
+    ("density",): "share of true matches among these candidates",
+    ("mean_posterior",): "mean of the posterior over them",
+}
+COLUMNS = tuple(name for names in _MEANINGS for name in names)
+_COMPARED = (*_TRUE, *_CONTROLLED, "rsum", "sampled_false_negative_rate")
 
 # The result of each seed, of each cell.
 Results = Mapping[Cell, Mapping[int, Mapping[str, Any]]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A metric over the seeds.
 
     Attributes:
@@ -82,9 +85,7 @@ def estimate(results: Results, cell: Cell, metric: str) -> Estimate | None:
 def difference(results: Results, cell: Cell, other: Cell, metric: str) -> Estimate | None:
     """Returns how much higher a cell's metric is than another's, paired by seed, or None."""
     ours, theirs = results.get(cell, {}), results.get(other, {})
-    pairs = [
-        (ours[seed].get(metric), theirs[seed].get(metric)) for seed in sorted(ours.keys() & theirs)
-    ]
+    pairs = [(ours[seed].get(metric), theirs[seed].get(metric)) for seed in ours.keys() & theirs]
     known = [a - b for a, b in pairs if a is not None and b is not None]
     return Estimate.of(known) if known else None
 
@@ -105,30 +106,27 @@ def markdown(results: Results, baseline: str) -> str:
     Each row says which seeds it is over; those of a difference are the ones that both have.
     """
     shown = [name for name in COLUMNS if is_known(results, name)]
-    lines = ["Test metrics of the last weights, mean ± standard deviation over the seeds of a row."]
-    lines += [*_explanations(shown), ""]
-    lines += _table(
-        ["", "seeds", *(describe(name).heading for name in shown)],
-        [
-            [
-                cell.name,
-                _named(of),
-                *(_shown(name, estimate(results, cell, name)) for name in shown),
-            ]
-            for cell, of in results.items()
-        ],
-    )
-    compared = [name for name in shown if name in _COMPARED]
-    rows, found = [], []
+    lines = [
+        "Test metrics of the last weights, mean ± standard deviation over the seeds of a row.",
+        "",
+    ]
+    for names, meaning in _MEANINGS.items():
+        if columns := ", ".join(describe(name).heading for name in names if name in shown):
+            lines.append(f"- {columns}: {meaning}")
+    rows = []
+    for cell, of in results.items():
+        values = [(name, estimate(results, cell, name)) for name in shown]
+        rows.append([cell.name, _named(of), *(_shown(*one, "deviation") for one in values)])
+    lines += ["", *_table(shown, rows)]
+    compared, rows, found = [name for name in shown if name in _COMPARED], [], []
     for cell, of in results.items():
         other = cell.baseline(baseline)
         common = of.keys() & results.get(other, {})
-        if other == cell or not common:
-            continue
-        row = [difference(results, cell, other, name) for name in compared]
-        values = [_shown_difference(name, one) for name, one in zip(compared, row, strict=True)]
-        rows.append([f"{cell.name} less {other.name}", _named(common), *values])
-        found += [one for one in row if one is not None and one.count > 1]
+        if other != cell and common:
+            values = [(name, difference(results, cell, other, name)) for name in compared]
+            cells = [_shown(*one, "half_width", sign="+") for one in values]
+            rows.append([f"{cell.name} less {other.name}", _named(common), *cells])
+            found += [one for _, one in values if one is not None and one.count > 1]
     if rows:
         intervals = f"with {LEVEL} % t-intervals" if found else "single seeds: no intervals"
         lines += ["", f"Differences, paired by the seeds that both have, {intervals}."]
@@ -138,7 +136,7 @@ def markdown(results: Results, baseline: str) -> str:
                 f"* marks the {excluding} of {len(found)} that exclude 0; if nothing differed, "
                 f"{100 - LEVEL} % would."
             )
-        lines += ["", *_table(["", "seeds", *(describe(name).heading for name in compared)], rows)]
+        lines += ["", *_table(compared, rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -150,45 +148,11 @@ def _named(seeds):
     return ", ".join(map(str, seeds))
 
 
-def _explanations(shown: Sequence[str]) -> list[str]:
-    """Returns a line for each kind of column that is shown."""
-    headings = {name: describe(name).heading for name in shown}
-
-    def some(*names: str) -> str:
-        return ", ".join(headings[name] for name in names if name in headings)
-
-    controlled = [name for name in shown if name.endswith(CONTROLLED)]
-    weights = [name for name in shown if name.endswith(WEIGHT)]
-    true = [
-        name for name in shown if name.startswith(COMPLETE) and name not in controlled + weights
-    ]
-    meanings = {
-        some(*true): "by the complete truth",
-        some(*controlled): "by the complete truth, each caption's similarities less a weight "
-        "times its number of words, so that ranking short captions high or low counts for less",
-        some(*weights): "these weights, each the best on the validation split",
-        some("rsum", "i2t_r1", "t2i_r1"): "by the labels",
-        some("sampled_false_negative_rate"): "share of the negatives that the loss chose after "
-        "the warm-up that are in truth matches",
-        some("roc_auc", "average_precision"): "of the posterior as a detector of false negatives "
-        "in the queue (area under the ROC curve, average precision)",
-        some("density"): "share of true matches among these candidates",
-        some("mean_posterior"): "mean of the posterior over them",
-    }
-    return ["", *(f"- {columns}: {meaning}" for columns, meaning in meanings.items() if columns)]
-
-
 def runs_csv(results: Results) -> str:
     """Returns a line for each run: objective, variant, seed and every metric that is a number."""
-    names = sorted(
-        {
-            name
-            for of in results.values()
-            for result in of.values()
-            for name, value in result.items()
-            if isinstance(value, (int, float))
-        }
-    )
+    runs = [result for of in results.values() for result in of.values()]
+    numbers = [name for run in runs for name in run if isinstance(run[name], (int, float))]
+    names = sorted(set(numbers))
     rows = [
         [cell.objective, cell.variant, seed, *(result.get(name) for name in names)]
         for cell, of in results.items()
@@ -218,38 +182,28 @@ def summary_csv(results: Results, baseline: str) -> str:
     return _csv([*header, "difference", "half_width", "common_seeds"], rows)
 
 
-def _shown(name, value):
+def _shown(name, value, spread, sign=""):
     if value is None:
         return "-"
     metric = describe(name)
-    mean = metric.text(value.mean)
-    return mean if value.count == 1 else f"{mean} ± {metric.text(value.deviation)}"
-
-
-def _shown_difference(name, value):
-    if value is None:
-        return "-"
-    metric = describe(name)
-    mean = metric.text(value.mean, sign="+")
+    mean = metric.text(value.mean, sign=sign)
     if value.count == 1:
         return mean
-    return f"{mean} ± {metric.text(value.half_width)}{' *' if value.tells else ''}"
+    mark = " *" if sign and value.tells else ""
+    return f"{mean} ± {metric.text(getattr(value, spread))}{mark}"
 
 
-def _table(header, rows):
+def _table(metrics, rows):
+    header = ["", "seeds", *(describe(name).heading for name in metrics)]
     yield "| " + " | ".join(header) + " |"
     yield "|" + "---|" + "--:|" * (len(header) - 1)
-    for row in rows:
-        yield "| " + " | ".join(row) + " |"
+    yield from ("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _csv(header, rows):
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows([["" if _missing(value) else value for value in row] for row in rows])
+    # NaN is all that does not equal itself: the deviation of a single seed.
+    writer.writerows([["" if value != value else value for value in row] for row in rows])
     return stream.getvalue()
-
-
-def _missing(value):
-    return value is None or (isinstance(value, float) and math.isnan(value))
