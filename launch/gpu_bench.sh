@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with one GPU: the tests that need one, then the whole train step of configs/flickr30k.py
-# beside PyTorch's and beside its plan, one JSON file for each way to run it. What fails is told there.
+# against PyTorch's and against its plan, one JSON file per variant, with its error if it fails.
 # usage: bash launch/gpu_bench.sh [--dry-run] [OUT [benchmark's or config's arguments ...]]
 #   e.g. bash launch/gpu_bench.sh gpu_bench --rounds=1
 # PYTORCH_PYTHON=PATH  interpreter of PyTorch's parts, where its CUDA libraries are not JAX's

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice: asks for it, waits, installs on all its workers, trains; where a spot
-# slice is taken away, asks again and goes on from the last checkpoint. Deletes the slice at the end;
-# leaves it after a mistake, after ten failures in a row, and when it is stopped itself (Ctrl-C), which
-# stops the run, saved.
+# Trains on a Cloud TPU slice: requests it, waits, installs on all its workers, trains; if a spot slice is
+# preempted, requests another and resumes from the last checkpoint. Deletes the slice at the end; keeps it
+# after an error that the user can fix, after ten failures in a row, and when stopped itself (Ctrl-C),
+# which stops the run, saved.
 # usage: bash launch/tpu_vm.sh [--dry-run] NAME ZONE TYPE CONFIG WORKDIR [--config.x=y ...]
 #   e.g. NFS=10.0.0.2:/runs bash launch/tpu_vm.sh fne us-west4-a v5litepod-16 \
 #     configs/flickr30k.py /runs/flickr30k --config.data.dir=/runs/flickr30k-data
 # NFS=HOST:/SHARE  shared folder mounted under /SHARE on all workers; WORKDIR and data lie in it
-# SPOT=0           asks for a slice that is not taken away
-# RUNTIME          software version of the TPU VMs, where the one below does not fit TYPE
+# SPOT=0           requests a slice that is not preempted
+# RUNTIME          software version of the TPU VMs, if the one below does not fit TYPE
 set -euo pipefail
 if [ "${1:-}" = --dry-run ]; then
   DRY_RUN=1
