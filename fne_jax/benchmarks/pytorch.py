@@ -67,7 +67,7 @@ def pytorch_step(
             f"PyTorch {torch.__version__} sees no GPU, and JAX does; install its build for CUDA"
         )
     device = torch.device("cuda" if available and platform != "cpu" else "cpu")
-    run = Step(training_on_one_device(config).model, precision, device)
+    run = Step(training_on_one_device(config), precision, device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds = window_seconds(run, wait, steps, windows)
     on_gpu = device.type == "cuda"
@@ -90,10 +90,10 @@ def pytorch_step(
 class Step:
     """State, batch and queue; a call makes one step."""
 
-    def __init__(self, model, precision, device):
-        config = self._config = model.config
+    def __init__(self, training, precision, device):
+        config = self._config = training.model.config
         self._precision, self._device = precision, device
-        towers = {name: getattr(model.module, name) for name in TOWERS}
+        towers = {name: getattr(training.model.module, name) for name in TOWERS}
         modules = {
             name: _peer(tower, tower.dropout, ATTENTIONS[precision])
             for name, tower in towers.items()
@@ -111,7 +111,7 @@ class Step:
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
         )
-        batch = made_up_batch(model)
+        batch = made_up_batch(training)
         self._pixels = torch.from_numpy(batch["image"]).to(device).permute(0, 3, 1, 2)
         self._ids, self._mask = (
             torch.from_numpy(batch[name]).long().to(device)
@@ -197,7 +197,6 @@ def image_tower(
     """
     if jax.default_backend() != "cpu":
         raise UserError(f"the peer runs on CPUs, and JAX runs on {jax.default_backend()}")
-    tokens = image_tokens(encoder)
     parts = {
         "image_tower": _towers,
         "dense_product": _dense_products,
@@ -205,13 +204,13 @@ def image_tower(
         "attention": _attentions,
     }
     for part, build in parts.items():
-        ours, theirs = build(encoder, batch, tokens)
+        ours, theirs = build(encoder, batch)
         seconds = median_seconds({"jax": ours, "pytorch": theirs}, repeats)
         yield {
             "benchmark": "against_pytorch",
             "part": part,
             "batch": batch,
-            "tokens": tokens,
+            "tokens": image_tokens(encoder),
             "jax_s": seconds["jax"],
             "pytorch_s": seconds["pytorch"],
             "ratio": seconds["jax"] / seconds["pytorch"],
@@ -221,8 +220,7 @@ def image_tower(
         }
 
 
-def _towers(encoder, batch, tokens):
-    del tokens
+def _towers(encoder, batch):
     size = encoder.image
     module = build_dual_encoder(encoder, 1).image
     module = module.clone(dtype=jnp.float32, scan_layers=False, remat=NONE, dropout=0.0)
@@ -246,24 +244,24 @@ def _towers(encoder, batch, tokens):
     return functools.partial(train, params, jnp.asarray(pixels)), train_peer
 
 
-def _dense_products(encoder, batch, tokens):
-    size = encoder.image
+def _dense_products(encoder, batch):
+    size, tokens = encoder.image, image_tokens(encoder)
     rows, kernel = _normal(batch * tokens, size.width), _normal(size.width, size.mlp_width)
     ours = functools.partial(jax.jit(jnp.matmul), jnp.asarray(rows), jnp.asarray(kernel))
     theirs = functools.partial(torch.matmul, torch.tensor(rows), torch.tensor(kernel))
     return ours, theirs
 
 
-def _activations(encoder, batch, tokens):
-    hidden = _normal(batch, tokens, encoder.image.mlp_width)
+def _activations(encoder, batch):
+    hidden = _normal(batch, image_tokens(encoder), encoder.image.mlp_width)
     return _with_gradient(
         ACTIVATIONS["gelu"], torch.nn.functional.gelu, (hidden,), (torch.tensor(hidden),)
     )
 
 
-def _attentions(encoder, batch, tokens):
+def _attentions(encoder, batch):
     heads = encoder.image.heads
-    shape = (batch, tokens, heads, encoder.image.width // heads)
+    shape = (batch, image_tokens(encoder), heads, encoder.image.width // heads)
     arrays = [_normal(*shape, seed=seed) for seed in range(3)]
 
     def ours(query, key, value):

@@ -18,8 +18,8 @@ import numpy as np
 from fne_jax.benchmarks.encoders import PEAK_SIDE, square_product
 from fne_jax.benchmarks.timing import machine, median_seconds, window_seconds
 from fne_jax.configuration import validate
+from fne_jax.encoders.inputs import FEATURES
 from fne_jax.encoders.towers import TOWERS
-from fne_jax.model.model import Model
 from fne_jax.parallel import sharding
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.planning.program import memory_bytes, training_without_data
@@ -39,19 +39,23 @@ def training_on_one_device(config: ml_collections.ConfigDict) -> Training:
     return training_without_data(config, sharding.create_mesh(devices=jax.devices()[:1]))
 
 
-def made_up_batch(model: Model) -> dict[str, np.ndarray]:
-    """Returns random pixels and captions of full length, every pair of an image of its own."""
-    config = model.config
-    batch, side = config.global_batch_size, config.encoder.image.image_size
-    rng = np.random.default_rng(0)
-    tokens = (batch, config.data.text_length)
-    return {
-        "image": rng.integers(0, 256, (batch, side, side, 3), np.uint8),
-        "input_ids": rng.integers(0, model.module.text.vocab_size, tokens, np.int32),
-        "attention_mask": np.ones(tokens, np.int32),
-        "image_id": np.arange(batch, dtype=np.int32),
-        "pair_id": np.arange(batch, dtype=np.int32),
-    }
+def made_up_batch(training: Training) -> dict[str, np.ndarray]:
+    """Returns random pixels and captions of full length, every pair of an image of its own.
+
+    What is kept of frozen encoders is random too.
+    """
+    rng, batch = np.random.default_rng(0), {}
+    highest = {"image": 256, "input_ids": training.model.module.text.vocab_size}
+    for name, like in training.abstract_batch().items():
+        if name in highest:
+            batch[name] = rng.integers(0, highest[name], like.shape, like.dtype)
+        elif name == "attention_mask":
+            batch[name] = np.ones(like.shape, like.dtype)
+        elif name in FEATURES.values():
+            batch[name] = rng.normal(size=like.shape).astype(like.dtype)
+        else:
+            batch[name] = np.arange(len(like), dtype=like.dtype)
+    return batch
 
 
 def jax_step(config: ml_collections.ConfigDict, steps: int, windows: int) -> dict[str, Any]:
@@ -164,13 +168,7 @@ class _Step:
         self.compile_seconds = time.perf_counter() - start
         self.state = initial_state(training.model, training.state)
         self.scalars = None
-        made_up, rng = made_up_batch(training.model), np.random.default_rng(0)
-        batch = {
-            # Beside what a batch has there may be what frozen encoders make of it.
-            name: made_up.get(name, rng.normal(size=like.shape).astype(like.dtype))
-            for name, like in training.abstract_batch().items()
-        }
-        self._batch = sharding.to_devices(batch, training.model.mesh)
+        self._batch = sharding.to_devices(made_up_batch(training), training.model.mesh)
 
     def __call__(self):
         self.state, self.scalars, _ = self.compiled(self.state, self._batch)

@@ -143,8 +143,8 @@ def test_the_parts_of_pytorch(precision, projection_dim):
 
 def test_a_step_of_pytorch_learns_moves_the_momentum_and_fills_the_queue():
     config = tiny_config(global_batch_size=6, queue_size=10)
-    model = step.training_on_one_device(config).model
-    run = pytorch.Step(model, "float32", torch.device("cpu"))
+    training = step.training_on_one_device(config)
+    run = pytorch.Step(training, "float32", torch.device("cpu"))
     before = [queue.clone() for queue in run.queues]
     start = [weight.detach().clone() for weight in run.online.parameters()]
     run()
