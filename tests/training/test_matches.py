@@ -248,5 +248,5 @@ def test_a_truth_that_nobody_knows_is_told_before_anything_is_written(tmp_path):
 
 def test_a_plan_knows_of_no_matches():
     topology = Topology("cpu", jax.devices()[:1], chip=None)
-    with pytest.raises(UserError, match=r"config.objective.oracle is 'drop' .*: a plan knows"):
+    with pytest.raises(UserError, match=r"config.objective.oracle is 'drop' .*: without data"):
         compile_step(tiny_config(objective__oracle="drop"), topology, 10)
