@@ -16,10 +16,7 @@ from fne_jax.encoders.freezing import is_frozen_below
 from fne_jax.encoders.rematerialization import NONE
 from fne_jax.model.kept_features import kept_towers
 from fne_jax.model.model import Model, initial_params
-
-# Forward passes' worth of work on a pair by what is trained: the online encoders' forward, twice as
-# much backward, and the momentum encoders' forward.
-_PASSES = 4
+from fne_jax.objectives.registry import uses_keys
 
 
 def useful_flops(model: Model) -> int:
@@ -44,7 +41,9 @@ def useful_flops(model: Model) -> int:
     }
     kept = kept_towers(module, config, training=True)
     once = sum(flops for tower, flops in frozen.items() if tower not in kept)
-    return _PASSES * (forward(pixels, *texts) - sum(frozen.values())) + once
+    # The online encoders' forward, twice as much backward, and the momentum encoders' forward.
+    passes = 3 + uses_keys(config)
+    return passes * (forward(pixels, *texts) - sum(frozen.values())) + once
 
 
 def plain(module: nn.Module) -> nn.Module:

@@ -355,6 +355,7 @@ def test_frozen_layers_are_useful_once_and_kept_ones_never():
     patches = 2 * 4 * 48 * 16
     image, text = 2 * layer(5) + patches, 2 * layer(8)
     assert flops() == 4 * (image + text)
+    assert flops(objective__name="clip") == 3 * (image + text)  # without momentum encoders
     half = {"encoder__image__frozen_layers": "1"}
     assert flops(**half) == 4 * (layer(5) + text) + layer(5) + patches
     assert flops(**half, data__keep_frozen=True) == 4 * (layer(5) + text)
