@@ -39,7 +39,7 @@ class Source:
       read: Returns the listing that `config.data` describes, whose images are prepared before use.
       fields: The fields of `config.data` that tell what is listed.
       files: Returns the files that `config.data` names, where these are looked for at each start.
-      load: Returns a split as arrays, so that there is nothing to prepare, from `config.data`, the
+      load: Returns a split where there is nothing to prepare, from `config.data`, the
         pixels of a side, and the name of the split.
     """
 

@@ -29,5 +29,5 @@ def test_an_unknown_source_lists_the_choices():
 
 
 def test_what_need_not_be_prepared():
-    in_memory = {name for name, source in SOURCES.items() if source.load is not None}
-    assert in_memory == {"npz", "synthetic"}
+    ready = {name for name, source in SOURCES.items() if source.load is not None}
+    assert ready == {"npz", "prepared", "synthetic"}
