@@ -7,6 +7,7 @@ which appears last. A shard of unchanged images is never made again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,7 +18,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 from fne_jax import files
 from fne_jax.data.images.usable_images import UnusableImage, usable_jpeg
-from fne_jax.data.sources.image_files import AnyImageFile, Stamp, read_bytes, stamp_of
+from fne_jax.data.sources.image_files import (
+    AnyImageFile,
+    Stamp,
+    likely_reason,
+    read_bytes,
+    stamp_of,
+)
 from fne_jax.data.sources.listing import ContainedImage, Container, ListedImage
 from fne_jax.errors import EnvironmentFailure, UserError, first_line
 
@@ -147,7 +154,8 @@ def write_shard(
       The number of images, usable or not.
 
     Raises:
-      EnvironmentFailure: If the files cannot be written.
+      EnvironmentFailure: If the records cannot be written.
+      OSError: If the outcomes cannot.
       Stopped: If it was given up.
       UserError: If an image's file is there but cannot be read, which says nothing of the image, or
         has changed since its stamp was taken.
@@ -175,10 +183,14 @@ def write_shard(
             outcomes.append((digest, reason, listed))
         writer.close()
     except RuntimeError as error:  # of ArrayRecord, where the disk is full
-        raise EnvironmentFailure(f"{path}: cannot be written: {first_line(error)}") from error
+        raise EnvironmentFailure(
+            f"{path}: cannot be written: {first_line(error)}; make room, or give another "
+            "config.data.cache_dir"
+        ) from error
     finally:
-        if writer.is_open():
-            writer.close()
+        with contextlib.suppress(RuntimeError):  # once more, of the full disk
+            if writer.is_open():
+                writer.close()
     files.write_atomically(shard.outcomes_in(folder), json.dumps(outcomes))
     return len(outcomes)
 
@@ -202,7 +214,7 @@ def _contained(content):
 def _read(image, stamp):
     name = os.fspath(image)
     if stamp[0] < 0:
-        raise UnusableImage(f"there is no image {name}")
+        raise UnusableImage(f"there is no image {name}{likely_reason(name)}")
     with files.as_user_error(f"{name}: cannot be read", "fix that and try again"):
         content = read_bytes(image)
     if stamp_of(image) != stamp:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import stat
+import unicodedata
 from collections.abc import Callable, Sequence
 
 import fsspec
@@ -116,3 +117,22 @@ def file_stamp(name: str) -> Stamp:
             return -1, 0
         raise UserError(f"{name}: cannot be read: {error}; fix that and try again") from error
     return (local.st_size, local.st_mtime_ns) if stat.S_ISREG(local.st_mode) else (-1, 0)
+
+
+def likely_reason(name: str) -> str:
+    """Returns what is likely wrong with the path of a file that does not exist; "" if not known."""
+    if "http:/" in name or "https:/" in name:
+        return "; it is a URL: download the image and list its file"
+    if "/~" in name:
+        return "; write ~ out as the home folder"
+    unicode_form = "in another Unicode form (NFC, or NFD as on a Mac)"
+    spellings = {
+        name.replace("\\", "/"): "with / in place of \\",
+        name.strip(): "without the spaces around its name",
+        unicodedata.normalize("NFC", name): unicode_form,
+        unicodedata.normalize("NFD", name): unicode_form,
+    }
+    for other, how in spellings.items():
+        if other != name and os.path.isfile(other):
+            return f"; there is one {how}: {other!r}"
+    return ""
