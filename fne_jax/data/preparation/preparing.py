@@ -110,6 +110,11 @@ def _made(
     with _alone(scratch):
         if folder.exists():
             return Prepared.open(folder)
+        # What processes that were killed have left.
+        files.remove_leftovers(folder)
+        for other in sorted(path for path in scratch.parent.iterdir() if path.is_dir()):
+            if other != scratch:
+                _log.info("%s: of another dataset, not finished; may be deleted", other)
         _take_up(shards, root, scratch)
         _make(shards, scratch, maker)
         with files.whole_folder(folder) as unnamed:
