@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+<<<<<<< HEAD
 import functools
+=======
+import json
+>>>>>>> c0996f0 (Tell how many images are copies, and refuse to load a split that a table lacks)
 import os
 import signal
 
@@ -19,6 +23,7 @@ from fne_jax import command_line, configuration
 from fne_jax.data.pairs import PairDataset, few_images
 from fne_jax.data.sources.registry import find_source
 from fne_jax.errors import Interrupted, UserError
+from fne_jax.files import write_atomically
 from fne_jax.training.interruption import stop_signals
 
 
@@ -79,6 +84,7 @@ def _prepare(config: ml_collections.ConfigDict, options: argparse.Namespace) -> 
         if split != "train" and (few := few_images(split, summary.images)):
             print(few)
     print(f"skipped: {len(prepared.skipped())}, listed in {prepared.folder / storage.SKIPPED_FILE}")
+<<<<<<< HEAD
     # A pretrained encoder's limit is its own, in tokens, and its tokenizer may not be here.
     if not config.encoder.text.pretrained:
         captions = [
@@ -86,6 +92,16 @@ def _prepare(config: ml_collections.ConfigDict, options: argparse.Namespace) -> 
         ]
         if line := tokenizers.unread(configuration.with_model_defaults(config, {}), captions):
             print(line)
+=======
+    if copies := prepared.copies():
+        path = prepared.folder / "copies.json"
+        write_atomically(path, json.dumps(copies, indent=2) + "\n")
+        across = sum(len({split for split, _ in files}) > 1 for files in copies)
+        print(
+            f"copies: {sum(map(len, copies))} images are byte-for-byte copies of {len(copies)}, "
+            f"{across} of which occur in several splits; listed in {path}"
+        )
+>>>>>>> c0996f0 (Tell how many images are copies, and refuse to load a split that a table lacks)
     print(f"prepared in {prepared.folder}")
     test = prepared.load_split("test")
     if test.truth is not None:

@@ -1,8 +1,10 @@
 """Preparing: what is left out, what survives an interruption, and damage after the build."""
 
+import concurrent.futures
 import dataclasses
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -12,6 +14,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 from etils import epath
 from PIL import Image
 
@@ -21,6 +24,7 @@ from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.pairs import SPLITS
 from fne_jax.data.preparation import image_shards, preparing
 from fne_jax.data.preparation.storage import SplitSummary
+from fne_jax.data.sources.image_files import likely_reason
 from fne_jax.data.sources.registry import load_split
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.training.interruption import stop_signals
@@ -217,6 +221,94 @@ def test_a_mended_caption_has_no_image_looked_at(tmp_path, command, checked):
     folders = [path.parent for path in (tmp_path / "cache").rglob("prepared.json")]
     files = [{file.stat().st_ino for file in folder.glob("*.array_record*")} for folder in folders]
     assert files[0] == files[1], "both datasets have the same files"
+
+
+def test_copies_of_images_are_told(tmp_path, command, capsys):
+    images = tmp_path / "source" / "images"
+    for copy, of in ((30, 2), (3, 2), (5, 4)):
+        (images / f"image{copy}.jpg").write_bytes((images / f"image{of}.jpg").read_bytes())
+    command()
+    said = capsys.readouterr().out
+    assert "5 images are byte-for-byte copies of 2, 1 of which occur in several splits" in said
+    (path,) = (tmp_path / "cache").rglob("copies.json")
+    expected = [[("train", 2), ("train", 3), ("test", 30)], [("train", 4), ("train", 5)]]
+    assert json.loads(path.read_text()) == [
+        [[split, str(images / f"image{number}.jpg")] for split, number in group]
+        for group in expected
+    ]
+
+
+@pytest.mark.parametrize(
+    ("listed", "file", "reason"),
+    [
+        ("images\\a.jpg", "images/a.jpg", "with / in place of \\: "),
+        ("images/a.jpg ", "images/a.jpg", "without the spaces around its name: "),
+        ("images/caf\u00e9.jpg", "images/cafe\u0301.jpg", "in another Unicode form (NFC, or NFD"),
+        ("images/cafe\u0301.jpg", "images/caf\u00e9.jpg", "in another Unicode form (NFC, or NFD"),
+        ("~/a.jpg", None, "; write ~ out as the home folder"),
+        ("https://example.org/a.jpg", None, "; it is a URL: download the image"),
+        ("images/none.jpg", None, ""),
+    ],
+)
+def test_the_likely_reason_for_a_missing_image_is_named(tmp_path, listed, file, reason):
+    (tmp_path / "images").mkdir()
+    if file is not None:
+        (tmp_path / file).write_bytes(b"")
+    said = likely_reason(str(tmp_path / listed))
+    assert reason in said and bool(reason) == bool(said)
+    assert file is None or repr(str(tmp_path / file)) in said
+
+
+def test_two_at_once_prepare_once_and_remove_what_a_killed_one_left(tmp_path, checked, caplog):
+    """Locks are of open files, so threads that open them each are as good as processes."""
+    folder = tmp_path / "data [1]"
+    sources.write_jsonl(folder / "source", sources.table_rows(folder / "source"))
+    data = config_of(folder).data
+    prepared = preparing.prepare(data).folder
+    shutil.rmtree(prepared)
+    leftover = prepared.with_name(f"{prepared.name}.12345678.incomplete")
+    other = prepared.parent / "unfinished" / "other"
+    for path in (leftover, other):
+        path.mkdir()
+    checked.clear()
+    with (
+        caplog.at_level(logging.INFO, logger="fne_jax"),
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
+        first, second = pool.map(preparing.prepare, [data] * 2)
+    assert first == second and len(checked) == 35 and not leftover.exists()
+    assert f"{other}: of another dataset, not finished; may be deleted" in caplog.text
+    assert load_split(data, 8, "val").images[0]["image"] == sources.jpeg(24, width=32)
+
+
+def test_a_full_disk_is_one_line(tmp_path, command, monkeypatch):
+    class Full:
+        def __init__(self, *arguments):
+            pass
+
+        def is_open(self):
+            return True
+
+        def close(self, record=b""):
+            raise RuntimeError("RESOURCE_EXHAUSTED: No space left on device\nand more")
+
+        write = close
+
+    with monkeypatch.context() as patch:
+        patch.setattr(array_record_module, "ArrayRecordWriter", Full)
+        with pytest.raises(UserError, match=r"cannot be written: .* on device; make room") as error:
+            command()
+    assert error.value.exit_code == 74 and "\n" not in str(error.value)
+    command()
+
+
+def test_a_test_split_alone_is_enough_to_evaluate_on(tmp_path):
+    rows = [row | {"split": "test"} for row in sources.table_rows(tmp_path / "source")]
+    sources.write_jsonl(tmp_path / "source", rows)
+    config = config_of(tmp_path)
+    assert len(load_split(config.data, 8, "test").image_id) == 35
+    with pytest.raises(UserError, match="no image of the split 'train'; it has test alone"):
+        load_split(config.data, 8, "train")
 
 
 def test_an_image_that_changes_while_it_is_prepared(tmp_path, command, monkeypatch):

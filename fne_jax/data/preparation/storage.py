@@ -303,8 +303,10 @@ class Prepared:
         """Returns a split: its captions, and its images when they are asked for.
 
         Raises:
-          UserError: If it is damaged.
+          UserError: If it is damaged, or has no image of the split.
         """
+        if not self.summaries[split].images:
+            raise UserError(f"{self.folder}: no image of the split {split!r}; it has test alone")
         with self._reading(table_name(split)) as table:
             captions = table["captions"].combine_chunks()
             rows = np.arange(len(table), dtype=np.int32)
@@ -341,6 +343,33 @@ class Prepared:
                 f"{self.folder}: the split {split} was written with {noted.images} images and "
                 f"checksum {noted.checksum}; its files have changed; {_ADVICE}"
             )
+
+    def copies(self) -> list[list[tuple[str, str]]]:
+        """Returns the split and the file of images whose JPEGs are the same, those of each JPEG.
+
+        Raises:
+          UserError: If it is damaged.
+        """
+        tables = {}
+        for split in self.summaries:
+            with self._reading(table_name(split)) as table:
+                tables[split] = table
+        # Eight of a digest's 32 bytes tell as many images apart as there will ever be.
+        digests = [
+            np.frombuffer(b"".join(_values(table["digest"])), np.uint64)[::4]
+            for table in tables.values()
+        ]
+        _, group, counts = np.unique(
+            np.concatenate(digests), return_inverse=True, return_counts=True
+        )
+        starts = np.cumsum([0, *map(len, digests)])
+        found: dict[int, list[tuple[str, str]]] = {}
+        for place in np.flatnonzero(counts[group] > 1):
+            number = int(np.searchsorted(starts, place, "right")) - 1
+            split, table = list(tables.items())[number]
+            file = table["file"][int(place - starts[number])].as_py()
+            found.setdefault(int(group[place]), []).append((split, file))
+        return list(found.values())
 
     def skipped(self) -> list[Skipped]:
         """Returns what was left out."""
