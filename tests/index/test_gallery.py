@@ -119,7 +119,7 @@ def test_what_is_no_gallery_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.png").write_bytes(b"")
     (tmp_path / "empty.csv").write_text("image,caption\n")
-    (tmp_path / "bad.csv").write_text("image,text\na.png,a dog\n")
+    (tmp_path / "bad.csv").write_text("image,words\na.png,a dog\n")
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     assert label_of(tmp_path / "circle").startswith("circle_")

@@ -105,8 +105,9 @@ def test_a_kept_index_is_read_where_nothing_can_be_written(photos, tmp_path, mon
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(kept_rows, "locked", refuse)  # root may write anywhere
-    assert_as_if_new(build(photos, tmp_path / "index", model), photos)
-    assert not model.embedded and sorted((tmp_path / "index").rglob("*")) == before
+    index = build(photos, tmp_path / "index", model)
+    assert model.embedded == [] and sorted((tmp_path / "index").rglob("*")) == before
+    assert_as_if_new(index, photos)
 
 
 def test_another_model_embeds_all_anew_and_says_so_once(photos, tmp_path, caplog):
