@@ -20,8 +20,8 @@ class Pairs:
       score: [pairs] float32 by which a detector ranks them; the detector says what it is.
       nearest: [pairs] int64, the image's own caption that the detector goes by, or -1.
       is_match: [pairs] bool, whether most reviewers say that they match.
-      weight: [pairs] float64, how many unlabelled pairs each stands for: the inverse of the
-        probability with which a random sample drew it; NaN where none did.
+      weight: [pairs] float64, how many unlabelled pairs each stands for in a random sample: the
+        inverse of the probability with which that drew it; NaN where none did.
       sample: [pairs] the name of that sample, or "".
     """
 

@@ -66,6 +66,11 @@ class Verdict:
     sample: str = ""
     weight: float | None = None
 
+    @property
+    def pair(self) -> tuple[str, int, int]:
+        """The split and the ids of image and caption."""
+        return self.split, self.image_id, self.caption_id
+
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Verdict))
 _REQUIRED = ("split", "image_id", "caption_id", "caption", "verdict")
@@ -98,7 +103,7 @@ def write_verdicts(path: pathlib.Path, verdicts: Iterable[Verdict]) -> None:
 def read_verdicts(
     path: pathlib.Path, dataset: PairDataset | None = None, split: str | None = None
 ) -> list[Verdict]:
-    """Returns the verdicts of a file, of each reviewer the last one on each pair.
+    """Returns the verdicts of a file, of each reviewer the last one on each pair of each sample.
 
     The last is that of the latest time, and of equal times that which stands last in the file.
 
@@ -115,7 +120,7 @@ def read_verdicts(
         the split, or on a pair of the dataset.
     """
     others: Counter[str] = Counter()
-    last: dict[tuple[str, int, int, str], tuple[float, Verdict]] = {}
+    last: dict[tuple[str | int, ...], tuple[float, Verdict]] = {}
     kind = _suffix(path).removeprefix(".")
     for where, cells in read_rows(path, kind, _REQUIRED, FIELDS):
         if kind == "csv":
@@ -127,7 +132,7 @@ def read_verdicts(
                 continue
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
-        key = (verdict.split, verdict.image_id, verdict.caption_id, verdict.reviewer)
+        key = (*verdict.pair, verdict.reviewer, verdict.sample)
         if key not in last or seconds >= last[key][0]:
             last.pop(key, None)  # so that the order is that of what counts
             last[key] = seconds, verdict
@@ -181,6 +186,20 @@ def refuse_other_splits(path: pathlib.Path, split: str, others: Mapping[str, int
         raise UserError(f"{path}: expected verdicts on the split {split}, got {found}")
 
 
+def opinions(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Returns each reviewer's latest verdict on each pair, of whatever sample.
+
+    Args:
+      verdicts: What `read_verdicts` returned; of two of the same time the later in it counts.
+    """
+    latest: dict[tuple[str | int, ...], Verdict] = {}
+    for one in verdicts:
+        before = latest.setdefault((*one.pair, one.reviewer), one)
+        if moment(one.time) >= moment(before.time):
+            latest[*one.pair, one.reviewer] = one
+    return list(latest.values())
+
+
 def agreed(verdicts: Iterable[Verdict]) -> list[Verdict]:
     """Returns one verdict on each pair that more reviewers call a match than not, or the reverse.
 
@@ -190,22 +209,17 @@ def agreed(verdicts: Iterable[Verdict]) -> list[Verdict]:
       verdicts: What `read_verdicts` returned.
 
     Returns:
-      Of each such pair the first verdict of the majority. A pair that a random sample drew stands
-      for others whoever judged it: if any of its verdicts has a weight, this one has the first such
-      weight, and its sample.
+      Of each such pair the first verdict of the majority.
     """
     of_pair: dict[tuple[str, int, int], list[Verdict]] = {}
-    for verdict in verdicts:
-        pair = (verdict.split, verdict.image_id, verdict.caption_id)
-        of_pair.setdefault(pair, []).append(verdict)
+    for verdict in opinions(verdicts):
+        of_pair.setdefault(verdict.pair, []).append(verdict)
     found = []
     for votes in of_pair.values():
         count = Counter(vote.verdict for vote in votes)
         if count[MATCH] != count[NO_MATCH]:
             word = MATCH if count[MATCH] > count[NO_MATCH] else NO_MATCH
-            first = next(vote for vote in votes if vote.verdict == word)
-            drawn = next((vote for vote in votes if vote.weight is not None), first)
-            found.append(dataclasses.replace(first, sample=drawn.sample, weight=drawn.weight))
+            found.append(next(vote for vote in votes if vote.verdict == word))
     return found
 
 

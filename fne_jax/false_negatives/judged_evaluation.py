@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fne_jax.data.pair_columns import Pairs
-from fne_jax.data.verdicts import MATCH, NO_MATCH, UNSURE, Verdict, pairs_of
+from fne_jax.data.verdicts import MATCH, NO_MATCH, UNSURE, Verdict, opinions, pairs_of
 from fne_jax.errors import UserError
 from fne_jax.evaluation.metric_names import DIRECTIONS, JUDGED
 from fne_jax.evaluation.metrics import QueryScores
@@ -141,7 +141,7 @@ def measure_judged(
     Args:
       sample: The queries.
       split: The whole split as the system embeds it, with its dataset.
-      verdicts: Each reviewer's last verdict on each pair of the split, of whatever sample.
+      verdicts: What reviewers said of pairs of the split, in whatever sample; the last counts.
 
     Returns:
       The metrics by name, as `judged_i2t_r1`, in percent.
@@ -176,6 +176,7 @@ def measure_judged(
 
 def _worth_of(verdicts, dataset):
     """Returns [pairs] sorted keys of pairs, and [pairs] what each is worth."""
+    verdicts = opinions(verdicts)
     pairs = pairs_of(verdicts, dataset)
     keys, pair = np.unique(pairs.caption * len(dataset.image_id) + pairs.image, return_inverse=True)
     worth = np.array([_WORTH[one.verdict] for one in verdicts])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +16,7 @@ from fne_jax.false_negatives.fitted_detector import FittedDetector
 from fne_jax.false_negatives.judged_split import JudgedSplit
 from fne_jax.false_negatives.pair_features import features
 from fne_jax.false_negatives.suspects import Suspects
-from fne_jax.false_negatives.verdict_samples import density
+from fne_jax.false_negatives.verdict_samples import density, pooled
 
 # Of which the threshold is told.
 _PRECISIONS = (0.5, 0.8, 0.9)
@@ -28,21 +27,39 @@ _RANKS, _LEAST_VERDICTS = (100, 1000, 10_000), 10
 def said_of(judged: JudgedSplit, verdicts: Sequence[Verdict]) -> Pairs:
     """Returns what most reviewers say of unlabelled pairs, with `is_match`, `weight` and `sample`.
 
+    A pair that random samples drew stands for others in each of them, whoever judged it there, and
+    is there once for each. Weights are scaled so that the verdicts of each sample stand for all
+    unlabelled pairs, however many of it were given.
+
     Args:
       judged: The split.
-      verdicts: Each reviewer's last verdict on each of its pairs.
+      verdicts: Each reviewer's last verdict on each of its pairs in each sample.
 
     Raises:
       UserError: if a verdict is of another dataset.
     """
+    drawn: dict[tuple[str, int, int], dict[str, float]] = {}
+    for one in verdicts:
+        if one.weight is not None:
+            drawn.setdefault(one.pair, {}).setdefault(one.sample, one.weight)
     kept = agreed(verdicts)
     pairs = pairs_of(kept, judged.dataset)
-    other = judged.caption_image[pairs.caption] != pairs.image
-    kept = [verdict for verdict, unlabelled in zip(kept, other, strict=True) if unlabelled]
-    return pairs[other].replace(
-        is_match=np.array([verdict.verdict == MATCH for verdict in kept], bool),
-        weight=weights(kept),
-        sample=np.array([verdict.sample for verdict in kept], str),
+    rows = [
+        (row, name, weight)
+        for row, one in enumerate(kept)
+        if judged.caption_image[pairs.caption[row]] != pairs.image[row]
+        for name, weight in drawn.get(one.pair, {"": np.nan}).items()
+    ]
+    row = np.array([row for row, _, _ in rows], int)
+    weight = np.array([weight for *_, weight in rows], float)
+    name = np.array([name for _, name, _ in rows], str)
+    _, sample = np.unique(name, return_inverse=True)
+    total = np.bincount(sample, np.nan_to_num(weight))
+    weight *= judged.unlabelled / np.where(total > 0, total, 1)[sample]
+    return pairs[row].replace(
+        is_match=np.array([one.verdict == MATCH for one in kept], bool)[row],
+        weight=weight,
+        sample=name,
     )
 
 
@@ -80,6 +97,14 @@ def fit_detector(judged: JudgedSplit, said: Pairs, seed: int = 0) -> FittedDetec
     found = _density(said)
     if found is not None:
         about["density"] = dataclasses.asdict(found)
+    # Each pair once, even if several samples drew it.
+    _, first, pair = np.unique(
+        np.stack([said.caption, said.image]), axis=1, return_index=True, return_inverse=True
+    )
+    drawn = np.isfinite(said.weight)
+    weight = pooled(said.weight[drawn], said.sample[drawn])
+    weight = np.bincount(pair.ravel()[drawn], weight, minlength=len(first))
+    said = said[first].replace(weight=np.where(weight > 0, weight, np.nan))
     table = features(judged, said.caption, said.image)
     return fitted_detector.fit(table, said.is_match, said.weight, seed, about)
 
@@ -89,7 +114,8 @@ def _density(said, among=None):
     drawn = np.isfinite(said.weight)
     if among is not None:
         drawn &= among
-    return density(said.is_match[drawn], said.weight[drawn]) if drawn.any() else None
+    found = said[drawn]
+    return density(found.is_match, found.weight, found.sample) if len(found) else None
 
 
 def describe_density(said: Pairs) -> str:
@@ -138,22 +164,6 @@ def describe_precision(said: Pairs, suspects: Suspects, fitted_to_them: bool) ->
             "the detector was fitted to these verdicts, so it does a little worse on other pairs"
         )
     return "\n".join(lines)
-
-
-def weights(verdicts: Sequence[Verdict]) -> np.ndarray:
-    """Returns [n] float64, how many unlabelled pairs each verdict stands for; NaN if not known.
-
-    Each of several samples stands for all pairs by itself. Together each stands for its share.
-    """
-    drawn = [verdict.sample if verdict.weight is not None else None for verdict in verdicts]
-    number = Counter(drawn)
-    total = len(verdicts) - number[None]
-    return np.array(
-        [
-            np.nan if sample is None else verdict.weight * number[sample] / total
-            for verdict, sample in zip(verdicts, drawn, strict=True)
-        ]
-    )
 
 
 def describe(detector: FittedDetector) -> str:

@@ -11,6 +11,9 @@ shares of unlabelled pairs:
 >>> weight, is_match = np.array([9.0, 9.0, 1.0, 1.0]), np.array([False, False, False, True])
 >>> round(density(is_match, weight).value, 3)
 0.05
+
+Verdicts on the first part of a sample do as well: pairs come in an order whose every beginning is
+spread over the strata as the whole is.
 """
 
 from __future__ import annotations
@@ -48,17 +51,23 @@ class Density:
     verdicts: int
 
 
-def sample(split: JudgedSplit, count: int, seed: int) -> Pairs:
-    """Returns pairs to judge with their weights, in random order, none of them twice.
+def sample_name(split: JudgedSplit, count: int, seed: int) -> str:
+    """Returns what verdicts call a sample: the model whose embeddings it goes by, and the draw."""
+    return f"{split.model_name}, {count} pairs, seed {seed}"
 
-    The first of them are a smaller sample.
+
+def sample(split: JudgedSplit, count: int, seed: int) -> Pairs:
+    """Returns pairs to judge with their weights, none of them twice.
+
+    However many of the first of them are judged, these are a sample too, of about the same share of
+    each stratum. Samples of another count, seed or model are independent.
 
     Args:
       split: The split.
       count: How many; all unlabelled pairs where there are fewer.
       seed: The seed.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(list(sample_name(split, count, seed).encode()))
     images, hard = len(split.image_emb), split.hardest
     others = _random_others(split, rng)
     pair = np.concatenate([hard, others])
@@ -72,33 +81,52 @@ def sample(split: JudgedSplit, count: int, seed: int) -> Pairs:
     return Pairs(caption[drawn], image[drawn], weight=stands_for[drawn] / probability)
 
 
-def density(is_match: np.ndarray, weight: np.ndarray) -> Density:
-    """Returns the share of unlabelled pairs that match, by the verdicts on a random sample.
+def pooled(weight: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """Returns the [n] weights of verdicts of several samples that stand for all pairs together.
+
+    Each sample by itself tells the truth in the mean, so their mean does; here it is weighted by
+    how many verdicts each has. A pair of two samples counts in both.
+
+    Args:
+      weight: [n] how many pairs each verdict stands for in its own sample.
+      sample: [n] the sample of each.
+    """
+    _, row, number = np.unique(sample, return_inverse=True, return_counts=True)
+    return weight * number[row] / len(weight)
+
+
+def density(is_match: np.ndarray, weight: np.ndarray, sample: np.ndarray | None = None) -> Density:
+    """Returns the share of unlabelled pairs that match, by the verdicts on random samples.
 
     Args:
       is_match: [n] bool verdicts, n at least 1. Any part of a sample will do that does not depend
         on what the verdicts are, such as the first of it.
-      weight: [n] the weights of the sample.
+      weight: [n] how many pairs each stands for in its own sample.
+      sample: [n] the sample of each; None of a single one.
     """
     is_match, weight = np.asarray(is_match, float), np.asarray(weight, float)
-    value = float(np.average(is_match, weights=weight))
-    effective = weight.sum() ** 2 / (weight**2).sum()
+    sample = np.zeros(len(weight)) if sample is None else sample
+    share = pooled(weight, sample)
+    share /= share.sum()
+    value = float(share @ is_match)
     if not 0 < value < 1:
         # As far as so many verdicts that all agree could mislead one time in twenty.
-        width = 1 - 0.05 ** (1 / effective)
+        width = 1 - 0.05 ** (share**2).sum()
         return Density(value, max(0.0, value - width), min(1.0, value + width), len(weight))
-    # As if each pair were drawn by itself: that the strata are drawn evenly is left out, since a
-    # stratum of few verdicts tells little of how it varies, and a heavy one that seems not to.
-    residual = weight * (is_match - value) / weight.sum()
-    variance = (residual**2).sum() * len(weight) / (len(weight) - 1)
-    # And as if half a verdict more of each stratum were as uncertain as the mean pair: its few
-    # matches may all have been missed, which residuals cannot tell. Without that the interval held
-    # the density of configs/shapes.py 83 times in 100 with 200 verdicts, with it 95 times.
-    variance += 0.5 * ((np.unique(weight) / weight.sum()) ** 2).sum() * value * (1 - value)
+    # The strata of each sample, which are known by their weights: pairs of one weight.
+    keys = np.stack([weight, np.unique(sample, return_inverse=True)[1]])
+    (weight, _), stratum, number = np.unique(keys, axis=1, return_inverse=True, return_counts=True)
+    each = np.bincount(stratum.ravel(), share) / number
+    # The few verdicts of a stratum may all agree by chance: its rate is taken with one verdict more
+    # that is worth the mean, and half a verdict more of each is as uncertain as the mean pair.
+    rate = (np.bincount(stratum.ravel(), is_match) + value) / (number + 1)
+    spread = number * rate * (1 - rate) + 0.5 * value * (1 - value)
+    # Where a weight is near 1 nearly all such pairs are judged, and little is left to chance.
+    variance = (each**2 * (1 - np.minimum(1, 1 / weight)) * spread).sum()
     # On the scale of log odds, where an interval cannot leave (0, 1).
     odds, width = np.log(value / (1 - value)), 1.96 * np.sqrt(variance) / (value * (1 - value))
     low, high = 1 / (1 + np.exp(-(odds + np.array([-width, width]))))
-    return Density(value, float(low), float(high), len(weight))
+    return Density(value, float(low), float(high), len(is_match))
 
 
 def _random_others(split, rng):
@@ -148,7 +176,10 @@ def _shares(cell, stands_for):
 
 
 def _draw(cell, share, count, rng):
-    """Returns the rows that are drawn, in random order, and the probability of each."""
+    """Returns the rows that are drawn, and the probability of each.
+
+    They stand in an order in which each beginning has its part of every cell, give or take a row.
+    """
     number = np.bincount(cell, minlength=len(share))
     expected = _expected(number, share, min(count, len(cell)))
     # Rounded at random such that each is right in the mean, and the sum always.
@@ -157,7 +188,10 @@ def _draw(cell, share, count, rng):
     order = rng.permutation(len(cell))
     order = order[np.argsort(cell[order], kind="stable")]
     position = np.arange(len(cell)) - np.repeat(np.cumsum(number) - number, number)
-    drawn = rng.permutation(order[position < taken[cell[order]]])
+    kept = position < taken[cell[order]]
+    drawn, position = order[kept], position[kept]
+    of = cell[drawn]
+    drawn = drawn[np.argsort((position + rng.random(len(share))[of]) / taken[of])]
     return drawn, np.minimum(1.0, expected / np.maximum(number, 1))[cell[drawn]]
 
 

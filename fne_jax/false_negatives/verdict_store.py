@@ -1,7 +1,8 @@
 """The verdicts on a run's pairs as they are given, in SQLite: each is on the disk when it is told.
 
 Rows are only ever added, but for those that their reviewer takes back: of several verdicts of a
-reviewer on a pair the last counts, and taking it back lets the one before count again. Several
+reviewer on a pair the last of each sample is kept, and taking it back lets the one before count
+again. Several
 processes may read and write one store at a time. Between two of their writes a copy of the file
 holds all that was told: there is no second file that it needs, as a write-ahead log would be.
 """
@@ -52,11 +53,13 @@ CREATE TABLE IF NOT EXISTS verdicts (
   weight REAL,
   imported INTEGER NOT NULL
 );
-CREATE INDEX IF NOT EXISTS pairs ON verdicts (split, caption_id, image_id, reviewer);
+CREATE INDEX IF NOT EXISTS pairs ON verdicts (split, caption_id, image_id, reviewer, sample);
 """
 _COLUMNS = ", ".join(FIELDS)
 _INSERT = f"INSERT INTO verdicts ({_COLUMNS}, imported) VALUES ({', '.join('?' * len(FIELDS))}, ?)"
-_LAST_NUMBERS = "(SELECT max(number) FROM verdicts GROUP BY split, caption_id, image_id, reviewer)"
+_LAST_NUMBERS = (
+    "(SELECT max(number) FROM verdicts GROUP BY split, caption_id, image_id, reviewer, sample)"
+)
 _LAST = f"SELECT {_COLUMNS} FROM verdicts WHERE number IN {_LAST_NUMBERS} "
 
 
@@ -66,7 +69,7 @@ def store_path(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def read_any(path: pathlib.Path, dataset: PairDataset, split: str) -> list[Verdict]:
-    """Returns each reviewer's last verdict on each pair of a split, from a store or a file.
+    """Returns each reviewer's last verdict on each pair of a split in each sample it is of.
 
     Args:
       path: A store, `.sqlite`, or a `.csv` or `.jsonl` as `write_verdicts` writes it.
@@ -106,6 +109,7 @@ class VerdictStore:
         self._lock = threading.Lock()
         # The numbers of the rows that this object has added; none is ever given twice.
         self._added: set[int] = set()
+        self._version = 0  # of what other connections have written, as `changed` saw it last
         # What the file is by its device and number, once it is open.
         self._opened: os.stat_result | None = None
         # Of a path's ancestors that may not be read, pathlib's own tests would raise.
@@ -163,14 +167,15 @@ class VerdictStore:
         with self._told():
             # One statement, so that of two processes each takes back another.
             row = self._connection.execute(
-                "DELETE FROM verdicts WHERE number = (SELECT max(number) FROM verdicts WHERE "
-                f"reviewer = ? AND split = ? AND NOT imported) RETURNING {_COLUMNS}",
+                "DELETE FROM verdicts WHERE number = (SELECT number FROM verdicts WHERE reviewer = "
+                "? AND split = ? AND NOT imported ORDER BY number DESC LIMIT 1) "
+                f"RETURNING {_COLUMNS}",
                 (reviewer, split),
             ).fetchall()
         return Verdict(*row[0]) if row else None
 
     def last(self, split: str | None = None) -> list[Verdict]:
-        """Returns each reviewer's last verdict on each pair, the oldest first.
+        """Returns each reviewer's last verdict on each pair in each sample, the oldest first.
 
         Args:
           split: Of which split; None for all.
@@ -182,6 +187,17 @@ class VerdictStore:
         with self._told():
             rows = self._connection.execute(f"{_LAST}{where}ORDER BY number", values).fetchall()
         return [Verdict(*row) for row in rows]
+
+    def changed(self) -> bool:
+        """Returns whether another store has written to the file since this was asked last.
+
+        Raises:
+          UserError: if the file cannot be read.
+        """
+        before = self._version
+        with self._told():
+            self._version = self._connection.execute("PRAGMA data_version").fetchone()[0]
+        return self._version != before
 
     def given(self, split: str) -> int:
         """Returns how many of the `last` verdicts on a split this object was told by `add`.
@@ -199,11 +215,11 @@ class VerdictStore:
     def import_verdicts(self, verdicts: Iterable[Verdict]) -> int:
         """Adds verdicts that the store does not have, all or none; returns how many these were.
 
-        A verdict older than what its reviewer has said of the pair since is left out. Of two of the
-        same time that differ the imported one counts, for somebody has corrected it.
+        A verdict older than what its reviewer has said in that sample since is left out. Of two of
+        the same time that differ the imported one counts, for somebody has corrected it.
 
         Args:
-          verdicts: At most one of each reviewer on each pair.
+          verdicts: At most one of each reviewer on each pair in each sample.
 
         Raises:
           UserError: if they cannot be written.
@@ -303,7 +319,7 @@ def _row(verdict, imported):
 
 
 def _key(verdict):
-    return verdict.split, verdict.caption_id, verdict.image_id, verdict.reviewer
+    return *verdict.pair, verdict.reviewer, verdict.sample
 
 
 def _supersedes(verdict, there):

@@ -214,7 +214,8 @@ def of_split(
         judged = features(split, drawn.caption, drawn.image)
         is_match = is_true(drawn.caption, drawn.image)
         for budget in budgets:
-            first = judged[:budget], is_match[:budget], drawn.weight[:budget]
+            weight = drawn.weight[:budget] * len(is_match) / budget
+            first = judged[:budget], is_match[:budget], weight
             density = verdict_samples.density(*first[1:])
             told[budget].append(Calibration(density, *_fitted(*first, seed, table, truth)))
     by_similarity = _precision(split.similarity(caption, image), truth)

@@ -15,6 +15,7 @@ from fne_jax.data.verdicts import (
     FIELDS,
     Verdict,
     agreed,
+    opinions,
     pairs_of,
     read_verdicts,
     write_verdicts,
@@ -126,13 +127,18 @@ def test_the_majority_of_those_who_are_sure():
     assert agreed(votes + split_vote + unsure + refuted) == [votes[2], *refuted]
 
 
-@pytest.mark.parametrize("drawn_said", ["match", "no_match", "unsure"])
-def test_a_drawn_pair_stands_for_others_whoever_judged_it(drawn_said):
-    drawn = verdict(0, 1, drawn_said, reviewer="ann", sample="first", weight=40.0)
-    others = [verdict(0, 1, "match", reviewer=name, sample="evaluation") for name in ("bob", "cy")]
-    for votes in ([drawn, *others], [*others, drawn]):
-        (found,) = agreed(votes)
-        assert (found.verdict, found.sample, found.weight) == ("match", "first", 40.0)
+def test_a_reviewer_has_one_opinion_whatever_asked(tmp_path):
+    times = [f"2026-05-04T12:3{minute}:00+00:00" for minute in range(3)]
+    said = [
+        verdict(0, 1, "match", time=times[2], sample="first", weight=40.0),
+        verdict(0, 1, "no_match", time=times[0], sample="second", weight=9.0),
+        verdict(0, 1, "unsure", time=times[1]),
+    ]
+    path = tmp_path / "verdicts.csv"
+    write_verdicts(path, [*said, said[1]])
+    assert read_verdicts(path, DATASET) == [said[0], said[2], said[1]]
+    for order in (said, said[::-1]):
+        assert opinions(order) == agreed(order) == said[:1]
 
 
 def test_verdicts_on_other_splits_alone_are_refused(tmp_path):

@@ -10,14 +10,15 @@ import pytest
 from fne_jax import audit, configuration
 from fne_jax.data import match_files
 from fne_jax.data.pair_columns import Pairs
-from fne_jax.data.verdicts import Verdict, write_verdicts
+from fne_jax.data.verdicts import Verdict, read_verdicts, write_verdicts
 from fne_jax.errors import UserError
 from fne_jax.evaluation.embedding_files import write_embeddings
 from fne_jax.false_negatives import audit_pages, fitted_detector, verdict_fitting
-from fne_jax.false_negatives.verdict_samples import sample
+from fne_jax.false_negatives.verdict_samples import pooled, sample
+from fne_jax.false_negatives.verdict_store import VerdictStore
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import load_evaluation_split
-from tests.support.planted import is_true, judged_split, planted_split
+from tests.support.planted import is_true, judged_split, planted_split, unlabelled
 
 CONFIG = """
 from tests.support.tiny import tiny_config
@@ -156,13 +157,36 @@ def test_a_density_by_verdicts_that_all_agree_is_no_prior():
     assert "too few to tell config.fne.prior" in told
 
 
-def test_samples_together_stand_for_all_pairs_once():
-    def verdict(name, weight):
-        return Verdict("val", 1, 2, "", "x", "match", sample=name, weight=weight)
+def test_samples_stand_for_all_pairs_each_by_itself(tmp_path):
+    split, _ = planted_split(20, 2, topics=4)
+    caption, image = (rows[:4].tolist() for rows in unlabelled(split))
 
-    verdicts = [verdict("a", 30.0), verdict("b", 10.0), verdict("", None), verdict("b", 10.0)]
-    verdicts += [verdict("b", 10.0)]
-    np.testing.assert_allclose(
-        verdict_fitting.weights(verdicts), [30 / 4, 30 / 4, np.nan, 30 / 4, 30 / 4]
-    )
-    assert np.isnan(verdict_fitting.weights(verdicts[2:3])).all()
+    def verdict(pair, word, name="", weight=None, reviewer="ann", time=""):
+        return Verdict("val", image[pair], caption[pair], "", split.dataset.captions[caption[pair]],
+                       word, reviewer, time, sample=name, weight=weight)  # fmt: skip
+
+    verdicts = [
+        verdict(0, "match", "a", 30.0, time="2026-05-04T12:30:00Z"),
+        verdict(1, "no_match", "a", 10.0),
+        # Drawn by another sample as well, and judged otherwise: the later verdict counts in both.
+        verdict(0, "no_match", "b", 5.0, time="2026-05-04T12:31:00Z"),
+        verdict(2, "match", "b", 15.0),
+        # What the sample's own reviewer is outvoted in stands for others still.
+        verdict(2, "no_match", "evaluation", reviewer="bert"),
+        verdict(2, "no_match", reviewer="cy"),
+        verdict(3, "match"),
+    ]
+    # As they are, and after a store has imported them one by one, and exported them.
+    with VerdictStore(tmp_path / "v.sqlite") as store:
+        for one in verdicts:
+            assert store.import_verdicts([one]) == 1 and store.import_verdicts([one]) == 0
+        write_verdicts(tmp_path / "v.csv", store.last())
+    for given in (verdicts, read_verdicts(tmp_path / "v.csv")):
+        said = verdict_fitting.said_of(split, given)
+        assert said.sample.tolist() == ["a", "b", "a", "b", ""]
+        assert said.is_match.tolist() == [False, False, False, False, True]
+        expected = split.unlabelled * np.array([3 / 4, 1 / 4, 1 / 4, 3 / 4, np.nan])
+        np.testing.assert_allclose(said.weight, expected)
+    together = pooled(said.weight[:4], said.sample[:4])
+    np.testing.assert_allclose(together, expected[:4] / 2)
+    assert verdict_fitting.said_of(split, []).weight.size == 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fne_jax.false_negatives import judged_split, verdict_samples
-from fne_jax.false_negatives.verdict_samples import density, sample
+from fne_jax.false_negatives.verdict_samples import density, pooled, sample
 from tests.support.planted import is_true, planted_split, unlabelled
 
 
@@ -78,21 +78,64 @@ def test_the_density_is_unbiased(few_hardest, monkeypatch, pool):
     assert 0.9 < inside / len(samples) <= 1
 
 
-@pytest.mark.parametrize("verdicts", [200, 1000])
-def test_the_interval_holds_a_density_whose_matches_a_stratum_may_miss(verdicts):
-    # Strata of configs/shapes.py, from what most speaks for to what least does: the share of all
-    # pairs that each is, the share of the verdicts that it gets, and how many of it match. Most
-    # matches are where some 5 of 200 verdicts fall, of which each stands for thousands of pairs.
+def strata(pairs, each, dense):
+    """Returns the cells of as many pairs, how many each stands for, and how often they match.
+
+    As of configs/shapes.py, from what most speaks for a match to what least does. Most matches lie
+    where some 5 of 200 verdicts fall, of which each stands for thousands of pairs.
+    """
     mass = np.array([0.006, 0.004, 0.0067, 0.0112, 0.0187, 0.031, 0.052, 0.0864, 0.144, 0.24, 0.4])
-    asked = np.array([27.9, 14.3, 13.2, 10.1, 6.5, 5.1, 4.7, 4.6, 4.6, 4.5, 4.5])
-    matching = np.array([0.31, 0.2, 0.15, 0.1, 0.072, 0.067, 0.06, 0.033, 0.012, 0.002, 0.0])
-    mass, number = mass / mass.sum(), np.round(verdicts * asked / asked.sum()).astype(int)
-    true, weight = (mass * matching).sum(), np.repeat(1e6 * mass / number, number)
-    rng, inside = np.random.default_rng(0), 0
-    for _ in range(1000):
-        found = density(rng.random(number.sum()) < np.repeat(matching, number), weight)
+    rate = np.array([0.31, 0.2, 0.15, 0.1, 0.072, 0.067, 0.06, 0.033, 0.012, 0.002, 0.0])
+    number = np.round(pairs * mass / mass.sum()).astype(int)
+    hardest = np.round(number * 0.5 ** np.arange(11)).astype(int)
+    cell = np.repeat(np.arange(22), np.stack([number - hardest, hardest], axis=1).ravel())
+    return cell, np.where(cell % 2, 1.0, each), dense * rate[cell // 2]
+
+
+def simulate(strata_of, verdicts, times):
+    """Returns the density's relative bias, and how often its interval holds the truth.
+
+    Args:
+      strata_of: What `strata` returned.
+      verdicts: How many verdicts were given of each of several samples of 1,000 pairs.
+      times: How often the samples are drawn.
+    """
+    cell, stands_for, rate = strata_of
+    is_match = np.random.default_rng(0).random(len(cell)) < rate
+    true, inside, means = np.average(is_match, weights=stands_for), 0, []
+    share, total = verdict_samples._shares(cell, stands_for), stands_for.sum()
+    for time in range(times):
+        rows, weights = [], []
+        for number, first in enumerate(verdicts):
+            rng = np.random.default_rng([time, number])
+            drawn, probability = verdict_samples._draw(cell, share, 1000, rng)
+            weight = (stands_for[drawn] / probability)[:first]
+            rows.append(drawn[:first])
+            weights.append(weight * total / weight.sum())
+        sample = np.repeat(np.arange(len(verdicts)), verdicts)
+        row, weight = np.concatenate(rows), np.concatenate(weights)
+        found = density(is_match[row], weight, sample)
         inside += found.low <= true <= found.high
-    assert 0.93 < inside / 1000 < 0.98
+        # By the rates instead of the matches, so that chance hardly hides a bias.
+        means.append(np.average(rate[row], weights=pooled(weight, sample)))
+    return np.mean(means) / np.average(rate, weights=stands_for) - 1, inside / times
+
+
+@pytest.mark.parametrize("verdicts", [[100], [200], [1000], [500, 500], [800, 200]])
+@pytest.mark.parametrize(
+    ("pairs", "each", "dense", "times"),
+    [
+        (6000, 1, 1, 200),
+        *(pytest.param(*one, 1500, marks=pytest.mark.slow)
+          for one in ((6000, 1, 1), (6000, 1, 3), (30_000, 30, 1), (30_000, 30, 3))),
+    ],
+)  # fmt: skip
+def test_a_density_holds_wherever_one_stops(verdicts, pairs, each, dense, times):
+    bias, inside = simulate(strata(pairs, each, dense), verdicts, times)
+    assert abs(bias) < 0.01
+    # Of few verdicts, which may all have missed a heavy stratum's matches, it is wide.
+    chance = 3.5 * np.sqrt(0.05 * 0.95 / times)
+    assert 0.945 - chance < inside < 0.96 + chance + (0.04 if sum(verdicts) <= 200 else 0)
 
 
 def test_more_than_there_are(few_hardest):

@@ -36,7 +36,7 @@ from fne_jax.errors import UserError
 from fne_jax.evaluation.top_k import top_k
 from fne_jax.false_negatives.review_app import questions as questions_lib
 from fne_jax.false_negatives.review_app.guard import Guard
-from fne_jax.false_negatives.review_app.questions import FILTERS, GROUPINGS, Questions
+from fne_jax.false_negatives.review_app.questions import FILTERS, Answers, Questions
 from fne_jax.false_negatives.verdict_store import VerdictStore
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.report import html
@@ -115,6 +115,7 @@ class _Pages:
     def __init__(self, review: Review):
         self._review = review
         self._reading, self._embedding = threading.Lock(), threading.Lock()
+        self._answering, self._answers = threading.Lock(), self._read_answers()
         if review.embedded is not None:
             emb = review.embedded.image_emb, review.embedded.text_emb
             self._image_emb, self._text_emb = jax.device_put(emb)
@@ -139,12 +140,15 @@ class _Pages:
 
     def review(self, request: Request) -> Response:
         """The review of one group."""
-        by = _one_of(request, "by", GROUPINGS)
+        by = _one_of(request, "by", self._review.questions.groupings)
         show = _one_of(request, "show", FILTERS)
         row = _number(request, "group")
-        answered = self._answered()
-        page = self._review.questions.page(answered, by, show, row)
-        counts = questions_lib.counts(answered)
+        with self._answering:
+            if self._review.store.changed():
+                self._answers = self._read_answers()
+            page = self._review.questions.page(self._answers, by, show, row)
+            pairs = [self._pair(one, show) for one in page.answered] if page else []
+            counts = dict(self._answers.counts)
 
         def link(**changed: Any) -> str:
             return "/review?" + urlencode({"by": by, "show": show} | changed)
@@ -158,14 +162,14 @@ class _Pages:
                 # Disputes take two.
                 if name != questions_lib.DISPUTED or counts[name] or name == show
             },
-            "groupings": {name: link(by=name) for name in GROUPINGS},
-            "judged": len(answered) - counts[questions_lib.UNJUDGED],
-            "total": len(answered),
+            "groupings": {name: link(by=name) for name in self._review.questions.groupings},
+            "judged": counts[questions_lib.ALL] - counts[questions_lib.UNJUDGED],
+            "total": counts[questions_lib.ALL],
             "page": page,
             "previous": page and page.previous is not None and link(group=page.previous),
             "following": page and page.following is not None and link(group=page.following),
             "all_link": link(show=questions_lib.ALL),
-            "pairs": [self._pair(one, show) for one in page.answered] if page else [],
+            "pairs": pairs,
             "wanted": request.query_params.get("pair", ""),
         }
         return self._html("review.html", values)
@@ -232,9 +236,11 @@ class _Pages:
             raise HTTPException(404, "That pair is not among those that are reviewed.")
 
         def save() -> Mapping[str, Any]:
-            before = self._answered()[pair[0], pair[1]].own
-            self._review.store.add(self._verdict(question, word, before))
-            return self._progress()
+            with self._answering:
+                verdict = self._verdict(question, word)
+                self._review.store.add(verdict)
+                self._answers.add(verdict)
+                return self._progress()
 
         return JSONResponse({"verdict": word} | await anyio.to_thread.run_sync(save))
 
@@ -243,24 +249,28 @@ class _Pages:
         asked = await self._asked(request)
         by, show = asked.get("by"), asked.get("show")
         # A list, since what JSON holds may have no hash.
-        if by not in GROUPINGS or show not in list(FILTERS):
+        if by not in self._review.questions.groupings or show not in list(FILTERS):
             raise HTTPException(422, "Expected `by` and `show`, as in the page's address.")
         return JSONResponse(await anyio.to_thread.run_sync(functools.partial(self._undo, by, show)))
 
     def _undo(self, by, show):
         review = self._review
-        removed = review.store.take_back(review.reviewer, review.split)
-        if removed is None:
-            return {"undone": None} | self._progress()
+        with self._answering:
+            removed = review.store.take_back(review.reviewer, review.split)
+            if removed is None:
+                return {"undone": None} | self._progress()
+            # What was said before counts again.
+            self._answers = self._read_answers()
+            progress = self._progress()
         question = review.questions.of_verdict(removed)
         if question is None:  # of another list of questions
             undone = {"verdict": removed.verdict, "text": removed.caption, "link": ""}
-            return {"undone": undone} | self._progress()
+            return {"undone": undone} | progress
         pair = question.caption, question.image
-        now = self._answered()[pair]
+        now = self._answers.of[pair]
         if not now.fits(show):
             show = questions_lib.ALL
-        row = questions_lib.group_row(question, by)
+        row = review.questions.group_row(question, by)
         where = {"by": by, "show": show, "group": row, "pair": "{}-{}".format(*pair)}
         undone = {
             "verdict": removed.verdict,
@@ -270,7 +280,7 @@ class _Pages:
             "now": now.own.verdict if now.own else "",
             "link": "/review?" + urlencode(where),
         }
-        return {"undone": undone} | self._progress()
+        return {"undone": undone} | progress
 
     def image(self, request: Request) -> Response:
         """A small copy of an image of the split."""
@@ -290,24 +300,17 @@ class _Pages:
             raise HTTPException(409, "This page is of other data than the server; load it again.")
         return asked
 
-    def _answered(self):
+    def _read_answers(self):
         review = self._review
-        return review.questions.answered(review.store.last(review.split), review.reviewer)
+        return Answers(review.questions, review.store.last(review.split), review.reviewer)
 
     def _progress(self):
-        counts = questions_lib.counts(self._answered())
-        total = len(self._review.questions)
-        judged = total - counts[questions_lib.UNJUDGED]
-        return {"counts": counts, "judged": judged, "total": total}
+        counts = dict(self._answers.counts)
+        total = counts[questions_lib.ALL]
+        return {"counts": counts, "judged": total - counts[questions_lib.UNJUDGED], "total": total}
 
-    def _verdict(self, question, word, before):
+    def _verdict(self, question, word):
         dataset = self._review.dataset
-        drawn = question
-        unweighted = question.weight is None
-        if before and unweighted and (before.weight is not None or not question.sample):
-            # Who changes their mind answers still for the sample that once asked. An evaluation
-            # takes verdicts of whatever sample: its name is not worth a weight.
-            drawn = before
         now = datetime.datetime.now(datetime.UTC)
         return Verdict(
             split=self._review.split,
@@ -320,8 +323,8 @@ class _Pages:
             time=now.isoformat(timespec="milliseconds"),
             model=question.model,
             score=question.probability,
-            sample=drawn.sample,
-            weight=drawn.weight,
+            sample=question.sample,
+            weight=question.weight,
         )
 
     def _pair(self, answered, show):

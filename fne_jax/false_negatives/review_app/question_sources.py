@@ -15,7 +15,7 @@ from fne_jax.false_negatives.judged_evaluation import EvaluationSample, first_re
 from fne_jax.false_negatives.judged_split import JudgedSplit
 from fne_jax.false_negatives.review_app.questions import Question
 from fne_jax.false_negatives.suspects import Suspects
-from fne_jax.false_negatives.verdict_samples import sample
+from fne_jax.false_negatives.verdict_samples import sample, sample_name
 from fne_jax.model import checkpoints
 from fne_jax.model.model import load_workdir, stored_model
 from fne_jax.parallel.compile_cache import use_compile_cache
@@ -56,7 +56,7 @@ def questions_of_sample(split: JudgedSplit, count: int, seed: int) -> list[Quest
       seed: The seed of the sample.
     """
     drawn = sample(split, count, seed)
-    name = f"{split.model_name}, {count} pairs, seed {seed}"
+    name = sample_name(split, count, seed)
     return [
         Question(*pair, model=split.model_name, sample=name, weight=weight)
         for pair, weight in zip(drawn.rows(), drawn.weight.tolist(), strict=True)

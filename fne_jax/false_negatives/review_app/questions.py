@@ -1,19 +1,22 @@
 """What a reviewer is asked, group by group, and how far they have come.
 
-A question is whether a caption fits an image. Questions stand in two kinds of groups: a caption
-with the images that it may fit, or an image with the captions that may fit it. Groups come in the
-order of their first questions.
+A question is whether a caption fits an image. Questions stand in groups: a caption with the images
+that it may fit, or an image with the captions that may fit it. Groups come in the order of their
+first questions. Those of a random sample come in parts, in the order in which they were drawn: by
+caption, what is judged of a sample before somebody stops would be none, since captions that say
+little fit many images, and would come early.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fne_jax.data.pairs import PairDataset
-from fne_jax.data.verdicts import MATCH, NO_MATCH, UNSURE, SplitRows, Verdict
+from fne_jax.data.verdicts import MATCH, NO_MATCH, UNSURE, SplitRows, Verdict, moment
 
-CAPTION, IMAGE = GROUPINGS = ("caption", "image")
+CAPTION, IMAGE, PART = "caption", "image", "part"
+_PART_SIZE = 20
 ALL, UNJUDGED, DISPUTED = "all", "unjudged", "disputed"
 # What a list can be narrowed to, by its name in an address, and what that is called on a page.
 FILTERS: Mapping[str, str] = {
@@ -62,19 +65,37 @@ class Question:
         return self.similarity - self.own_similarity
 
 
-@dataclasses.dataclass(frozen=True)
 class Answered:
     """A question and what has been said of it.
+
+    A question of a weighted sample is answered within the sample alone: a verdict given elsewhere
+    would be missing from it. Who has answered it there may change their mind anywhere.
 
     Attributes:
       question: The question.
       own: The reviewer's own last verdict on it, or None.
-      others: Those of the other reviewers.
     """
 
-    question: Question
-    own: Verdict | None
-    others: Sequence[Verdict]
+    def __init__(self, question: Question, reviewer: str):
+        self.question, self.own = question, None
+        self._reviewer = reviewer
+        self._said: dict[str, Verdict] = {}
+        self._within: set[str] = set()
+
+    def add(self, verdict: Verdict) -> None:
+        """Takes up a verdict; of one reviewer's the latest counts."""
+        name, sample = verdict.reviewer, self.question.sample
+        if moment(verdict.time) >= moment(self._said.setdefault(name, verdict).time):
+            self._said[name] = verdict
+        if self.question.weight is None or verdict.sample == sample:
+            self._within.add(name)
+        if self._reviewer in self._within:
+            self.own = self._said[self._reviewer]
+
+    @property
+    def others(self) -> list[Verdict]:
+        """The last verdicts of the other reviewers."""
+        return [self._said[name] for name in sorted(self._within - {self._reviewer})]
 
     def fits(self, name: str) -> bool:
         """Returns whether a key of `FILTERS` lets it pass."""
@@ -83,9 +104,35 @@ class Answered:
         if name == UNJUDGED:
             return self.own is None
         if name == DISPUTED:
-            said = {one.verdict for one in (*self.others, *([self.own] if self.own else []))}
-            return {MATCH, NO_MATCH} <= said
+            return {MATCH, NO_MATCH} <= {self._said[one].verdict for one in self._within}
         return self.own is not None and self.own.verdict == name
+
+
+class Answers:
+    """What has been said of all questions; another verdict takes no longer the more there are.
+
+    Attributes:
+      of: Each question with its answers, by the rows of caption and image.
+      counts: How many questions pass each of `FILTERS`.
+    """
+
+    def __init__(self, questions: Questions, verdicts: Iterable[Verdict], reviewer: str):
+        self._questions = questions
+        self.of = {(one.caption, one.image): Answered(one, reviewer) for one in questions}
+        self.counts = dict.fromkeys(FILTERS, 0) | dict.fromkeys((ALL, UNJUDGED), len(questions))
+        for verdict in verdicts:
+            self.add(verdict)
+
+    def add(self, verdict: Verdict) -> None:
+        """Takes up a verdict, which may be of a pair that is not asked."""
+        question = self._questions.of_verdict(verdict)
+        if question is None:
+            return
+        answered = self.of[question.caption, question.image]
+        before = [answered.fits(name) for name in FILTERS]
+        answered.add(verdict)
+        for name, fitted in zip(FILTERS, before, strict=True):
+            self.counts[name] += answered.fits(name) - fitted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +140,7 @@ class GroupPage:
     """A group as it is shown.
 
     Attributes:
-      row: The row of the caption or of the image that the group is of.
+      row: The row of the caption or of the image that the group is of, or the number of the part.
       number: Its place among the groups that pass the filter, from 1.
       groups: How many groups pass.
       answered: Its questions that pass.
@@ -115,72 +162,51 @@ class Questions:
     Args:
       dataset: The split that they are of.
       questions: At most one of each pair, in the order in which they are asked.
+
+    Attributes:
+      groupings: In which groups they can be shown: by caption and by image, or those of a random
+        sample in parts.
     """
 
     def __init__(self, dataset: PairDataset, questions: Sequence[Question]):
-        self._questions = list(questions)
         self._by_pair = {(one.caption, one.image): one for one in questions}
         self._rows = SplitRows(dataset)
-        self._groups: dict[str, dict[int, list[Question]]] = {name: {} for name in GROUPINGS}
-        for one in questions:
+        drawn = any(one.weight is not None for one in questions)
+        self.groupings = (PART,) if drawn else (CAPTION, IMAGE)
+        self._groups: dict[str, dict[int, list[Question]]] = {by: {} for by in self.groupings}
+        self._group_row: dict[tuple[str, Question], int] = {}
+        for number, one in enumerate(questions):
+            rows = {CAPTION: one.caption, IMAGE: one.image, PART: number // _PART_SIZE}
             for by, groups in self._groups.items():
-                groups.setdefault(group_row(one, by), []).append(one)
+                self._group_row[by, one] = rows[by]
+                groups.setdefault(rows[by], []).append(one)
 
     def __len__(self) -> int:
-        return len(self._questions)
+        return len(self._by_pair)
+
+    def __iter__(self) -> Iterator[Question]:
+        return iter(self._by_pair.values())
 
     def find(self, caption: int, image: int) -> Question | None:
         """Returns the question of a caption's row and an image's, or None."""
         return self._by_pair.get((caption, image))
 
     def of_verdict(self, verdict: Verdict) -> Question | None:
-        """Returns the question that a verdict of the split answers, or None.
+        """Returns the question on the pair of a verdict of the split, or None."""
+        return None if self._rows.fault(verdict) else self.find(*self._rows.pair(verdict))
 
-        A question with a weight is answered within its sample alone: a verdict given elsewhere
-        would be missing from it.
-        """
-        if self._rows.fault(verdict):
-            return None
-        question = self.find(*self._rows.pair(verdict))
-        if question is None or (question.weight is not None and verdict.sample != question.sample):
-            return None
-        return question
+    def group_row(self, question: Question, by: str) -> int:
+        """Returns the `GroupPage.row` of a question's group."""
+        return self._group_row[by, question]
 
-    def answered(
-        self, verdicts: Sequence[Verdict], reviewer: str
-    ) -> dict[tuple[int, int], Answered]:
-        """Returns all questions with their answers, by the rows of caption and image.
-
-        Args:
-          verdicts: Each reviewer's last verdict on each pair of the split.
-          reviewer: Whose answers are `own`.
-        """
-        own: dict[tuple[int, int], Verdict] = {}
-        others: dict[tuple[int, int], list[Verdict]] = {}
-        for verdict in verdicts:
-            question = self.of_verdict(verdict)
-            if question is None:
-                continue
-            pair = question.caption, question.image
-            if verdict.reviewer == reviewer:
-                own[pair] = verdict
-            else:
-                others.setdefault(pair, []).append(verdict)
-        return {
-            pair: Answered(question, own.get(pair), others.get(pair, ()))
-            for pair, question in self._by_pair.items()
-        }
-
-    def page(
-        self, answered: Mapping[tuple[int, int], Answered], by: str, show: str, row: int | None
-    ) -> GroupPage | None:
+    def page(self, answers: Answers, by: str, show: str, row: int | None) -> GroupPage | None:
         """Returns a group, or where nothing of it passes the filter the next that does.
 
         Args:
-          answered: What `answered` returned.
-          by: One of `GROUPINGS`.
+          answers: What has been said of them.
+          by: One of `groupings`.
           show: A key of `FILTERS`.
-          row: The row that the group is of; None for the first that passes.
+          row: The `GroupPage.row` of the group; None for the first that passes.
 
         Returns:
           The group; the last that passes where none follows, and None where nothing passes.
@@ -190,7 +216,7 @@ class Questions:
         wanted, reached = None, row is None or row not in groups
         for of, members in groups.items():
             reached = reached or of == row
-            passed = [answered[one.caption, one.image] for one in members]
+            passed = [answers.of[one.caption, one.image] for one in members]
             passed = [one for one in passed if one.fits(show)]
             if not passed:
                 continue
@@ -202,13 +228,3 @@ class Questions:
         index = len(passing) - 1 if wanted is None else wanted
         around = [passing[i][0] if 0 <= i < len(passing) else None for i in (index - 1, index + 1)]
         return GroupPage(passing[index][0], index + 1, len(passing), passing[index][1], *around)
-
-
-def group_row(question: Question, by: str) -> int:
-    """Returns the row of the caption or of the image that a question's group is of."""
-    return question.caption if by == CAPTION else question.image
-
-
-def counts(answered: Mapping[tuple[int, int], Answered]) -> dict[str, int]:
-    """Returns how many questions pass each of `FILTERS`."""
-    return {name: sum(one.fits(name) for one in answered.values()) for name in FILTERS}

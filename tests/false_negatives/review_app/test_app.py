@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from fne_jax.data.verdicts import agreed
 from fne_jax.false_negatives.judged_evaluation import EvaluationSample, find_sample
 from fne_jax.false_negatives.review_app.app import SIZES, create_app
-from fne_jax.false_negatives.review_app.questions import Question, Questions
+from fne_jax.false_negatives.review_app.questions import Answers, Question, Questions
 from fne_jax.false_negatives.verdict_store import VerdictStore
 from tests.support.pages import HOSTILE, Page, hostile_split
 from tests.support.reviews import data_of, some_review
@@ -144,8 +145,14 @@ def test_who_changes_their_mind_answers_for_the_sample_that_asked(review, client
     ask(client, "/verdict", body)
     assert ask(client_of(asked), "/verdict", body).json()["judged"] == 1
     ask(client, "/verdict", body | {"verdict": "no_match"})
-    (last,) = review.store.last()
-    assert (last.verdict, last.sample, last.weight) == ("no_match", "strata", 7.5)
+    last = review.store.last()
+    drawn = [("match", "strata", 7.5), ("no_match", "", None)]
+    assert [(one.verdict, one.sample, one.weight) for one in last] == drawn
+    assert [one.verdict for one in agreed(last)] == ["no_match"]
+    pressed = Page(client_of(asked).get("/review?show=all").text).tags["button"]
+    assert [use["data-verdict"] for use in pressed if use.get("aria-pressed") == "true"] == [
+        "no_match"
+    ]
 
 
 def test_an_evaluation_takes_no_pair_out_of_its_weighted_sample(review):
@@ -159,10 +166,11 @@ def test_an_evaluation_takes_no_pair_out_of_its_weighted_sample(review):
             ask(client_of(asked), "/verdict", body)
     last = review.store.last("train")
     said = [(one.verdict, one.sample, one.weight) for one in last]
-    assert said == [("no_match", "strata", 7.5), ("no_match", name, None)]
-    # The evaluation has the new answer to the first pair as well.
-    answered = Questions(review.dataset, pooled).answered(last, "anna")
-    assert [one.own.verdict for one in answered.values()] == ["no_match", "no_match"]
+    evaluated = [("no_match", name, None)] * 2
+    assert said == [("match", "strata", 7.5), *evaluated]
+    # The sample has the new answer to the first pair as well.
+    (answered,) = Answers(Questions(review.dataset, drawn), last, "anna").of.values()
+    assert answered.own.verdict == "no_match"
     assert find_sample(last).name == name
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from fne_jax.data.verdicts import Verdict
 from fne_jax.false_negatives.review_app import questions as lib
-from fne_jax.false_negatives.review_app.questions import Question, Questions
+from fne_jax.false_negatives.review_app.questions import Answers, Question, Questions
 from tests.support.pages import hostile_split
 
 # Of captions 3, 0 and 5, and of images 1, 4 and 6.
@@ -38,12 +38,11 @@ VERDICTS = [
 
 
 def test_what_is_judged_is_what_the_reviewer_judged(asked):
-    answered = asked.answered(VERDICTS, "anna")
-    assert lib.counts(answered) == {
+    assert Answers(asked, VERDICTS, "anna").counts == {
         "unjudged": 3, "all": 6, "match": 2, "no_match": 1, "unsure": 0, "disputed": 1,
     }  # fmt: skip
-    assert lib.counts(asked.answered(VERDICTS, "bert"))["unjudged"] == 4
-    assert lib.counts(asked.answered(VERDICTS, "carl"))["unjudged"] == 6
+    assert Answers(asked, VERDICTS, "bert").counts["unjudged"] == 4
+    assert Answers(asked, VERDICTS, "carl").counts["unjudged"] == 6
     assert asked.find(0, 1) and asked.find(1, 0) is None
 
 
@@ -60,10 +59,10 @@ def test_what_is_judged_is_what_the_reviewer_judged(asked):
     ],
 )
 def test_groups_in_order(asked, by, show, groups):
-    answered = asked.answered(VERDICTS, "anna")
+    answers = Answers(asked, VERDICTS, "anna")
     seen, row = {}, None
     for number in itertools.count(1):
-        page = asked.page(answered, by, show, row)
+        page = asked.page(answers, by, show, row)
         if page is None:
             break
         assert (page.number, page.groups) == (number, len(groups))
@@ -77,7 +76,7 @@ def test_groups_in_order(asked, by, show, groups):
 
 def test_a_group_that_is_done_leads_to_the_next(asked):
     def page(by, show, row):
-        return asked.page(asked.answered(VERDICTS, "anna"), by, show, row).row
+        return asked.page(Answers(asked, VERDICTS, "anna"), by, show, row).row
 
     assert page("caption", "unjudged", 0) == 5  # which follows 0
     assert page("image", "unjudged", 6) == 2
@@ -87,9 +86,25 @@ def test_a_group_that_is_done_leads_to_the_next(asked):
 
 def test_a_sample_is_answered_by_what_it_asked_alone():
     drawn = [Question(3, 4, sample="strata", weight=2.5), Question(0, 1, sample="evaluation")]
-    asked = Questions(SPLIT, drawn)
-    elsewhere = [said((3, 4), "match"), said((0, 1), "match")]
-    answered = asked.answered(elsewhere, "anna")
-    assert answered[3, 4].own is None and answered[0, 1].own is not None
-    within = dataclasses.replace(elsewhere[0], sample="strata", weight=2.5)
-    assert asked.answered([within], "anna")[3, 4].own == within
+    answers = Answers(
+        Questions(SPLIT, drawn), [said((3, 4), "match"), said((0, 1), "match")], "anna"
+    )
+    assert answers.of[3, 4].own is None and answers.of[0, 1].own is not None
+    within = dataclasses.replace(said((3, 4), "unsure"), sample="strata", weight=2.5)
+    later = said((3, 4), "no_match")
+    for verdict in (within, later):  # who has answered may change their mind anywhere
+        answers.add(verdict)
+        assert answers.of[3, 4].own == verdict
+    assert [answers.counts[name] for name in ("all", "match", "no_match", "unsure")] == [2, 1, 1, 0]
+
+
+def test_a_sample_is_asked_in_the_order_of_the_draw(monkeypatch):
+    monkeypatch.setattr(lib, "_PART_SIZE", 4)
+    asked = Questions(SPLIT, [Question(*pair, sample="strata", weight=2.5) for pair in PAIRS])
+    assert asked.groupings == ("part",)
+    answers, seen = Answers(asked, [], "anna"), []
+    for row in (0, 1):
+        page = asked.page(answers, "part", "unjudged", row)
+        assert (page.row, page.groups) == (row, 2)
+        seen += [(one.question.caption, one.question.image) for one in page.answered]
+    assert seen == PAIRS and asked.group_row(asked.find(*PAIRS[5]), "part") == 1
