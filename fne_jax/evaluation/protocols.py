@@ -23,7 +23,7 @@ class Measurement:
 
     Attributes:
       value: The metric: recalls and precisions in percent, ranks from 1.
-      low: The lower end of the 95 % bootstrap interval.
+      low: The lower end of the 95 % interval.
       high: The upper end of the interval.
       definition: What the metric is, in words.
       queries: The number of queries; both directions' for rSum.
@@ -169,11 +169,12 @@ def measurements(
       within: What the items that are ranked are all of, in words.
       match: What counts as a match, in words, `{}` standing for the item.
     """
-    measured, samples = {}, {}
+    measured, samples, images = {}, {}, 0
     for direction, words in DIRECTIONS.items():
         scores = [fold[direction] for fold in folds]
         values = [one.metrics() for one in scores]
         resamples = [intervals.resampled(one, stream) for stream, one in enumerate(scores)]
+        images = sum(len(np.unique(one.image)) for one in scores)
         subject = (
             f"{words.query} queries, the {words.item}s of {within} ranked by cosine similarity, "
             "ties last: "
@@ -182,9 +183,14 @@ def measurements(
             name = f"{direction}_{key}"
             samples[name] = np.mean([of_fold[key] for of_fold in resamples], axis=0)
             definition = RETRIEVAL[key].definition.format(match=match.format(words.item))
+            value = float(np.mean([of_fold[key] for of_fold in values]))
             measured[prefix + name] = Measurement(
-                float(np.mean([of_fold[key] for of_fold in values])),
-                *intervals.interval(samples[name]),
+                value,
+                *(
+                    intervals.percentiles(samples[name])
+                    if key in ("medr", "meanr")
+                    else intervals.interval(value, samples[name], 100.0, images)
+                ),
                 subject + definition,
                 sum(len(one.image) for one in scores),
                 scores[0].candidates,
@@ -192,9 +198,11 @@ def measurements(
     # Against several true matches a sum of recalls is not customary.
     if "i2t_medr" in samples:
         parts = [measured[prefix + name] for name in metrics.RSUM_OF]
+        value = sum(part.value for part in parts)
+        sums = np.sum([samples[name] for name in metrics.RSUM_OF], axis=0)
         measured[f"{prefix}rsum"] = Measurement(
-            sum(part.value for part in parts),
-            *intervals.interval(np.sum([samples[name] for name in metrics.RSUM_OF], axis=0)),
+            value,
+            *intervals.interval(value, sums, 100.0 * len(parts), images),
             f"sum of {', '.join(prefix + name for name in metrics.RSUM_OF)}; queries and "
             "candidates: of images, then of captions",
             [parts[0].queries, parts[-1].queries],

@@ -49,7 +49,8 @@ def write_report(
         **about,
         "intervals": {
             "percent": intervals.LEVEL,
-            "method": "bootstrap percentiles; images are drawn, with their captions",
+            "method": "Wilson's, with the variance of a bootstrap in which images are drawn with "
+            "their captions; of ranks its percentiles",
             "resamples": intervals.RESAMPLES,
         },
     }

@@ -1,5 +1,7 @@
 """Intervals against a plain bootstrap, and against what is known of a proportion."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -30,9 +32,23 @@ def test_each_resample_is_the_metrics_of_the_drawn_images(monkeypatch):
 def test_an_interval_holds_the_middle_of_a_proportion():
     hits = np.arange(400) < 100
     scores = QueryScores({"r1": 100.0 * hits}, None, np.arange(400), 400)
-    low, high = intervals.interval(intervals.resampled(scores)["r1"])
+    low, high = intervals.interval(25.0, intervals.resampled(scores)["r1"], 100.0, 400)
     width = 1.96 * 100 * np.sqrt(0.25 * 0.75 / 400)
     assert low == pytest.approx(25 - width, abs=0.7) and high == pytest.approx(25 + width, abs=0.7)
+
+
+@pytest.mark.parametrize("true", [0.5, 0.9, 0.97])
+@pytest.mark.parametrize("queries", [20, 60])
+def test_an_interval_of_few_queries_holds_the_truth(queries, true):
+    inside = 0.0
+    for right in range(queries + 1):
+        value = 100 * right / queries
+        samples = value + np.sqrt(value * (100 - value) / queries) * np.array([-1, 1])
+        low, high = intervals.interval(value, samples, 100.0, queries)
+        assert 0 <= low <= value <= high <= 100 and high - low > 1
+        chance = math.comb(queries, right) * true**right * (1 - true) ** (queries - right)
+        inside += chance * (low <= 100 * true <= high)
+    assert 0.92 < inside < 0.985
 
 
 def test_captions_of_an_image_are_drawn_together():
