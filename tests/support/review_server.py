@@ -1,4 +1,4 @@
-"""`python -m tests.support.review_server STORE REVIEWER [PORT]` serves a made-up review.
+"""`python -m tests.support.review_server STORE REVIEWER [PORT [QUESTIONS]]` serves a review.
 
 It ends as the command does, and tells the address in the first line of its output.
 """
@@ -15,9 +15,11 @@ from tests.support.reviews import some_review
 
 
 def main(arguments):
-    store, reviewer, *port = arguments
-    review = some_review(pathlib.Path(store), hostile_split(images=12), reviewer, count=24)
-    bound = serving.bind("127.0.0.1", int(port[0]) if port else 0)
+    store, reviewer, *more = arguments
+    port, count = int(more[0]) if more else 0, int(more[1]) if more[1:] else 24
+    split = hostile_split(images=count // 2)
+    review = some_review(pathlib.Path(store), split, reviewer, count=count)
+    bound = serving.bind("127.0.0.1", port)
     url = serving.address("127.0.0.1", bound)
     number = serving.serve(
         create_app(review), bound, stop_signals(), lambda: print(url, flush=True)

@@ -8,16 +8,28 @@ const MARKS = { match: "✓", no_match: "✗", unsure: "?" };
 const WORDS = { y: "match", n: "no_match", u: "unsure" };
 const KEYS_OFF = "keys-off";
 
-// Verdicts and moves happen one after the other, in the order in which they were asked for.
+// What is asked of the server goes one after the other, in the order in which it was asked for.
 let line = Promise.resolve();
+// Verdicts that are shown and on their way, in that order: the next pair is there at once, so that a
+// quick key is for what it shows.
+let unsaved = [];
 let loading = false;
+// How often saving has failed; what was asked for before that is not done any more.
+let failures = 0;
+// The next group's page, if it is there already; and how far the server says that one has come.
+let ahead;
+let latest;
 let fading;
 
 const main = () => document.getElementById("main");
 const pairs = () => [...document.querySelectorAll("article.pair")];
 const current = () => document.querySelector("article.pair.current");
 const keyOf = (pair) => `${pair.dataset.caption}-${pair.dataset.image}`;
-const inLine = (task) => (line = line.then(task).catch((error) => tell(String(error), true)));
+
+function inLine(task) {
+  const before = failures;
+  line = line.then(() => before === failures && task()).catch((error) => tell(String(error), true));
+}
 
 function tell(text, failed = false) {
   status.textContent = text;
@@ -53,35 +65,67 @@ function start(last = false, focus = false) {
   prefetch();
 }
 
-// The next group's images are in the browser's store before they are asked for.
+// The next group's page and images are in the browser before they are asked for.
 async function prefetch() {
-  const next = document.getElementById("following");
-  if (!next) return;
+  const url = document.getElementById("following")?.href;
+  ahead = undefined;
+  if (!url) return;
   try {
-    const answer = await fetch(next.href);
-    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const page = await read(url);
     for (const image of page.querySelectorAll("article img")) new Image().src = image.getAttribute("src");
+    if (url === document.getElementById("following")?.href) ahead = { url, page };
   } catch {
     // Nothing is lost: what is asked for next tells that the server is gone.
   }
 }
 
-async function visit(url, { push = true, last = false } = {}) {
+async function read(url) {
+  const answer = await fetch(url);
+  if (!answer.ok) throw new Error(await answer.text());
+  return new DOMParser().parseFromString(await answer.text(), "text/html");
+}
+
+function put(next, title, url, { push = true, last = false } = {}) {
+  main().replaceWith(next);
+  document.title = title;
+  if (push) history.pushState(null, "", url);
+  window.scrollTo(0, 0);
+  start(last, true);
+}
+
+async function visit(url, options) {
   loading = true;
   try {
-    const answer = await fetch(url);
-    if (!answer.ok) throw new Error(await answer.text());
-    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    document.getElementById("main").replaceWith(document.adoptNode(page.getElementById("main")));
-    document.title = page.title;
-    if (push) history.pushState(null, "", url);
-    window.scrollTo(0, 0);
-    start(last, true);
+    const page = await read(url);
+    latest = undefined;
+    put(document.adoptNode(page.getElementById("main")), page.title, url, options);
   } catch (error) {
     throw new Error(gone(error));
   } finally {
     loading = false;
   }
+}
+
+// After what is on its way: the page tells of it.
+function reload(url, options) {
+  loading = true;
+  inLine(() => visit(url, options));
+}
+
+function follow(link) {
+  if (ahead?.url !== link.href) {
+    reload(link.href);
+    return;
+  }
+  const { page } = ahead;
+  const next = document.adoptNode(page.getElementById("main"));
+  if (main().dataset.show === "unjudged" && pairs().every((pair) => pair.dataset.verdict)) {
+    // What has just been judged is not among these any more: before them is what was before it.
+    const before = main().querySelector(".groups").firstElementChild.cloneNode(true);
+    next.querySelector("#previous")?.replaceWith(before);
+  }
+  put(next, page.title, link.href);
+  if (latest) progress(latest);
 }
 
 const gone = (error) =>
@@ -107,7 +151,7 @@ function show(pair, verdict) {
   for (const button of pair.querySelectorAll(".verdicts button")) {
     button.setAttribute("aria-pressed", String(button.dataset.verdict === verdict));
   }
-  const mark = document.querySelector(`[data-goto="${keyOf(pair)}"] .mark`);
+  const mark = pair.closest("main").querySelector(`[data-goto="${keyOf(pair)}"] .mark`);
   if (!mark) return;
   mark.dataset.verdict = verdict;
   mark.replaceChildren();
@@ -121,7 +165,9 @@ function show(pair, verdict) {
   mark.append(seen, said);
 }
 
-function progress({ counts, judged, total }) {
+function progress(answer) {
+  const { counts, judged, total } = answer;
+  latest = answer;
   document.getElementById("progress").value = judged;
   document.getElementById("judged").textContent = judged.toLocaleString("en");
   for (const [name, count] of Object.entries(counts)) {
@@ -131,12 +177,31 @@ function progress({ counts, judged, total }) {
   return `${judged} of ${total} judged`;
 }
 
-async function judge(pair, verdict) {
-  const body = { caption: Number(pair.dataset.caption), image: Number(pair.dataset.image), verdict };
-  const answer = await send("/verdict", body);
+function judge(pair, verdict) {
+  const one = { pair, before: pair.dataset.verdict, page: main(), title: document.title, url: location.href };
+  unsaved.push(one);
   show(pair, verdict);
-  tell(`Saved: ${NAMES[verdict]}. ${progress(answer)}.`);
-  if (pair === current()) await move(1);
+  const body = { caption: Number(pair.dataset.caption), image: Number(pair.dataset.image), verdict };
+  inLine(async () => {
+    const answer = await send("/verdict", body).catch((error) => {
+      giveUp();
+      throw error;
+    });
+    unsaved.shift();
+    tell(`Saved: ${NAMES[verdict]}. ${progress(answer)}.`);
+  });
+  if (pair === current()) move(1);
+}
+
+// Shows again what the server has, and the first pair whose verdict it has not.
+function giveUp() {
+  const [first] = unsaved;
+  for (const { pair, before } of unsaved.reverse()) show(pair, before);
+  unsaved = [];
+  failures += 1;
+  loading = false;
+  if (main() !== first.page) put(first.page, first.title, first.url);
+  select(first.pair, true);
 }
 
 async function undo() {
@@ -158,7 +223,7 @@ async function undo() {
   tell(`Taken back: ${NAMES[undone.verdict]}, “${undone.text}”. ${said}.`);
 }
 
-async function move(step, groups = false) {
+function move(step, groups = false) {
   const all = pairs();
   const next = groups ? undefined : all[all.indexOf(current()) + step];
   if (next) {
@@ -166,9 +231,10 @@ async function move(step, groups = false) {
     return;
   }
   const link = document.getElementById(step > 0 ? "following" : "previous");
-  if (link) await visit(link.href, { last: step < 0 && !groups });
+  if (link && step > 0) follow(link);
+  else if (link) reload(link.href, { last: !groups });
   else if (step > 0 && main().dataset.show === "unjudged" && all.every((pair) => pair.dataset.verdict)) {
-    await visit(location.pathname + location.search);
+    reload(location.pathname + location.search);
   } else tell(step > 0 ? "This is the last one." : "This is the first one.");
 }
 
@@ -185,13 +251,13 @@ document.addEventListener("click", (event) => {
   const link = event.target.closest("#main .tools a, #main .groups a, #main .nothing a");
   if (link && !event.ctrlKey && !event.metaKey && !event.shiftKey) {
     event.preventDefault();
-    inLine(() => visit(link.href));
+    reload(link.href);
   } else if (button?.classList.contains("zoom")) {
     enlarge(button);
   } else if (button?.dataset.goto) {
     select(document.getElementById(`pair-${button.dataset.goto}`));
   } else if (button?.closest(".verdicts")) {
-    inLine(() => judge(button.closest("article"), button.dataset.verdict));
+    judge(button.closest("article"), button.dataset.verdict);
   } else if (button?.id === "undo") {
     inLine(undo);
   }
@@ -212,20 +278,26 @@ document.addEventListener("keydown", (event) => {
   const pair = current();
   if (WORDS[key] && pair && !event.shiftKey) {
     // A key that is held down, or that comes while the next group is on its way, judges nothing.
-    if (!event.repeat && !loading) inLine(() => judge(pair, WORDS[key]));
+    if (loading) tell("Nothing judged: the next pair is on its way.");
+    else if (!event.repeat) judge(pair, WORDS[key]);
   } else if (key === "z" && !event.shiftKey) {
     if (!event.repeat) inLine(undo);
   } else if ((key === "ArrowRight" || key === "ArrowLeft") && pair) {
     event.preventDefault();
     const step = key === "ArrowRight" ? 1 : -1;
-    if (!loading) inLine(() => move(step, event.shiftKey));
+    if (!loading) move(step, event.shiftKey);
   }
 });
 
 window.addEventListener("popstate", () => {
   if (location.pathname === "/review" && document.getElementById("progress")) {
-    inLine(() => visit(location.href, { push: false }));
+    reload(location.href, { push: false });
   }
+});
+
+// Nobody leaves before what they see is saved.
+window.addEventListener("beforeunload", (event) => {
+  if (unsaved.length) event.preventDefault();
 });
 
 start();
