@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-<<<<<<< HEAD
 import functools
-=======
 import json
->>>>>>> c0996f0 (Tell how many images are copies, and refuse to load a split that a table lacks)
 import os
 import signal
 
@@ -84,15 +81,12 @@ def _prepare(config: ml_collections.ConfigDict, options: argparse.Namespace) -> 
         if split != "train" and (few := few_images(split, summary.images)):
             print(few)
     print(f"skipped: {len(prepared.skipped())}, listed in {prepared.folder / storage.SKIPPED_FILE}")
-<<<<<<< HEAD
     # A pretrained encoder's limit is its own, in tokens, and its tokenizer may not be here.
     if not config.encoder.text.pretrained:
-        captions = [
-            one for split in prepared.summaries for one in prepared.load_split(split).captions
-        ]
+        splits = [name for name, summary in prepared.summaries.items() if summary.images]
+        captions = [one for name in splits for one in prepared.load_split(name).captions]
         if line := tokenizers.unread(configuration.with_model_defaults(config, {}), captions):
             print(line)
-=======
     if copies := prepared.copies():
         path = prepared.folder / "copies.json"
         write_atomically(path, json.dumps(copies, indent=2) + "\n")
@@ -101,11 +95,11 @@ def _prepare(config: ml_collections.ConfigDict, options: argparse.Namespace) -> 
             f"copies: {sum(map(len, copies))} images are byte-for-byte copies of {len(copies)}, "
             f"{across} of which occur in several splits; listed in {path}"
         )
->>>>>>> c0996f0 (Tell how many images are copies, and refuse to load a split that a table lacks)
     print(f"prepared in {prepared.folder}")
-    test = prepared.load_split("test")
-    if test.truth is not None:
-        print(_density(test))
+    if prepared.summaries["test"].images:
+        test = prepared.load_split("test")
+        if test.truth is not None:
+            print(_density(test))
 
 
 def _density(test: PairDataset) -> str:
