@@ -480,7 +480,7 @@ def test_damaged_karpathy_files(tmp_path, break_it, parts):
         f"--config.data.cache_dir={tmp_path / 'cache'}",
     )
     assert_all_in(error, "dataset_made-up.json", *parts)
-    assert not list((tmp_path / "cache").rglob("*.array_record*"))
+    assert not list((tmp_path / "cache").rglob("prepared.json"))
 
 
 def test_files_that_are_no_json(tmp_path):
@@ -524,5 +524,5 @@ def test_the_home_of_nobody_is_refused_wherever_a_path_is_given(field, tmp_path)
         "train", "--config=configs/shapes.py", f"--workdir={tmp_path / 'run'}", *of_nobody,
         "--config.data.source=synthetic",
     )  # fmt: skip
-    assert_all_in(told, "'~nobodyx/there'", "the home folder of a user that does not exist")
+    assert_all_in(told, "'~nobodyx/there'", "there is no user of that name")
     assert not (tmp_path / "run" / "config.json").exists()

@@ -199,7 +199,7 @@ def test_wrong_arguments_are_told_before_anything_is_loaded(photos, tmp_path):
         ),
         (
             ["--images=val", "--image=~no-such-user/a.jpg"],
-            "a file or folder of that name is ./~no-such-user",
+            "for a file or folder of that name write ./~no-such-user",
         ),
         (["--images=", "a dog"], "--images= is empty"),
         (["--texts=", "a dog"], "--texts= is empty"),

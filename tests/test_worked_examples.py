@@ -54,7 +54,7 @@ def test_every_example_is_followed():
     headings = re.findall(r"^### (An? .*)$", (TOP / "docs" / PAGE).read_text("utf-8"), re.MULTILINE)
     assert headings == [
         "An objective: soft-margin triplets",
-        "A source: captions in text files",
+        "A source: captions in file names",
         "An encoder: ELECTRA",
     ]
 
@@ -91,23 +91,20 @@ def test_the_objective(follow):
 
 
 def test_the_source(follow, tmp_path):
-    source = follow("### A source: captions in text files")["registry.py"].find_source("text_files")
+    source = follow("### A source: captions in file names")["registry.py"].find_source("file_names")
     for split, names in (("train", "ba"), ("val", "c"), ("test", "d")):
         (tmp_path / split).mkdir()
         for name in names:
-            (tmp_path / split / f"{name}.jpg").write_bytes(jpeg())
-            (tmp_path / split / f"{name}.txt").write_text(f"a {name}\n\nanother {name}\n")
-    listing = source.read(str(tmp_path))
-    assert [image.path.name for image in listing.images] == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
-    assert [image.image_id for image in listing.images] == [0, 1, 2, 3]
-    assert listing.split("train")[1].captions == ["a b", "another b"]
-    assert listing.split("val")[0].caption_ids == [4, 5]
-    (tmp_path / "val" / "c.jpg").unlink()
-    with pytest.raises(UserError, match=r"expected the image c\.jpg beside it"):
-        source.read(str(tmp_path))
-    (tmp_path / "val" / "c.txt").unlink()
-    with pytest.raises(UserError, match="no image of the split 'val'"):
-        source.read(str(tmp_path))
+            (tmp_path / split / f"a {name}.jpg").write_bytes(jpeg())
+    data = ml_collections.ConfigDict({"dir": str(tmp_path)})
+    images = source.read(data).images
+    assert [image.split for image in images] == ["train", "train", "val", "test"]
+    assert [image.captions for image in images] == [["a a"], ["a b"], ["a c"], ["a d"]]
+    assert [image.image_id for image in images] == [0, 1, 2, 3]
+    (tmp_path / "train" / "a a.jpg").unlink()
+    (tmp_path / "train" / "a b.jpg").unlink()
+    with pytest.raises(UserError, match="no image of the split 'train'"):
+        source.read(data)
 
 
 @pytest.fixture

@@ -158,7 +158,7 @@ def test_names_of_samples():
     assert find_sample(verdicts, other.name) == other
     with pytest.raises(UserError, match="of several samples; name one by --sample"):
         find_sample(verdicts)
-    with pytest.raises(UserError, match="none of those that were judged"):
+    with pytest.raises(UserError, match="not among those that were judged"):
         find_sample(verdicts, "evaluation first=1 queries=2 seed=3")
     with pytest.raises(UserError, match="no verdict is of a sample for evaluation"):
         find_sample([dataclasses.replace(verdicts[0], sample="even")])

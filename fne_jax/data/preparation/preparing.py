@@ -200,7 +200,7 @@ def _finish(
                 "record": record,
                 "image_id": image.image_id,
                 "source_id": image.source_id,
-                "file": os.fspath(image.path),
+                "file": container(image.path) and os.fspath(image.path),
                 "digest": bytes.fromhex(outcome.digest),
                 "captions": captions,
                 "caption_ids": ids,
