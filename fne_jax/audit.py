@@ -52,11 +52,17 @@ def main(arguments: list[str]) -> None:
         judged = judged_split.judged_by_embeddings(
             folder, config, options.split, options.caption_embeddings
         )
-    said = None
+    said, verdicts = None, []
+    if options.workdir is not None and store_path(workdir).exists():
+        with VerdictStore(store_path(workdir), read_only=True) as store:
+            verdicts = on_pairs_of(judged.dataset, store.last(options.split), store.path)
     if options.verdicts is not None:
-        verdicts = read_any(pathlib.Path(options.verdicts), judged.dataset, options.split)
-        said = verdict_fitting.said_of(judged, verdicts)
+        given = read_any(pathlib.Path(options.verdicts), judged.dataset, options.split)
+        said = verdict_fitting.said_of(judged, given)
         print(verdict_fitting.describe_density(said))
+        verdicts += given
+    # What is in both the run's own store and the file counts once.
+    heeded = verdict_fitting.said_of(judged, verdicts) if verdicts else None
     if fitting:
         judged = verdict_fitting.fit_and_write(judged, said, pathlib.Path(options.fitted))
     else:
@@ -69,16 +75,15 @@ def main(arguments: list[str]) -> None:
                 pathlib.Path(options.matches),
                 options.per_query or _MATCHES_PER_QUERY,
                 options.min_probability,
+                heeded,
             )
         )
         return
     found = suspect_options.find(options, judged)
     by_fitted = fitting and found.detector == "fitted"
     measured = "" if said is None else verdict_fitting.describe_precision(said, found, by_fitted)
-    if options.workdir is not None and store_path(workdir).exists():
-        with VerdictStore(store_path(workdir), read_only=True) as store:
-            verdicts = on_pairs_of(judged.dataset, store.last(options.split), store.path)
-        found = suspects.heed_verdicts(found, verdicts, judged.dataset)
+    if heeded is not None:
+        found = suspects.heed_verdicts(found, judged, heeded)
     quality = suspects.detector_quality(judged)
     print(suspects.describe(judged, found, quality))
     if measured:

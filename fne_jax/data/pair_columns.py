@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -47,6 +48,31 @@ class Pairs:
     def replace(self, **columns: np.ndarray | None) -> Pairs:
         """Returns the pairs with other columns."""
         return dataclasses.replace(self, **columns)
+
+    def heeding(self, said: Pairs, judge: Callable[[Pairs], Pairs]) -> tuple[Pairs, int]:
+        """Returns the pairs as people's verdicts have them, and how many were left out for these.
+
+        Args:
+          said: Pairs with `is_match`: those that are refuted leave, those that are confirmed and
+            are missing here come last.
+          judge: Fills the other columns of such missing pairs.
+
+        Returns:
+          The pairs, with `is_match` where they are confirmed; and how many of them were refuted.
+        """
+        width = 1 + max(one.image.max(initial=0) for one in (self, said))
+        here, asked = (one.caption.astype(np.int64) * width + one.image for one in (self, said))
+        kept = self[~np.isin(here, asked[~said.is_match])]
+        _, first = np.unique(asked, return_index=True)
+        more = said[first[said.is_match[first] & ~np.isin(asked[first], here)]]
+        more = judge(Pairs(more.caption, more.image))
+        joined = {
+            name: np.concatenate([column, getattr(more, name)])
+            for name, column in vars(kept).items()
+            if column is not None
+        }
+        here = joined["caption"].astype(np.int64) * width + joined["image"]
+        return Pairs(**joined, is_match=np.isin(here, asked[said.is_match])), len(self) - len(kept)
 
     def rows(self) -> list[tuple[int, int]]:
         """Returns the rows of caption and image of each pair."""

@@ -15,7 +15,7 @@ from fne_jax.data.spreadsheet import safe_cell
 from fne_jax.errors import UserError
 from fne_jax.false_negatives.detectors import DETECTORS
 from fne_jax.false_negatives.judged_split import JudgedSplit
-from fne_jax.false_negatives.suspects import RANKINGS, Suspects, precision_text
+from fne_jax.false_negatives.suspects import RANKINGS, Suspects, heeded, precision_text
 from fne_jax.report import example_cards, html
 
 CSV_NAME, JSONL_NAME = "likely_false_negatives.csv", "likely_false_negatives.jsonl"
@@ -61,7 +61,7 @@ def write_audit(
         "score": DETECTORS[suspects.detector].score,
         "prior": judged.config.fne.prior,
         "precision": precision_text(judged.dataset, suspects.pairs),
-        "refuted": suspects.refuted,
+        "heeded": heeded(suspects),
         "of_run": judged.step is not None,
     }
     pairs = suspects.pairs[:limit]

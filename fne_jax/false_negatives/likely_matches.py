@@ -74,8 +74,11 @@ def write_likely_matches(
     per_caption: int,
     least: float,
     about: Mapping[str, Any],
+    said: Pairs | None = None,
 ) -> dict[str, Any]:
     """Writes `likely_matches` as a file for `config.data.matches`, and returns what describes it.
+
+    Pairs that people refuted are left out, and all that they confirmed are in, of probability 1.
 
     Args:
       path: The file, which ends in `.npz`.
@@ -84,16 +87,24 @@ def write_likely_matches(
       per_caption: How many images of either kind are judged of each caption.
       least: The least probability.
       about: What else is to describe the file, such as the detector.
+      said: What people say of unlabelled pairs, with `is_match`; None where nobody was asked.
 
     Returns:
-      `about` with the least probability, the number of `matches`, and, where the truth is known,
-      their `precision` (None of no matches).
+      `about` with the least probability, the number of `matches`, with `said` how many were
+      `refuted` and are `confirmed`, and, where the truth is known, their `precision` (None of no
+      matches).
 
     Raises:
       UserError: if the file cannot be written.
     """
     found = likely_matches(split, judge, per_caption=per_caption, least=least)
-    about = {**about, "least_probability": least, "matches": len(found)}
+    about = {**about, "least_probability": least}
+    if said is not None:
+        found, about["refuted"] = found.heeding(
+            said, lambda pairs: pairs.replace(probability=np.ones(len(pairs), np.float32))
+        )
+        about["confirmed"] = int(found.is_match.sum())
+    about["matches"] = len(found)
     if split.dataset.truth is not None:
         right = split.dataset.truth.is_true(found.caption, found.image)
         about["precision"] = float(right.mean()) if len(found) else None

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.pairs import PairDataset
-from fne_jax.data.verdicts import MATCH, NO_MATCH, Verdict, agreed, pairs_of
 from fne_jax.false_negatives import detection_quality, detectors
 from fne_jax.false_negatives.judged_split import JudgedSplit
 from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY, write_likely_matches
@@ -74,10 +72,8 @@ def find_suspects(
     judge = detectors.judge_by(detector, judged)
     pairs = judge(unlabelled_pairs(judged, per_query=per_query, relative=rank_by == "lead"))
     least = judged.config.fne.posterior_threshold if least is None else least
-    order = np.arange(len(pairs))
-    if rank_by == "probability":
-        # What the detector does not tell apart stays in the order of similarity.
-        order = np.lexsort((order, -pairs.score, -pairs.probability))
+    # What the detector does not tell apart stays in the order of similarity.
+    order = _order(pairs, judged, rank_by)
     order = order[pairs.probability[order] >= least]
     return Suspects(pairs[order], detector, least, per_query, rank_by)
 
@@ -88,6 +84,7 @@ def write_matches(
     path: pathlib.Path,
     per_query: int,
     least: float | None = None,
+    said: Pairs | None = None,
 ) -> str:
     """Writes the likely matches of a split for `config.data.matches`, and returns what they are.
 
@@ -98,6 +95,7 @@ def write_matches(
       per_query: How many images of each caption to look at, by similarity and by captions each.
       least: The least probability; None for `LEAST_PROBABILITY` or, of the detector `fitted`, for
         the one from which on that share of the verdicts that it was not fitted to are matches.
+      said: What people say of unlabelled pairs: refuted ones are left out, confirmed ones are in.
 
     Raises:
       UserError: if the detector needs what is missing, or the file cannot be written.
@@ -117,35 +115,57 @@ def write_matches(
             "step": judged.step,
             "split": judged.split_name,
         },
+        said=said,
     )
     precision = about.get("precision")
     shown = "" if precision is None else f", of which {precision:.1%} are in truth matches"
     return (
         f"detector {detector}: {about['matches']:,} pairs of probability "
-        f"{about['least_probability']:g} or more{shown}; written to {path}, for config.data.matches"
+        f"{about['least_probability']:g} or more{shown}; "
+        + ("" if said is None else _heeded(about["refuted"], about["confirmed"]) + "; ")
+        + f"written to {path}, for config.data.matches"
     )
 
 
-def heed_verdicts(
-    suspects: Suspects, verdicts: Sequence[Verdict], dataset: PairDataset
-) -> Suspects:
-    """Returns the suspects without those that people refuted, and tells which they confirmed.
+def heed_verdicts(suspects: Suspects, judged: JudgedSplit, said: Pairs) -> Suspects:
+    """Returns the suspects without those that people refuted, and with all that they confirmed.
 
     Args:
       suspects: Suspects of a split.
-      verdicts: Each reviewer's last verdict on each pair of the split; the majority's counts.
-      dataset: The split.
-
-    Raises:
-      UserError: if a verdict is of another dataset.
+      judged: The split.
+      said: What most reviewers say of its unlabelled pairs, with `is_match`.
     """
-    votes = agreed(verdicts)
-    judged = pairs_of(votes, dataset).rows()
-    said = {pair: vote.verdict for vote, pair in zip(votes, judged, strict=True)}
-    of_pairs = np.array([said.get(pair, "") for pair in suspects.pairs.rows()], str)
-    pairs = suspects.pairs.replace(is_match=of_pairs == MATCH)
-    kept = of_pairs != NO_MATCH
-    return dataclasses.replace(suspects, pairs=pairs[kept], refuted=int((~kept).sum()))
+    judge = detectors.judge_by(suspects.detector, judged)
+
+    def judge_confirmed(pairs: Pairs) -> Pairs:
+        return judge(pairs.replace(similarity=judged.similarity(pairs.caption, pairs.image)))
+
+    pairs, refuted = suspects.pairs.heeding(said, judge_confirmed)
+    return dataclasses.replace(
+        suspects, pairs=pairs[_order(pairs, judged, suspects.rank_by)], refuted=refuted
+    )
+
+
+def _order(pairs, judged, rank_by):
+    """Returns the rows of pairs, the most suspect first, those that are equal as they stand."""
+    if rank_by == "lead":
+        lead = pairs.similarity - judged.own_similarity[pairs.caption]
+        return np.argsort(-lead, kind="stable")
+    return np.lexsort((-pairs.score, -pairs.probability))
+
+
+def heeded(suspects: Suspects) -> str:
+    """Returns how many pairs people's verdicts have moved; "" where nobody was asked."""
+    if suspects.pairs.is_match is None:
+        return ""
+    return _heeded(suspects.refuted, suspects.pairs.is_match.sum())
+
+
+def _heeded(refuted, confirmed):
+    return (
+        f"{refuted:,} pairs that reviewers refuted are left out, {confirmed:,} that they confirmed "
+        "are in"
+    )
 
 
 def detector_quality(judged: JudgedSplit) -> dict[str, Any]:
@@ -177,10 +197,8 @@ def describe(judged: JudgedSplit, suspects: Suspects, quality: dict[str, Any]) -
         f"{count:,} unlabelled pairs of probability {suspects.least:g} or more among the "
         f"{suspects.per_query} best of each caption and image",
     ]
-    if suspects.refuted:
-        lines.append(f"{suspects.refuted:,} more that reviewers refuted are left out")
-    measured = precision_text(dataset, suspects.pairs)
-    return "\n".join([*lines, *([measured] if measured else []), *_quality_lines(quality)])
+    more = [heeded(suspects), precision_text(dataset, suspects.pairs)]
+    return "\n".join([*lines, *filter(None, more), *_quality_lines(quality)])
 
 
 def _quality_lines(quality):

@@ -65,13 +65,9 @@ def write(wanted: MatchList) -> None:
     model = load_workdir(wanted.folder, "latest")
     train = model.load_split("train")
     split = embed(model, train)
-    verdicts, least = _FITTED.fullmatch(wanted.source), LEAST_PROBABILITY
+    verdicts, least, said = _FITTED.fullmatch(wanted.source), LEAST_PROBABILITY, None
     if verdicts:
-        seed = model.config.seed
-        drawn = verdict_samples.sample(split, int(verdicts[1]), seed)
-        table = pair_features.features(split, drawn.caption, drawn.image)
-        is_match = train.truth.is_true(drawn.caption, drawn.image)
-        fitted = fitted_detector.fit(table, is_match, drawn.weight, seed)
+        fitted, said = _fitted(split, int(verdicts[1]), model.config.seed)
         split, least = dataclasses.replace(split, fitted=fitted), fitted.threshold(least)
     written = write_likely_matches(
         wanted.path,
@@ -80,9 +76,19 @@ def write(wanted: MatchList) -> None:
         per_caption=PER_CAPTION,
         least=least,
         about={"detector": wanted.source, "step": model.step},
+        said=said,
     )
     if not written["matches"]:
         _log.warning(
             "%s: no pair is likely enough to be a match; runs with it equal those without",
             wanted.path,
         )
+
+
+def _fitted(split, verdicts, seed):
+    """Returns a detector fitted to what the truth says of a sample of so many pairs, and these."""
+    drawn = verdict_samples.sample(split, verdicts, seed)
+    table = pair_features.features(split, drawn.caption, drawn.image)
+    is_match = split.dataset.truth.is_true(drawn.caption, drawn.image)
+    detector = fitted_detector.fit(table, is_match, drawn.weight, seed)
+    return detector, drawn.replace(is_match=is_match)

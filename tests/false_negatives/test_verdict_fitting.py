@@ -10,7 +10,7 @@ import pytest
 from fne_jax import audit, configuration
 from fne_jax.data import match_files
 from fne_jax.data.pair_columns import Pairs
-from fne_jax.data.verdicts import Verdict, read_verdicts, write_verdicts
+from fne_jax.data.verdicts import Verdict, pairs_of, read_verdicts, write_verdicts
 from fne_jax.errors import UserError
 from fne_jax.evaluation.embedding_files import write_embeddings
 from fne_jax.false_negatives import audit_pages, fitted_detector, verdict_fitting
@@ -65,8 +65,14 @@ def test_an_audit_by_verdicts(written, tmp_path, capsys, caplog):
     lines = (tmp_path / "out" / audit_pages.JSONL_NAME).read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["detector"] for row in rows] == ["fitted"] * len(rows)
-    pairs = np.array([(row["caption_index"], row["image_index"]) for row in rows[:50]]).T
-    assert is_true(split, topic, *pairs).mean() > 0.9
+    pairs = [(row["caption_index"], row["image_index"]) for row in rows]
+    assert is_true(split, topic, *np.array(pairs[:50]).T).mean() > 0.9
+    # Refuted pairs are left out, and those that are confirmed are in, as far as pairs are listed.
+    judged = dict(zip(pairs_of(verdicts, split.dataset).rows(), verdicts, strict=True))
+    refuted, confirmed = ({pair for pair, one in judged.items() if one.verdict == word}
+                          for word in ("no_match", "match"))  # fmt: skip
+    assert not refuted & set(pairs)
+    assert [row["confirmed"] for row in rows] == [pair in confirmed for pair in pairs]
 
     detector = fitted_detector.read(tmp_path / "fitted.json")
     about = detector.about
@@ -78,7 +84,7 @@ def test_an_audit_by_verdicts(written, tmp_path, capsys, caplog):
     # The file does for the next audit.
     audit.main([*arguments, fitted])
     again = (tmp_path / "out" / audit_pages.JSONL_NAME).read_text().splitlines()
-    assert again == lines
+    assert not any(json.loads(line)["confirmed"] for line in again)
     assert "detector fitted" in capsys.readouterr().out
     assert "not calibrated here" not in caplog.text
     # And for a list to train with, of the precision by verdicts rather than of the probability.
@@ -88,6 +94,20 @@ def test_an_audit_by_verdicts(written, tmp_path, capsys, caplog):
     listed = match_files.read_match_list(tmp_path / "matches.npz", dataset)
     assert len(listed.caption) > 100
     assert is_true(split, topic, listed.caption, listed.image).mean() > 0.7
+    assert refuted & set(listed.rows())
+    listing = [*arguments[:3], fitted, f"--matches={tmp_path / 'matches.npz'}"]
+    audit.main([*listing, f"--verdicts={tmp_path / 'said.csv'}"])
+    heeded = match_files.read_match_list(tmp_path / "matches.npz", dataset)
+    assert set(heeded.rows()) == (set(listed.rows()) - refuted) | confirmed
+    left_out = len(refuted & set(listed.rows()))
+    assert (
+        f"{left_out} pairs that reviewers refuted are left out, {len(confirmed)} that they "
+        "confirmed are in"
+    ) in capsys.readouterr().out
+    # Whatever the detector says of them.
+    audit.main([*listing, f"--verdicts={tmp_path / 'said.csv'}", "--min-probability=1"])
+    sure = match_files.read_match_list(tmp_path / "matches.npz", dataset)
+    assert set(sure.rows()) == confirmed
 
 
 def test_verdicts_measure_an_audit_by_any_detector(written, tmp_path, capsys):
@@ -97,6 +117,9 @@ def test_verdicts_measure_an_audit_by_any_detector(written, tmp_path, capsys):
     audit.main([*arguments, *measuring, f"--verdicts={tmp_path / 'said.csv'}"])
     told = capsys.readouterr().out
     assert "of all unlabelled pairs match" in told and "500 verdicts)" in told
+    # Of the list before verdicts are heeded, which is the one without them.
+    audit.main([*arguments, *measuring])
+    capsys.readouterr()
     (whole,) = re.findall(r"of the first ([\d,]+) pairs (\d+)% match \((\d+)% to (\d+)%", told)[-1:]
     lines = (tmp_path / "out" / audit_pages.JSONL_NAME).read_text().splitlines()
     for first, share, low, high in re.findall(

@@ -117,6 +117,9 @@ def test_runs_that_know_of_matches_share_a_warm_up(config_path, monkeypatch, tmp
         assert 0 < json.loads(str(found["about"]))["precision"] < 1
     with np.load(match_lists.MatchList(warmup, "fitted400").path) as found:
         assert len(found["caption_id"]) > 100
+        # Its 400 verdicts are heeded as well as learnt from.
+        about = json.loads(str(found["about"]))
+        assert 0 < about["confirmed"] < 400 and about["refuted"] >= 0
     with np.load(match_lists.MatchList(workdir / "fne" / "seed0", "similarity").path) as found:
         about = json.loads(str(found["about"]))
     # The run's last step, not the warm-up's.
