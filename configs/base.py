@@ -39,6 +39,10 @@ def get_config() -> ConfigDict:
     data.source = "karpathy"
     # Folder of the source, local or remote (gs://...); of csv and jsonl also the table itself.
     data.dir = ""
+    # Where val and test come from, as SOURCE:FOLDER, e.g. coco:/data/coco; "" for the source above.
+    data.val = ""
+    # The same of test.
+    data.test = ""
     # The column of images in tables that hold them (`parquet`), or the feature (`tfds`).
     data.image_key = "image"
     # The column or the feature of captions, or their key in JSON beside images (`webdataset`);

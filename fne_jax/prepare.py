@@ -17,8 +17,8 @@ import ml_collections
 import numpy as np
 
 from fne_jax import command_line, configuration
-from fne_jax.data.pairs import PairDataset, few_images
-from fne_jax.data.sources.registry import find_source
+from fne_jax.data.pairs import SPLITS, PairDataset, few_images
+from fne_jax.data.sources.registry import data_of, find_source
 from fne_jax.errors import Interrupted, UserError
 from fne_jax.files import write_atomically
 from fne_jax.training.interruption import stop_signals
@@ -61,8 +61,7 @@ def main(arguments: list[str]) -> None:
 
 def _prepare(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
     # Kept out of the module's imports: a mistake in the command line should not wait for them.
-    from fne_jax.data.preparation import makers, preparing, storage
-    from fne_jax.model import tokenizers
+    from fne_jax.data.preparation import makers
 
     if options.beam is not None:
         maker = functools.partial(makers.by_beam, options=options.beam)
@@ -70,9 +69,18 @@ def _prepare(config: ml_collections.ConfigDict, options: argparse.Namespace) -> 
         maker = functools.partial(makers.in_processes, processes=options.processes)
     else:
         maker = makers.in_threads
-    prepared = preparing.prepare(config.data, maker)
+    groups = {split: data_of(config.data, split) for split in SPLITS}
+    for data in {(one.source, one.dir): one for one in groups.values()}.values():
+        _prepare_one(config, data, maker, options.check)
+
+
+def _prepare_one(config, data, maker, check):
+    from fne_jax.data.preparation import preparing, storage
+    from fne_jax.model import tokenizers
+
+    prepared = preparing.prepare(data, maker)
     for split, summary in prepared.summaries.items():
-        if options.check:
+        if check:
             prepared.check(split)
         print(
             f"{split:6}{summary.images:9,} images {summary.captions:9,} captions"

@@ -34,8 +34,9 @@ from tests.support.tiny import write_karpathy
 from tests.support.xla_flags import xla_flags
 
 
-def call(command, *arguments, devices=1):
-    environment = os.environ | {"XLA_FLAGS": xla_flags(devices), "JAX_PLATFORMS": "cpu"}
+def call(command, *arguments, devices=1, **environment):
+    environment = os.environ | environment
+    environment |= {"XLA_FLAGS": xla_flags(devices), "JAX_PLATFORMS": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
         ended = subprocess.run(
             [sys.executable, "-m", f"fne_jax.{command}", *map(str, arguments)], cwd=TOP,
@@ -188,6 +189,16 @@ def test_the_images_of_a_prepared_split_are_searched(shapes_run, capsys):
     assert own["score"] == pytest.approx(hits[0]["score"], abs=1e-3)
     of_image = np.flatnonzero(dataset.caption_image == 4)
     assert own["captions"] == [dataset.captions[row] for row in of_image] and own["path"] == ""
+
+
+def test_a_kept_index_is_searched_without_tensorflow(shapes_run, tmp_path):
+    workdir, _, _ = shapes_run
+    (tmp_path / "tensorflow.py").write_text("raise ImportError('TensorFlow is imported')")
+    search.main([f"--workdir={workdir}", "--images=val", "a red circle"])
+    found = call(
+        "search", f"--workdir={workdir}", "--images=val", "a red circle", PYTHONPATH=str(tmp_path)
+    )
+    assert found.returncode == 0, found.stderr
 
 
 def lines_of(folder):

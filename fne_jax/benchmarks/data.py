@@ -24,7 +24,7 @@ from fne_jax.data.batches import BatchOrder, training_batches
 from fne_jax.data.captions import fit_tokenizer
 from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.pairs import SPLITS
-from fne_jax.data.sources.registry import load_split
+from fne_jax.data.sources.registry import load_splits
 from fne_jax.model.tokenizers import clean_captions, kept_tokens
 
 _TOP = pathlib.Path(__file__).resolve().parents[2]
@@ -123,7 +123,7 @@ def start(folder: str, batches: int, began: float) -> None:
     """
     config = configuration.load_config(_CONFIG, _overrides(folder, "cache1"))
     config = configuration.with_model_defaults(config, {})
-    train, *_ = splits = [load_split(config.data, _SIDE, split) for split in SPLITS]
+    train, *_ = splits = load_splits(config.data, _SIDE)
     for split in splits:
         assert split.identity
     some = clean_captions(config, train.captions[:10_000])

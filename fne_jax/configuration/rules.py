@@ -10,7 +10,7 @@ import ml_collections
 
 from fne_jax.data.captions import CLEANINGS
 from fne_jax.data.images.augmentation import AUGMENTATIONS
-from fne_jax.data.sources.registry import find_source
+from fne_jax.data.sources.registry import SOURCES, find_source
 from fne_jax.data.sources.shapes_scenes import COLOURS, FACTS, FOUR, MAX_OBJECTS, SHAPES
 from fne_jax.encoders.attention import ATTENTIONS, AUTO
 from fne_jax.encoders.dual_encoder import CHECKPOINT, LONGEST_POOLING, POOLINGS
@@ -90,8 +90,12 @@ def _is_text(value):
 
 
 _FLAG = Rule("True or False", lambda value: isinstance(value, bool))
-_TEXT = Rule("a text", _is_text)
-_NAME = Rule("a text that is not empty", lambda value: _is_text(value) and value != "")
+_TEXT = Rule("a string", _is_text)
+_NAME = Rule("a non-empty string", lambda value: _is_text(value) and value != "")
+_OTHER_DATA = Rule(
+    '"" or SOURCE:FOLDER, e.g. "coco:/data/coco"',
+    lambda value: value == "" or (_is_text(value) and value.partition(":")[0] in SOURCES),
+)
 _FROZEN_LAYERS = Rule(
     f'"{NOTHING}", "{ALL}", or a number of layers in quotes, e.g. "6"',
     lambda value: isinstance(value, str) and (value in (NOTHING, ALL) or value.isdecimal()),
@@ -130,6 +134,8 @@ FIELDS = {
     "mesh.fsdp": _whole(1, 2**24, also=(-1,)),
     "data.source": _NAME,
     "data.dir": _TEXT,
+    "data.val": _OTHER_DATA,
+    "data.test": _OTHER_DATA,
     "data.image_key": _NAME,
     "data.caption_key": _NAME,
     "data.cache_dir": _NAME,

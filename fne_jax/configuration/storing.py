@@ -24,6 +24,8 @@ MAY_CHANGE = (
     "data.max_skipped",
     "data.prefetch",
     "data.source",
+    "data.test",
+    "data.val",
     "encoder.attention",
     "encoder.remat",
     "evaluation.batch_size",
@@ -77,12 +79,14 @@ def write_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
       OSError: If it cannot be written.
     """
     content = json.loads(config.to_json())
-    for field in ("dir", "cache_dir"):
-        path = content["data"][field]
+    for field in ("dir", "cache_dir", "val", "test"):
+        before, colon, path = content["data"][field].partition(":")
+        if field in ("dir", "cache_dir"):
+            before, colon, path = "", "", content["data"][field]
         # A dataset of TensorFlow Datasets may be given by its name.
-        named = content["data"]["source"] == "tfds" and not os.path.exists(path)
+        named = (before or content["data"]["source"]) == "tfds" and not os.path.exists(path)
         if path and not path.startswith("~") and "://" not in path and not named:
-            content["data"][field] = os.path.abspath(path)
+            content["data"][field] = before + colon + os.path.abspath(path)
     write_atomically(workdir / FILE_NAME, json.dumps(content, indent=2) + "\n")
 
 

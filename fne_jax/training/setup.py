@@ -19,7 +19,7 @@ from fne_jax.data.batches import Batch, BatchOrder, training_batches
 from fne_jax.data.identity import DatasetIdentity
 from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.pairs import SPLITS, PairDataset, with_captions_per_image
-from fne_jax.data.sources.registry import load_split
+from fne_jax.data.sources.registry import load_splits
 from fne_jax.encoders.inputs import FEATURES, READ, frozen_features
 from fne_jax.encoders.transformer import cast_kernels
 from fne_jax.errors import UserError
@@ -163,7 +163,7 @@ class RunSetup:
         configuration.check_batches(config, mesh.size)
         with processes.first_process_first("data"):
             side = config.encoder.image.image_size
-            train, val, test = (load_split(config.data, side, split) for split in SPLITS)
+            train, val, test = load_splits(config.data, side)
         with processes.failing_together("config.data.matches"):
             known, source = known_matches(config, train, mesh)
         splits = dict(zip(SPLITS, (train, val, test), strict=True))

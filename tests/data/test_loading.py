@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from fne_jax.configuration.rules import validate
 from fne_jax.data.batches import BatchOrder, evaluation_images, training_batches
 from fne_jax.data.images.preprocessing import TrainingImages, evaluation_image
 from fne_jax.data.pairs import SPLITS
-from fne_jax.data.sources.registry import load_split
+from fne_jax.data.sources.registry import load_split, load_splits
 from fne_jax.errors import UserError
 from tests.support import sources
 from tests.support.tiny import tiny_config
@@ -170,3 +171,17 @@ def test_unknown_sources_and_splits_list_the_choices():
         load_split(config.data, 8, "train")
     with pytest.raises(UserError, match=r"'training' is unknown; expected one of train, val, test"):
         load_split(tiny_config().data, 8, "training")
+
+
+def test_a_split_may_come_from_elsewhere(tmp_path):
+    sources.write_coco(tmp_path / "coco")
+    WRITE["csv"](tmp_path / "table")
+    config = config_of(
+        "coco", tmp_path / "coco", tmp_path / "cache", data__val=f"csv:{tmp_path / 'table'}"
+    )
+    train, val, test = load_splits(config.data, 8)
+    assert train.image_id[0] == test.image_id[0] - 7 * 29 == 391_000, "COCO's own"
+    assert val.image_id.tolist() == [90 - number for number in range(24, 29)], "the table's own"
+    assert load_split(config.data, 8, "val").identity == val.identity
+    with pytest.raises(UserError, match=r'data.test is .*expected "" or SOURCE:FOLDER'):
+        validate(config_of("coco", "", tmp_path, data__test=str(tmp_path / "table")))

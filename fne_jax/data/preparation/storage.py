@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ _INPUTS_FILE = "inputs.arrow"
 _DATASET, _IMAGES = "captioned_images", "images"  # TFDS's names for the dataset and its split
 _ADVICE = "delete that folder and prepare the dataset again"
 _ROWS_PER_BATCH = 65_536
+_OTHER_FILES = 1024  # that a process may hold open beside those of records, each of which stays
 _CHUNK = 256  # records that are read at a time where all of them are
 # What a file that is no such file leads to; pyarrow's own errors are of these kinds.
 _MALFORMED = (OSError, ValueError, TypeError, LookupError)
@@ -157,6 +159,7 @@ class _Records:
 
         with as_user_error(f"{self._folder}: is damaged", _ADVICE, Exception):
             builder = tfds.builder_from_directory(self._folder)
+            _allow_open_files(sum(1 for _ in self._folder.glob("*.array_record-*")))
             return builder.as_data_source(_IMAGES, decoders={"image": tfds.decode.SkipDecoding()})
 
     def __len__(self):
@@ -164,6 +167,16 @@ class _Records:
 
     def __getitems__(self, indices):
         return self._source.__getitems__(self._rows[np.asarray(indices)].tolist())
+
+
+def _allow_open_files(count):
+    """Lets the process hold so many files open beside the usual ones, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = (
+        count + _OTHER_FILES if hard == resource.RLIM_INFINITY else min(count + _OTHER_FILES, hard)
+    )
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class TableWriter:

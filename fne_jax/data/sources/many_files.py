@@ -37,9 +37,10 @@ def named_by(pattern: str, endings: Sequence[str]) -> list[str]:
             system, path = fsspec.core.url_to_fs(one if remote else expand_home(one))
             if system.isdir(path):
                 some = [name for name in system.find(path) if name.endswith(tuple(endings))]
+            elif system.isfile(path):  # whatever characters its name has
+                some = [path]
             else:
-                some = system.glob(path) if re.search(r"[*?[]", path) else [path]
-                some = [name for name in some if system.isfile(name)]
+                some = [name for name in system.glob(path) if system.isfile(name)]
             if not some:
                 raise UserError(f"there is no {kinds} file {one}")
             found += [system.unstrip_protocol(name) if remote else name for name in some]

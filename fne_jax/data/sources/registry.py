@@ -6,7 +6,8 @@ To add one, write its file in this folder and give it an entry in `SOURCES`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_collections
 
@@ -72,15 +73,41 @@ def load_split(data: ml_collections.ConfigDict, image_size: int, split: str) -> 
     Raises:
       UserError: If the split or the source is unknown, or the source cannot be read.
     """
-    if split not in SPLITS:
-        raise UserError(f"the split {split!r} is unknown; expected one of {', '.join(SPLITS)}")
-    load = find_source(data.source).load
-    if load is not None:
-        return load(data, image_size, split)
+    return load_splits(data, image_size, [split])[0]
+
+
+def load_splits(
+    data: ml_collections.ConfigDict, image_size: int, splits: Sequence[str] = SPLITS
+) -> list[PairDataset]:
+    """Returns splits as `load_split` does, with one look at what was prepared."""
     # Kept out of the module's imports: it imports this one.
     from fne_jax.data.preparation import preparing
 
-    return preparing.prepare(data).load_split(split)
+    prepared: dict[tuple[str, str], Any] = {}
+    loaded = []
+    for split in splits:
+        if split not in SPLITS:
+            raise UserError(f"the split {split!r} is unknown; expected one of {', '.join(SPLITS)}")
+        of_split = data_of(data, split)
+        load = find_source(of_split.source).load
+        if load is not None:
+            loaded.append(load(of_split, image_size, split))
+            continue
+        place = of_split.source, of_split.dir
+        if place not in prepared:
+            prepared[place] = preparing.prepare(of_split)
+        loaded.append(prepared[place].load_split(split))
+    return loaded
+
+
+def data_of(data: ml_collections.ConfigDict, split: str) -> ml_collections.ConfigDict:
+    """Returns the group `config.data` of a split, which `data.val` and `data.test` may change."""
+    other = {"val": data.val, "test": data.test}.get(split, "")
+    if not other:
+        return data
+    of_split = ml_collections.ConfigDict(data.to_dict())
+    of_split.source, of_split.dir = other.split(":", 1)
+    return of_split
 
 
 def _opened(data: ml_collections.ConfigDict, image_size: int, split: str) -> PairDataset:
