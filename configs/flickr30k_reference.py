@@ -8,6 +8,8 @@ resized to within one level of 255 of PIL's bicubic.
 
 python -m fne_jax.train --config=configs/flickr30k_reference.py --workdir=runs/reference \\
     --config.data.dir=DIR
+
+Not timed or scored: we have had neither the images nor an accelerator for it.
 """
 
 from configs import flickr30k

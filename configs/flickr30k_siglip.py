@@ -2,6 +2,8 @@
 
 python -m fne_jax.train --config=configs/flickr30k_siglip.py --workdir=runs/flickr30k_siglip \\
     --config.data.dir=DIR
+
+Not timed or scored: we have had neither the images nor an accelerator for it.
 """
 
 from configs import flickr30k

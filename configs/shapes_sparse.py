@@ -1,6 +1,9 @@
 """`shapes` with four facts in each caption, where false negatives are sparse (1.4 %).
 
 bash launch/local.sh configs/shapes_sparse.py runs/shapes_sparse
+
+Over five seeds, on 1,000 test images: rSum 160.0 ± 2.9, true R@1 from text to image 68.9 ± 0.9, on
+one x86-64 core a run (docs/study.md).
 """
 
 from configs import shapes
