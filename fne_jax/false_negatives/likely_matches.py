@@ -50,15 +50,17 @@ def likely_matches(split: JudgedSplit, judge: Judge, *, per_caption: int, least:
         image = np.concatenate(best, axis=1).astype(np.int32)
         return image, np.take_along_axis(scores[0], image, axis=1)
 
-    image, similarity = by_blocks(len(split.text_emb), nearest)
     found = []
-    for start in range(0, len(image), _CAPTIONS):
-        part = slice(start, start + _CAPTIONS)
-        caption = start + np.arange(len(image[part]))
-        pair = caption[:, None] * images + image[part]
+    captions = len(split.text_emb)
+    for start in range(0, captions, _CAPTIONS):
+        rows = min(_CAPTIONS, captions - start)
+        image, similarity = by_blocks(
+            rows, lambda part, start=start: nearest(slice(start + part.start, start + part.stop))
+        )
+        pair = (start + np.arange(rows))[:, None] * images + image
         pair, first = np.unique(pair, return_index=True)
         caption, other = np.divmod(pair, images)
-        pairs = Pairs(caption, other, similarity=similarity[part].ravel()[first])
+        pairs = Pairs(caption, other, similarity=similarity.ravel()[first])
         pairs = judge(pairs[split.caption_image[caption] != other])
         pairs = pairs[pairs.probability >= least]
         found.append((pairs.caption, pairs.image, pairs.probability))
