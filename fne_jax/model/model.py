@@ -95,6 +95,8 @@ class Model:
 
         Those of a prepared split are kept beside it, and read by memory map from then on.
         """
+        if dataset.in_memory or not self.tokenizer.is_fast:
+            return self.tokenize(dataset.captions, length)
         return tokenizers.kept_tokens(self.config, self.tokenizer, dataset, length)
 
     def load_split(self, name: str) -> PairDataset:

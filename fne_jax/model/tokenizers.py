@@ -177,14 +177,14 @@ def kept_tokens(
     dataset: PairDataset,
     length: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the ids and masks of a split's captions, both [captions, length] integers.
+    """Returns the ids and masks of a prepared split's captions, both [captions, length] integers.
 
-    Those of a prepared split lie in `data.cache_dir/tokens`, in as few bytes as their ids need,
-    under a digest of all that they depend on; they are written there if they can be.
+    They lie in `data.cache_dir/tokens`, in as few bytes as the ids need, under a digest of all that
+    they depend on; they are written there if they can be.
 
     Args:
       config: The resolved config.
-      tokenizer: The tokenizer.
+      tokenizer: The tokenizer, a fast one.
       dataset: The split.
       length: The number of tokens.
     """
@@ -193,8 +193,6 @@ def kept_tokens(
         cleaned = clean_captions(config, dataset.captions[rows])
         return caption_lib.tokenize(tokenizer, cleaned, length)
 
-    if dataset.in_memory or not tokenizer.is_fast:
-        return tokens(slice(None))
     data, backend = config.data, json.loads(tokenizer.backend_tokenizer.to_str())
     del backend["padding"], backend["truncation"]  # as it was called last
     about = {
