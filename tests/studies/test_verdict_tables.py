@@ -123,8 +123,9 @@ def test_each_number_of_verdicts_tells_what_the_first_of_a_sample_do(planted, to
         drawn = verdict_samples.sample(split, 600, verdict_tables.SAMPLES + number)
         first = slice(60)
         judged = is_true(split, topic, drawn.caption[first], drawn.image[first])
-        expected = verdict_samples.density(judged, drawn.weight[first])
-        assert told.told[60][number].density == pytest.approx(expected)
+        # A tenth of the verdicts stand for all pairs: each for ten times as many.
+        expected = verdict_samples.density(judged, drawn.weight[first] * 600 / 60)
+        assert told.told[60][number].density == expected
     errors = [
         np.mean([abs(one.density.value - told.density) for one in told.told[budget]])
         for budget in (8, 600)

@@ -168,7 +168,8 @@ def test_a_tar_more_or_another_is_another_dataset(tmp_path):
     tars(tmp_path / "tars [1]")
     first = prepared(tmp_path, "webdataset", tmp_path / "tars [1]")
     assert prepared(tmp_path, "webdataset", tmp_path / "tars [1]").folder == first.folder
-    write_tar(tmp_path / "tars [1]" / "train-100.tar", [("x.jpg", sources.jpeg(99)), ("x.txt", b"X.")])
+    more = [("x.jpg", sources.jpeg(99)), ("x.txt", b"X.")]
+    write_tar(tmp_path / "tars [1]" / "train-100.tar", more)
     second = prepared(tmp_path, "webdataset", tmp_path / "tars [1]")
     assert second.summaries["train"].images == first.summaries["train"].images + 1
     assert second.summaries["val"].images == first.summaries["val"].images
