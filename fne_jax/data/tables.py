@@ -12,7 +12,7 @@ from fne_jax.data.sources import listing
 from fne_jax.errors import UserError
 from fne_jax.files import AnyPath, as_user_error
 
-_DELIMITERS = (",", ";", "\t")
+_DELIMITERS = (",", ";", "\t", "|")
 
 
 def read_rows(
@@ -24,8 +24,8 @@ def read_rows(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the place of each row, for messages, and its values by name, None for an empty cell.
 
-    A CSV may separate by commas, semicolons or tabs, in UTF-8 or in UTF-16 with a byte order mark,
-    and its columns may be in any order and case.
+    A CSV may separate by commas, semicolons, tabs or bars, in UTF-8 or in UTF-16 with a byte order
+    mark, and its columns may be in any order and case.
 
     Args:
       path: The file.

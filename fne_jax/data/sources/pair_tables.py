@@ -24,8 +24,11 @@ from fne_jax.data.tables import read_rows
 from fne_jax.errors import UserError
 
 COLUMNS = ("image", "caption", "split", "image_id")
-# Other names of a column, taken where it is missing: open_clip's, Hugging Face's, and the usual.
-_OTHER_NAMES = {"image": ("filepath", "file_name"), "caption": ("title", "text")}
+# Other names of a column, taken where it is missing: open_clip's, Hugging Face's, Kaggle's.
+_OTHER_NAMES = {
+    "image": ("filepath", "file_name", "image_name"),
+    "caption": ("title", "text", "comment"),
+}
 # Shares of val and test where a table has no splits; the rest is train. In a small one they have
 # this many images each, but no more than a fifth.
 VAL_SHARE, TEST_SHARE, _LEAST = 0.05, 0.05, 20
@@ -38,8 +41,9 @@ _log = logging.getLogger(__name__)
 def read_listing(data_dir: str, kind: str) -> Listing:
     """Returns the dataset of a table, one (image, caption) pair a row.
 
-    Paths of images are absolute, or relative to the table. Rows of the same file make one image.
-    A cell may hold a list of captions. Without splits, `parted` parts the images.
+    Paths of images are absolute, or relative to the table or to a folder beside it. Rows of the
+    same file make one image. A cell may hold a list of captions. Without splits, `parted` parts the
+    images.
 
     Args:
       data_dir: The table, or the folder that holds it alone of its kind.
@@ -121,15 +125,27 @@ def _fraction(name: str) -> float:
 
 
 def _image_rows(path: epath.Path, kind: str) -> list[ListedImage]:
+    rows = list(read_rows(path, kind, COLUMNS[:2], COLUMNS, _OTHER_NAMES))
     folder = os.fspath(path.parent)
+    base = _folder_of_images(path.parent, rows[0][1]["image"]) if rows else path.parent
 
     @functools.cache  # an image has several rows
     def file_of(name):
-        file = path.parent / name
+        file = base / name
         return file, os.path.relpath(os.fspath(file), folder)
 
-    rows = read_rows(path, kind, COLUMNS[:2], COLUMNS, _OTHER_NAMES)
     return [_image_row(file_of, *row) for row in rows]
+
+
+def _folder_of_images(folder: epath.Path, first: Any) -> epath.Path:
+    """Returns where names lead from: the table's folder, or the one below that has the first."""
+    if not listing.is_text(first) or not first or (folder / first).exists():
+        return folder
+    with contextlib.suppress(OSError):  # what may not be listed, or is too long a name
+        below = [one for one in folder.iterdir() if (one / first).exists()]
+        if len(below) == 1:
+            return below[0]
+    return folder
 
 
 def _image_row(file_of, where: str, row: dict[str, Any]) -> ListedImage:

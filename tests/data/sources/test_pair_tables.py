@@ -234,3 +234,29 @@ def test_all_spellings_of_a_path_are_one_image(tmp_path, other):
     sources.write_csv(tmp_path, rows, ("image", "caption", "split"))
     with pytest.raises(UserError, match=r"line 3: split of .*a.jpg' is 'val', but 'train' in .*2"):
         pair_tables.read_listing(str(tmp_path), "csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "header", "row"),
+    [
+        ("captions.txt", "Images", "image,caption", "{image},{caption}"),
+        (
+            "results.csv",
+            "flickr30k_images",
+            "image_name| comment_number| comment",
+            "{image}| 0| {caption}",
+        ),
+    ],
+)
+def test_tables_of_kaggle_are_read(tmp_path, name, images, header, row):
+    folder = tmp_path / images
+    folder.mkdir()
+    rows = []
+    for number in range(60):
+        (folder / f"{number}.jpg").write_bytes(b"")
+        rows.append(row.format(image=f"{number}.jpg", caption=f"Number {number} ."))
+    (tmp_path / name).write_text("\n".join([header, *rows, ""]))
+    images = pair_tables.read_listing(str(tmp_path / name), "csv").images
+    assert {image.path: image.captions for image in images} == {
+        folder / f"{number}.jpg": [f"Number {number} ."] for number in range(60)
+    }
