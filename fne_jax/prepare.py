@@ -97,7 +97,8 @@ def _prepare_one(config, data, maker, check):
             print(line)
     if copies := prepared.copies():
         path = prepared.folder / "copies.json"
-        write_atomically(path, json.dumps(copies, indent=2) + "\n")
+        if not path.exists():  # where the folder may be one that can only be read
+            write_atomically(path, json.dumps(copies, indent=2) + "\n")
         across = sum(len({split for split, _ in files}) > 1 for files in copies)
         print(
             f"copies: {sum(map(len, copies))} images are byte-for-byte copies of {len(copies)}, "

@@ -22,7 +22,7 @@ from fne_jax import prepare
 from fne_jax.data.batches import BatchOrder, evaluation_images, training_batches
 from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.pairs import SPLITS
-from fne_jax.data.preparation import image_shards, preparing
+from fne_jax.data.preparation import image_shards, preparing, storage
 from fne_jax.data.preparation.storage import SplitSummary
 from fne_jax.data.sources.image_files import likely_reason
 from fne_jax.data.sources.registry import load_split
@@ -223,13 +223,59 @@ def test_a_mended_caption_has_no_image_looked_at(tmp_path, command, checked):
     assert files[0] == files[1], "both datasets have the same files"
 
 
-def test_copies_of_images_are_told(tmp_path, command, capsys):
+@pytest.mark.parametrize("outcomes", [None, "", "[]", '[["00", "", null]]'])
+def test_damaged_notes_of_a_shard_have_it_made_again(tmp_path, command, checked, outcomes):
+    command()
+    path = next(path for path in (tmp_path / "cache").rglob("*.json") if len(path.stem) == 32)
+    count = len(json.loads(path.read_text()))
+    path.unlink()
+    if outcomes is not None:
+        path.write_text(outcomes)
+    rows = sources.table_rows(tmp_path / "same" / "source")
+    sources.write_jsonl(tmp_path / "source", [rows[0] | {"caption": "Mended."}, *rows[1:]])
+    command()
+    assert len(checked) == 35 + count
+    assert len(load_split(config_of(tmp_path).data, 8, "train").image_id) == 24
+
+
+def test_a_table_that_changes_while_it_is_prepared_is_read_by_the_next_command(
+    tmp_path, command, monkeypatch
+):
+    rows = sources.table_rows(tmp_path / "same" / "source")
+    real = image_shards.usable_jpeg
+
+    def change_table(content, resize_to):
+        sources.write_jsonl(tmp_path / "source", [rows[0] | {"caption": "Mended."}, *rows[1:]])
+        return real(content, resize_to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_shards, "usable_jpeg", change_table)
+        command()
+    assert load_split(config_of(tmp_path).data, 8, "train").captions[0] == "Mended."
+
+
+def test_a_disk_that_is_full_at_the_end_loses_no_shard(tmp_path, command, checked, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_notes", full)
+        with pytest.raises(UserError, match="No space left"):
+            command()
+    command()
+    assert len(checked) == 35
+
+
+def test_copies_of_images_are_told(tmp_path, command, capsys, monkeypatch):
     images = tmp_path / "source" / "images"
     for copy, of in ((30, 2), (3, 2), (5, 4)):
         (images / f"image{copy}.jpg").write_bytes((images / f"image{of}.jpg").read_bytes())
     command()
     said = capsys.readouterr().out
     assert "5 images are byte-for-byte copies of 2, 1 of which occur in several splits" in said
+    monkeypatch.setattr(prepare, "write_atomically", None)  # of a disk that can only be read
+    command()
+    assert capsys.readouterr().out == said
     (path,) = (tmp_path / "cache").rglob("copies.json")
     expected = [[("train", 2), ("train", 3), ("test", 30)], [("train", 4), ("train", 5)]]
     assert json.loads(path.read_text()) == [
@@ -527,7 +573,29 @@ def test_files_that_were_exchanged_are_noticed(tmp_path, command, monkeypatch):
     next((tmp_path / "cache").rglob("train.arrow")).write_bytes(
         next((tmp_path / "cache").rglob("val.arrow")).read_bytes()
     )
-    with pytest.raises(UserError, match="the split train was written with 24 images and checksum"):
+    with pytest.raises(UserError, match=r"train\.arrow: is damaged: not as it was written; delete"):
+        command("--check")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        # Arrow would crash, or read whatever it finds.
+        ("train.arrow", lambda c: c.replace(b"Image 0,", b"Image \xff,"), "not as it was written"),
+        ("inputs.arrow", lambda c: c[:-9] + b"\0" + c[-8:], "not as it was written"),
+        ("prepared.json", lambda c: c.replace(b'"val"', b'"vol"'), "is damaged: 'val'"),
+        ("prepared.json", lambda c: c.replace(b'"images": 5', b'"images": 6'), "val was written w"),
+        ("captioned_images-images.array_record-00003-of-00005", lambda c: c[: len(c) // 2],
+         r"record 0 of the split val in .* is damaged \(it is empty\); delete that folder, and"),
+    ],
+)  # fmt: skip
+def test_damage_to_each_file_is_noticed(tmp_path, command, name, damage, message):
+    command()
+    (path,) = (tmp_path / "cache").rglob(name)
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    assert path.read_bytes() != content
+    with pytest.raises(UserError, match=message):
         command("--check")
 
 

@@ -78,9 +78,18 @@ class ImageShard:
         """Returns the file of the outcomes in a folder."""
         return folder / f"{self.key}.json"
 
-    def is_made(self, folder: pathlib.Path) -> bool:
-        """Returns whether a folder has both."""
-        return self.outcomes_in(folder).exists() and self.records_in(folder).exists()
+    def is_made(self, folder: pathlib.Path, records: pathlib.Path | None = None) -> bool:
+        """Returns whether a folder has outcomes that can be read, and there are the records.
+
+        Args:
+          folder: The folder.
+          records: The file of the JPEGs, where it has another name than `records_in` gives it.
+        """
+        try:
+            self.outcomes(folder)
+        except UserError:
+            return False
+        return (records or self.records_in(folder)).exists()
 
     def outcomes(self, folder: pathlib.Path) -> list[Outcome]:
         """Returns what came of each image.
@@ -89,12 +98,18 @@ class ImageShard:
           UserError: If the file is damaged.
         """
         path = self.outcomes_in(folder)
-        advice = "delete it, and run the same command again"
-        with files.as_user_error(f"{path}: is damaged", advice, (OSError, ValueError, TypeError)):
-            return [
+        with files.as_user_error(f"{path}: is damaged", errors=(OSError, ValueError, TypeError)):
+            outcomes = [
                 Outcome(digest, reason, listed and ContainedImage(*listed))
                 for digest, reason, listed in json.loads(path.read_text())
             ]
+            sizes = [
+                len(bytes.fromhex(one.digest)) == (0 if one.reason else 32) for one in outcomes
+            ]
+            counted = isinstance(self.contents, Container) or len(sizes) == len(self.contents)
+            if not counted or not all(sizes):
+                raise ValueError("it has not one outcome for each image")
+            return outcomes
 
 
 def plan_shards(
@@ -191,7 +206,9 @@ def write_shard(
         with contextlib.suppress(RuntimeError):  # once more, of the full disk
             if writer.is_open():
                 writer.close()
-    files.write_atomically(shard.outcomes_in(folder), json.dumps(outcomes))
+    # What JSON has no word for, such as bytes in the place of a caption, is no text either way.
+    told = json.dumps(outcomes, default=lambda value: {type(value).__name__: repr(value)})
+    files.write_atomically(shard.outcomes_in(folder), told)
     return len(outcomes)
 
 

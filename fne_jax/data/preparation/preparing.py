@@ -32,8 +32,14 @@ from fne_jax.data.preparation.image_shards import (
 )
 from fne_jax.data.preparation.makers import Maker, in_threads
 from fne_jax.data.preparation.storage import Prepared
-from fne_jax.data.sources.image_files import container, stamps_of
-from fne_jax.data.sources.listing import ListedImage, Listing, Skipped, usable_captions
+from fne_jax.data.sources.image_files import Stamp, container, stamps_of
+from fne_jax.data.sources.listing import (
+    ListedImage,
+    Listing,
+    Skipped,
+    is_text,
+    usable_captions,
+)
 from fne_jax.data.sources.registry import Source, find_source
 from fne_jax.errors import UserError
 from fne_jax.progress import Progress
@@ -78,7 +84,12 @@ def _origin(source: Source, data: ml_collections.ConfigDict) -> dict[str, Any]:
         told["dir"] = os.path.abspath(files.expand_home(told["dir"]))
     if source.files is not None:
         told["files"] = source.files(data)
-    return {"source": data.source, **told, "resize_to": data.resize_to, "rules": RULES}
+    return {
+        "source": data.source,
+        **told,
+        "resize_to": data.resize_to,
+        "rules": [storage.LAYOUT, RULES],
+    }
 
 
 def _found(root: pathlib.Path, origin: dict[str, Any]) -> Prepared | None:
@@ -100,6 +111,13 @@ def _made(
     data: ml_collections.ConfigDict,
     maker: Maker,
 ) -> Prepared:
+    # Before anything is read, so that what changes meanwhile is noticed by the next command.
+    inputs = {container(image.path) for image in listing.images} - {""}
+    inputs = sorted(inputs | set(listing.files) | {one.file for one in listing.containers})
+    for path in inputs:
+        if not is_text(path):
+            raise UserError(f"{path!r}: the name is not in UTF-8; rename it (as `convmv` does)")
+    noted = (inputs, stamps_of(inputs))
     stamps = stamps_of([image.path for image in listing.images])
     shards = plan_shards(listing.images, stamps, listing.containers, data.resize_to)
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", listing.name)[:_NAME_LENGTH]
@@ -118,7 +136,7 @@ def _made(
         _take_up(shards, root, scratch)
         _make(shards, scratch, maker)
         with files.whole_folder(folder) as unnamed:
-            _finish(unnamed, scratch, origin, listing, shards, data.max_skipped)
+            _finish(unnamed, scratch, origin, noted, listing, shards, data.max_skipped)
         shutil.rmtree(scratch)
     return Prepared.open(folder)
 
@@ -144,17 +162,18 @@ def _take_up(shards: Sequence[ImageShard], root: pathlib.Path, scratch: pathlib.
         with contextlib.suppress(UserError):
             other = Prepared.open(about.parent)
             for file, key in other.shards.items():
-                if shard := wanted.get(key):
+                shard = wanted.get(key)
+                if shard and shard.is_made(other.folder, other.folder / file):
                     _link(other.folder / file, shard.records_in(scratch))
                     _link(shard.outcomes_in(other.folder), shard.outcomes_in(scratch))
 
 
-def _link(file: pathlib.Path, name: pathlib.Path) -> None:
+def _link(file: pathlib.Path, name: pathlib.Path, otherwise: Any = shutil.copyfile) -> None:
     name.unlink(missing_ok=True)
     try:
         os.link(file, name)
     except OSError:  # file systems without links, or another one's
-        shutil.copyfile(file, name)
+        otherwise(file, name)
 
 
 def _make(shards: Sequence[ImageShard], scratch: pathlib.Path, maker: Maker) -> None:
@@ -173,6 +192,7 @@ def _finish(
     folder: pathlib.Path,
     scratch: pathlib.Path,
     origin: dict[str, Any],
+    inputs: tuple[Sequence[str], Sequence[Stamp]],
     listing: Listing,
     shards: Sequence[ImageShard],
     max_skipped: int,
@@ -226,12 +246,11 @@ def _finish(
     named = {}
     for number, shard in enumerate(kept):
         name = storage.records_name(number, len(kept))
-        os.replace(shard.records_in(scratch), folder / name)
-        os.replace(shard.outcomes_in(scratch), shard.outcomes_in(folder))
+        # Linked, for the folder goes if the rest fails, as on a full disk.
+        _link(shard.records_in(scratch), folder / name, os.replace)
+        _link(shard.outcomes_in(scratch), shard.outcomes_in(folder), os.replace)
         named[name] = (shard.key, lengths[shard.key])
-    inputs = {container(image.path) for image in listing.images} - {""}
-    inputs = sorted(inputs | set(listing.files) | {one.file for one in listing.containers})
-    storage.write_notes(folder, origin, (inputs, stamps_of(inputs)), summaries, named, text)
+    storage.write_notes(folder, origin, inputs, summaries, named, text)
 
 
 def _outcomes(

@@ -2,8 +2,8 @@
 
 The images of all splits lie in ArrayRecord files, a dataset of TFDS with the one split `images`. A
 table `train.arrow` (`val`, `test`) has a row an image: the number of its record, its ids, captions
-and the digest of its JPEG. It is read by memory map, so that nothing but captions and ids is read
-before images are asked for.
+and the digest of its JPEG. It is read by memory map, and its own digest compared first, since Arrow
+crashes on damaged files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fne_jax.data.pairs import PairDataset
+from fne_jax.data.pairs import SPLITS, PairDataset
 from fne_jax.data.sources.image_files import Stamp, stamps_of
 from fne_jax.data.sources.listing import Skipped
 from fne_jax.data.sources.shapes_scenes import (
@@ -34,7 +34,7 @@ from fne_jax.data.sources.shapes_scenes import (
 from fne_jax.errors import UserError, first_line
 from fne_jax.files import as_user_error, write_atomically
 
-LAYOUT = 2
+LAYOUT = 3
 ABOUT_FILE = "prepared.json"
 SKIPPED_FILE = "skipped.json"
 _INPUTS_FILE = "inputs.arrow"
@@ -44,7 +44,7 @@ _ROWS_PER_BATCH = 65_536
 _OTHER_FILES = 1024  # that a process may hold open beside those of records, each of which stays
 _CHUNK = 256  # records that are read at a time where all of them are
 # What a file that is no such file leads to; pyarrow's own errors are of these kinds.
-_MALFORMED = (OSError, ValueError, TypeError, LookupError)
+_MALFORMED = (OSError, ValueError, TypeError, LookupError, RecursionError)
 _INPUTS = pa.schema([("file", pa.string()), ("size", pa.int64()), ("modified", pa.int64())])
 _ROWS = pa.schema(
     [
@@ -122,15 +122,21 @@ class RecordSource:
           UserError: If one cannot be read; it names the first.
         """
         try:
-            return self._source.__getitems__(indices)
+            return self._read(indices)
         except Exception as error:
             for index in indices:
                 try:
-                    self._source.__getitems__([index])
+                    self._read([index])
                 # ArrayRecord raises RuntimeError, a protocol buffer its own.
                 except Exception as fault:
                     raise self.damage(index, fault) from fault
             raise error
+
+    def _read(self, indices):
+        records = self._source.__getitems__(indices)
+        if any(record["image"] is None for record in records):  # of a file that was cut off
+            raise EOFError("it is empty")
+        return records
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields all records in order, a few hundred of them in memory."""
@@ -142,7 +148,8 @@ class RecordSource:
         file = self.source_file(index)
         return UserError(
             f"record {index} of {self._where}{file and f', made of {file},'} is damaged "
-            f"({first_line(fault)}); delete that folder and prepare the dataset again"
+            f"({first_line(fault)}); delete that folder, and older ones of the same images beside "
+            "it, whose files it shares, and prepare the dataset again"
         )
 
 
@@ -262,6 +269,9 @@ def write_notes(
         "origin": origin,
         "splits": {name: dataclasses.asdict(summary) for name, summary in summaries.items()},
         "shards": {name: key for name, (key, _) in shards.items()},
+        "tables": {
+            name: _digest_of(folder / name) for name in (*map(table_name, SPLITS), _INPUTS_FILE)
+        },
     }
     write_atomically(folder / ABOUT_FILE, json.dumps(about, indent=2) + "\n")
 
@@ -285,12 +295,14 @@ class Prepared:
       origin: What it was made of: the fields of `config.data` that tell, and the listing's files.
       summaries: What each split holds.
       shards: The keys of the files of records by their names.
+      tables: The digests of the tables by their names.
     """
 
     folder: pathlib.Path
     origin: Mapping[str, Any]
     summaries: Mapping[str, SplitSummary]
     shards: Mapping[str, str]
+    tables: Mapping[str, str]
 
     @classmethod
     def open(cls, folder: pathlib.Path) -> Prepared:
@@ -303,8 +315,9 @@ class Prepared:
             about = json.loads((folder / ABOUT_FILE).read_text())
             if about["layout"] != LAYOUT:
                 raise ValueError(f"has layout {about['layout']}, this version reads {LAYOUT}")
-            summaries = {name: SplitSummary(**entry) for name, entry in about["splits"].items()}
-            return cls(folder, about["origin"], summaries, about["shards"])
+            summaries = {name: SplitSummary(**about["splits"][name]) for name in SPLITS}
+            shards, tables = dict(about["shards"]), dict(about["tables"])
+            return cls(folder, about["origin"], summaries, shards, tables)
 
     def is_current(self) -> bool:
         """Returns whether all files that it was made of are as they were."""
@@ -319,11 +332,12 @@ class Prepared:
           UserError: If it is damaged, or has no image of the split.
         """
         if not self.summaries[split].images:
-            raise UserError(f"{self.folder}: no image of the split {split!r}; it has test alone")
+            there = " and ".join(name for name in SPLITS if self.summaries[name].images)
+            raise UserError(f"{self.folder}: no image of the split {split!r}; it has {there} alone")
         with self._reading(table_name(split)) as table:
             captions = table["captions"].combine_chunks()
             rows = np.arange(len(table), dtype=np.int32)
-            dataset = PairDataset(
+            return PairDataset(
                 captions=captions.flatten().to_numpy(zero_copy_only=False).tolist(),
                 caption_image=np.repeat(rows, pc.list_value_length(captions).to_numpy()),
                 image_id=table["image_id"].to_numpy().astype(np.int32),
@@ -332,9 +346,6 @@ class Prepared:
                 source_image_id=table["source_id"].to_numpy().tolist(),
                 truth=_truth(table),
             )
-        if len(dataset.captions) != self.summaries[split].captions:
-            raise UserError(f"{self.folder / table_name(split)}: is damaged; {_ADVICE}")
-        return dataset
 
     def check(self, split: str) -> None:
         """Reads all of a split, and compares it with what was noted when it was written.
@@ -344,14 +355,15 @@ class Prepared:
         """
         noted = self.summaries[split]
         with self._reading(table_name(split)) as table:
-            again, images = hashlib.sha256(), self._images(split, table)
+            again, images, count = hashlib.sha256(), self._images(split, table), 0
             columns = ("image_id", "captions", "caption_ids", "digest")
             rows = zip(*(_values(table[name]) for name in columns), images, strict=True)
             for index, (image_id, captions, ids, digest, record) in enumerate(rows):
+                count += len(captions)
                 if hashlib.sha256(record["image"]).digest() != digest:
                     raise images.damage(index, ValueError("not the image that was written"))
                 again.update(digest + json.dumps([image_id, captions, ids]).encode())
-        if again.hexdigest()[:16] != noted.checksum:
+        if SplitSummary(len(images), count, again.hexdigest()[:16]) != noted:
             raise UserError(
                 f"{self.folder}: the split {split} was written with {noted.images} images and "
                 f"checksum {noted.checksum}; its files have changed; {_ADVICE}"
@@ -401,9 +413,16 @@ class Prepared:
     @contextlib.contextmanager
     def _reading(self, name):
         """Yields a table by memory map, which ends with what holds a part of it."""
-        with as_user_error(f"{self.folder / name}: is damaged", _ADVICE, _MALFORMED):
-            table = pa.ipc.open_file(pa.memory_map(str(self.folder / name))).read_all()
-        yield table
+        path = self.folder / name
+        with as_user_error(f"{path}: is damaged", _ADVICE, _MALFORMED):
+            if _digest_of(path) != self.tables[name]:
+                raise ValueError("not as it was written")
+            yield pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def _digest_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _values(column):
