@@ -52,10 +52,12 @@ def expand_home(options: argparse.Namespace, *names: str) -> None:
       *names: The options, each a path, a list of paths, or None.
 
     Raises:
-      UserError: If there is no user of the name that follows a `~`.
+      UserError: If one is empty, or there is no user of the name that follows a `~`.
     """
     for name in names:
         given = getattr(options, name)
+        if given == "":  # as a shell variable that was never set
+            raise UserError(f"--{name.strip('_').replace('_', '-')}= is empty; expected a path")
         if isinstance(given, list):
             setattr(options, name, [files.expand_home(path) for path in given])
         elif given is not None:

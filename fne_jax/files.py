@@ -152,8 +152,11 @@ def expand_home(path: str | os.PathLike) -> str:
     """Returns a path with the home folder of a user in place of a leading `~` or `~name`.
 
     Raises:
-      UserError: If there is no such user.
+      UserError: If there is no such user, or the path is empty, which pathlib would take for the
+        working directory.
     """
+    if not os.fspath(path):
+        raise UserError("'' is no path; expected that of a file or folder")
     expanded = os.path.expanduser(os.fspath(path))
     if expanded.startswith("~"):
         user = expanded.partition("/")[0]

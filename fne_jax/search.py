@@ -90,9 +90,6 @@ def _parse(arguments):
     )
     options, overrides = command_line.parse_with_overrides(parser, arguments)
     command_line.expand_home(options, "workdir", "images", "texts", "image", "index_dir")
-    for name in ("images", "texts"):
-        if getattr(options, name) == "":
-            raise UserError(f"--{name}= is empty; expected what is searched, see --help")
     if (options.images is None) == (options.texts is None):
         raise UserError("give either the --images or the --texts to be searched")
     if options.top < 1:

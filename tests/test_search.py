@@ -202,7 +202,7 @@ def test_wrong_arguments_are_told_before_anything_is_loaded(photos, tmp_path):
             "for a file or folder of that name write ./~no-such-user",
         ),
         (["--images=", "a dog"], "--images= is empty"),
-        (["--texts=", "a dog"], "--texts= is empty"),
+        (["--images=val", "--index-dir="], "--index-dir= is empty; expected a path"),
         (["--images=val", "--top=0"], "--top is 0"),
         (["--images=val", " "], "text to search by is empty"),
         (["--images=val", os.fsdecode(b"a\xff")], r"is 'a\udcff', which has a NUL or half a"),

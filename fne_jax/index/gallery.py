@@ -122,8 +122,6 @@ def label_of(source: AnyPath) -> str:
 
 
 def _existing(source, expected):
-    if not os.fspath(source):  # pathlib would take it for the working directory
-        raise UserError(f"'' is no path; expected {expected} ({', '.join(SPLITS)})")
     path = pathlib.Path(expand_home(source))
     with as_user_error(f"{path}: cannot be read"):  # a folder on the way may not be
         there = path.exists()

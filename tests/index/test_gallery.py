@@ -137,7 +137,7 @@ def test_what_is_no_gallery_is_named(tmp_path):
             "'~no-such-user/g': there is no user of that name, whose home folder ~no-such-user",
         ),
         (images_of, [], "no images in the list"),
-        (images_of, "", "'' is no path; expected a folder of images"),
+        (images_of, "", "'' is no path; expected that of a file or folder"),
         (texts_of, tmp_path / "nowhere", "does not exist; expected a table"),
         (texts_of, tmp_path / "empty", "is a folder; expected a table"),
         (texts_of, tmp_path / "empty.txt", "there is no text"),
