@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
         out = pathlib.Path(options.out or workdir / f"audit_{options.split}")
         if options.matches is None:
             check_writable(out, "--out")
-        model = load_workdir(workdir, options.checkpoint or "best", overrides=overrides)
+        model = load_workdir(workdir, options.checkpoint, overrides=overrides)
         name, theirs = workdir.resolve().name, options.caption_embeddings
         judged = judged_split.judged_by_model(model, name, options.split, theirs)
     else:
@@ -148,6 +148,8 @@ def _parse(arguments):
         if given is not None and getattr(options, name) is not None:
             owner = "workdir" if name == "checkpoint" else "embeddings"
             raise UserError(f"--{name} goes with --{owner}")
+    if options.checkpoint is None:
+        options.checkpoint = "best"
     suspect_options.check(options)
     return options, overrides
 

@@ -192,10 +192,16 @@ def _path(option: str, value: str | None) -> pathlib.Path | None:
     return path
 
 
+def _chosen(options: argparse.Namespace) -> dict[str, str]:
+    """Returns the options of `_USUAL`, as they are given or by default."""
+    given = {name: getattr(options, name) for name in _USUAL}
+    return _USUAL | {name: value for name, value in given.items() if value is not None}
+
+
 def _evaluation_name(options: argparse.Namespace) -> str:
     """Returns the split and whatever is not the default: `test`, `val_latest`, `test_step40`."""
-    chosen = {name: getattr(options, name) or usual for name, usual in _USUAL.items()}
-    if chosen["checkpoint"].isdigit():
+    chosen = _chosen(options)
+    if chosen["checkpoint"].isdecimal():
         chosen["checkpoint"] = f"step{int(chosen['checkpoint'])}"
     rest = [value for name, value in chosen.items() if value != _USUAL[name] and name != "split"]
     return "_".join([chosen["split"], *rest])
@@ -206,9 +212,9 @@ def _of_run(
 ) -> tuple[EmbeddedSplit, dict[str, Any]]:
     """Returns a split as a run embeds it, and what the report says of it."""
     workdir = pathlib.Path(options.workdir)
-    checkpoint = options.checkpoint or _USUAL["checkpoint"]
-    model = load_workdir(workdir, checkpoint, overrides=overrides)
-    weights = options.weights or _USUAL["weights"]
+    chosen = _chosen(options)
+    model = load_workdir(workdir, chosen["checkpoint"], overrides=overrides)
+    weights = chosen["weights"]
     model = model.momentum() if weights == "momentum" else model
     return _embedded(model, workdir.resolve().name, weights, options)
 
@@ -222,7 +228,7 @@ def _of_pretrained(options, overrides):
 
 
 def _embedded(model, name, weights, options):
-    split_name = options.split or _USUAL["split"]
+    split_name = _chosen(options)["split"]
     use_compile_cache(model.config.compile_cache)
     dataset = model.load_evaluation_split(split_name)
     warn_once(_log, few_images(split_name, len(dataset.image_id)))
@@ -241,7 +247,7 @@ def _of_embeddings(options, overrides):
         split = dataclasses.replace(embedding_files.read_embeddings(folder), name=name)
     else:
         config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
-        split = judged_by_embeddings(folder, config, options.split or _USUAL["split"])
+        split = judged_by_embeddings(folder, config, _chosen(options)["split"])
         about["split"] = split.split_name
     protocols.check_suits(options.protocol, split.image_id, split.caption_id)
     return split, about
@@ -292,7 +298,7 @@ def _write_page(path: pathlib.Path, split: EmbeddedSplit, measured, options) -> 
         return
     metrics, of_run = {key: one.as_json() for key, one in measured.items()}, {}
     if options.workdir is not None:
-        of_run["weights"] = options.weights or _USUAL["weights"]
+        of_run["weights"] = _chosen(options)["weights"]
         of_run["log"] = metric_log.read_metrics(pathlib.Path(options.workdir))
     elif options.init is not None:
         of_run["weights"] = "online"

@@ -423,7 +423,13 @@ def test_unknown_checkpoint_and_split(shapes_run):
     workdir, _, _ = shapes_run
     error = refused("evaluate", f"--workdir={workdir}", "--checkpoint=77")
     assert_all_in(error, "no checkpoint '77'", "best, latest or one of")
-    assert "the split 'dev'" in refused("evaluate", f"--workdir={workdir}", "--split=dev")
+    for option, said in (
+        ("--checkpoint=²", "no checkpoint '²'"),
+        ("--checkpoint=", "no checkpoint ''"),
+        ("--split=dev", "the split 'dev'"),
+        ("--split=", "the split ''"),
+    ):
+        assert said in refused("evaluate", f"--workdir={workdir}", option)
 
 
 def test_evaluating_an_empty_workdir(tmp_path):

@@ -154,7 +154,7 @@ def write(
         html.write_text(folder / page_name(number), html.render("audit.html", values))
     for old in folder.glob("page_*.html"):
         number = old.stem.removeprefix("page_")
-        if number.isdigit() and int(number) > len(pages):
+        if number.isdecimal() and int(number) > len(pages):
             old.unlink()
 
 

@@ -111,7 +111,7 @@ def stored_steps(workdir: pathlib.Path) -> list[int]:
     folder = workdir / DIRECTORY
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
 def find_step(manager: ocp.CheckpointManager, which: str) -> int:
@@ -134,7 +134,7 @@ def find_step(manager: ocp.CheckpointManager, which: str) -> int:
     if which == "best":
         best = manager.best_step()
         return manager.latest_step() if best is None else best
-    if which.isdigit() and int(which) in steps:
+    if which.isdecimal() and int(which) in steps:
         return int(which)
     raise UserError(
         f"{folder}: there is no checkpoint {which!r}; "

@@ -103,7 +103,7 @@ def explicit_place(options: argparse.Namespace) -> dict[str, str | int] | None:
             f"{', '.join(missing)} missing: {', '.join(values)} go together, or give none of them"
         )
     host, _, port = options.coordinator.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal():
         raise UserError(f"--coordinator is {options.coordinator!r}; expected HOST:PORT")
     if not 0 <= options.process_index < options.processes:
         raise UserError(

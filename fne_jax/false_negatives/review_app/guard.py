@@ -73,7 +73,7 @@ class Guard:
         if headers.get("sec-fetch-site", "same-origin") != "same-origin":
             return PlainTextResponse("Only this server's own pages may do that.\n", 403)
         length = headers.get("content-length", "")
-        if not length.isdigit() or int(length) > MOST_BYTES:
+        if not length.isdecimal() or int(length) > MOST_BYTES:
             return PlainTextResponse(f"Expected a body of at most {MOST_BYTES} bytes.\n", 413)
         return None
 
