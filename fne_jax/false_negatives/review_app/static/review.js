@@ -16,8 +16,11 @@ let unsaved = [];
 let loading = false;
 // How often saving has failed; what was asked for before that is not done any more.
 let failures = 0;
-// The next group's page, if it is there already; and how far the server says that one has come.
-let ahead;
+// The pages of the groups that come next, by their addresses; and of so many pairs they are.
+const ahead = new Map();
+const AHEAD = 20;
+let prefetching;
+// How far the server says that one has come.
 let latest;
 let fading;
 
@@ -65,18 +68,37 @@ function start(last = false, focus = false) {
   prefetch();
 }
 
-// The next group's page and images are in the browser before they are asked for.
+// The groups that come next are in the browser before they are asked for, and after them all images.
 async function prefetch() {
-  const url = document.getElementById("following")?.href;
-  ahead = undefined;
-  if (!url) return;
+  const mine = (prefetching = {});
+  const images = [];
+  let url = followingOf(document);
   try {
-    const page = await read(url);
-    for (const image of page.querySelectorAll("article img")) new Image().src = image.getAttribute("src");
-    if (url === document.getElementById("following")?.href) ahead = { url, page };
+    for (let count = 0; url && count < AHEAD; url = followingOf(ahead.get(url).page)) {
+      const group = ahead.get(url) ?? {};
+      group.reading ??= read(url).then((page) => Object.assign(group, { page, images: imagesOf(page) }));
+      ahead.set(url, group);
+      if (!group.page) await group.reading;
+      if (mine !== prefetching) return;
+      count += group.page.querySelectorAll("article").length;
+      images.push(group.images);
+    }
   } catch {
     // Nothing is lost: what is asked for next tells that the server is gone.
+    ahead.delete(url);
   }
+  for (const left of images) {
+    while (left.length && mine === prefetching) await load(left.shift());
+  }
+}
+
+const followingOf = (page) => page.getElementById("following")?.href;
+const imagesOf = (page) => [...page.querySelectorAll("article img")].map((image) => image.getAttribute("src"));
+
+function load(src) {
+  return new Promise((done) => {
+    Object.assign(new Image(), { fetchPriority: "low", onload: done, onerror: done, src });
+  });
 }
 
 async function read(url) {
@@ -96,6 +118,9 @@ function put(next, title, url, { push = true, last = false } = {}) {
 async function visit(url, options) {
   loading = true;
   try {
+    // What was read before may have changed since.
+    ahead.clear();
+    prefetching = undefined;
     const page = await read(url);
     latest = undefined;
     put(document.adoptNode(page.getElementById("main")), page.title, url, options);
@@ -113,11 +138,12 @@ function reload(url, options) {
 }
 
 function follow(link) {
-  if (ahead?.url !== link.href) {
+  const page = ahead.get(link.href)?.page;
+  if (!page) {
     reload(link.href);
     return;
   }
-  const { page } = ahead;
+  ahead.delete(link.href);
   const next = document.adoptNode(page.getElementById("main"));
   if (main().dataset.show === "unjudged" && pairs().every((pair) => pair.dataset.verdict)) {
     // What has just been judged is not among these any more: before them is what was before it.
