@@ -79,23 +79,28 @@ class Answered:
     def __init__(self, question: Question, reviewer: str):
         self.question, self.own = question, None
         self._reviewer = reviewer
-        self._said: dict[str, Verdict] = {}
-        self._within: set[str] = set()
+        # By reviewer and sample; the last of a sample counts, whatever the clock said.
+        self._said: dict[str, dict[str, Verdict]] = {}
 
     def add(self, verdict: Verdict) -> None:
-        """Takes up a verdict; of one reviewer's the latest counts."""
-        name, sample = verdict.reviewer, self.question.sample
-        if moment(verdict.time) >= moment(self._said.setdefault(name, verdict).time):
-            self._said[name] = verdict
-        if self.question.weight is None or verdict.sample == sample:
-            self._within.add(name)
-        if self._reviewer in self._within:
-            self.own = self._said[self._reviewer]
+        """Takes up a verdict; of one reviewer's on several samples the latest counts."""
+        said = self._said.setdefault(verdict.reviewer, {})
+        said.pop(verdict.sample, None)
+        said[verdict.sample] = verdict
+        self.own = self._by_reviewer().get(self._reviewer)
 
     @property
     def others(self) -> list[Verdict]:
         """The last verdicts of the other reviewers."""
-        return [self._said[name] for name in sorted(self._within - {self._reviewer})]
+        said = self._by_reviewer()
+        return [said[name] for name in sorted(said.keys() - {self._reviewer})]
+
+    def _by_reviewer(self):
+        return {
+            name: max(reversed(said.values()), key=lambda one: moment(one.time))
+            for name, said in self._said.items()
+            if self.question.weight is None or self.question.sample in said
+        }
 
     def fits(self, name: str) -> bool:
         """Returns whether a key of `FILTERS` lets it pass."""
@@ -104,7 +109,7 @@ class Answered:
         if name == UNJUDGED:
             return self.own is None
         if name == DISPUTED:
-            return {MATCH, NO_MATCH} <= {self._said[one].verdict for one in self._within}
+            return {MATCH, NO_MATCH} <= {one.verdict for one in self._by_reviewer().values()}
         return self.own is not None and self.own.verdict == name
 
 
@@ -141,8 +146,8 @@ class GroupPage:
 
     Attributes:
       row: The row of the caption or of the image that the group is of, or the number of the part.
-      number: Its place among the groups that pass the filter, from 1.
-      groups: How many groups pass.
+      number: Its place among all groups, from 1; what is judged meanwhile does not change it.
+      groups: How many groups there are.
       answered: Its questions that pass.
       previous: The row of the group before it that passes, or None.
       following: The row of the group after it that passes, or None.
@@ -212,19 +217,22 @@ class Questions:
           The group; the last that passes where none follows, and None where nothing passes.
         """
         groups = self._groups[by]
-        passing = []
-        wanted, reached = None, row is None or row not in groups
-        for of, members in groups.items():
-            reached = reached or of == row
-            passed = [answers.of[one.caption, one.image] for one in members]
-            passed = [one for one in passed if one.fits(show)]
-            if not passed:
-                continue
-            if reached and wanted is None:
-                wanted = len(passing)
-            passing.append((of, passed))
-        if not passing:
+        rows = list(groups)
+
+        def passing(numbers: Iterable[int]) -> Iterator[tuple[int, list[Answered]]]:
+            for number in numbers:
+                members = (answers.of[one.caption, one.image] for one in groups[rows[number]])
+                if passed := [one for one in members if one.fits(show)]:
+                    yield number, passed
+
+        start = rows.index(row) if row in groups else 0
+        found = next(passing([*range(start, len(rows)), *range(start - 1, -1, -1)]), None)
+        if found is None:
             return None
-        index = len(passing) - 1 if wanted is None else wanted
-        around = [passing[i][0] if 0 <= i < len(passing) else None for i in (index - 1, index + 1)]
-        return GroupPage(passing[index][0], index + 1, len(passing), passing[index][1], *around)
+        number, passed = found
+        around = range(number - 1, -1, -1), range(number + 1, len(rows))
+        previous, following = (next(passing(numbers), None) for numbers in around)
+        return GroupPage(
+            rows[number], number + 1, len(rows), passed,
+            previous and rows[previous[0]], following and rows[following[0]],
+        )  # fmt: skip

@@ -1,7 +1,6 @@
 """Groups, filters and the way from one group to the next, against plain versions."""
 
 import dataclasses
-import itertools
 
 import pytest
 
@@ -61,11 +60,13 @@ def test_what_is_judged_is_what_the_reviewer_judged(asked):
 def test_groups_in_order(asked, by, show, groups):
     answers = Answers(asked, VERDICTS, "anna")
     seen, row = {}, None
-    for number in itertools.count(1):
+    order = list(dict.fromkeys(pair[by == "image"] for pair in PAIRS))
+    while True:
         page = asked.page(answers, by, show, row)
         if page is None:
             break
-        assert (page.number, page.groups) == (number, len(groups))
+        # The place among all, which stays while one judges.
+        assert (page.number, page.groups) == (order.index(page.row) + 1, len(order))
         assert page.previous == (list(seen)[-1] if seen else None)
         seen[page.row] = [(one.question.caption, one.question.image) for one in page.answered]
         row = page.following
@@ -96,6 +97,12 @@ def test_a_sample_is_answered_by_what_it_asked_alone():
         answers.add(verdict)
         assert answers.of[3, 4].own == verdict
     assert [answers.counts[name] for name in ("all", "match", "no_match", "unsure")] == [2, 1, 1, 0]
+
+
+def test_a_changed_mind_counts_even_where_the_clock_was_set_back(asked):
+    first, second = (dataclasses.replace(said((0, 1), word), time=f"2026-01-01T0{hour}:00:00Z")
+                     for word, hour in (("match", 2), ("no_match", 1)))  # fmt: skip
+    assert Answers(asked, [first, second], "anna").of[0, 1].own == second
 
 
 def test_a_sample_is_asked_in_the_order_of_the_draw(monkeypatch):
