@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import random
 import shutil
 import signal
 import sqlite3
@@ -63,6 +64,27 @@ def test_given_counts_the_pairs_that_this_store_was_told_of(tmp_path):
         for left in (1, 1, 0, 0):
             store.take_back("anna", "train")
             assert store.given("train") == left
+
+
+def test_news_are_what_others_wrote_or_that_some_was_taken_back(tmp_path):
+    rng, heard = random.Random(3), {}
+    with VerdictStore(tmp_path / "v.sqlite") as store, VerdictStore(store.path) as berts:
+        for caption in range(30):
+            by = rng.choice([store, berts])
+            reviewer = rng.choice(["anna", "bert"])
+            if rng.random() < 0.3:
+                by.take_back(reviewer, "train")
+            else:
+                by.add(other(caption_id=caption, reviewer=reviewer))
+            if by is store:  # which knows what it did
+                heard = {one.caption_id: one for one in store.last()}
+            elif rng.random() < 0.7:
+                news = store.news("train")
+                heard = heard if news is not None else {}
+                news = store.last() if news is None else news
+                heard |= {one.caption_id: one for one in news}
+                assert heard == {one.caption_id: one for one in store.last()}
+        assert heard and store.news("train") == []
 
 
 def test_importing_adds_what_is_new_and_never_what_is_older(tmp_path):

@@ -144,8 +144,7 @@ class _Pages:
         show = _one_of(request, "show", FILTERS)
         row = _number(request, "group")
         with self._answering:
-            if self._review.store.changed():
-                self._answers = self._read_answers()
+            self._hear_others()
             page = self._review.questions.page(self._answers, by, show, row)
             pairs = [self._pair(one, show) for one in page.answered] if page else []
             counts = dict(self._answers.counts)
@@ -237,6 +236,7 @@ class _Pages:
 
         def save() -> Mapping[str, Any]:
             with self._answering:
+                self._hear_others()
                 verdict = self._verdict(question, word)
                 self._review.store.add(verdict)
                 self._answers.add(verdict)
@@ -299,6 +299,14 @@ class _Pages:
         if asked.get("data") != self._data:
             raise HTTPException(409, "This page is of other data than the server; load it again.")
         return asked
+
+    def _hear_others(self):
+        """Takes up what other servers have written since, however much there is from before."""
+        news = self._review.store.news(self._review.split)
+        if news is None:
+            self._answers = self._read_answers()
+        for verdict in news or ():
+            self._answers.add(verdict)
 
     def _read_answers(self):
         review = self._review

@@ -50,6 +50,12 @@ def test_two_servers_of_one_store_and_their_ends(tmp_path):
         assert post(url, "verdict", verdict)["judged"] == 1
         disputed = post(other, "verdict", verdict | {"verdict": "no_match"})
         assert disputed["counts"]["disputed"] == 1
+        # Each hears of what the other has said and taken back since.
+        post(other, "undo", {"data": data, "by": "caption", "show": "all"})
+        again = post(url, "verdict", verdict | {"image": 2})
+        assert (again["judged"], again["counts"]["disputed"]) == (2, 0)
+        post(url, "undo", {"data": data, "by": "caption", "show": "all"})
+        assert post(other, "verdict", verdict | {"verdict": "no_match"})["judged"] == 1
         bert.kill()
         # A browser's open connection, and a request that never ends, are not waited for.
         with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1][:-1]))) as slow:
