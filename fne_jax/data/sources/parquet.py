@@ -60,13 +60,15 @@ class Table(Container):
     def images(self) -> Iterator[tuple[ContainedImage, bytes | None]]:
         """Yields the images with their bytes; None for a caption without an image."""
         columns = [self.image_key, *self.caption_key.split(",")]
-        errors = (OSError, ValueError, pa.ArrowException)
+        # Damaged lengths ask for more memory than there is.
+        errors = (OSError, ValueError, pa.ArrowException, MemoryError)
         row = 0
         with (
             as_user_error(f"{self.file}: is damaged", errors=errors),
             fsspec.open(self.file, "rb") as file,
         ):
             for batch in self._batches(file, columns):
+                batch.validate(full=True)  # reading what is damaged would crash
                 for values in zip(*(batch[name].to_pylist() for name in columns), strict=True):
                     name, content = self._image(values[0], row)
                     captions = [

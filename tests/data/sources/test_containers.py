@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 from fne_jax.data.pairs import SPLITS
 from fne_jax.data.preparation import preparing
-from fne_jax.data.sources import many_files
+from fne_jax.data.sources import many_files, parquet, webdataset
 from fne_jax.data.sources.pair_tables import split_of_name
 from fne_jax.errors import UserError
 from tests.support import sources
@@ -267,3 +267,26 @@ def test_without_splits_names_are_hashed(tmp_path):
     for split in SPLITS:
         names = [f"{n:03}" for n in range(120) if split_of_name(f"{n:03}") == split]
         assert found.load_split(split).source_image_id == names
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kind", ["tar", "parquet", "arrow"])
+def test_any_damage_to_a_container_is_read_over_or_named(tmp_path, kind, seed):
+    {"tar": tars, "parquet": tables, "arrow": saved_to_disk}[kind](tmp_path / "made")
+    path = next((tmp_path / "made").rglob(f"*val*.{kind}" if kind != "arrow" else "val/*.arrow"))
+    whole = path.read_bytes()
+    rng = np.random.default_rng(seed)
+    for number in range(60):
+        content = sources.DAMAGES[list(sources.DAMAGES)[number % 9]](whole, rng)
+        path.write_bytes(content)
+        container = (
+            webdataset.Tar(str(path), "val", "caption")
+            if kind == "tar"
+            else parquet.Table(str(path), "val", "image", "caption")
+        )
+        try:
+            for listed, jpeg in container.images():
+                json.dumps(listed)
+                assert jpeg is None or isinstance(jpeg, bytes)
+        except UserError as error:
+            assert path.name in str(error)
