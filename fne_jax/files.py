@@ -148,6 +148,32 @@ def locked(path: pathlib.Path, on_held: Callable[[str], None], no_locks: str) ->
         os.close(descriptor)
 
 
+def files_below(folder: str | os.PathLike) -> Iterator[str]:
+    """Yields the paths of the files in a folder and those below it, also in folders that are links.
+
+    Each folder counts once, though links lead to it from several places or in a circle. Files and
+    folders whose names begin with a dot are left out: they are programs' own, as the `._photo.jpg`
+    that macOS leaves on cards.
+
+    Raises:
+      OSError: If a folder cannot be listed.
+    """
+
+    def refuse(error):
+        raise error
+
+    tops, seen = [os.fspath(folder)], set()  # links come after all others
+    for parent, folders, names in (found for top in tops for found in os.walk(top, onerror=refuse)):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        tops += filter(os.path.islink, (os.path.join(parent, name) for name in folders))
+        yield from (os.path.join(parent, name) for name in names if not name.startswith("."))
+
+
 def expand_home(path: str | os.PathLike) -> str:
     """Returns a path with the home folder of a user in place of a leading `~` or `~name`.
 

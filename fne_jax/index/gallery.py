@@ -16,7 +16,7 @@ from fne_jax.data.images.usable_images import FORMATS, AnyImage
 from fne_jax.data.pairs import SPLITS, PairDataset
 from fne_jax.data.sources import listing, pair_tables
 from fne_jax.errors import UserError
-from fne_jax.files import as_user_error, expand_home
+from fne_jax.files import as_user_error, expand_home, files_below
 from fne_jax.index.names import Names
 
 _TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl"}
@@ -102,7 +102,7 @@ def texts_of(source: AnyPath | Sequence[str], load_split: Callable[[str], PairDa
         if path.suffix.lower() in _TABLES:
             texts = [text for image in _table(path) for text in listing.usable_captions(image)[0]]
         else:
-            texts = listing.read_lines(epath.Path(path))
+            texts = listing.filled_lines(listing.read_text(epath.Path(path)))
     for row, text in enumerate(texts):
         listing.check_text(f"texts[{row}]", text)
     texts = list(dict.fromkeys(text for text in texts if text.strip()))
@@ -139,34 +139,13 @@ def _image_suffixes():
 
 def _of_folder(folder):
     suffixes = _image_suffixes()
-    names, stamps, seen = [], [], set()
-
-    def refuse(error):
-        raise error
-
-    # Folders that are links come after all others, and each folder once, though links lead to it
-    # from several places or in a circle.
-    tops = [os.fspath(folder)]
+    names, stamps = [], []
     with as_user_error(f"{folder}: cannot be listed"):
-        for parent, folders, files in (
-            found for top in tops for found in os.walk(top, onerror=refuse)
-        ):
-            status = os.stat(parent)
-            if (status.st_dev, status.st_ino) in seen:
-                folders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            # Hidden files are programs' own, as the `._photo.jpg` that macOS leaves on cards.
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            tops += filter(os.path.islink, (os.path.join(parent, name) for name in folders))
-            below = os.path.relpath(parent, folder)
-            for name in files:
-                if name.startswith(".") or os.path.splitext(name)[1].lower() not in suffixes:
-                    continue
-                path = os.path.join(parent, name)
+        for path in files_below(folder):
+            if os.path.splitext(path)[1].lower() in suffixes:
                 stamp = _stamp(path)
                 if stamp[0] >= 0:
-                    names.append(os.path.normpath(os.path.join(below, name)))
+                    names.append(os.path.relpath(path, folder))
                     stamps.append(stamp)
     if not names:
         raise UserError(

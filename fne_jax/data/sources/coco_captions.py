@@ -28,7 +28,8 @@ def read_listing(data_dir: str) -> Listing:
     """
     folder = listing.existing_folder(data_dir, "captions_train*.json and captions_val*.json")
     inside = folder / "annotations"
-    paths = sorted((inside if inside.is_dir() else folder).glob("captions_*.json"))
+    below = (inside if inside.is_dir() else folder).iterdir()
+    paths = sorted(path for path in below if path.match("captions_*.json"))
     if not paths:
         raise UserError(f"config.data.dir is {data_dir!r}: there is no captions_*.json in it")
     has_test = any("test" in path.name for path in paths)

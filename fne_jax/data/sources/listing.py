@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import os
@@ -31,14 +32,19 @@ MAX_CAPTION_CHARACTERS = 2000
 MAX_IMAGE_ID, MAX_CAPTION_ID = np.iinfo(np.int32).max, np.iinfo(np.int64).max
 # What programs write into a cell for no value, in lower case.
 NO_VALUE = ("nan", "none", "null", "<na>", "n/a", "#n/a")
+# What spreadsheets write for a formula that fails; LibreOffice also Err: and a number.
+_FORMULA_ERROR = re.compile(r"#(ref!|name\?|value!|div/0!|num!|null!|error!|spill!)|err:\d+")
 _LIST = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 # What is often in the place of a text file, and what to do.
-_PACKED = {
-    ".gz": "unpack it by gunzip",
-    ".zip": "unpack it",
-    ".xlsx": "save it as 'CSV UTF-8' in the spreadsheet",
-    ".xls": "save it as 'CSV UTF-8' in the spreadsheet",
+_SAVE = "save it as 'CSV UTF-8' in the spreadsheet"
+_PACKED = {".gz": "unpack it by gunzip", ".zip": "unpack it"} | dict.fromkeys(
+    (".xlsx", ".xlsm", ".xls", ".ods", ".numbers", ".gsheet"), _SAVE
+)
+_SIGNATURES = {
+    b"\x1f\x8b": "unpack it by gunzip",
+    b"PK\x03\x04": f"unpack it, or {_SAVE}",
+    b"\xd0\xcf\x11\xe0": _SAVE,
 }
 
 
@@ -164,7 +170,9 @@ def one_file(folder: epath.Path, patterns: Sequence[str], kind: str) -> epath.Pa
     # Not by `glob`, which takes a [ in the folder's own path for a pattern too.
     with as_user_error(f"{folder}: cannot be listed"):
         there = sorted(folder.iterdir())
-    found = [path for path in there if any(map(path.match, patterns))]
+    # Hidden files are programs' own, and Excel's are named ~$ while it has a table open.
+    seen = [path for path in there if not path.name.startswith((".", "~$"))]
+    found = [p for p in seen if any(fnmatch.fnmatchcase(p.name.lower(), one) for one in patterns)]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         packed = (
@@ -198,8 +206,11 @@ def read_text(path: epath.Path) -> str:
         raise UserError(f"{path}: not a text file; {advice}")
     with as_user_error(f"{path}: cannot be read"):
         content = path.read_bytes()
+    for start, advice in _SIGNATURES.items():
+        if content.startswith(start):
+            raise UserError(f"{path}: not a text file, whatever its name says; {advice}")
     try:
-        return content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig")
+        return decoded(content)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
@@ -209,15 +220,22 @@ def read_text(path: epath.Path) -> str:
         ) from error
 
 
-def read_lines(path: epath.Path) -> list[str]:
-    """Returns the lines of a text file, which end at line feeds, carriage returns, or both.
-
-    `str.splitlines` would end them at other characters too, which texts may hold, such as U+2028.
+def decoded(content: bytes) -> str:
+    """Returns the text of bytes in UTF-8, or in UTF-16 if a byte order mark says so.
 
     Raises:
-      UserError: As `read_text`.
+      UnicodeDecodeError: If they are none.
     """
-    return read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig")
+
+
+def filled_lines(text: str) -> list[str]:
+    """Returns the lines that hold anything; they end at line feeds, carriage returns, or both.
+
+    `str.splitlines` would end them at other characters too, which texts may hold, such as U+2028.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return [line for line in lines if line.strip()]
 
 
 def parse_json(where: str, text: str) -> Any:
@@ -369,6 +387,8 @@ def checked_listing(
       UserError: If something is wrong; it names the split, or the two entries that clash.
     """
     images = sorted(images, key=lambda image: SPLITS.index(image.split))
+    if not images:
+        raise UserError(f"{where}: it lists no image")
     there = {image.split for image in images}
     if there != {"test"}:  # which can be evaluated on
         for split in SPLITS:
@@ -435,7 +455,8 @@ def caption_fault(caption: Any) -> str:
         return f"the caption is not text: {caption!r:.60}"
     if not any(_says_something(character) for character in caption):
         return f"the caption is empty: {caption!r:.60}"
-    if caption.strip().lower() in NO_VALUE:
+    bare = caption.strip().lower()
+    if bare in NO_VALUE or _FORMULA_ERROR.fullmatch(bare):
         return f"the caption is {caption!r}, which stands for no value"
     if _LIST.fullmatch(caption):
         return f"the caption is a list written as text: {caption!r:.60}"

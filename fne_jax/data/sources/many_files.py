@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import fsspec
 
 from fne_jax.errors import UserError
-from fne_jax.files import as_user_error, expand_home
+from fne_jax.files import as_user_error, expand_home, files_below
 
 _SPLIT_WORD = re.compile(r"(?:^|[^a-z])(train|validation|valid|val|dev|test)(?:$|[^a-z])")
 _SPLIT_OF = {"train": "train", "test": "test"}  # all other words mean val
@@ -20,8 +20,8 @@ def named_by(pattern: str, endings: Sequence[str]) -> list[str]:
     """Returns the files that `config.data.dir` names, in the order of their names.
 
     Args:
-      pattern: A folder, whose files and those below it are taken by their endings; or a path or an
-        URL of files, in which `*`, `?`, `{a,b}` and `{000..009}` stand for several.
+      pattern: A folder, whose files and those below it are taken by their endings in any case; or a
+        path or an URL of files, in which `*`, `?`, `{a,b}` and `{000..009}` stand for several.
       endings: The endings, such as ".tar".
 
     Raises:
@@ -32,15 +32,18 @@ def named_by(pattern: str, endings: Sequence[str]) -> list[str]:
         raise UserError(f"{where}; expected a folder of {kinds} files, or a pattern of them")
     found: list[str] = []
     with as_user_error(where, errors=(OSError, ValueError, ImportError)):
-        for one in _without_braces(pattern):
-            remote = "://" in one
-            system, path = fsspec.core.url_to_fs(one if remote else expand_home(one))
+        remote = "://" in pattern
+        whole = pattern if remote else os.path.abspath(expand_home(pattern))
+        for one in [whole] if os.path.exists(whole) else _without_braces(whole):
+            system, path = fsspec.core.url_to_fs(one)
             if system.isdir(path):
-                some = [name for name in system.find(path) if name.endswith(tuple(endings))]
+                there = system.find(path) if remote else files_below(path)
+                some = [name for name in there if name.lower().endswith(tuple(endings))]
             elif system.isfile(path):  # whatever characters its name has
                 some = [path]
             else:
-                some = [name for name in system.glob(path) if system.isfile(name)]
+                literal = path.replace("[", "[[]")  # part of a name, not of a pattern
+                some = [name for name in system.glob(literal) if system.isfile(name)]
             if not some:
                 raise UserError(f"there is no {kinds} file {one}")
             found += [system.unstrip_protocol(name) if remote else name for name in some]
@@ -79,6 +82,8 @@ def _without_braces(pattern: str) -> list[str]:
         return [pattern]
     if numbers := _RANGE.fullmatch(match[1]):
         first, last = numbers.groups()
+        if int(first) > int(last):
+            raise UserError(f"{match[0]} stands for no number; give the smaller one first")
         parts = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
     else:
         parts = match[1].split(",")

@@ -149,7 +149,7 @@ SOURCES: dict[str, Source] = {
     "text_files": Source(
         "images, each with a `.txt` of its name beside it",
         lambda data: text_files.read_listing(data.dir),
-        files=lambda data: many_files.named_by(data.dir, ("",)),
+        files=lambda data: many_files.named_by(data.dir, text_files.ENDINGS),
     ),
     "webdataset": Source(
         "tars of images and `.txt` or `.json`, or `dir` is a pattern of them",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import unicodedata
 
 from etils import epath
 
@@ -13,7 +15,8 @@ from fne_jax.data.sources.listing import ListedImage, Listing
 from fne_jax.data.sources.pair_tables import parted
 from fne_jax.errors import UserError
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".txt")
+_log = logging.getLogger(__name__)
 
 
 def read_listing(data_dir: str) -> Listing:
@@ -29,18 +32,24 @@ def read_listing(data_dir: str) -> Listing:
       UserError: If there is no image, only some lie in a folder of a split, or a text is not UTF-8.
     """
     folder = listing.existing_folder(data_dir, "images, and a .txt file beside each")
-    paths = many_files.named_by(os.fspath(folder), _IMAGES)
-    splits = many_files.splits_of(paths)
-    texts = [epath.Path(os.path.splitext(path)[0] + ".txt") for path in paths]
+    there = many_files.named_by(os.fspath(folder), ENDINGS)
+    texts = {_stem(path): path for path in there if path.lower().endswith(".txt")}
+    paths = [path for path in there if not path.lower().endswith(".txt")]
+    if not any(_stem(path) in texts for path in paths):
+        raise UserError(f"config.data.dir is {data_dir!r}: no image has a .txt file beside it")
+    if unused := texts.keys() - set(map(_stem, paths)):
+        told = "%d .txt files have no image beside them (%s), such as %s"
+        _log.warning(told, len(unused), ", ".join(ENDINGS[:-1]), texts[min(unused)])
+    # Of names of images, which may be of trains, nothing is read.
+    splits = many_files.splits_of([f"{os.path.dirname(path)}/" for path in paths])
     images, number = [], 0
-    for row, (path, text) in enumerate(zip(paths, texts, strict=True)):
+    for row, path in enumerate(paths):
         name = os.path.relpath(path, folder)
-        captions = []
-        if text.exists():
-            captions = [line for line in listing.read_lines(text) if line.strip()]
+        text = texts.get(_stem(path))
+        captions = (text and listing.filled_lines(listing.read_text(epath.Path(text)))) or []
         images.append(
             ListedImage(
-                split=splits[path],
+                split=splits[f"{os.path.dirname(path)}/"],
                 path=epath.Path(path),
                 where=path,
                 image_id=row,
@@ -50,9 +59,12 @@ def read_listing(data_dir: str) -> Listing:
             )
         )
         number += len(captions)
-    there = [text for text in texts if text.exists()]
-    if not there:
-        raise UserError(f"config.data.dir is {data_dir!r}: no image has a .txt file beside it")
-    digest = hashlib.sha256(repr(stamps_of(there)).encode()).hexdigest()[:12]
+    files = list(texts.values())
+    digest = hashlib.sha256(repr(stamps_of(files)).encode()).hexdigest()[:12]
     checked = listing.checked_listing(folder.name, str(folder), [], parted(images))
-    return Listing(checked.name, digest, checked.images, [os.fspath(text) for text in there])
+    return Listing(checked.name, digest, checked.images, files)
+
+
+def _stem(path: str) -> str:
+    """Returns what an image and its text share, in whatever Unicode form either is spelt."""
+    return unicodedata.normalize("NFC", os.path.splitext(path)[0])

@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 import ml_collections
 
-from fne_jax.data.sources import many_files
+from fne_jax.data.sources import listing, many_files
 from fne_jax.data.sources.listing import ContainedImage, Container, Listing
 from fne_jax.data.sources.pair_tables import split_of_name
 from fne_jax.errors import UserError
@@ -62,10 +62,15 @@ class Tar(Container):
         with (
             as_user_error(f"{self.file}: is damaged", errors=(tarfile.TarError, OSError, EOFError)),
             fsspec.open(self.file, "rb") as file,
-            # In one pass, as a stream from elsewhere allows no other.
-            tarfile.open(fileobj=file, mode="r|") as tar,
+            # In one pass, as a stream from elsewhere allows no other, packed or not.
+            tarfile.open(fileobj=file, mode="r|*", errors="backslashreplace") as tar,
         ):
             for member in tar:
+                if member.islnk() or member.issym():
+                    raise UserError(
+                        f"{self.file}: the member {member.name} is a link, which holds nothing; "
+                        "make the tar with --dereference --hard-dereference"
+                    )
                 if not member.isfile() or os.path.basename(member.name).startswith("."):
                     continue
                 folder, base = os.path.split(member.name)
@@ -86,8 +91,9 @@ class Tar(Container):
                 content = tar.extractfile(member)
                 assert content is not None
                 sample[ending] = content.read()
-        if before is not None:
-            yield self._image(before, sample)
+        if before is None:
+            raise UserError(f"{self.file}: holds no file")
+        yield self._image(before, sample)
 
     def _image(self, name: str, sample: dict[str, bytes]) -> tuple[ContainedImage, bytes | None]:
         content = next((sample[ending] for ending in _IMAGES if ending in sample), None)
@@ -100,7 +106,7 @@ class Tar(Container):
         """Returns the lines of the text; without one, what the JSON holds."""
         if "txt" in sample:
             try:
-                return [line for line in sample["txt"].decode().split("\n") if line.strip()]
+                return listing.filled_lines(listing.decoded(sample["txt"]))
             except UnicodeDecodeError:
                 return [{"not UTF-8": repr(sample["txt"][:40])}]  # which is told as no text
         try:

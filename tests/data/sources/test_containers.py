@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import fsspec
@@ -42,11 +43,13 @@ def samples():
 
 def write_tar(path, members):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as tar:
         for name, content in members:
             member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+            if content is None:  # as `tar` writes the same file under a second name
+                member.type, member.linkname = tarfile.LNKTYPE, "a.jpg"
+            member.size = len(content or b"")
+            tar.addfile(member, io.BytesIO(content or b""))
 
 
 def tars(folder, kind="txt"):
@@ -187,16 +190,21 @@ def test_what_a_tar_lacks_is_told(tmp_path):
             ("c.jpg", sources.jpeg(2)[:200]),
             ("c.txt", b"Damaged."),
             ("d.jpg", sources.jpeg(3)),
-            ("d.txt", b"\xff\xfe"),
+            ("d.txt", b"\xff"),
             ("e.JPG", sources.jpeg(4)),
-            ("e.txt", b"Fine.\n\nReally.\n"),
+            ("e.txt", b"\xef\xbb\xbfFine.\r\n\nReally.\r\n"),
             ("e.json", b"{"),
+            ("\xe9.jpg", sources.jpeg(5)),  # not UTF-8
+            ("\xe9.txt", "Deux mots.".encode("utf-16")),
         ],
     )
     with pytest.raises(UserError, match="5 images or captions cannot be used"):
         prepared(tmp_path, "webdataset", tmp_path / "tars")
-    skipped = prepared(tmp_path, "webdataset", tmp_path / "tars", max_skipped=5).skipped()
-    reasons = {one.where.rpartition(" ")[2][:1]: one.reason for one in skipped}
+    found = prepared(tmp_path, "webdataset", tmp_path / "tars", max_skipped=5)
+    train = found.load_split("train")
+    assert train.captions[-3:] == ["Fine.", "Really.", "Deux mots."]
+    assert train.source_image_id[-2:] == ["e", r"\xe9"]
+    reasons = {one.where.rpartition(" ")[2][:1]: one.reason for one in found.skipped()}
     assert reasons["a"] == "the list of captions is empty"
     assert reasons["b"] == "there is no image beside the caption"
     assert reasons["c"].startswith("cannot be decoded")
@@ -208,6 +216,8 @@ def test_what_a_tar_lacks_is_told(tmp_path):
     [
         ([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"3")], r"the members a\.\* lie apart"),
         ([("a.jpg", b"1"), ("a.JPG", b"2")], r"the member a\.JPG appears twice"),
+        ([("a.jpg", b"1"), ("b.jpg", None)], r"the member b\.jpg is a link, which holds nothing"),
+        ([], "holds no file"),
     ],
 )
 def test_a_tar_in_disorder(tmp_path, members, message):
@@ -243,6 +253,55 @@ def test_files_elsewhere(tmp_path):
     here = prepared(tmp_path, "webdataset", tmp_path / "tars")
     there = prepared(tmp_path, "webdataset", "memory://bucket/*.tar")
     assert there.summaries == here.summaries
+
+
+@pytest.mark.parametrize("folder", ["data [1]", "data {1,2}"])
+def test_whatever_a_folder_is_called_its_files_are_found(tmp_path, folder):
+    tars(tmp_path / folder)
+    (tmp_path / folder / "val-000.tar").rename(tmp_path / folder / "VAL.TAR")
+    (tmp_path / "more").mkdir()
+    (tmp_path / folder / "more").symlink_to(tmp_path / "more")
+    (tmp_path / "more" / "circle").symlink_to(tmp_path / folder)
+    write_tar(tmp_path / "more" / "train.tar", [("a.jpg", b"")])
+    (tmp_path / folder / "._train-000.tar").touch()
+    found = [
+        os.path.relpath(path, tmp_path / folder)
+        for path in many_files.named_by(str(tmp_path / folder), [".tar"])
+    ]
+    expected = ["VAL.TAR", "more/train.tar", "test-000.tar", "train-000.tar", "train-009.tar"]
+    assert found == [*expected, "train-018.tar"]
+    if "{" not in folder:
+        pattern = str(tmp_path / folder / "{train-0*,VAL}.[tT][aA]?")
+        assert not many_files.named_by(pattern.replace("[tT][aA]?", "*"), [".tar"])[4:]
+        with pytest.raises(UserError, match=r"there is no \.tar file .*\[tT\]"):
+            many_files.named_by(pattern, [".tar"])
+
+
+def test_a_range_that_holds_nothing():
+    with pytest.raises(UserError, match=r"\{3\.\.1\} stands for no number"):
+        many_files.named_by("/d/{3..1}.tar", [".tar"])
+
+
+def test_texts_and_images_that_belong_together(tmp_path, caplog):
+    texts(tmp_path / "texts")
+    train = tmp_path / "texts" / "train"
+    for name, content in (
+        ("test of a train.JPG", sources.jpeg(90)),
+        ("test of a train.TXT", b"In another case."),
+        ("cafe\u0301.jpg", sources.jpeg(91)),
+        ("caf\u00e9.txt", b"In another form."),
+        ("image.heic", b""),
+        ("image.txt", b"Of no image."),
+        ("._0001.jpg", b"A program's own."),
+    ):
+        (train / name).write_bytes(content)
+    found = prepared(tmp_path, "text_files", tmp_path / "texts").load_split("train")
+    assert len(found.image_id) == 26
+    assert found.captions[-2:] == ["In another form.", "In another case."]
+    assert "1 .txt files have no image beside them" in caplog.text
+    (train / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
+    with pytest.raises(UserError, match=r"udce9\.jpg': the name is not in UTF-8; rename it"):
+        prepared(tmp_path, "text_files", tmp_path / "texts")
 
 
 def test_names_tell_splits_or_none_does():
