@@ -69,7 +69,7 @@ def _csv_rows(path, text, required, columns, other_names):
         next(lines)
         for cells in lines:
             where = f"{path}: line {lines.line_num}"
-            if not any(cells):  # as Excel leaves below a table
+            if not any(map(str.strip, cells)):  # as Excel leaves below a table
                 continue
             if any(cells[len(names) :]):
                 raise UserError(

@@ -219,5 +219,6 @@ DAMAGED_CAPTIONS = {
     "too long": "a " * 1001,
     "half a character": "a dog \ud800",
     "no value": "NaN",
+    "a formula that failed": " #NAME? ",
     "a list as NumPy writes it": "['a' 'b']",
 }

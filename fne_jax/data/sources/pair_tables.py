@@ -32,7 +32,7 @@ _OTHER_NAMES = {
 # Shares of val and test where a table has no splits; the rest is train. In a small one they have
 # this many images each, but no more than a fifth.
 VAL_SHARE, TEST_SHARE, _LEAST = 0.05, 0.05, 20
-_WHOLE = re.compile(r"[0-9]{1,18}(\.0*)?")
+_WHOLE = re.compile(r"[0-9]{1,18}(\.0{0,2})?")  # 1.000 is a thousand in many languages
 # Texts beside each other without a comma, as NumPy writes them, which Python would join.
 _UNPARTED = re.compile(r"""['"]\s+['"]""")
 _log = logging.getLogger(__name__)

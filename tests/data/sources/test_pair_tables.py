@@ -120,6 +120,17 @@ def test_mistakes_in_tables(tmp_path, change, message):
         ("csv", b"image,caption,Image\n", "the column 'image' appears twice"),
         ("csv", b"image;caption\na.jpg;one; two\n", "line 2: more fields .* with ';' between"),
         ("csv", b"image;words\n", "the column 'caption' is missing; .* and is 'image;words'"),
+        ("csv", b"image,caption\n", r"pairs\.csv: it lists no image"),
+        (
+            "csv",
+            b"PK\x03\x04\x80",
+            "not a text file, whatever its name says; unpack it, or save it",
+        ),
+        (
+            "csv",
+            b"image,caption,image_id\na.jpg,b,1.000\n",
+            "image_id is '1.000'; expected a whole",
+        ),
         ("csv", b"sep=;\nimage;caption\n", "line 1 is Excel's 'sep=;'; delete that line"),
         ("csv", b"image,caption\na\0.jpg,b\n", "line 2: 'image' is 'a.x00.jpg'"),
         ("jsonl", b'{"image": "\\ud800.jpg", "caption": "b"}', "line 1: 'image' is '.ud800.jpg'"),
@@ -160,7 +171,7 @@ def test_a_folder_must_hold_one_table(tmp_path):
     )
     with pytest.raises(UserError, match=message):
         pair_tables.read_listing(str(tmp_path), "csv")
-    for name, advice in (("pairs.xlsx", "save it as"), ("pairs.csv.gz", "unpack it by gunzip")):
+    for name, advice in (("pairs.ods", "save it as"), ("pairs.csv.gz", "unpack it by gunzip")):
         (tmp_path / name).touch()
         with pytest.raises(UserError, match=rf"{name}: not a text file; {advice}"):
             pair_tables.read_listing(str(tmp_path / name), "csv")
@@ -185,7 +196,7 @@ def exported(delimiter=",", encoding="utf-8", header=("image", "caption", "split
     writer = csv.writer(stream, delimiter=delimiter)  # its lines end as on Windows
     rows = [(f"{split}.jpg", CAPTION, split) for split in ("train", "val", "test")]
     writer.writerows([(*row, *empty) for row in (header, *rows)])
-    writer.writerows([("", "", "", *empty)] * 2 if empty else [])
+    writer.writerows([("", " ", "\xa0", *empty)] * 2 if empty else [])
     return stream.getvalue().encode(encoding)
 
 
@@ -214,7 +225,9 @@ def test_exports_of_spreadsheets_are_read(tmp_path, export):
 def test_tabs_brackets_and_a_test_split_alone(tmp_path):
     folder = tmp_path / "pairs [1]"
     folder.mkdir()
-    (folder / "pairs.tsv").write_text("image\tcaption\tsplit\na.jpg\ta dog\ttest\n")
+    for name in ("~$pairs.tsv", "._pairs.tsv"):  # Excel's and macOS's own
+        (folder / name).touch()
+    (folder / "pairs.TSV").write_text("image\tcaption\tsplit\na.jpg\ta dog\ttest\n")
     (image,) = pair_tables.read_listing(str(folder), "csv").images
     assert image.split == "test" and image.path == folder / "a.jpg"
 
