@@ -33,24 +33,25 @@ _MATCHES_PER_QUERY = 100
 def main(arguments: list[str]) -> None:
     """Parses the command line, ranks the pairs and writes them."""
     options, overrides = _parse(arguments)
-    if options.out is not None and pathlib.Path(options.out).is_file():
-        raise UserError(f"--out={options.out} is a file; expected a folder")
     fitting = options.verdicts is not None and options.fitted is not None
+    out = pathlib.Path(options.out or f"{options.workdir}/audit_{options.split}")
+    if options.matches is None:
+        check_writable(out, "--out", folder=True)
+    else:
+        check_writable(pathlib.Path(options.matches), "--matches")
+    if fitting:
+        check_writable(pathlib.Path(options.fitted), "--fitted")
     # Read before the split is embedded, which may take long.
     fitted = None if fitting else suspect_options.read_fitted(options)
     if options.workdir is not None:
         workdir = pathlib.Path(options.workdir)
-        out = pathlib.Path(options.out or workdir / f"audit_{options.split}")
-        if options.matches is None:
-            check_writable(out, "--out")
         model = load_workdir(workdir, options.checkpoint, overrides=overrides)
         name, theirs = workdir.resolve().name, options.caption_embeddings
         judged = judged_split.judged_by_model(model, name, options.split, theirs)
     else:
         config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
-        folder, out = pathlib.Path(options.embeddings), pathlib.Path(options.out or "")
         judged = judged_split.judged_by_embeddings(
-            folder, config, options.split, options.caption_embeddings
+            pathlib.Path(options.embeddings), config, options.split, options.caption_embeddings
         )
     said, verdicts = None, []
     if options.workdir is not None and store_path(workdir).exists():
@@ -142,6 +143,8 @@ def _parse(arguments):
         raise UserError(
             "--embeddings takes the --config of the data, and --out, a folder, or --matches, a file"
         )
+    if options.matches is not None and options.out is not None:
+        raise UserError("--matches takes no --out, which is for pages")
     if options.matches is not None and not options.matches.endswith(match_files.SUFFIX):
         raise UserError(f"--matches={options.matches}: expected a name that ends in .npz")
     for name, given in (("checkpoint", options.embeddings), ("config", options.workdir)):

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from fne_jax import command_line, configuration
+from fne_jax.data.identity import FILE_NAME as IDENTITY_FILE
 from fne_jax.data.pairs import few_images
 from fne_jax.errors import UserError
 from fne_jax.evaluation import embedding_files, protocols, results
@@ -145,14 +146,18 @@ def _paths(options: argparse.Namespace) -> tuple[pathlib.Path | None, pathlib.Pa
     """Returns the files to write the metrics and the page into, each None for nowhere.
 
     Raises:
-      UserError: if there is no folder for one of them, or one would overwrite another.
+      UserError: if there is no folder for one of them, or one would overwrite another or what is
+        read.
     """
     out, page = (_path(name, getattr(options, name)) for name in ("out", "report"))
-    if options.verdicts is not None:
-        given = os.path.realpath(options.verdicts)
-        for name, path in (("out", out), ("report", page)):
-            if path is not None and os.path.realpath(path) == given:
-                raise UserError(f"--{name}={path} is the file of --verdicts; give another")
+    read = [options.verdicts, options.config]
+    if options.workdir is not None:
+        names = (configuration.FILE_NAME, IDENTITY_FILE, metric_log.FILE_NAME)
+        read += [os.path.join(options.workdir, name) for name in names]
+    inputs = {os.path.realpath(path) for path in read if path is not None}
+    for name, path in (("out", out), ("report", page)):
+        if path is not None and os.path.realpath(path) in inputs:
+            raise UserError(f"--{name}={path} is a file that the evaluation reads; give another")
     _check_dump(options.dump, options.embeddings)
     if options.workdir is None:
         return _checked(out, page)
@@ -168,18 +173,17 @@ def _paths(options: argparse.Namespace) -> tuple[pathlib.Path | None, pathlib.Pa
 def _check_dump(dump: str | None, embeddings: str | None) -> None:
     if dump is None:
         return
-    if pathlib.Path(dump).is_file():
-        raise UserError(f"--dump={dump} is a file; expected a folder")
+    check_writable(pathlib.Path(dump), "--dump", folder=True)
     if embeddings is not None and os.path.realpath(dump) == os.path.realpath(embeddings):
         raise UserError(f"--dump={dump} is the folder of --embeddings; give another")
 
 
 def _checked(out, page):
-    if out is not None and out == page:
+    if out is not None and page is not None and os.path.realpath(out) == os.path.realpath(page):
         raise UserError(f"{out} cannot hold both the metrics (--out) and the page (--report)")
-    for path in (out, page):
+    for flag, path in (("--out", out), ("--report", page)):
         if path is not None:
-            check_writable(path, "--out")
+            check_writable(path, flag)
     return out, page
 
 

@@ -55,6 +55,8 @@ def as_user_error(where: str, advice: str = "", errors: AnyError = OSError) -> I
 def write_atomically(path: AnyPath, content: str | bytes) -> None:
     """Writes a file under another name first, so that a reader finds the old one or the new one.
 
+    A device or a pipe is written to.
+
     Args:
       path: a local file, or a remote one as far as epath reaches.
       content: the whole file.
@@ -62,12 +64,14 @@ def write_atomically(path: AnyPath, content: str | bytes) -> None:
     Raises:
       OSError: if it cannot be written; whatever was there before still is.
     """
+    content = content if isinstance(content, bytes) else content.encode()
+    # A device or a pipe, as /dev/null, which root would replace by a file.
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        path.write_bytes(content)
+        return
     scratch = _scratch_beside(path)
     try:
-        if isinstance(content, bytes):
-            scratch.write_bytes(content)
-        else:
-            scratch.write_text(content, encoding="utf-8")
+        scratch.write_bytes(content)
         scratch.replace(path)
     except BaseException as error:
         if isinstance(error, OSError):  # not the scratch file, nor none where the disk is full
@@ -213,17 +217,22 @@ def local_folder(text: str, flag: str) -> pathlib.Path:
     return pathlib.Path(expand_home(text))
 
 
-def check_writable(path: pathlib.Path, flag: str) -> None:
+def check_writable(path: pathlib.Path, flag: str, *, folder: bool = False) -> None:
     """Checks that a file or folder can be written, before hours are spent on what it will hold.
 
     Args:
       path: The file or folder; it and folders above it may not exist yet.
       flag: The flag that gives another, for the message.
+      folder: Whether it is to be a folder.
 
     Raises:
-      UserError: If this process must not write there.
+      UserError: If it is a file where it should be a folder, or the reverse, below a file, or this
+        process must not write there.
     """
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if there.is_dir() != (folder or there is not path):
+        kinds = ("file", "folder") if there.is_file() else ("folder", "file")
+        raise UserError(f"{flag}={path}: {there} is a {kinds[0]}; expected a {kinds[1]}")
     if not os.access(there, os.W_OK):
         raise UserError(f"{path} cannot be written: no permission for {there}; give another {flag}")
 

@@ -141,6 +141,12 @@ def test_files_that_cannot_be_written_are_named_first(tmp_path):
     for option in ("out", "report"):
         path = f"--{option}={tmp_path / 'no' / 'file'}"
         assert_all_in(refused("evaluate", "--workdir=run", path), path, "is not a folder")
+        path = f"--{option}={tmp_path}"
+        assert "is a folder; expected a file" in refused("evaluate", "--workdir=run", path)
+        path = f"--{option}={tmp_path / 'config.json'}"
+        assert "that the evaluation reads" in refused("evaluate", f"--workdir={tmp_path}", path)
+    paths = f"--out={tmp_path / 'page'}", f"--report={tmp_path}/../{tmp_path.name}/page"
+    assert "cannot hold both" in refused("evaluate", "--workdir=run", *paths)
 
 
 def test_anyone_s_embeddings_get_a_page(shapes_run, tmp_path):
@@ -342,7 +348,7 @@ def test_systems_are_compared_by_verdicts(shapes_run, tmp_path, capsys):
     assert report["metrics"]["judged_t2i_r1"]["value"] == pytest.approx(value)
     for option in ("out", "report"):
         overwriting = [f"--workdir={workdir}", f"--verdicts={path}", f"--{option}={path}"]
-        assert f"--{option}={path} is the file of --verdicts" in refused("evaluate", *overwriting)
+        assert f"--{option}={path} is a file that" in refused("evaluate", *overwriting)
     write_verdicts(path, verdicts[::2])
     assert "results are not judged" in refused("evaluate", *momentum, f"--verdicts={path}")
 

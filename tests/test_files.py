@@ -51,6 +51,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_a_pipe_stays_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDWR)
+    write_atomically(tmp_path / "pipe", "text")
+    assert os.read(reader, 9) == b"text" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
 def test_an_error_names_the_file_that_was_asked_for(tmp_path):
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "none" / "a.csv", tmp_path / "folder"):
@@ -61,6 +69,14 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path):
 
 def test_what_cannot_be_written_is_told_before_it_is_made(tmp_path, monkeypatch):
     check_writable(tmp_path / "new" / "page.html", "--out")
+    (tmp_path / "file").write_text("")
+    for path, folder, told in (
+        (tmp_path, False, "is a folder; expected a file"),
+        (tmp_path / "file", True, "is a file; expected a folder"),
+        (tmp_path / "file" / "page.html", False, "/file is a file; expected a folder"),
+    ):
+        with pytest.raises(UserError, match=f"--out={path}: .*{told}"):
+            check_writable(path, "--out", folder=folder)
     monkeypatch.setattr(
         os, "access", lambda path, mode: path != tmp_path
     )  # root may write anywhere

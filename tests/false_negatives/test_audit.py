@@ -291,6 +291,8 @@ def test_precision_counts_what_is_in_truth_a_match(monkeypatch):
         (["--workdir=x", "--matches=a.csv"], "--matches=a.csv: expected a name that ends in .npz"),
         (["--workdir=nowhere"], "nowhere is not a folder"),
         (["--workdir=x", f"--out={__file__}"], "test_audit.py is a file; expected a folder"),
+        (["--workdir=x", f"--matches={__file__}/a.npz"], "test_audit.py is a file; expected a fol"),
+        (["--workdir=x", "--matches=a.npz", "--out=y"], "--matches takes no --out"),
     ],
 )
 def test_mistakes_of_the_command(arguments, message):
