@@ -99,8 +99,8 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     path = workdir / FILE_NAME
     if not path.is_file():
         raise UserError(f"{path} does not exist: {workdir} is not the workdir of a run")
-    with as_user_error(f"{path}: not a JSON file", errors=ValueError):
-        config = ml_collections.ConfigDict(json.loads(path.read_text()))
+    with as_user_error(f"{path}: not a JSON file", errors=(ValueError, TypeError)):
+        config = ml_collections.ConfigDict({**json.loads(path.read_text())})
     fields = flatten(config).keys()
     differences = [
         f"{verb} {', '.join(f'config.{name}' for name in sorted(names))}"

@@ -321,8 +321,8 @@ def _embedded(model, pixels):
 
 def _kept_recall(path, engine, rows, gallery, model):
     """Returns the recall of an engine among rows, measured once and kept in a file."""
-    with contextlib.suppress(OSError, ValueError):
-        return dict(json.loads(path.read_text()))
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return {name: float(share) for name, share in {**json.loads(path.read_text())}.items()}
     one, other = ("image", "text") if gallery.kind == "images" else ("text", "image")
     recall = {f"{one}_to_{one}": _recall_of_own(engine, rows)}
     queries = _other_queries(gallery, model)

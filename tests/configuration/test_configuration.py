@@ -235,6 +235,7 @@ def test_a_run_of_another_version_is_refused(tmp_path, fields, message):
 def test_workdir_without_a_config(tmp_path):
     with pytest.raises(UserError, match="not the workdir of a run"):
         configuration.read_config(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not a JSON file"):
-        configuration.read_config(tmp_path)
+    for damaged in ("{", "[1]"):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(UserError, match="not a JSON file"):
+            configuration.read_config(tmp_path)

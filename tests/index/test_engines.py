@@ -139,6 +139,9 @@ def test_recall_across_images_and_texts_is_told_apart_and_kept(tmp_path):
         assert index.recall == {"text_to_image": 1, "image_to_image": 1} and asked == ["val"]
     (path,) = (tmp_path / "index").glob("part-*/recall-*.json")
     assert json.loads(path.read_text()) == index.recall
+    for damaged in ("[1]", '{"text_to_image": null}'):
+        path.write_text(damaged)
+        assert indexed(load_split).recall == index.recall
     path.unlink()
     assert indexed(no_split).recall == {"image_to_image": 1}
     assert build(tmp_path / "photos", tmp_path / "index").recall == {}
