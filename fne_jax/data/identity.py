@@ -34,7 +34,8 @@ class DatasetIdentity:
     image_checksum: str = ""
 
     def __str__(self) -> str:
-        return f"{self.pairs} pairs of {self.images} images (checksum {self.checksum})"
+        images = self.image_checksum and f", of the images alone {self.image_checksum}"
+        return f"{self.pairs} pairs of {self.images} images (checksum {self.checksum}{images})"
 
 
 def checksum_of_set(contents: Iterable[bytes | np.ndarray]) -> str:

@@ -116,12 +116,17 @@ class Model:
             return dataset
         told = f"the {name} split is not that of the run, which had {before}; it has {now}"
         if name != "train" and before.image_checksum != now.image_checksum:
-            train = load_split(self.config.data, side, "train").identity
+            own = (
+                "give the run's own data (--config.data.dir=DIR), and another dataset beside it by "
+                f"--config.data.{name}=SOURCE:DIR"
+            )
+            unknown = f"{told}, and whether it was trained on cannot be told"
+            with files.as_user_error(unknown, own, UserError):
+                train = load_split(self.config.data, side, "train").identity
             if train.image_checksum != self.data["train"].image_checksum:
                 raise UserError(
                     f"{told}. Nor is the training split, so that images of {name} may have been "
-                    "trained on: restore the splits, give the run's own data "
-                    "(--config.data.dir=DIR), or train a new run"
+                    f"trained on: restore the splits, {own}, or train a new run"
                 )
         _log.warning("%s", told)
         return dataset

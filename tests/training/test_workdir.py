@@ -122,17 +122,25 @@ def test_a_dry_run_finds_what_the_run_would(tmp_path, whole_run, monkeypatch):
 
 
 def changed_splits(monkeypatch, changes):
-    load = registry.load_split
+    def changed(data, image_size, splits=registry.SPLITS):
+        found = registry.load_splits(data, image_size, splits)
+        return [
+            changes.get(name, lambda same: same)(one)
+            for name, one in zip(splits, found, strict=True)
+        ]
 
-    def changed(data, image_size, split):
-        return changes.get(split, lambda same: same)(load(data, image_size, split))
-
-    for module in (setup, model_lib):
-        monkeypatch.setattr(module, "load_split", changed)
+    monkeypatch.setattr(setup, "load_splits", changed)
+    monkeypatch.setattr(
+        model_lib, "load_split", lambda data, side, name: changed(data, side, [name])[0]
+    )
 
 
 def with_another_caption(dataset):
     return dataclasses.replace(dataset, captions=[*dataset.captions[:-1], "other"])
+
+
+def none_of_it(dataset):
+    raise UserError("no training split")
 
 
 def brighter(dataset):
@@ -179,6 +187,12 @@ def test_what_reads_a_run_tells_of_other_data(whole_run, monkeypatch, caplog):
             else:
                 model.load_split(split)
                 assert f"the {split} split is not that of the run, which had 120" in caplog.text
+    with monkeypatch.context() as patch:
+        changed_splits(patch, {"train": none_of_it, "test": brighter})
+        with pytest.raises(
+            UserError, match="cannot be told: no training split; give the run's own"
+        ):
+            model.load_split("test")
 
 
 def test_only_evaluation_limits_captions(tmp_path):
