@@ -1,6 +1,9 @@
 """Small encoders from random weights on Flickr8K, for a machine without an accelerator.
 
 python -m fne_jax.train --config=configs/flickr8k.py --workdir=runs/flickr8k --config.data.dir=DIR
+
+With FNE in the last two of its ten epochs, where `clip` stands today, on two x86-64 cores at
+2.5 GHz, seed 0: 41 min 41 s, rSum 43.3 on 1,000 test images (docs/benchmarks.md).
 """
 
 from configs import base
