@@ -15,6 +15,7 @@ from fne_jax import files
 from fne_jax.errors import (
     EXIT_BUG,
     EXIT_ENVIRONMENT_FAILURE,
+    EXIT_USER_ERROR,
     Interrupted,
     UserError,
     is_environment_failure,
@@ -82,8 +83,9 @@ def run(main: Callable[[list[str]], None]) -> None:
     except Interrupted as stop:  # all processes of a run have stopped at the same place
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
-    except UserError as error:
-        code, message, raised = error.exit_code, f"error: {error}", error
+    except (UserError, PermissionError) as error:
+        code = getattr(error, "exit_code", EXIT_USER_ERROR)
+        message, raised = f"error: {error}", error
     except KeyboardInterrupt as error:
         code, message, raised = 128 + signal.SIGINT, "stopped; there was nothing to save", error
     except Exception as error:

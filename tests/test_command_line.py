@@ -46,6 +46,12 @@ NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "/runs/x")
         (UserError("cannot be written"), NO_SPACE, 74, "error: cannot be written\n"),
         (EnvironmentFailure("no answer"), RuntimeError("timeout"), 74, "error: no answer\n"),
         (NO_SPACE, None, 74, "error: OSError: [Errno 28] No space left on device: '/runs/x'\n"),
+        (
+            PermissionError(errno.EACCES, "denied", "/x"),
+            None,
+            2,
+            "error: [Errno 13] denied: '/x'\n",
+        ),
         (MemoryError(), None, 74, "error: MemoryError\n"),
         (Interrupted(15, "saved"), None, 143, "saved\n"),
         (KeyboardInterrupt(), None, 130, "stopped; there was nothing to save\n"),
