@@ -131,7 +131,7 @@ def what_was_learnt(
     labels = values["t2i_r1"]
     lines = [
         f"A caption finds its own image first among {images:,} in {labels:.1f} % of cases; "
-        f"by chance it would in {100 / images:.2g} %."
+        f"by chance it would in {100 / images:.3g} %."
     ]
     complete = values.get(f"{COMPLETE}t2i_r1")
     if complete is None:

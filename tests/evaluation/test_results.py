@@ -66,3 +66,4 @@ def test_without_the_truth():
     third = what_was_learnt({"t2i_r1": 2.5}, log[4:], 40)[2]
     assert third == "The loss went from 0.500 to 0.250."
     assert "too few steps" in what_was_learnt({"t2i_r1": 2.5}, log[3:5], 40)[2]
+    assert what_was_learnt({"t2i_r1": 100.0}, log, 1)[0].endswith("it would in 100 %.")
