@@ -24,6 +24,7 @@ from fne_jax.data.sources.image_files import (
     likely_reason,
     read_bytes,
     stamp_of,
+    stamps_of,
 )
 from fne_jax.data.sources.listing import ContainedImage, Container, ListedImage
 from fne_jax.errors import EnvironmentFailure, UserError, first_line
@@ -151,7 +152,7 @@ def plan_shards(
         size += stamp[0]
     close()
     for container in containers:
-        add(container, [container, stamp_of(container.file)])
+        add(container, [container, stamp_of(container.file), *stamps_of(container.outside())])
     return shards
 
 

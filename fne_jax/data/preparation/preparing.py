@@ -113,7 +113,8 @@ def _made(
 ) -> Prepared:
     # Before anything is read, so that what changes meanwhile is noticed by the next command.
     inputs = {container(image.path) for image in listing.images} - {""}
-    inputs = sorted(inputs | set(listing.files) | {one.file for one in listing.containers})
+    inputs |= {file for one in listing.containers for file in (one.file, *one.outside())}
+    inputs = sorted(inputs | set(listing.files))
     for path in inputs:
         if not is_text(path):
             raise UserError(f"{path!r}: the name is not in UTF-8; rename it (as `convmv` does)")

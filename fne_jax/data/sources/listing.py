@@ -122,6 +122,10 @@ class Container(abc.ABC):
           UserError: If the file cannot be read.
         """
 
+    def outside(self) -> Sequence[str]:
+        """Returns the files elsewhere that it reads images from, which may change by themselves."""
+        return ()
+
 
 @dataclasses.dataclass(frozen=True)
 class Listing:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fne_jax.data.sources import many_files
+from fne_jax.data.sources.image_files import file_stamp
 from fne_jax.data.sources.listing import ContainedImage, Container, Listing
 from fne_jax.data.sources.pair_tables import split_of_name
 from fne_jax.errors import UserError
@@ -30,7 +32,7 @@ def read_listing(data: ml_collections.ConfigDict) -> Listing:
 
     Args:
       data: The group `config.data`. `dir` is a folder or a pattern of files; `image_key` the column
-        of images (bytes, {bytes, path}, or a path), `caption_key` that of captions (text, or a list
+        of images (bytes, {bytes, path}, or paths), `caption_key` that of captions (text, or a list
         of texts), or several with commas between.
 
     Raises:
@@ -60,14 +62,9 @@ class Table(Container):
     def images(self) -> Iterator[tuple[ContainedImage, bytes | None]]:
         """Yields the images with their bytes; None for a caption without an image."""
         columns = [self.image_key, *self.caption_key.split(",")]
-        # Damaged lengths ask for more memory than there is.
-        errors = (OSError, ValueError, pa.ArrowException, MemoryError)
         row = 0
-        with (
-            as_user_error(f"{self.file}: is damaged", errors=errors),
-            fsspec.open(self.file, "rb") as file,
-        ):
-            for batch in self._batches(file, columns):
+        with self._opened() as (schema, table):
+            for batch in self._batches(schema, table, columns):
                 batch.validate(full=True)  # reading what is damaged would crash
                 for values in zip(*(batch[name].to_pylist() for name in columns), strict=True):
                     name, content = self._image(values[0], row)
@@ -76,21 +73,45 @@ class Table(Container):
                         for value in values[1:]
                         for text in (value if isinstance(value, list) else [value])
                     ]
-                    where = f"{self.file}: row {row}"
+                    where = f"{self.file}: row {row}" + (f", {name}" if content is None else "")
                     split = self.split or split_of_name(name)
                     yield ContainedImage(split, name, where, captions), content
                     row += 1
 
-    def _batches(self, file: Any, columns: list[str]) -> Iterator[Any]:
-        table = pq.ParquetFile(file) if self.file.endswith(".parquet") else pa.ipc.open_stream(file)
-        names = (table.schema_arrow if self.file.endswith(".parquet") else table.schema).names
+    def outside(self) -> list[str]:
+        """Returns the files that a column of paths names."""
+        with self._opened() as (schema, table):
+            kind = schema.field(self.image_key).type if self.image_key in schema.names else None
+            if kind not in (pa.string(), pa.large_string()):
+                return []
+            batches = self._batches(schema, table, [self.image_key])
+            values = [value for batch in batches for value in batch[self.image_key].to_pylist()]
+        return [self._beside(value) for value in values if value and "\0" not in value]
+
+    @contextlib.contextmanager
+    def _opened(self):
+        """Yields the schema of the table and the table."""
+        # Damaged lengths ask for more memory than there is.
+        errors = (OSError, ValueError, ImportError, MemoryError, pa.ArrowException)
+        with (
+            as_user_error(f"{self.file}: is damaged", errors=errors),
+            fsspec.open(self.file, "rb") as file,
+        ):
+            if self.file.lower().endswith(".arrow"):
+                table = pa.ipc.open_stream(file)
+                yield table.schema, table
+            else:
+                table = pq.ParquetFile(file)
+                yield table.schema_arrow, table
+
+    def _batches(self, schema: pa.Schema, table: Any, columns: list[str]) -> Iterator[Any]:
         for field, name in [("image_key", columns[0]), *(("caption_key", c) for c in columns[1:])]:
-            if name not in names:
+            if name not in schema.names:
                 raise UserError(
                     f"{self.file}: there is no column {name!r}; make config.data.{field} one of "
-                    f"{', '.join(names)}"
+                    f"{', '.join(schema.names)}"
                 )
-        if self.file.endswith(".parquet"):
+        if isinstance(table, pq.ParquetFile):
             yield from table.iter_batches(_ROWS, columns=columns)
         else:
             for batch in table:
@@ -101,13 +122,14 @@ class Table(Container):
         """Returns the name and the bytes of an image."""
         name = f"{os.path.basename(self.file)}/{row}"
         if isinstance(value, dict):  # as `datasets` encodes an image
-            path, value = value.get("path"), value.get("bytes")
-            name, value = path or name, value if value is not None else path
+            name, value = value.get("path") or name, value.get("bytes")
         if isinstance(value, str):
-            beside = value if "://" in value else os.path.join(os.path.dirname(self.file), value)
-            try:
+            name, beside = value, self._beside(value)
+            value = None
+            if "\0" not in beside and file_stamp(beside)[0] >= 0:
                 with fsspec.open(beside, "rb") as file:
-                    return value, file.read()
-            except FileNotFoundError:
-                return value, None
+                    value = file.read()
         return name, value if isinstance(value, bytes) else None
+
+    def _beside(self, name: str) -> str:
+        return name if "://" in name else os.path.join(os.path.dirname(self.file), name)

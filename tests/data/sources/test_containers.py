@@ -245,6 +245,29 @@ def test_columns_that_are_not_there(tmp_path):
         prepared(tmp_path, "parquet", tmp_path / "parquet", caption_key="text")
 
 
+def test_images_that_a_table_names_by_paths(tmp_path):
+    saved_to_disk(tmp_path / "arrow")
+    names = ["0.jpg", "1.jpg", "none.jpg", "", ".", "a" * 300, "0.jpg/a", "a\0", None]
+    table = pa.table({"image": names, "caption": ["One."] * 9})
+    pq.write_table(table, tmp_path / "arrow" / "train" / "A.PARQUET")
+    table = pa.table({"image": [sources.jpeg(52)], "caption": [b"Bytes."]})
+    pq.write_table(table, tmp_path / "arrow" / "train" / "B.parquet")
+    with pytest.raises(UserError, match="9 images or captions cannot be used"):
+        prepared(tmp_path, "parquet", tmp_path / "arrow")
+    before = prepared(tmp_path, "parquet", tmp_path / "arrow", max_skipped=9)
+    assert len(before.load_split("train").image_id) == 26
+    reasons = {os.path.basename(one.where): one.reason for one in before.skipped()}
+    assert reasons["A.PARQUET: row 2, none.jpg"] == "there is no image beside the caption"
+    assert (
+        reasons["B.parquet: row 0, caption 0"]
+        == "the caption is not text: {'bytes': \"b'Bytes.'\"}"
+    )
+    (tmp_path / "arrow" / "train" / "none.jpg").write_bytes(sources.jpeg(50))
+    (tmp_path / "arrow" / "train" / "1.jpg").write_bytes(sources.jpeg(51))
+    after = prepared(tmp_path, "parquet", tmp_path / "arrow", max_skipped=9).load_split("train")
+    assert [after.image(row) for row in (1, 2)] == [sources.jpeg(51), sources.jpeg(50)]
+
+
 def test_files_elsewhere(tmp_path):
     tars(tmp_path / "tars")
     memory = fsspec.filesystem("memory")
