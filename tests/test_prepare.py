@@ -254,6 +254,13 @@ def test_a_table_that_changes_while_it_is_prepared_is_read_by_the_next_command(
     assert load_split(config_of(tmp_path).data, 8, "train").captions[0] == "Mended."
 
 
+def test_a_second_table_in_the_folder_is_noticed(tmp_path, command):
+    command()
+    shutil.copy(tmp_path / "source" / "pairs.jsonl", tmp_path / "source" / "more.jsonl")
+    with pytest.raises(UserError, match=r"expected one \*.jsonl .* found more.jsonl, pairs.jsonl"):
+        command()
+
+
 def test_a_disk_that_is_full_at_the_end_loses_no_shard(tmp_path, command, checked, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")

@@ -6,6 +6,7 @@ To add one, write its file in this folder and give it an entry in `SOURCES`.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,6 +122,22 @@ def _opened(data: ml_collections.ConfigDict, image_size: int, split: str) -> Pai
     return Prepared.open(folder).load_split(split)
 
 
+def _lists(*patterns: str) -> Callable[[ml_collections.ConfigDict], list[str]]:
+    """Returns what finds the files of such names that list images, all of which count."""
+
+    def found(data):
+        folder = pathlib.Path(files.expand_home(data.dir))
+        below = [
+            path
+            for one in (folder, folder / "annotations")
+            if one.is_dir()
+            for path in one.iterdir()
+        ]
+        return sorted(str(path) for path in below if any(map(path.match, patterns)))
+
+    return found
+
+
 _NAMED_KARPATHY = "`dataset_<source>.json` (Karpathy's splits) and the images in `images/`"
 _TABLE = "one table of pairs (or `dir` is the table itself)"
 
@@ -132,19 +149,28 @@ SOURCES: dict[str, Source] = {
     "karpathy": Source(
         "any one `dataset_*.json` of that layout, and `images/`",
         lambda data: karpathy.read_listing(data.dir),
+        files=_lists("dataset*.json"),
     ),
     "json_lists": Source(
         "the authors' lists `*train*.json`, `*val*.json`, `*test*.json`, and `images/`",
         lambda data: json_lists.read_listing(data.dir),
+        files=_lists("*.json"),
     ),
-    "csv": Source(_TABLE, lambda data: pair_tables.read_listing(data.dir, "csv")),
-    "jsonl": Source(_TABLE, lambda data: pair_tables.read_listing(data.dir, "jsonl")),
+    "csv": Source(
+        _TABLE,
+        lambda data: pair_tables.read_listing(data.dir, "csv"),
+        files=_lists("*.csv", "*.tsv"),
+    ),
+    "jsonl": Source(
+        _TABLE, lambda data: pair_tables.read_listing(data.dir, "jsonl"), files=_lists("*.jsonl")
+    ),
     "shapes": Source(
         "nothing: rendered", lambda data: shapes.read_listing(data.shapes), fields=("shapes",)
     ),
     "coco_captions": Source(
         "COCO's own `annotations/captions_*.json`, and images in `train2017/`, `val2017/`",
         lambda data: coco_captions.read_listing(data.dir),
+        files=_lists("captions_*.json"),
     ),
     "text_files": Source(
         "images, each with a `.txt` of its name beside it",

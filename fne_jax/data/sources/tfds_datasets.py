@@ -89,10 +89,9 @@ class Shard(Container):
                 ]
                 where = f"{self.file}: record {row}"
                 split = self.split or split_of_name(name)
-                yield (
-                    ContainedImage(split, name, where, captions),
-                    _find(record, self.image_key, self.file),
-                )
+                content = _find(record, self.image_key, self.file)
+                image_bytes = content if isinstance(content, bytes) else None
+                yield ContainedImage(split, name, where, captions), image_bytes
 
 
 def _builder(name: str) -> Any:

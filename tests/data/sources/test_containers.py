@@ -149,6 +149,9 @@ def test_every_kind_holds_the_same(tmp_path, monkeypatch):
         prepared(tmp_path, "text_files", tmp_path / "texts"),
         prepared(tmp_path, "tfds", of_tfds(tmp_path / "tfds", monkeypatch), **keys),
     ]  # fmt: skip
+    keys["image_key"] = "captions/text"
+    with pytest.raises(UserError, match="35 images or captions cannot be used"):
+        prepared(tmp_path, "tfds", tmp_path / "tfds" / "captioned" / "1.2.3", **keys)
     first = {split: found[0].load_split(split) for split in SPLITS}
     ids = np.concatenate([first[split].image_id for split in SPLITS])
     assert sorted(ids.tolist()) == list(range(35))
