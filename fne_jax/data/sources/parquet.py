@@ -65,7 +65,6 @@ class Table(Container):
         row = 0
         with self._opened() as (schema, table):
             for batch in self._batches(schema, table, columns):
-                batch.validate(full=True)  # reading what is damaged would crash
                 for values in zip(*(batch[name].to_pylist() for name in columns), strict=True):
                     name, content = self._image(values[0], row)
                     captions = [
@@ -111,12 +110,18 @@ class Table(Container):
                     f"{self.file}: there is no column {name!r}; make config.data.{field} one of "
                     f"{', '.join(schema.names)}"
                 )
-        if isinstance(table, pq.ParquetFile):
-            yield from table.iter_batches(_ROWS, columns=columns)
-        else:
-            for batch in table:
-                for start in range(0, batch.num_rows, _ROWS):
-                    yield batch.slice(start, _ROWS)
+        batches = (
+            table.iter_batches(_ROWS, columns=columns)
+            if isinstance(table, pq.ParquetFile)
+            else (
+                batch.slice(start, _ROWS)
+                for batch in table
+                for start in range(0, batch.num_rows, _ROWS)
+            )
+        )
+        for batch in batches:
+            batch.validate(full=True)  # reading what is damaged would crash
+            yield batch
 
     def _image(self, value: Any, row: int) -> tuple[str, bytes | None]:
         """Returns the name and the bytes of an image."""
