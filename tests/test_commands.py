@@ -283,7 +283,7 @@ def test_review_keeps_verdicts_that_the_audit_heeds(shapes_run, tmp_path, capsys
     assert (workdir / "reviews" / "embeddings_val.npz").exists()
 
     audit.main([*options, "--limit=3"])
-    assert "1 more that reviewers refuted are left out" in capsys.readouterr().out
+    assert "1 pairs that reviewers refuted are left out" in capsys.readouterr().out
     lines = (workdir / "audit_val" / audit_pages.JSONL_NAME).read_text().splitlines()
     listed = [(row["caption_index"], row["image_index"]) for row in map(json.loads, lines)]
     assert len(listed) == 3 and (caption, image) not in listed
@@ -303,7 +303,7 @@ def test_review_keeps_verdicts_that_the_audit_heeds(shapes_run, tmp_path, capsys
         store.add(before)
         berts.add(before)
     audit.main([*options, "--limit=3"])
-    assert "1 more that reviewers refuted are left out" in capsys.readouterr().out
+    assert "1 pairs that reviewers refuted are left out" in capsys.readouterr().out
     assert "1 of 2 verdicts are of other data and do not count: caption" in caplog.text
     theirs = f"--store={tmp_path / 'b.sqlite'}"
     assert "b.sqlite: none of its 1 verdicts is of" in refused("review", *options, theirs)
