@@ -21,6 +21,7 @@ from fne_jax.data.sources.pair_tables import split_of_name
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error
 
+_MOST_BYTES = 2**30  # of a member, which is held in memory
 ENDINGS = (".tar",)
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
@@ -88,6 +89,11 @@ class Tar(Container):
                 ending = ending.lower()
                 if ending in sample:
                     raise UserError(f"{self.file}: the member {member.name} appears twice")
+                if member.size > _MOST_BYTES:
+                    raise UserError(
+                        f"{self.file}: the member {member.name} has {member.size:,} bytes; "
+                        f"expected images and captions of at most {_MOST_BYTES:,}"
+                    )
                 content = tar.extractfile(member)
                 assert content is not None
                 sample[ending] = content.read()

@@ -375,3 +375,14 @@ def test_any_damage_to_a_container_is_read_over_or_named(tmp_path, kind, seed):
                 assert jpeg is None or isinstance(jpeg, bytes)
         except UserError as error:
             assert path.name in str(error)
+
+
+def test_a_member_that_no_memory_holds_is_refused(tmp_path):
+    write_tar(tmp_path / "tars" / "train.tar", [("a.jpg", sources.jpeg(1))])
+    content = bytearray((tmp_path / "tars" / "train.tar").read_bytes())
+    header = tarfile.TarInfo("a.jpg")
+    header.size = 6 * 10**10
+    content[:512] = header.tobuf()
+    (tmp_path / "tars" / "train.tar").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.jpg has 60,000,000,000 bytes; expected"):
+        prepared(tmp_path, "webdataset", tmp_path / "tars")
