@@ -31,7 +31,7 @@ const keyOf = (pair) => `${pair.dataset.caption}-${pair.dataset.image}`;
 
 function inLine(task) {
   const before = failures;
-  line = line.then(() => before === failures && task()).catch((error) => tell(String(error), true));
+  line = line.then(() => before === failures && task()).catch((error) => tell(error.message, true));
 }
 
 function tell(text, failed = false) {
@@ -230,7 +230,14 @@ function giveUp() {
   select(first.pair, true);
 }
 
+// A verdict after it is for the pair that is taken back, once that is shown.
+function takeBack() {
+  loading = true;
+  inLine(() => undo().finally(() => (loading = false)));
+}
+
 async function undo() {
+  loading = true; // again, where another one has just ended
   const { dataset } = main();
   const answer = await send("/undo", { by: dataset.by, show: dataset.show });
   const said = progress(answer);
@@ -285,7 +292,7 @@ document.addEventListener("click", (event) => {
   } else if (button?.closest(".verdicts")) {
     judge(button.closest("article"), button.dataset.verdict);
   } else if (button?.id === "undo") {
-    inLine(undo);
+    takeBack();
   }
 });
 
@@ -303,11 +310,11 @@ document.addEventListener("keydown", (event) => {
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   const pair = current();
   if (WORDS[key] && pair && !event.shiftKey) {
-    // A key that is held down, or that comes while the next group is on its way, judges nothing.
-    if (loading) tell("Nothing judged: the next pair is on its way.");
+    // A key that is held down, or that comes while another pair is on its way, judges nothing.
+    if (loading) tell("Nothing judged: another pair is on its way.");
     else if (!event.repeat) judge(pair, WORDS[key]);
   } else if (key === "z" && !event.shiftKey) {
-    if (!event.repeat) inLine(undo);
+    if (!event.repeat) takeBack();
   } else if ((key === "ArrowRight" || key === "ArrowLeft") && pair) {
     event.preventDefault();
     const step = key === "ArrowRight" ? 1 : -1;
