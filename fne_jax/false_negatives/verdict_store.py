@@ -97,7 +97,8 @@ class VerdictStore:
 
     Args:
       path: The SQLite file.
-      read_only: Whether to write nothing at all, neither the file nor beside it.
+      read_only: Whether to write nothing, neither the file nor beside it, but to undo what a
+        program that was killed has left half written.
 
     Raises:
       UserError: if the file is damaged, is not a store of verdicts, or cannot be opened or made;
@@ -122,7 +123,9 @@ class VerdictStore:
             with as_user_error(f"{path.parent}: cannot be created"):
                 path.parent.mkdir(parents=True, exist_ok=True)
         # Not `immutable`, by which a reader would take no lock and might see half of a write.
-        address = path.absolute().as_uri() + ("?mode=ro" if read_only else "")
+        # What is half written cannot be read, and only who may write can undo it by its journal.
+        only = read_only and not os.path.exists(f"{path}-journal")
+        address = path.absolute().as_uri() + ("?mode=ro" if only else "")
         with self._told():
             self._connection = sqlite3.connect(
                 address, _PATIENCE, uri=True, isolation_level=None, check_same_thread=False

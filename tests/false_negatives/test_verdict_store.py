@@ -174,6 +174,24 @@ def test_a_copy_of_the_file_alone_holds_all_that_was_told(tmp_path):
                 assert len(copied.last()) == number + 1
 
 
+def test_half_a_write_is_undone_by_whoever_opens_the_file_next(tmp_path):
+    with VerdictStore(tmp_path / "v.sqlite") as store:
+        for number in range(30):
+            store.add(other(caption_id=number))
+        before = store.last()
+        for sql in (
+            "PRAGMA cache_size = 1",
+            "BEGIN",
+            "UPDATE verdicts SET caption = hex(zeroblob(999))",
+        ):
+            store._connection.execute(sql)
+        for name in ("v.sqlite", "v.sqlite-journal"):  # as a kill would leave them
+            shutil.copy(tmp_path / name, tmp_path / f"killed-{name}")
+        store._connection.execute("ROLLBACK")
+    with VerdictStore(tmp_path / "killed-v.sqlite", read_only=True) as reader:
+        assert reader.last() == before
+
+
 def test_every_write_waits_for_the_disk(tmp_path):
     # A power cut cannot be tried here; SQLite documents what this setting means for one.
     with VerdictStore(tmp_path / "v.sqlite") as store:
