@@ -157,14 +157,13 @@ def _export(store: pathlib.Path, path: pathlib.Path) -> None:
 def _import(
     store: pathlib.Path, path: pathlib.Path, workdir: pathlib.Path, overrides: list[str]
 ) -> None:
-    splits = sorted({verdict.split for verdict in verdicts_lib.read_verdicts(path)})
+    read = verdicts_lib.read_verdicts(path)
     model = stored_model(workdir, overrides=overrides)
+    found: list[verdicts_lib.Verdict] = []
     # Checked before any is in the store.
-    found = [
-        verdict
-        for split in splits
-        for verdict in verdicts_lib.read_verdicts(path, model.load_split(split), split)
-    ]
+    for split in sorted({verdict.split for verdict in read}):
+        of_split = [verdict for verdict in read if verdict.split == split]
+        found += verdicts_lib.on_pairs_of(model.load_split(split), of_split, path, refuse=True)
     with VerdictStore(store) as verdicts:
         added = verdicts.import_verdicts(found)
     there = len(found) - added

@@ -121,6 +121,7 @@ def read_verdicts(
     """
     others: Counter[str] = Counter()
     last: dict[tuple[str | int, ...], tuple[float, Verdict]] = {}
+    repeated = []
     kind = _suffix(path).removeprefix(".")
     for where, cells in read_rows(path, kind, _REQUIRED, FIELDS):
         if kind == "csv":
@@ -133,11 +134,18 @@ def read_verdicts(
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
         key = (*verdict.pair, verdict.reviewer, verdict.sample)
+        if key in last:
+            repeated.append(where)
         if key not in last or seconds >= last[key][0]:
             last.pop(key, None)  # so that the order is that of what counts
             last[key] = seconds, verdict
     if split is not None and not last:
         refuse_other_splits(path, split, others)
+    if repeated:
+        _log.warning(
+            "%s: a row before it has this reviewer and this pair too, of which the latest counts; "
+            "so have %d rows in all", repeated[0], len(repeated),
+        )  # fmt: skip
     found = [verdict for _, verdict in last.values()]
     return found if dataset is None else on_pairs_of(dataset, found, path, refuse=True)
 

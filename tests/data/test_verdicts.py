@@ -103,7 +103,7 @@ def test_no_cell_of_the_csv_is_a_formula(tmp_path):
         assert cell_text(safe_cell(text)) == text
 
 
-def test_the_last_verdict_of_a_reviewer_counts(tmp_path):
+def test_the_last_verdict_of_a_reviewer_counts(tmp_path, caplog):
     path = tmp_path / "verdicts.jsonl"
     first = verdict(0, 1, "match", time="2026-11-22T00:30:00Z")
     later = verdict(0, 1, "no_match", time="2026-11-22T03:00:00+02:00")  # 01:00 UTC
@@ -111,6 +111,7 @@ def test_the_last_verdict_of_a_reviewer_counts(tmp_path):
     other = verdict(0, 1, "match", reviewer="bob")
     write_verdicts(path, [first, later, other, earlier])
     assert read_verdicts(path) == [later, other]
+    assert re.search(r"line 2: .* the latest counts; so have 2 rows in all", caplog.text)
     # Of equal times that which stands last.
     changed = dataclasses.replace(later, verdict="unsure")
     write_verdicts(path, [later, changed])
