@@ -380,6 +380,18 @@ def test_a_screen_reader_is_told(chromium, server):
         assert all(names)
 
 
+def test_a_browser_that_keeps_nothing(chromium, server):
+    with opened(chromium, server) as page:
+        page.add_init_script("Object.defineProperty(window, 'localStorage', {get() { throw 0 }})")
+        page.reload()
+        press(page, "n", 1)
+        page.locator("#keys").uncheck()
+        page.keyboard.press("y")
+        page.locator("#keys").check()
+        press(page, "u", 2)
+        assert [one.verdict for one in server.verdicts()] == ["no_match", "unsure"]
+
+
 def wide(page):
     return page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
 

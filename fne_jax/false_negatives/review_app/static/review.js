@@ -6,7 +6,12 @@ const status = document.getElementById("status");
 const NAMES = { match: "match", no_match: "no match", unsure: "unsure" };
 const MARKS = { match: "✓", no_match: "✗", unsure: "?" };
 const WORDS = { y: "match", n: "no_match", u: "unsure" };
+// Where a browser keeps nothing, letters are off or on until the page is left.
 const KEYS_OFF = "keys-off";
+let keysOff;
+try {
+  keysOff = localStorage.getItem(KEYS_OFF) === "yes";
+} catch {}
 
 // What is asked of the server goes one after the other, in the order in which it was asked for.
 let line = Promise.resolve();
@@ -60,7 +65,7 @@ function select(pair, focus = false) {
 function start(last = false, focus = false) {
   const all = pairs();
   const keys = document.getElementById("keys");
-  if (keys) keys.checked = !localStorage.getItem(KEYS_OFF);
+  if (keys) keys.checked = !keysOff;
   if (!all.length) return;
   const wanted = all.find((pair) => keyOf(pair) === main().dataset.wanted);
   const open = all.find((pair) => !pair.dataset.verdict);
@@ -298,15 +303,17 @@ document.addEventListener("click", (event) => {
 
 document.addEventListener("change", (event) => {
   if (event.target.id !== "keys") return;
-  if (event.target.checked) localStorage.removeItem(KEYS_OFF);
-  else localStorage.setItem(KEYS_OFF, "yes");
+  keysOff = !event.target.checked;
+  try {
+    localStorage.setItem(KEYS_OFF, keysOff ? "yes" : "");
+  } catch {}
 });
 
 document.addEventListener("keydown", (event) => {
   const typing = event.target.closest("input:not([type=checkbox]), textarea, select, [contenteditable]");
   const other = event.ctrlKey || event.metaKey || event.altKey || event.isComposing;
   const open = document.getElementById("enlarged").open;
-  if (typing || other || open || localStorage.getItem(KEYS_OFF) || !document.getElementById("progress")) return;
+  if (typing || other || open || keysOff || !document.getElementById("progress")) return;
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   const pair = current();
   if (WORDS[key] && pair && !event.shiftKey) {
