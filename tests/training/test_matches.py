@@ -165,7 +165,7 @@ def test_a_run_goes_on_with_its_own_list_alone(monkeypatch, tmp_path):
     path, workdir = tmp_path / "list.npz", tmp_path / "run"
     config = config_of(data__matches=str(path))
     train = split_with_truth(config)
-    monkeypatch.setattr(setup, "load_split", lambda *arguments: train)
+    monkeypatch.setattr(setup, "load_splits", lambda *arguments: [train] * 3)
     listed(path, train, lambda number: number % 2 == 0)
     loop.train_and_evaluate(config, workdir, module=LinearTowers(), warmup_only=True)
     listed(path, train, lambda number: number % 3 == 0)
