@@ -182,8 +182,8 @@ def _serve(
             f"review needs {error.name}: pip install 'fne-jax[review]', or {error.name} by itself"
         ) from error
     if os.path.exists(path) and os.path.getsize(path):
-        # A damaged store is told before anything slow; a new one is made once all else is right.
-        VerdictStore(path, read_only=True).close()
+        # What is wrong with it is told before anything slow; a new one is made once all is right.
+        VerdictStore(path).close()
     with serving.bind(options.host, options.port) as bound:
         ask = _suspects if options.for_evaluation is None else _evaluation
         asked = ask(options, overrides, workdir)

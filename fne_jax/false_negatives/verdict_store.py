@@ -122,6 +122,12 @@ class VerdictStore:
         if not read_only:
             with as_user_error(f"{path.parent}: cannot be created"):
                 path.parent.mkdir(parents=True, exist_ok=True)
+            # SQLite would tell it with the first verdict.
+            if os.path.exists(path) and not all(
+                os.access(one, os.W_OK) for one in (path, path.parent)
+            ):
+                raise UserError(f"{path}: you may not write to it, or not to its folder, as "
+                                "SQLite has to; name another --store")  # fmt: skip
         # Not `immutable`, by which a reader would take no lock and might see half of a write.
         # What is half written cannot be read, and only who may write can undo it by its journal.
         only = read_only and not os.path.exists(f"{path}-journal")

@@ -199,7 +199,7 @@ def test_every_write_waits_for_the_disk(tmp_path):
         assert store._connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
-def test_a_reader_writes_nothing(tmp_path):
+def test_a_reader_writes_nothing(tmp_path, monkeypatch):
     path = tmp_path / "a run? 100%" / "v.sqlite"
     with VerdictStore(path) as store:
         store.add(FIRST)
@@ -216,6 +216,9 @@ def test_a_reader_writes_nothing(tmp_path):
         ):
             with pytest.raises(UserError, match=r"v\.sqlite: attempt to write a readonly database"):
                 use()
+    monkeypatch.setattr(os, "access", lambda where, mode: where != path)  # root may do all
+    with pytest.raises(UserError, match=r"v\.sqlite: you may not write to it"):
+        VerdictStore(path)
     path.parent.chmod(0o755)
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
 
