@@ -3,6 +3,9 @@
 It demonstrates FNE. Without pretrained encoders `clip` is better (docs/study.md).
 
 bash launch/local.sh configs/shapes.py runs/shapes
+
+On two x86-64 cores, seed 0, without the installation: 6 min 29 s, rSum 374.2 on 1,000 test images
+(docs/quickstart.md).
 """
 
 from configs import base
