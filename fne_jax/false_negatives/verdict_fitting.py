@@ -36,7 +36,8 @@ def said_of(judged: JudgedSplit, verdicts: Sequence[Verdict]) -> Pairs:
       verdicts: Each reviewer's last verdict on each of its pairs in each sample.
 
     Raises:
-      UserError: if a verdict is of another dataset.
+      UserError: if a verdict is of another dataset, or the weights of a sample stand for far more
+        pairs than there are.
     """
     drawn: dict[tuple[str, int, int], dict[str, float]] = {}
     for one in verdicts:
@@ -53,8 +54,14 @@ def said_of(judged: JudgedSplit, verdicts: Sequence[Verdict]) -> Pairs:
     row = np.array([row for row, _, _ in rows], int)
     weight = np.array([weight for *_, weight in rows], float)
     name = np.array([name for _, name, _ in rows], str)
-    _, sample = np.unique(name, return_inverse=True)
+    names, sample = np.unique(name, return_inverse=True)
     total = np.bincount(sample, np.nan_to_num(weight))
+    for one in np.flatnonzero(total > 2 * judged.unlabelled):
+        raise UserError(
+            f"the weights of the sample {str(names[one])!r} stand for {total[one]:,.0f} pairs, of "
+            f"{judged.unlabelled:,} unlabelled ones: a spreadsheet may have lost their decimal "
+            "points; export the verdicts again"
+        )
     weight *= judged.unlabelled / np.where(total > 0, total, 1)[sample]
     return pairs[row].replace(
         is_match=np.array([one.verdict == MATCH for one in kept], bool)[row],

@@ -213,3 +213,8 @@ def test_samples_stand_for_all_pairs_each_by_itself(tmp_path):
     together = pooled(said.weight[:4], said.sample[:4])
     np.testing.assert_allclose(together, expected[:4] / 2)
     assert verdict_fitting.said_of(split, []).weight.size == 0
+    # As a spreadsheet saves 7.260000000000002 whose thousands are separated by points.
+    with pytest.raises(
+        UserError, match=r"sample 'a' stand for 7,260,000,000,000,012 pairs, of 760"
+    ):
+        verdict_fitting.said_of(split, [verdict(0, "match", "a", 7.26e15 + 2), verdicts[1]])
