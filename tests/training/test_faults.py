@@ -161,5 +161,5 @@ def test_files_that_cannot_grow_end_a_run_in_one_line(tmp_path, kibibytes):
     )
     lines = done.stderr.splitlines()
     assert done.returncode == 74, done.stderr
-    assert lines[-1].startswith(f"error: {tmp_path}")
+    assert lines[-1].startswith("error: ") and str(tmp_path / "run") in lines[-1]
     assert not any(word in line for line in lines[:-1] for word in ("error", "Error", "Traceback"))
