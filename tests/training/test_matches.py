@@ -227,7 +227,7 @@ def test_devices_look_up_their_own_anchors_only():
 @pytest.mark.slow
 def test_a_run_that_is_resumed_is_the_same_to_the_bit(monkeypatch, tmp_path):
     config = config_of(objective__oracle="drop")
-    monkeypatch.setattr(setup, "load_split", lambda *arguments: split_with_truth(config))
+    monkeypatch.setattr(setup, "load_splits", lambda *arguments: [split_with_truth(config)] * 3)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.train_and_evaluate(config, whole, module=LinearTowers())
     loop.train_and_evaluate(config, parts, module=LinearTowers(), warmup_only=True)
