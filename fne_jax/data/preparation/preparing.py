@@ -32,7 +32,7 @@ from fne_jax.data.preparation.image_shards import (
 )
 from fne_jax.data.preparation.makers import Maker, in_threads
 from fne_jax.data.preparation.storage import Prepared
-from fne_jax.data.sources.image_files import Stamp, container, stamps_of
+from fne_jax.data.sources.image_files import Stamp, file_of, stamp_of, stamps_of
 from fne_jax.data.sources.listing import (
     ListedImage,
     Listing,
@@ -112,14 +112,15 @@ def _made(
     maker: Maker,
 ) -> Prepared:
     # Before anything is read, so that what changes meanwhile is noticed by the next command.
-    inputs = {container(image.path) for image in listing.images} - {""}
+    inputs = {file_of(image.path) for image in listing.images} - {""}
     inputs |= {file for one in listing.containers for file in (one.file, *one.outside())}
     inputs = sorted(inputs | set(listing.files))
     for path in inputs:
         if not is_text(path):
             raise UserError(f"{path!r}: the name is not in UTF-8; rename it (as `convmv` does)")
     noted = (inputs, stamps_of(inputs))
-    stamps = stamps_of([image.path for image in listing.images])
+    known = dict(zip(*noted, strict=True))
+    stamps = [known.get(file_of(one.path)) or stamp_of(one.path) for one in listing.images]
     shards = plan_shards(listing.images, stamps, listing.containers, data.resize_to)
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", listing.name)[:_NAME_LENGTH]
     key = _digest([origin, listing.digest, [shard.key for shard in shards]])
@@ -221,7 +222,7 @@ def _finish(
                 "record": record,
                 "image_id": image.image_id,
                 "source_id": image.source_id,
-                "file": container(image.path) and os.fspath(image.path),
+                "file": file_of(image.path),
                 "digest": bytes.fromhex(outcome.digest),
                 "captions": captions,
                 "caption_ids": ids,

@@ -1,16 +1,16 @@
-"""Where the bytes of a listed image lie: in a file, in a tar, or in a cell of a Parquet file."""
+"""Where the bytes of a listed image come from: a file, or what makes them when they are read."""
 
 from __future__ import annotations
 
+import abc
 import concurrent.futures
 import dataclasses
 import errno
-import functools
 import hashlib
 import os
 import stat
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import fsspec
 from etils import epath
@@ -27,33 +27,27 @@ _STAMPED_AT_A_TIME = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """An image that is a part of a larger file, or is made when it is read.
+class MadeImage(abc.ABC):
+    """An image that is made when it is read, and lies in no file.
 
     Attributes:
-      file: The path of the larger file; "" for an image that is made.
-      name: The name of the part, unique within the file.
-      size: The bytes of the part, or an estimate of them.
+      name: What it is made of, so that equal ones are the same image.
+      size: An estimate of its bytes.
     """
 
-    file: str
     name: str
     size: int
 
     def __fspath__(self) -> str:
-        """Returns the file's path and the part's name, as one."""
-        return f"{self.file}/{self.name}"
+        """Returns the name in the place of a path."""
+        return f"/{self.name}"
 
+    @abc.abstractmethod
     def read(self) -> bytes:
-        """Returns the image's bytes.
-
-        Raises:
-          OSError: If the file cannot be read, or has become shorter.
-        """
-        raise NotImplementedError
+        """Returns the image's bytes."""
 
 
-AnyImageFile = str | os.PathLike | Part
+AnyImageFile = str | os.PathLike | MadeImage
 
 
 def read_bytes(image: AnyImageFile) -> bytes:
@@ -62,37 +56,31 @@ def read_bytes(image: AnyImageFile) -> bytes:
     Raises:
       OSError: If it cannot be read.
     """
-    return image.read() if isinstance(image, Part) else epath.Path(image).read_bytes()
+    return image.read() if isinstance(image, MadeImage) else epath.Path(image).read_bytes()
 
 
-def container(image: AnyImageFile) -> str:
-    """Returns the path of the file that an image is, or is part of; "" if it is made."""
-    return image.file if isinstance(image, Part) else os.fspath(image)
+def file_of(image: AnyImageFile) -> str:
+    """Returns the path of an image's file; "" if the image is made."""
+    return "" if isinstance(image, MadeImage) else os.fspath(image)
 
 
-def stamp_of(image: AnyImageFile, look: Callable[[str], Stamp] | None = None) -> Stamp:
+def stamp_of(image: AnyImageFile) -> Stamp:
     """Returns the bytes of an image and when its file was modified (ns), or (-1, 0) for no file.
-
-    Args:
-      image: The image.
-      look: What looks at a larger file in place of `file_stamp`.
 
     Raises:
       UserError: If the file system does not tell whether there is a file.
     """
-    if not isinstance(image, Part):
-        return file_stamp(os.fspath(image))
-    size, modified = (look or file_stamp)(image.file) if image.file else (0, 0)
-    return (image.size, modified) if size >= 0 else (-1, 0)
+    if isinstance(image, MadeImage):
+        return image.size, 0
+    return file_stamp(os.fspath(image))
 
 
 def stamps_of(images: Sequence[AnyImageFile]) -> list[Stamp]:
-    """Returns the stamp of each image, see `stamp_of`; looks once at each larger file."""
-    look = functools.cache(file_stamp)
+    """Returns the stamp of each image, see `stamp_of`."""
     chunk = _STAMPED_AT_A_TIME
     parts = (images[start : start + chunk] for start in range(0, len(images), chunk))
     with concurrent.futures.ThreadPoolExecutor(_STAMP_THREADS) as pool:
-        stamps = pool.map(lambda part: [stamp_of(image, look) for image in part], parts)
+        stamps = pool.map(lambda part: [stamp_of(image) for image in part], parts)
         return [stamp for part in stamps for stamp in part]
 
 

@@ -9,14 +9,14 @@ import numpy as np
 
 from fne_jax.data.pairs import SPLITS
 from fne_jax.data.sources import shapes_scenes as scenes
-from fne_jax.data.sources.image_files import Part
+from fne_jax.data.sources.image_files import MadeImage
 from fne_jax.data.sources.listing import ListedImage, Listing
 
 _BYTES = 2000  # of a JPEG of these, roughly
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scene(Part):
+class _Scene(MadeImage):
     """The image of a scene, which is drawn when it is read."""
 
     vocabulary: scenes.Vocabulary
@@ -48,7 +48,7 @@ def read_listing(settings: ml_collections.ConfigDict) -> Listing:
     for number, (split, size) in enumerate(zip(SPLITS, sizes, strict=True)):
         for index in range(size):
             seeds = (settings.seed, number, index)
-            image = _Scene("", f"{seeds} {vocabulary}", _BYTES, vocabulary, seeds)
+            image = _Scene(f"{seeds} {vocabulary}", _BYTES, vocabulary, seeds)
             scene, captions, facts, _ = image.drawn()
             first_id = len(images) * len(captions)
             images.append(

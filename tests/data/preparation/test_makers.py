@@ -9,7 +9,7 @@ import pytest
 from fne_jax.data.pairs import SPLITS
 from fne_jax.data.preparation import image_shards, makers, preparing
 from fne_jax.data.preparation.image_shards import plan_shards
-from fne_jax.data.sources.image_files import Part
+from fne_jax.data.sources.image_files import MadeImage
 from fne_jax.data.sources.listing import ListedImage
 from fne_jax.errors import UserError
 from tests.support import sources
@@ -18,21 +18,21 @@ from tests.support.tiny import tiny_config
 SEVERAL = "--runner=DirectRunner --direct_running_mode=multi_processing --direct_num_workers=2"
 
 
-class Killing(Part):
+class Killing(MadeImage):
     """An image whose reading ends the process that reads it."""
 
     def read(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Unreadable(Part):
+class Unreadable(MadeImage):
     """An image on a disk that fails."""
 
     def read(self):
         raise OSError(5, "Input/output error")
 
 
-class Readable(Part):
+class Readable(MadeImage):
     """An image."""
 
     def read(self):
@@ -42,7 +42,7 @@ class Readable(Part):
 def shards_of(kind):
     """Returns two shards of an image each."""
     images = [
-        ListedImage(split, kind("", split, 5), split, number, split, ["One."], [number])
+        ListedImage(split, kind(split, 5), split, number, split, ["One."], [number])
         for number, split in enumerate(("train", "val"))
     ]
     return plan_shards(images, [(5, 0)] * 2, [], 0)
