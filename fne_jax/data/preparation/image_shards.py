@@ -158,16 +158,13 @@ def plan_shards(
 
 def write_shard(
     shard: ImageShard, folder: pathlib.Path, stopped: Callable[[], bool] = lambda: False
-) -> int:
+) -> None:
     """Checks and converts a shard's images, one at a time, and writes those that can be used.
 
     Args:
       shard: The shard.
       folder: Where its files go.
       stopped: Asked before each image; once it is true, the shard is given up.
-
-    Returns:
-      The number of images, usable or not.
 
     Raises:
       EnvironmentFailure: If the records cannot be written.
@@ -210,7 +207,6 @@ def write_shard(
     # What JSON has no word for, such as bytes in the place of a caption, is no text either way.
     told = json.dumps(outcomes, default=lambda value: {type(value).__name__: repr(value)})
     files.write_atomically(shard.outcomes_in(folder), told)
-    return len(outcomes)
 
 
 def _contents(shard):
