@@ -65,10 +65,8 @@ def _prepare(config: ml_collections.ConfigDict, options: argparse.Namespace) -> 
 
     if options.beam is not None:
         maker = functools.partial(makers.by_beam, options=options.beam)
-    elif options.processes > 1:
-        maker = functools.partial(makers.in_processes, processes=options.processes)
     else:
-        maker = makers.in_threads
+        maker = functools.partial(makers.in_processes, processes=options.processes)
     groups = {split: data_of(config.data, split) for split in SPLITS}
     for data in {(one.source, one.dir): one for one in groups.values()}.values():
         _prepare_one(config, data, maker, options.check)

@@ -39,10 +39,10 @@ _CONFIG = "configs/flickr8k.py"
 def data_lines(sizes: Sequence[int], batches: int) -> Iterator[dict[str, Any]]:
     """Yields one benchmark line for each size.
 
-    `prepare_1_s` and `prepare_2_s` are a whole `prepare` with one process, which has threads, and
-    with two; `first_start_s` and `start_s` the time from the start of a process to the first batch,
-    with captions to tokenize and with their tokens kept (no model is built); `images_per_s` the
-    rate of the batches after it. `..._mib` is the most memory of any one of the processes.
+    `prepare_1_s` and `prepare_2_s` are a whole `prepare --processes`, with one and with two;
+    `first_start_s` and `start_s` the time from the start of a process to the first batch, with
+    captions to tokenize and with their tokens kept (no model is built); `images_per_s` the rate of
+    the batches after it. `..._mib` is the most memory of any one of the processes.
 
     Args:
       sizes: The numbers of training pairs, one caption an image.
