@@ -98,9 +98,10 @@ def _prepare(folder, cache, processes):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise RuntimeError(f"prepare ended with {os.waitstatus_to_exitcode(status)}")
+    _, status, usage = os.wait4(child.pid, 0)  # `Popen.wait` tells no memory
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise RuntimeError(f"prepare ended with {child.returncode}")
     return time.monotonic() - began, usage.ru_maxrss / 2**10
 
 
