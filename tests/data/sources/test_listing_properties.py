@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from fne_jax.data.pairs import SPLITS
 from fne_jax.data.preparation.image_shards import plan_shards
-from fne_jax.data.sources import json_lists, karpathy, pair_tables
+from fne_jax.data.sources import json_lists, karpathy, pair_tables, text_files
 from fne_jax.data.sources.image_files import stamps_of
-from fne_jax.data.sources.listing import same_file, usable_captions
+from fne_jax.data.sources.listing import decoded, same_file, usable_captions
 from fne_jax.errors import UserError
 
 # The same examples each time, so that a change that breaks none of them stays unbroken.
@@ -153,6 +153,20 @@ def test_jsonl_is_read_as_written(folder, dataset, ascii_only):
     ]
     lines = "\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
     assert_read_as_written(read_table(folder, "jsonl", lines.encode()), dataset, folder)
+
+
+@bounded
+@given(st.binary(max_size=80) | file_text.map(str.encode), st.lists(flat_names, max_size=3))
+def test_any_text_beside_an_image_is_read_or_refused(tmp_path_factory, content, others):
+    folder = tmp_path_factory.mktemp("texts")
+    for name in ("a.jpg", *(f"b{other}.png" for other in others)):
+        (folder / name).touch()
+    (folder / "a.txt").write_bytes(content)
+    listing = read_or_refused(text_files.read_listing, str(folder))
+    if listing is not None:
+        written = "".join("".join(image.captions) for image in listing.images)
+        lines = io.StringIO(decoded(content), newline=None).read().split("\n")
+        assert written == "".join(line for line in lines if line.strip())
 
 
 def read_karpathy(folder, content):
