@@ -17,6 +17,7 @@ from fne_jax.data.identity import DatasetIdentity, checksum_of_set
 from fne_jax.data.sources.shapes_scenes import SceneTruth
 
 SPLITS = ("train", "val", "test")
+_BLOCK = 4096  # captions that are digested at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +65,23 @@ class PairDataset:
         """What the split holds; of a prepared one, the images' checksum was stored with them."""
         digest = hashlib.sha256()
         if self.in_memory:
-            named = np.ascontiguousarray(self.images)
-            digest.update(f"{named.dtype} {named.shape}".encode())
-            digest.update(named)
+            pixels = np.ascontiguousarray(self.images)
+            digest.update(f"{pixels.dtype} {pixels.shape}".encode())
+            digest.update(pixels)
+            images = checksum_of_set(pixels)
         else:
-            named = [name.encode(errors="surrogatepass") for name in self.image_names]
             digest.update(self.images.checksum.encode())
-        digest.update(json.dumps(self.captions).encode())
+            names = map(portable_name, self.source_image_id)
+            images = checksum_of_set(name.encode(errors="surrogatepass") for name in names)
+        digest.update(b"[")  # of captions as a JSON list, which would be as large as all of them
+        for start in range(0, len(self.captions), _BLOCK):
+            text = json.dumps(self.captions[start : start + _BLOCK])[1:-1]
+            digest.update(f"{', ' if start else ''}{text}".encode())
+        digest.update(b"]")
         for ids in (self.caption_image, self.image_id, self.caption_id):
             digest.update(np.ascontiguousarray(ids, np.int64))
         return DatasetIdentity(
-            len(self.captions), len(named), digest.hexdigest()[:16], checksum_of_set(named)
+            len(self.captions), len(self.images), digest.hexdigest()[:16], images
         )
 
 
