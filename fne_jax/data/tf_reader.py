@@ -23,6 +23,9 @@ from fne_jax.data.preparation.storage import RecordSource
 tf.config.set_visible_devices([], "GPU")
 tf.config.set_visible_devices([], "TPU")
 
+# Each read starts a thread for each file that it finds rows in, which is dear for few rows a file.
+_ROWS_PER_READ = 512
+
 
 def read_training_images(
     source: RecordSource,
@@ -58,14 +61,17 @@ def read_training_images(
         return pair, tf.ensure_shape(made_image, blank.shape)
 
     def split(image, epoch, pair):
+        image = tf.reshape(image, [-1])
         jpegs = tf.numpy_function(records.jpegs, [image], tf.string, stateful=False)
-        return tf.ensure_shape(jpegs, [batch_size]), image, tf.repeat(epoch, batch_size), pair
+        jpegs = tf.ensure_shape(jpegs, [None])
+        return jpegs, image, tf.repeat(epoch, batch_size), tf.reshape(pair, [-1])
 
     columns = tf.TensorSpec([batch_size], tf.int32)
     batches = tf.data.Dataset.from_generator(
         lambda: rows, output_signature=(columns, tf.TensorSpec([], tf.int32), columns)
     )
-    batches = batches.map(split, num_parallel_calls=2, deterministic=True)
+    read = batches.batch(max(1, _ROWS_PER_READ // batch_size))
+    batches = read.map(split, num_parallel_calls=1, deterministic=True)
     batches = batches.unbatch().map(pixels, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     yield from records.iterate(batches.batch(batch_size).prefetch(prefetch))
 
