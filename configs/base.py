@@ -58,8 +58,14 @@ def get_config() -> ConfigDict:
     # File of unlabelled matches in the training split: a detector's list (.npz of `audit
     # --matches`) or people's verdicts (.csv or .jsonl of `review --export`). After the warm-up they
     # are excluded from the negatives and from the statistics of negatives, and are further
-    # positives of multi_positive and sigmoid. "" for none.
+    # positives of multi_positive and sigmoid, weighed by their probability (of verdicts 1). "" for
+    # none.
     data.matches = ""
+    # Least probability of a pair that is a positive; one from `matches_negative` up to it is merely
+    # excluded.
+    data.matches_positive = 0.0
+    # Probability below which a pair of the file is a negative, like the pairs that are not in it.
+    data.matches_negative = 0.0
     # Training augmentation: none (as in evaluation), crop_flip (random resized crop and mirroring),
     # or randaugment (both, and RandAugment(2, 7), as in the paper).
     data.augmentation = "crop_flip"

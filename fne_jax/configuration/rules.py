@@ -142,6 +142,8 @@ FIELDS = {
     "data.resize_to": _whole(0, 2**16),
     "data.max_skipped": _whole(0),
     "data.matches": _TEXT,
+    "data.matches_positive": _number(0, 1),
+    "data.matches_negative": _number(0, 1),
     "data.augmentation": _choice("none", *AUGMENTATIONS),
     "data.tokenizer": _NAME,
     # Fewer would not spell most words.
@@ -275,7 +277,7 @@ def _check_together(config):
             f"config.global_batch_size is {config.global_batch_size}, which "
             f"config.micro_batches={config.micro_batches} does not divide"
         )
-    registry.check_oracle(config)
+    registry.check_matches(config)
     registry.check_learned(config.objective)
     poolings = (config.encoder.text.pooling, config.encoder.text.training_pooling)
     if config.micro_batches > 1 and LONGEST_POOLING in poolings:

@@ -61,7 +61,7 @@ def write_match_list(
 
 
 def read_match_list(path: pathlib.Path, dataset: PairDataset) -> Pairs:
-    """Returns the pairs of a list that `write_match_list` wrote.
+    """Returns the pairs of a list that `write_match_list` wrote, with their probability as float16.
 
     Args:
       path: The file.
@@ -94,8 +94,17 @@ def read_match_list(path: pathlib.Path, dataset: PairDataset) -> Pairs:
             f"{path} is about other captions or images than those of the split, or about images of "
             "other names; make it from a run on the same data"
         )
+    probability = arrays["probability"]
+    bad = np.flatnonzero(~((probability >= 0) & (probability <= 1)))
+    if len(bad):
+        raise UserError(
+            f"{path}: expected probabilities from 0 to 1, got {probability[bad[0]]} in row "
+            f"{bad[0]}; write the list again"
+        )
     return Pairs(
-        _rows(arrays["caption_id"], dataset.caption_id), _rows(arrays["image_id"], dataset.image_id)
+        _rows(arrays["caption_id"], dataset.caption_id),
+        _rows(arrays["image_id"], dataset.image_id),
+        probability=probability,
     )
 
 

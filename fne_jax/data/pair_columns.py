@@ -80,6 +80,9 @@ class Pairs:
 
     @property
     def checksum(self) -> str:
-        """16 hexadecimal digits over the pairs, in whatever order they came."""
-        pairs = np.unique(np.stack([self.caption, self.image], axis=1).astype(np.int64), axis=0)
+        """16 hexadecimal digits over the pairs and how likely each is, in whatever order."""
+        columns = [self.caption, self.image]
+        if self.probability is not None:
+            columns.append(self.probability)
+        pairs = np.unique(np.stack([np.asarray(one, np.float64) for one in columns], 1), axis=0)
         return hashlib.sha256(pairs.tobytes()).hexdigest()[:16]

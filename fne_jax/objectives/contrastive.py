@@ -128,9 +128,9 @@ def multi_positive_loss(
     """Returns the decoupled contrastive loss of all matches within a batch.
 
     Each positive of an anchor is compared with the anchor's negatives alone, never with its other
-    positives, so that none is pushed away for another's sake: the mean over the positives p of
-    log(1 + sum over the negatives n of exp((s_n - s_p) / temperature)). Both sides of every pair
-    have gradient. With one positive for each anchor this is `clip_loss`:
+    positives, so that none is pushed away for another's sake: the mean over the positives p, each
+    by its weight, of log(1 + sum over the negatives n of exp((s_n - s_p) / temperature)). Both
+    sides of every pair have gradient. With one positive for each anchor this is `clip_loss`:
 
     >>> import jax.numpy as jnp
     >>> from fne_jax.objectives.features import Matches
@@ -155,7 +155,8 @@ def multi_positive_loss(
       stats: Not used.
       rng: Not used.
       temperature: Divisor of the similarities, above 0.
-      matches_are_positives: Whether known matches are positives too; else they take no part.
+      matches_are_positives: Whether known matches are positives too, of their weight; else they
+        take no part.
 
     Returns:
       The [] float32 loss, the mean over the anchors of both directions, and None.
@@ -169,14 +170,14 @@ def multi_positive_loss(
     """
     del queue, stats, rng
     logits = _logits(features, temperature)
-    positives = features.matching if matches_are_positives else features.labelled
-    negatives = jnp.where(positives | features.excluded, _LOG_ZERO, logits)
+    labelled = features.labelled.astype(jnp.float32)
+    weight = features.positive_weight if matches_are_positives else labelled
+    negatives = jnp.where((weight > 0) | features.excluded, _LOG_ZERO, logits)
 
     def direction(keys_axis):
         negative = jax.nn.logsumexp(negatives, axis=keys_axis, keepdims=True)
-        losses = jnp.where(positives, jax.nn.softplus(negative - logits), 0.0)
-        count = positives.sum(axis=keys_axis, dtype=jnp.float32)
-        return (losses.sum(axis=keys_axis) / count).mean()
+        losses = weight * jax.nn.softplus(negative - logits)
+        return (losses.sum(axis=keys_axis) / weight.sum(axis=keys_axis)).mean()
 
     return (direction(1) + direction(0)) / 2, None
 
@@ -210,7 +211,7 @@ def sigmoid_loss(
       temperature: Divisor of the similarities, above 0.
       bias: Number added to the logits, about the log odds of a match at similarity 0.
       matches_are_positives: Whether known matches and all captions of an image, by `image_id`, are
-        positives; else an anchor has its own alone.
+        positives, the former of their weight; else an anchor has its own alone.
 
     Returns:
       The [] float32 loss, summed over all pairs and divided by the batch, and None.
@@ -224,9 +225,11 @@ def sigmoid_loss(
     """
     del queue, stats, rng
     logits = _logits(features, temperature) + learned_scalars.bias(bias, features.learned)
-    positives = features.matching if matches_are_positives else features.own
-    losses = jax.nn.softplus(jnp.where(positives, -logits, logits))
-    losses = jnp.where(features.excluded & ~positives, 0.0, losses)
+    own = features.own.astype(jnp.float32)
+    positive = features.positive_weight if matches_are_positives else own
+    negative = jnp.where(features.excluded, 0.0, 1.0)
+    losses = jax.nn.softplus(jnp.where(positive > 0, -logits, logits))
+    losses *= jnp.where(positive > 0, positive, negative)
     return losses.sum() / len(features.image), None
 
 

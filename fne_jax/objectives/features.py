@@ -41,11 +41,14 @@ class Matches:
         of the queue; None without a queue.
       queue_image: [batch, size] bool, true where the caption of pair i matches the image in a slot
         of the queue; None without a queue.
+      weight: [batch, batch] float32 from 0 to 1, how much each of the batch's counts as a positive
+        in losses of several; 0 only leaves it out of the negatives. None counts each as 1.
     """
 
     batch: jax.Array
     queue_text: jax.Array | None = None
     queue_image: jax.Array | None = None
+    weight: jax.Array | None = None
 
 
 def _as_it_is(array):
@@ -117,9 +120,15 @@ class Features:
         return self.image_id[:, None] == self.image_id[None, :]
 
     @property
-    def matching(self) -> jax.Array:
-        """[batch, batch] bool, true for an image (row), its captions, and those known to match."""
-        return self.labelled if self.matches is None else self.labelled | self.matches.batch
+    def positive_weight(self) -> jax.Array:
+        """[batch, batch] float32: 1 of an image (row) and its captions, matches as they weigh."""
+        weight = self.labelled.astype(jnp.float32)
+        if self.matches is None:
+            return weight
+        known = self.matches.batch.astype(jnp.float32)
+        if self.matches.weight is not None:
+            known *= self.matches.weight.astype(jnp.float32)
+        return jnp.maximum(weight, known)
 
     @property
     def excluded(self) -> jax.Array:
@@ -208,6 +217,8 @@ def check_features(features: Features) -> None:
         checks.mask("same_image", features.same_image, (batch, batch))
     if features.matches is not None:
         checks.mask("matches.batch", features.matches.batch, (batch, batch))
+        if features.matches.weight is not None:
+            checks.shape("matches.weight", features.matches.weight, (batch, batch))
 
 
 def _check_queue(queue, features):

@@ -12,9 +12,9 @@ number of an image in its split and by that of a pair (a caption), both of any s
 >>> complete.match(np.array([0, 1]), np.array([2, 0])).tolist()
 [True, False]
 >>> further = {"image": np.array([0]), "pair": np.array([2])}
->>> listed = ListedMatches.create(**further, caption_image=caption_image)
->>> listed.match(np.array([0, 1]), np.array([2, 0])).tolist()
-[True, False]
+>>> listed = ListedMatches.create(**further, caption_image=caption_image, probability=[0.8])
+>>> [f"{p:.2f}" for p in listed.probability(np.array([0, 1, 1]), np.array([2, 0, 2]))]
+['0.80', '0.00', '1.00']
 >>> matches_of_step(listed, np.array([0, 2]), np.array([2, -1])).queue_text.tolist()
 [[True, False], [True, False]]
 """
@@ -72,19 +72,25 @@ class ListedMatches:
 
     Attributes:
       image: [matches] int32 numbers of images, in increasing order within each pair.
+      grade: [matches] uint8, the probability of each match in 255ths.
       start: [pairs + 1] int32, where each pair's images begin, and the end of the last.
       caption_image: [pairs] int32 number of each caption's own image.
       longest: The most images of a pair, which the program depends on.
     """
 
     image: jax.Array | np.ndarray
+    grade: jax.Array | np.ndarray
     start: jax.Array | np.ndarray
     caption_image: jax.Array | np.ndarray
     longest: int = flax.struct.field(pytree_node=False)
 
     @classmethod
     def create(
-        cls, image: np.ndarray, pair: np.ndarray, caption_image: np.ndarray
+        cls,
+        image: np.ndarray,
+        pair: np.ndarray,
+        caption_image: np.ndarray,
+        probability: np.ndarray | None = None,
     ) -> ListedMatches:
         """Returns the table of a list in any order, still on the host; own matches are added.
 
@@ -92,23 +98,42 @@ class ListedMatches:
           image: [matches] integer numbers of images.
           pair: [matches] integer numbers of pairs that match them.
           caption_image: [pairs] integer number of each caption's own image.
+          probability: [matches] probability of each match, from 0 to 1, the highest of a pair that
+            is listed several times; None for 1, that of own matches.
         """
         pairs = len(caption_image)
-        listed = np.stack([np.asarray(pair, np.int64), np.asarray(image, np.int64)], axis=1)
-        if listed.size and not (listed.min() >= 0 and listed[:, 0].max() < pairs):
+        image, pair = np.asarray(image, np.int64), np.asarray(pair, np.int64)
+        if len(pair) and not (min(image.min(), pair.min()) >= 0 and pair.max() < pairs):
             raise ValueError(f"image, pair: expected numbers from 0, of pairs below {pairs}")
-        own = np.stack([np.arange(pairs), np.asarray(caption_image, np.int64)], axis=1)
-        listed = np.unique(np.concatenate([listed, own]), axis=0)
-        start = np.searchsorted(listed[:, 0], np.arange(pairs + 1))
+        probability = np.ones(len(pair)) if probability is None else np.asarray(probability)
+        grade = np.rint(255 * probability.astype(np.float32)).astype(np.uint8)
+        order = np.argsort(grade, kind="stable")[::-1]
+        # Of a pair that stands there several times the first is kept.
+        pair = np.concatenate([np.arange(pairs), pair[order]])
+        image = np.concatenate([np.asarray(caption_image, np.int64), image[order]])
+        grade = np.concatenate([np.full(pairs, 255, np.uint8), grade[order]])
+        width = 1 + image.max()
+        key, first = np.unique(pair * width + image, return_index=True)
+        start = np.searchsorted(key, width * np.arange(pairs + 1))
         return cls(
-            image=listed[:, 1].astype(np.int32),
+            image=image[first].astype(np.int32),
+            grade=grade[first],
             start=start.astype(np.int32),
             caption_image=np.asarray(caption_image, np.int32),
             longest=int(np.diff(start).max()),
         )
 
     def match(self, image: jax.Array, pair: jax.Array) -> jax.Array:
-        """As `CompleteMatches.match`, by a binary search in the pair's images."""
+        """As `CompleteMatches.match`, whatever the probability."""
+        return self._find(image, pair)[1]
+
+    def probability(self, image: jax.Array, pair: jax.Array) -> jax.Array:
+        """Returns the float32 probabilities of matches, 0 of what is not listed, as `match`."""
+        place, found = self._find(image, pair)
+        return jnp.where(found, jnp.asarray(self.grade)[place], 0).astype(jnp.float32) / 255
+
+    def _find(self, image, pair):
+        """Returns where pairs stand, by a binary search in their images, and whether they do."""
         image, pair = jnp.broadcast_arrays(jnp.asarray(image), jnp.asarray(pair))
         images, start = jnp.asarray(self.image), jnp.asarray(self.start)
         low, end = start[pair], start[pair + 1]
@@ -118,8 +143,8 @@ class ListedMatches:
             middle = (low + high) // 2
             below = (middle < high) & (images[jnp.minimum(middle, len(images) - 1)] < image)
             low, high = jnp.where(below, middle + 1, low), jnp.where(below, high, middle)
-        found = images[jnp.minimum(low, len(images) - 1)] == image
-        return found & (low < end)
+        place = jnp.minimum(low, len(images) - 1)
+        return place, (images[place] == image) & (low < end)
 
 
 KnownMatches = CompleteMatches | ListedMatches
@@ -138,8 +163,10 @@ def matches_of_step(known: KnownMatches, pair_id: jax.Array, queue_pair_id: jax.
     image = caption_image[pair_id]
     filled = (queue_pair_id >= 0)[None, :]
     slot = jnp.maximum(queue_pair_id, 0)
+    in_batch = image[:, None], pair_id[None, :]
     return Matches(
-        batch=known.match(image[:, None], pair_id[None, :]),
+        batch=known.match(*in_batch),
         queue_text=filled & known.match(image[:, None], slot[None, :]),
         queue_image=filled & known.match(caption_image[slot][None, :], pair_id[:, None]),
+        weight=known.probability(*in_batch) if isinstance(known, ListedMatches) else None,
     )

@@ -222,7 +222,8 @@ def warmup_objective(config: ml_collections.ConfigDict) -> Objective:
 def fields_after_warmup(config: ml_collections.ConfigDict) -> set[str]:
     """Returns the dotted names of the fields on which the warm-up of a config does not depend."""
     after = {f"{part}.{field}" for part in ("objective", "fne") for field in config[part]}
-    after = (after | {"data.matches"}) - WARMUP_FIELDS
+    after |= {"data.matches", "data.matches_positive", "data.matches_negative"}
+    after -= WARMUP_FIELDS
     return after - {"fne.margin"} if config.warmup.objective == "hardest" else after
 
 
@@ -256,12 +257,18 @@ def check_learned(objective: ml_collections.ConfigDict) -> None:
         )
 
 
-def check_oracle(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError if the oracle gives positives to a loss of one, or there is a list too."""
-    objective = config.objective
-    if objective.oracle != NO_ORACLE and config.data.matches:
+def check_matches(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError if what a config says of known matches does not fit together."""
+    objective, data = config.objective, config.data
+    if data.matches_negative > data.matches_positive:
         raise UserError(
-            f"config.data.matches is {config.data.matches!r}, and config.objective.oracle="
+            f"config.data.matches_negative is {data.matches_negative}, more than "
+            f"config.data.matches_positive={data.matches_positive}: pairs between the two are left "
+            "out, so that it is at most the other; set both"
+        )
+    if objective.oracle != NO_ORACLE and data.matches:
+        raise UserError(
+            f"config.data.matches is {data.matches!r}, and config.objective.oracle="
             f"{objective.oracle} takes the matches of the truth; leave one of them out"
         )
     if objective.oracle == POSITIVES and not OBJECTIVES[objective.name].takes_positives:

@@ -108,7 +108,7 @@ def training_without_data(
             f"config.objective.oracle is {config.objective.oracle!r} and config.data.matches "
             f"{config.data.matches!r}: without data there are no matches; make them {NO_ORACLE} "
             "and ''. In a plan add to a device's memory a bit for each image and caption of the "
-            "training split (oracle) or 4 bytes for each match (matches)"
+            "training split (oracle) or 5 bytes for each match (matches)"
         )
     architectures = read_architectures(config.encoder)
     config = configuration.with_model_defaults(config, architectures)

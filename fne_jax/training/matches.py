@@ -61,11 +61,8 @@ def known_matches(
         table = CompleteMatches.create(train.truth.packed(), train.caption_image)
     elif config.data.matches:
         pairs = read_matches(config.data.matches, train)
-        table = ListedMatches.create(pairs.image, pairs.caption, train.caption_image)
+        table = _listed(config.data, pairs, train.caption_image)
         images = len(np.unique(pairs.image))
-        _log.info(
-            "%s: %d captions match images beyond their own", config.data.matches, len(pairs.caption)
-        )
         data = {"matches": DatasetIdentity(len(pairs.caption), images, pairs.checksum)}
     else:
         return (), {}
@@ -73,8 +70,26 @@ def known_matches(
     return (jax.tree.map(lambda array: sharding.place(array, place), table),), data
 
 
+def _listed(data, pairs, caption_image):
+    """Returns the table of a file's pairs, of which `config.data` tells what becomes of each."""
+    # Rounded as in the file, so that a pair of the probability named is not below it.
+    negative, positive = np.float16([data.matches_negative, data.matches_positive])
+    kept = pairs[pairs.probability >= negative]
+    is_positive = kept.probability >= positive
+    _log.info(
+        "%s: %d pairs, %d of them matches, %d neither matches nor negatives, %d negatives",
+        data.matches,
+        len(pairs),
+        is_positive.sum(),
+        (~is_positive).sum(),
+        len(pairs) - len(kept),
+    )
+    weight = np.where(is_positive, kept.probability, 0)
+    return ListedMatches.create(kept.image, kept.caption, caption_image, weight)
+
+
 def read_matches(file: str, train: PairDataset) -> Pairs:
-    """Returns the pairs of the training split that `config.data.matches` tells.
+    """Returns the pairs of the training split that `config.data.matches` tells, and how likely.
 
     Raises:
       UserError: If the file cannot be read, or is about other data.
@@ -84,4 +99,5 @@ def read_matches(file: str, train: PairDataset) -> Pairs:
         return match_files.read_match_list(path, train)
     found = verdicts.agreed(verdicts.read_verdicts(path, train, "train"))
     matches = [one for one in found if one.verdict == verdicts.MATCH]
-    return verdicts.pairs_of(matches, train)
+    pairs = verdicts.pairs_of(matches, train)
+    return pairs.replace(probability=np.ones(len(pairs), np.float16))

@@ -33,6 +33,7 @@ def test_a_list_comes_back_for_a_split_in_another_order(stored):
     back = match_files.read_match_list(stored, DATASET)
     np.testing.assert_array_equal(back.caption, PAIRS.caption)
     np.testing.assert_array_equal(back.image, PAIRS.image)
+    np.testing.assert_array_equal(back.probability, PAIRS.probability.astype(np.float16))
     turned = dataclasses.replace(
         DATASET,
         image_id=DATASET.image_id[::-1],
@@ -48,10 +49,11 @@ def test_an_empty_list_is_one(tmp_path):
     assert match_files.read_match_list(tmp_path / "a.npz", DATASET).caption.shape == (0,)
 
 
-def test_the_checksum_tells_the_pairs_but_not_their_order():
+def test_the_checksum_tells_pairs_and_probabilities_but_not_their_order():
     order = np.array([1, 2, 0])
     assert PAIRS[order].checksum == PAIRS.checksum
-    assert Pairs(PAIRS.caption, PAIRS.image[order]).checksum != PAIRS.checksum
+    assert PAIRS.replace(image=PAIRS.image[order]).checksum != PAIRS.checksum
+    assert PAIRS.replace(probability=PAIRS.probability[order]).checksum != PAIRS.checksum
 
 
 @pytest.mark.parametrize(
@@ -82,14 +84,18 @@ def test_what_is_no_list_is_refused(stored, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, array",
-    [("probability", np.zeros(3)), ("image_id", np.zeros(2, np.int64))],
+    "name, array, message",
+    [
+        ("probability", np.zeros(3), r"expected probability as .* of shape \[3\], got"),
+        ("image_id", np.zeros(2, np.int64), r"expected image_id as .* of shape \[3\], got"),
+        ("probability", np.float16([1, np.nan, 2]), "expected probabilities .*, got nan in row 1"),
+    ],
 )
-def test_arrays_that_do_not_fit_are_named(stored, name, array):
+def test_arrays_that_do_not_fit_are_named(stored, name, array, message):
     with np.load(stored) as arrays:
         content = dict(arrays)
     np.savez(stored, **content | {name: array})
-    with pytest.raises(UserError, match=rf"matches.npz: expected {name} as .* of shape \[3\], got"):
+    with pytest.raises(UserError, match=f"matches.npz: {message}"):
         match_files.read_match_list(stored, DATASET)
 
 

@@ -69,6 +69,26 @@ def test_the_pairs_of_a_step_are_looked_up_in_both_directions(truth, make):
     assert (np.asarray(matches.queue_text) != np.asarray(matches.queue_image)).any()
 
 
+def test_a_pair_has_the_highest_probability_that_a_list_gives_it(truth):
+    rng = np.random.default_rng(3)
+    probability = rng.random(truth.shape)
+    (image, pair), of_pairs = np.nonzero(truth), probability[truth]
+    order = rng.permutation(2 * len(image))
+    given = (np.concatenate(two)[order] for two in ((image, image), (pair, pair)))
+    both = np.concatenate([of_pairs, of_pairs / 2])[order]
+    table = ListedMatches.create(*given, CAPTION_IMAGE, both)
+    expected = np.where(truth, np.rint(255 * probability) / 255, 0)
+    expected[CAPTION_IMAGE, np.arange(PAIRS)] = 1
+    found = jax.jit(ListedMatches.probability)(table, *np.indices(truth.shape).astype(np.int32))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_array_equal(table.match(*np.indices(truth.shape).astype(np.int32)), truth)
+    assert table.grade.nbytes == truth.sum()
+    pair_id = np.array([3, 28, 17, 0], np.int32)
+    matches = matches_of_step(table, pair_id, np.array([-1], np.int32))
+    weight = expected[np.ix_(CAPTION_IMAGE[pair_id], pair_id)]
+    np.testing.assert_allclose(matches.weight, weight, rtol=1e-6)
+
+
 def test_what_is_not_listed_matches_its_own_image_alone():
     table = ListedMatches.create([], [], CAPTION_IMAGE)
     image, pair = np.indices((IMAGES, PAIRS)).astype(np.int32)

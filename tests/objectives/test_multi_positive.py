@@ -28,46 +28,58 @@ def masks():
     return positives, excluded
 
 
-def features_of(image, text, positives, excluded):
-    matches = None if positives is None else Matches(positives)
+def weights():
+    """Returns what positives count, one of an anchor nothing; own ones are to count 1 anyway."""
+    weight = np.random.default_rng(3).random((BATCH, BATCH)).astype(np.float32)
+    weight[4, 2] = 0
+    return weight
+
+
+def features_of(image, text, positives, excluded, weight=None):
+    matches = None if positives is None else Matches(positives, weight=weight)
     return Features(image, text, same_image=excluded, matches=matches)
 
 
-def multi_positive(image, text, temperature, positives, excluded):
+def multi_positive(image, text, temperature, positives, excluded, weight=None):
     return fne_jax.multi_positive_loss(
-        features_of(image, text, positives, excluded),
+        features_of(image, text, positives, excluded, weight),
         temperature=temperature,
         matches_are_positives=True,
     )[0]
 
 
-def slow_multi_positive(image, text, temperature, positives, excluded):
+def slow_multi_positive(image, text, temperature, positives, excluded, weight=None):
     s = np.asarray(image, np.float64) @ np.asarray(text, np.float64).T
+    weight = np.ones(s.shape) if weight is None else np.where(np.eye(len(s)), 1, weight)
     total = 0.0
-    for scores, p, e in ((s, positives, excluded), (s.T, positives.T, excluded.T)):
+    for scores, p, e, w in (
+        (s, positives, excluded, weight),
+        (s.T, positives.T, excluded.T, weight.T),
+    ):
         for i in range(len(s)):
             of_positives = []
             for j in np.flatnonzero(p[i]):
                 negatives = [n for n in range(len(s)) if not p[i, n] and not e[i, n]]
                 gaps = [(scores[i, n] - scores[i, j]) / temperature for n in negatives]
                 of_positives.append(np.log1p(np.exp(gaps).sum()))
-            total += np.mean(of_positives)
+            total += np.average(of_positives, weights=w[i, p[i]])
     return total / (2 * len(s))
 
 
-def test_multi_positive_loss_is_the_mean_over_positives_of_what_negatives_exceed():
+@pytest.mark.parametrize("weight", [None, weights()])
+def test_multi_positive_loss_is_the_mean_over_positives_of_what_negatives_exceed(weight):
     positives, excluded = masks()
     differentiate = jax.jit(
         jax.value_and_grad(
             lambda image, text, temperature: multi_positive(
-                image, text, temperature, positives, excluded
+                image, text, temperature, positives, excluded, weight
             ),
             (0, 1, 2),
         )
     )
     arguments = *pairs(), np.float32(0.3)
     loss, grads = differentiate(*arguments)
-    expected = slow_multi_positive(*pairs(), 0.3, positives, excluded)
+    expected = slow_multi_positive(*pairs(), 0.3, positives, excluded, weight)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert all((np.asarray(grad) != 0).any() for grad in grads)
     assert_gradient(differentiate, arguments)
@@ -125,19 +137,21 @@ def test_positives_do_not_compete():
     assert by_label == loss < fne_jax.clip_loss(Features(image, text), temperature=0.1)[0]
 
 
-def test_sigmoid_loss_takes_several_positives():
+@pytest.mark.parametrize("weight", [None, weights()])
+def test_sigmoid_loss_takes_several_positives(weight):
     image, text = pairs()
     positives, excluded = masks()
     logits = np.asarray(image @ text.T, np.float64) / 0.4 - 2.0
     total = 0.0
     for i, j in np.ndindex(BATCH, BATCH):
         if positives[i, j]:
-            total += np.log1p(np.exp(-logits[i, j]))
+            counts = 1 if weight is None or i == j else weight[i, j]
+            total += counts * np.log1p(np.exp(-logits[i, j]))
         elif not excluded[i, j]:
             total += np.log1p(np.exp(logits[i, j]))
 
     def loss_fn(image, text, temperature, bias):
-        features = features_of(image, text, positives, excluded)
+        features = features_of(image, text, positives, excluded, weight)
         return fne_jax.sigmoid_loss(
             features, temperature=temperature, bias=bias, matches_are_positives=True
         )[0]
@@ -151,7 +165,9 @@ def test_sigmoid_loss_takes_several_positives():
 def test_wrong_arguments_are_named():
     image, text = pairs()
     mask = np.ones((7, 6), bool)
-    for change in ({"same_image": mask}, {"matches": Matches(mask)}):
+    own = np.eye(7, dtype=bool)
+    wrong = Matches(mask), Matches(own, weight=mask)
+    for change in ({"same_image": mask}, *({"matches": one} for one in wrong)):
         with pytest.raises(ValueError, match=r"expected shape \(7, 7\), got \(7, 6\)"):
             fne_jax.multi_positive_loss(Features(image, text, **change))
     with pytest.raises(ValueError, match="temperature: expected a number in"):

@@ -107,11 +107,19 @@ def test_parts_of_fne_are_switched_by_the_config(changes, expected):
     [
         ({"objective__name": "fen"}, r"config.objective.name is 'fen'; expected one of fne, ha"),
         ({"objective__oracle": "keep"}, r"config.objective.oracle is 'keep'; expected one of none"),
+        (
+            {"data__matches_positive": 0.4, "data__matches_negative": 0.5},
+            r"config.data.matches_negative is 0.5, more than config.data.matches_positive=0.4",
+        ),
+        (
+            {"data__matches_positive": 1.5},
+            r"config.data.matches_positive is 1.5; expected a number",
+        ),
         ({"warmup__objective": "fne"}, r"config.warmup.objective is 'fne'; expected one of hardes"),
         ({"fne__elimination": "all"}, r"config.fne.elimination is 'all'; expected one of soft"),
     ],
 )
-def test_unknown_names_are_told_early(change, message):
+def test_what_cannot_be_is_told_early(change, message):
     with pytest.raises(UserError, match=message):
         configuration.validate(config_with(**change))
 

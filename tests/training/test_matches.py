@@ -111,22 +111,32 @@ def test_the_warm_up_does_not_look_at_the_truth(plain, dropping):
     assert plain[0][7][1]["loss"] != dropping[0][7][1]["loss"]
 
 
-def listed(path, train, chosen):
-    """Writes a list of those of the unlabelled matches that a mask chooses; returns all of them."""
+def listed(path, train, probability):
+    """Writes a list of the unlabelled matches, by number as likely as given; 0 lists one not."""
     image, caption = np.nonzero(train.truth.matrix())
     other = train.caption_image[caption] != image
     pairs = Pairs(caption[other], image[other])
-    kept = chosen(np.arange(other.sum()))
-    some = pairs[kept].replace(probability=np.ones(kept.sum()))
-    match_files.write_match_list(path, train, some, {})
+    pairs = pairs.replace(probability=1.0 * probability(np.arange(len(pairs))))
+    pairs = pairs[pairs.probability > 0]
+    match_files.write_match_list(path, train, pairs, {})
     return pairs
 
 
+def thirds(number):
+    return np.array([0.3, 0.6, 0.9])[number % 3]
+
+
+ZONES = {"data__matches_positive": 0.9, "data__matches_negative": 0.5}
+
+
 def test_a_list_of_all_matches_does_what_the_truth_does(dropping, tmp_path):
-    config = config_of(data__matches=str(tmp_path / "all.npz"))
-    listed(tmp_path / "all.npz", split_with_truth(config), lambda number: number >= 0)
-    for ours, theirs in zip(run_steps(config, mesh_of(1))[0], dropping[0], strict=True):
+    zones = ZONES | {"data__matches_negative": 0.3}
+    config = config_of(data__matches=str(tmp_path / "all.npz"), **zones)
+    listed(tmp_path / "all.npz", split_with_truth(config), thirds)
+    results, compilations = run_steps(config, mesh_of(1))
+    for ours, theirs in zip(results, dropping[0], strict=True):
         jax.tree.map(np.testing.assert_array_equal, ours[:3], theirs[:3])
+    assert compilations == dropping[1]
 
 
 def test_listed_matches_are_positives_where_an_anchor_may_have_several(tmp_path):
@@ -137,6 +147,26 @@ def test_listed_matches_are_positives_where_an_anchor_may_have_several(tmp_path)
     theirs = run_steps(config_of(**fields, objective__oracle="positives"), mesh_of(1), 9)[0]
     without = run_steps(config_of(**fields), mesh_of(1), 9)[0]
     assert ours[8][1]["loss"] == theirs[8][1]["loss"] != without[8][1]["loss"]
+
+
+def test_probabilities_tell_positives_what_is_left_out_and_negatives(tmp_path, caplog):
+    config = config_of(data__matches=str(tmp_path / "all.npz"), **ZONES)
+    train = split_with_truth(config)
+    pairs = listed(tmp_path / "all.npz", train, thirds)
+    with caplog.at_level("INFO"):
+        (table,), _ = known_matches(config, train, mesh_of(1))
+    weight = np.zeros(train.truth.matrix().shape)
+    weight[train.caption_image, np.arange(len(train.captions))] = 1
+    weight[pairs.image, pairs.caption] = np.where(pairs.probability > 0.7, 0.9, 0)
+    everywhere = np.indices(weight.shape).astype(np.int32)
+    np.testing.assert_allclose(table.probability(*everywhere), weight, atol=1 / 510)
+    out = weight > 0
+    out[pairs.image, pairs.caption] = pairs.probability > 0.5
+    np.testing.assert_array_equal(table.match(*everywhere), out)
+    each = [np.sum(pairs.probability == one) for one in (0.9, 0.6, 0.3)]
+    assert (
+        "{} of them matches, {} neither matches nor negatives, {} neg".format(*each) in caplog.text
+    )
 
 
 def test_verdicts_are_a_list_of_those_that_most_call_a_match(tmp_path):
@@ -193,11 +223,13 @@ def test_nothing_recompiles(dropping):
 
 
 @pytest.mark.parametrize("objective", ["fne", "multi_positive"])
-def test_eight_devices_do_what_one_does(dropping, objective):
+def test_eight_devices_do_what_one_does(dropping, objective, tmp_path):
     fields = {"objective__oracle": "drop"}
     one = dropping
     if objective == "multi_positive":
-        fields = {"objective__oracle": "positives", "objective__name": objective}
+        path = tmp_path / "all.npz"
+        listed(path, split_with_truth(config_of()), thirds)
+        fields = {"objective__name": objective, "data__matches": str(path), **ZONES}
         one = run_steps(config_of(**fields), mesh_of(1))
     eight = run_steps(config_of(**fields), mesh_of(4, 2))
     for ours, theirs in zip(eight[0], one[0], strict=True):
