@@ -125,7 +125,7 @@ def study_runs(
             before = [o for o in common if _field(o) not in after]
             shared, _ = configuration.resolve(configuration.load_config(config_path, before))
             warmup = _warmup_folder(workdir, shared, after)
-            matches = _match_list(cell, seed, workdir, warmup)
+            matches = _match_list(cell, config.data.matches_negative, seed, workdir, warmup)
             if matches is not None:
                 config.data.matches = str(matches.path)
             config, _ = configuration.resolve(config)
@@ -161,19 +161,19 @@ def _parts(name):
     return objective, source if colon else None, by if at else None
 
 
-def _match_list(cell, seed, workdir, warmup):
-    """Returns the list that a cell's run takes, or None."""
+def _match_list(cell, least, seed, workdir, warmup):
+    """Returns the list that a cell's run takes, down to a probability if that is not 0, or None."""
     _, source, by = _parts(cell.objective)
     if source in (None, TRUTH):
         return None
     if by is not None:
-        return MatchList(_run_folder(workdir, Cell(by, cell.variant), seed), source)
+        return MatchList(_run_folder(workdir, Cell(by, cell.variant), seed), source, least)
     if warmup is None:
         raise UserError(
             f"--objectives: {cell.objective} takes matches that a warm-up finds; make "
             "config.fne.start_epoch more than 0"
         )
-    return MatchList(warmup, source)
+    return MatchList(warmup, source, least)
 
 
 def _changes(objective):

@@ -36,15 +36,19 @@ class MatchList:
     Attributes:
       folder: The folder of either, where the list lies.
       source: One of `SOURCES`.
+      least: The least probability that it lists; 0 for `LEAST_PROBABILITY`, or where the fitted
+        detector is as precise.
     """
 
     folder: pathlib.Path
     source: str
+    least: float = 0.0
 
     @property
     def path(self) -> pathlib.Path:
         """The file of the list."""
-        return self.folder / f"matches_{self.source}{match_files.SUFFIX}"
+        least = f"_from{self.least}" if self.least else ""
+        return self.folder / f"matches_{self.source}{least}{match_files.SUFFIX}"
 
 
 def check_source(wanted: MatchList, train: PairDataset) -> None:
@@ -74,7 +78,7 @@ def write(wanted: MatchList) -> None:
         split,
         judge_by("fitted" if verdicts else wanted.source, split),
         per_caption=PER_CAPTION,
-        least=least,
+        least=wanted.least or least,
         about={"detector": wanted.source, "step": model.step},
         said=said,
     )

@@ -65,7 +65,8 @@ def work_through(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> 
     )
     datasets = collections.defaultdict(list)
     for run in todo:
-        data = repr({**run.config.data.to_dict(), "matches": ""})  # lists that are yet to be made
+        data = run.config.data.to_dict()
+        data = repr({name: data[name] for name in data if not name.startswith("matches")})
         datasets[data, run.config.encoder.image.image_size].append(run)
     for of_dataset in datasets.values():
         # Prepared here, once: several processes would do so at the same time.

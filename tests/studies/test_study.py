@@ -150,15 +150,29 @@ def test_matches_that_no_run_can_have_are_refused(config_path, name, overrides, 
         runs_of(config_path, (name,), overrides=overrides)
 
 
-@pytest.mark.parametrize(("least", "empty"), [(0.0, False), (1.1, True)])
-def test_a_list_that_holds_nothing_is_told(finished, tmp_path, monkeypatch, caplog, least, empty):
+@pytest.mark.parametrize(
+    ("default", "least", "empty"), [(0.0, 0, False), (1.1, 0, True), (1.1, 1e-9, False)]
+)
+def test_a_list_that_holds_nothing_is_told(
+    finished, tmp_path, monkeypatch, caplog, default, least, empty
+):
     warmup = tmp_path / "warmup"
     shutil.copytree(next((finished[1] / "warmups").iterdir()), warmup)
-    monkeypatch.setattr(match_lists, "LEAST_PROBABILITY", least)
-    wanted = match_lists.MatchList(warmup, "words")
+    monkeypatch.setattr(match_lists, "LEAST_PROBABILITY", default)
+    wanted = match_lists.MatchList(warmup, "words", least)
     match_lists.write(wanted)
     told = "runs with it equal those without" in caplog.text
     assert told == empty and wanted.path.exists()
+
+
+def test_a_list_reaches_down_to_where_negatives_begin(config_path):
+    zones = "data.matches_positive=0.9,data.matches_negative=0.5"
+    runs = runs_of(config_path, ("clip", "clip:words", "clip:words@clip"), (zones,))
+    assert len({run.warmup for run in runs}) == 1
+    lists = [run.matches and (run.matches.path.name, run.matches.least) for run in runs]
+    whole, part = ("matches_words.npz", 0), ("matches_words_from0.5.npz", 0.5)
+    assert lists == [None, whole, whole, None, part, part]
+    assert runs[4].config.data.matches_positive == 0.9
 
 
 def test_what_verdicts_would_tell_is_a_table_of_its_own(finished, capsys):
