@@ -105,6 +105,7 @@ def write_likely_matches(
         found, about["refuted"] = found.heeding(
             said, lambda pairs: pairs.replace(probability=np.ones(len(pairs), np.float32))
         )
+        found = found.replace(probability=np.where(found.is_match, 1, found.probability))
         about["confirmed"] = int(found.is_match.sum())
     about["matches"] = len(found)
     if split.dataset.truth is not None:

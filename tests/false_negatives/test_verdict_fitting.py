@@ -99,6 +99,8 @@ def test_an_audit_by_verdicts(written, tmp_path, capsys, caplog):
     audit.main([*listing, f"--verdicts={tmp_path / 'said.csv'}"])
     heeded = match_files.read_match_list(tmp_path / "matches.npz", dataset)
     assert set(heeded.rows()) == (set(listed.rows()) - refuted) | confirmed
+    of_pair = dict(zip(heeded.rows(), heeded.probability, strict=True))
+    assert {of_pair[pair] for pair in confirmed} == {1} and confirmed & set(listed.rows())
     left_out = len(refuted & set(listed.rows()))
     assert (
         f"{left_out} pairs that reviewers refuted are left out, {len(confirmed)} that they "
