@@ -221,6 +221,10 @@ def get_config() -> ConfigDict:
     fne.posterior_threshold = config_dict.placeholder(float)
     # Positive similarities seen before anything is suspected.
     fne.min_count = 200
+    # By what candidates are suspected: gaussians (of their similarity, the paper's) or listed (by
+    # their probability in `data.matches`, 0 if they are not there or below `matches_negative`; no
+    # pair of the file is excluded or a positive then, and `min_count` does not count).
+    fne.posterior = "gaussians"
     # Exclude other captions of the same image from the warm-up loss and the statistics. The authors
     # exclude only the diagonal.
     fne.mask_same_image = True

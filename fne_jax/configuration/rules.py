@@ -194,6 +194,7 @@ FIELDS = {
     "fne.posterior_threshold": _number(0, 1, also=(None,)),
     "fne.min_count": _whole(0, 2**31 - 1),
     "fne.mask_same_image": _FLAG,
+    "fne.posterior": _choice(*registry.POSTERIORS),
     "fne.elimination": _choice(*registry.ELIMINATIONS),
     "fne.cut_down": _FLAG,
     "fne.monotone": _FLAG,

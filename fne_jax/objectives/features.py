@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from fne_jax.objectives import checks
 from fne_jax.objectives.memory_queue import EMPTY_ID, MemoryQueue
 
+# Of matches that are known by their probability, in 255ths.
+PROBABILITY = jnp.uint8
+
 
 @flax.struct.dataclass
 class Matches:
@@ -20,6 +23,9 @@ class Matches:
 
     `fne_jax.objectives.known_matches` looks them up. Objectives leave them out wherever they would
     be negatives; own pairs stay what they are.
+
+    The first three arrays may be uint8 instead, the probability of a match in 255ths. Nothing is
+    left out then, and FNE takes it for its posterior.
 
     >>> import jax.numpy as jnp
     >>> from fne_jax.objectives.contrastive import infonce_loss
@@ -123,7 +129,7 @@ class Features:
     def positive_weight(self) -> jax.Array:
         """[batch, batch] float32: 1 of an image (row) and its captions, matches as they weigh."""
         weight = self.labelled.astype(jnp.float32)
-        if self.matches is None:
+        if self.matches is None or self.matches.batch.dtype == PROBABILITY:
             return weight
         known = self.matches.batch.astype(jnp.float32)
         if self.matches.weight is not None:
@@ -134,7 +140,7 @@ class Features:
     def excluded(self) -> jax.Array:
         """[batch, batch] bool, true for images (rows) and captions that are no negatives."""
         excluded = self.own if self.same_image is None else self.own | self.same_image
-        return excluded if self.matches is None else excluded | self.matches.batch
+        return apart(excluded, None if self.matches is None else self.matches.batch)[0]
 
 
 class Direction(NamedTuple):
@@ -146,9 +152,9 @@ class Direction(NamedTuple):
       image_id: [batch] integer image ids of both.
       queue_keys: [size, dim] the queue's embeddings of the other, or None without a queue.
       queue_id: [size] their image ids, or None without a queue.
-      batch_matches: [batch, batch] bool, true where an anchor (row) is known to match a key of the
-        batch; None where nothing is known.
-      queue_matches: [batch, size] bool, the same of the queue's keys, or None.
+      batch_matches: [batch, batch] what is known of an anchor (row) and a key of the batch, as in
+        `Matches`; None where nothing is known.
+      queue_matches: [batch, size] the same of the queue's keys, or None.
     """
 
     anchor: jax.Array
@@ -167,15 +173,57 @@ class Direction(NamedTuple):
           or None without a queue.
         """
         in_batch = self.image_id[:, None] == self.image_id[None, :]
-        if self.batch_matches is not None:
-            in_batch = in_batch | self.batch_matches
+        in_batch, _ = apart(in_batch, self.batch_matches)
         if self.queue_id is None:
             return in_batch, None
         in_queue = self.image_id[:, None] == self.queue_id[None, :]
         in_queue = in_queue | (self.queue_id == EMPTY_ID)[None, :]
+        return in_batch, apart(in_queue, self.queue_matches)[0]
+
+    def probability(self, index: jax.Array) -> jax.Array | None:
+        """Returns how likely keys match the anchors by what is known; None if only masks are.
+
+        Args:
+          index: [batch] int32 index of a key for each anchor: the batch's first, then the queue's.
+
+        Returns:
+          [batch] float32 probabilities, or None.
+        """
+        batch = len(self.anchor)
+        known = self.batch_matches
+        if known is None or known.dtype != PROBABILITY:
+            return None
+        found = _of_keys(known, jnp.minimum(index, batch - 1))
         if self.queue_matches is not None:
-            in_queue = in_queue | self.queue_matches
-        return in_batch, in_queue
+            of_queue = _of_keys(self.queue_matches, jnp.maximum(index - batch, 0))
+            found = jnp.where(index < batch, found, of_queue)
+        return as_probability(found)
+
+
+def _of_keys(known, index):
+    return jnp.take_along_axis(jnp.asarray(known), index[:, None], axis=1)[:, 0]
+
+
+def apart(excluded: jax.Array, known: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Returns which keys are no negatives, and how likely others match, or None.
+
+    Args:
+      excluded: bool, true for keys that are no negatives whatever is known.
+      known: What is known of them as in `Matches`, masks or probabilities; None for nothing.
+
+    Returns:
+      bool, shaped as both; and float32 probabilities, None of masks.
+    """
+    if known is None:
+        return excluded, None
+    if known.dtype == PROBABILITY:
+        return excluded, as_probability(known)
+    return excluded | known, None
+
+
+def as_probability(grade: jax.Array) -> jax.Array:
+    """Returns the float32 probability that uint8 255ths stand for."""
+    return grade.astype(jnp.float32) / 255
 
 
 def directions(features: Features, queue: MemoryQueue | None) -> tuple[Direction, Direction]:
@@ -216,7 +264,7 @@ def check_features(features: Features) -> None:
     if features.same_image is not None:
         checks.mask("same_image", features.same_image, (batch, batch))
     if features.matches is not None:
-        checks.mask("matches.batch", features.matches.batch, (batch, batch))
+        _check_known("matches.batch", features.matches.batch, (batch, batch))
         if features.matches.weight is not None:
             checks.shape("matches.weight", features.matches.weight, (batch, batch))
 
@@ -230,4 +278,14 @@ def _check_queue(queue, features):
         mask = getattr(features.matches, name)
         if mask is None:
             raise ValueError(f"matches.{name}: expected [batch, size] bool, as there is a queue")
-        checks.mask(f"matches.{name}", mask, (batch, queue.size))
+        if jnp.result_type(mask) != jnp.result_type(features.matches.batch):
+            raise ValueError(
+                f"matches.{name}: expected the dtype of matches.batch, got {mask.dtype}"
+            )
+        _check_known(f"matches.{name}", mask, (batch, queue.size))
+
+
+def _check_known(name, known, expected):
+    checks.shape(name, known, expected)
+    if known.dtype != PROBABILITY:
+        checks.mask(name, known)

@@ -61,7 +61,8 @@ def fne_triplet_loss(
     0.200 [1, 0]
 
     Args:
-      features: The embeddings of the batch.
+      features: The embeddings of the batch. Matches that are known by their probability are
+        suspected by it, and all other candidates not at all.
       queue: The queue of momentum embeddings, or None for the batch's keys only.
       stats: The similarity statistics, already updated for this batch.
       rng: PRNG key from which the negatives are sampled.
@@ -120,7 +121,12 @@ def _loss_from_uniforms(
     if key_chunk is not None and (key_chunk < BLOCK or key_chunk % BLOCK):
         raise ValueError(f"key_chunk: expected a multiple of {BLOCK} or None, got {key_chunk}")
     posterior = {"stats": stats, "prior": prior, "monotone": monotone}
-    weigh = functools.partial(weights_and_candidates, margin=margin, **posterior, **weighing)
+    settings = {"margin": margin, **posterior, **weighing}
+
+    def weigh(similarity, positive, excluded, probability):
+        return weights_and_candidates(
+            similarity, positive, excluded, posterior=probability, **settings
+        )
 
     def choose(uniform, direction):
         blocks = KeyBlocks.create(direction, features.split, weigh)

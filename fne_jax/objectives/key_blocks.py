@@ -19,17 +19,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fne_jax.objectives.features import Direction, RowSplit
+from fne_jax.objectives.features import Direction, RowSplit, apart
 from fne_jax.objectives.similarity_statistics import cosine
 
 # Keys in a block: their gathered embeddings, [batch, BLOCK, dim], and the table of blocks,
 # [batch, keys / BLOCK], are both far smaller than the scores.
 BLOCK = 16
 
-# Maps similarities, each anchor's positive similarity, and which keys are no negatives (of the
-# anchor's image, or known to match) to weights, and to which keys may be negatives at all; the
-# arguments broadcast against each other.
-Weigh = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+# Maps similarities, each anchor's positive similarity, which keys are no negatives (of the anchor's
+# image, or known to match), and how likely others match where a list tells (else None) to weights,
+# and to which keys may be negatives at all; the arguments broadcast against each other.
+Weigh = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
 
 
 class BlockScores(NamedTuple):
@@ -59,10 +59,10 @@ class KeyBlocks:
       image_id: [batch] image ids of the anchors, which are those of the batch's keys as well.
       batch_similarity: [batch, batch] similarities of the batch's keys (rows) to the anchors
         (columns).
-      batch_matches: [batch, batch] bool, true where a key of the batch (row) is known to match an
-        anchor (column); None where nothing is known.
-      slots: The queue's keys, [size, dim], their image ids, [size], and their known matches,
-        [size, batch] bool or None; None without a queue.
+      batch_matches: [batch, batch] what is known of a key of the batch (row) and an anchor
+        (column), as in `Matches`; None where nothing is known.
+      slots: The queue's keys, [size, dim], their image ids, [size], and what is known of them,
+        [size, batch] or None; None without a queue.
       split: The devices that share the queue's keys.
     """
 
@@ -125,9 +125,9 @@ class KeyBlocks:
         exists = index < batch
         row = jnp.minimum(index, batch - 1)
         similarity = self.batch_similarity[row, jnp.arange(batch)[:, None]]
-        excluded = self.image_id[row] == self.image_id[:, None]
+        same, known = self.image_id[row] == self.image_id[:, None], None
         if self.batch_matches is not None:
-            excluded = excluded | _of_anchors(self.batch_matches, row)
+            known = _of_anchors(self.batch_matches, row)
         if self.slots is not None:
             keys, key_id, matches = self.slots
             size = len(keys)
@@ -141,13 +141,12 @@ class KeyBlocks:
                 precision=jax.lax.Precision.HIGHEST,
             )
             similarity = jnp.where(in_queue, from_queue, similarity)
-            queue_excluded = key_id[row] == self.image_id[:, None]
+            same = jnp.where(in_queue, key_id[row] == self.image_id[:, None], same)
             if matches is not None:
-                queue_excluded = queue_excluded | _of_anchors(matches, row)
-            excluded = jnp.where(in_queue, queue_excluded, excluded)
+                known = jnp.where(in_queue, _of_anchors(matches, row), known)
             exists = jnp.where(in_queue, slot < size, exists)
             index = jnp.where(in_queue, batch + slot, index)
-        weight, candidate = self.weigh(similarity, self.positive[:, None], excluded)
+        weight, candidate = self.weigh(similarity, self.positive[:, None], *apart(same, known))
         return BlockScores(
             index=index,
             similarity=similarity,
@@ -157,10 +156,8 @@ class KeyBlocks:
 
     def _reduce(self, similarity, key_id, matches):
         """Returns the weights and best similarities, [blocks, batch], of [keys, batch] scores."""
-        excluded = key_id[:, None] == self.image_id[None, :]
-        if matches is not None:
-            excluded = excluded | matches
-        weight, candidate = self.weigh(similarity, self.positive[None, :], excluded)
+        same = key_id[:, None] == self.image_id[None, :]
+        weight, candidate = self.weigh(similarity, self.positive[None, :], *apart(same, matches))
         others = jnp.where(candidate, similarity, -jnp.inf)
         return _by_block(weight, jnp.sum), _by_block(others, jnp.max)
 

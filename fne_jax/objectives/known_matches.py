@@ -13,8 +13,8 @@ number of an image in its split and by that of a pair (a caption), both of any s
 [True, False]
 >>> further = {"image": np.array([0]), "pair": np.array([2])}
 >>> listed = ListedMatches.create(**further, caption_image=caption_image, probability=[0.8])
->>> [f"{p:.2f}" for p in listed.probability(np.array([0, 1, 1]), np.array([2, 0, 2]))]
-['0.80', '0.00', '1.00']
+>>> listed.probability(np.array([0, 1, 1]), np.array([2, 0, 2])).tolist()  # in 255ths
+[204, 0, 255]
 >>> matches_of_step(listed, np.array([0, 2]), np.array([2, -1])).queue_text.tolist()
 [[True, False], [True, False]]
 """
@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fne_jax.objectives.features import Matches
+from fne_jax.objectives.features import Matches, as_probability
 
 
 @flax.struct.dataclass
@@ -76,6 +76,8 @@ class ListedMatches:
       start: [pairs + 1] int32, where each pair's images begin, and the end of the last.
       caption_image: [pairs] int32 number of each caption's own image.
       longest: The most images of a pair, which the program depends on.
+      is_posterior: Whether a step is told the probabilities, for FNE to suspect by, in place of
+        what matches.
     """
 
     image: jax.Array | np.ndarray
@@ -83,6 +85,7 @@ class ListedMatches:
     start: jax.Array | np.ndarray
     caption_image: jax.Array | np.ndarray
     longest: int = flax.struct.field(pytree_node=False)
+    is_posterior: bool = flax.struct.field(pytree_node=False)
 
     @classmethod
     def create(
@@ -91,6 +94,8 @@ class ListedMatches:
         pair: np.ndarray,
         caption_image: np.ndarray,
         probability: np.ndarray | None = None,
+        *,
+        is_posterior: bool = False,
     ) -> ListedMatches:
         """Returns the table of a list in any order, still on the host; own matches are added.
 
@@ -100,6 +105,7 @@ class ListedMatches:
           caption_image: [pairs] integer number of each caption's own image.
           probability: [matches] probability of each match, from 0 to 1, the highest of a pair that
             is listed several times; None for 1, that of own matches.
+          is_posterior: See the class.
         """
         pairs = len(caption_image)
         image, pair = np.asarray(image, np.int64), np.asarray(pair, np.int64)
@@ -121,6 +127,7 @@ class ListedMatches:
             start=start.astype(np.int32),
             caption_image=np.asarray(caption_image, np.int32),
             longest=int(np.diff(start).max()),
+            is_posterior=is_posterior,
         )
 
     def match(self, image: jax.Array, pair: jax.Array) -> jax.Array:
@@ -128,9 +135,9 @@ class ListedMatches:
         return self._find(image, pair)[1]
 
     def probability(self, image: jax.Array, pair: jax.Array) -> jax.Array:
-        """Returns the float32 probabilities of matches, 0 of what is not listed, as `match`."""
+        """Returns the uint8 probabilities of matches in 255ths, 0 of what is not listed."""
         place, found = self._find(image, pair)
-        return jnp.where(found, jnp.asarray(self.grade)[place], 0).astype(jnp.float32) / 255
+        return jnp.where(found, jnp.asarray(self.grade)[place], jnp.uint8(0))
 
     def _find(self, image, pair):
         """Returns where pairs stand, by a binary search in their images, and whether they do."""
@@ -151,7 +158,7 @@ KnownMatches = CompleteMatches | ListedMatches
 
 
 def matches_of_step(known: KnownMatches, pair_id: jax.Array, queue_pair_id: jax.Array) -> Matches:
-    """Returns what a table says of the pairs of a batch and of the queue.
+    """Returns what a table says of the pairs of a batch and of the queue, masks or probabilities.
 
     Args:
       known: The table of the split that the pairs are from.
@@ -164,9 +171,18 @@ def matches_of_step(known: KnownMatches, pair_id: jax.Array, queue_pair_id: jax.
     filled = (queue_pair_id >= 0)[None, :]
     slot = jnp.maximum(queue_pair_id, 0)
     in_batch = image[:, None], pair_id[None, :]
+    look_up, weight = known.match, None
+    if isinstance(known, ListedMatches):
+        weight = as_probability(known.probability(*in_batch))
+        look_up = known.probability if known.is_posterior else known.match
+
+    def in_queue(image, pair):
+        found = look_up(image, pair)
+        return jnp.where(filled, found, jnp.zeros_like(found))
+
     return Matches(
-        batch=known.match(*in_batch),
-        queue_text=filled & known.match(image[:, None], slot[None, :]),
-        queue_image=filled & known.match(caption_image[slot][None, :], pair_id[:, None]),
-        weight=known.probability(*in_batch) if isinstance(known, ListedMatches) else None,
+        batch=look_up(*in_batch),
+        queue_text=in_queue(image[:, None], slot[None, :]),
+        queue_image=in_queue(caption_image[slot][None, :], pair_id[:, None]),
+        weight=weight,
     )

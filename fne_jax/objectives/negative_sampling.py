@@ -68,6 +68,7 @@ def sampling_weights(
     posterior_threshold: float | None = None,
     min_count: int = 200,
     monotone: bool = False,
+    posterior: jax.Array | None = None,
 ) -> jax.Array:
     """Returns how much each candidate deserves to be the negative.
 
@@ -96,6 +97,8 @@ def sampling_weights(
       min_count: Positive similarities that must have been seen before anything is suspected.
       monotone: Whether the posterior is held where the authors' formula would fall as similarity
         rises.
+      posterior: The probability of each candidate to be a match where a list tells it, shaped as
+        `similarity`; it needs no `min_count`. None takes `false_negative_posterior`.
 
     Returns:
       The float32 weights, at least 0, without gradient. Those of an anchor may all be 0.
@@ -118,6 +121,7 @@ def sampling_weights(
         posterior_threshold=posterior_threshold,
         min_count=min_count,
         monotone=monotone,
+        posterior=posterior,
     )[0]
 
 
@@ -134,6 +138,7 @@ def weights_and_candidates(
     posterior_threshold: float | None = None,
     min_count: int = 200,
     monotone: bool = False,
+    posterior: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns `sampling_weights`, and which keys may be negatives where all weights are 0.
 
@@ -155,10 +160,13 @@ def weights_and_candidates(
         )
     similarity, positive_similarity = jax.lax.stop_gradient((similarity, positive_similarity))
     similarity = similarity.astype(jnp.float32)
-    posterior = false_negative_posterior(similarity, stats, prior, monotone=monotone)
+    seen = True
+    if posterior is None:
+        posterior = false_negative_posterior(similarity, stats, prior, monotone=monotone)
+        seen = stats.positive.count > min_count
     threshold = suspicion_threshold(prior) if posterior_threshold is None else posterior_threshold
     checks.in_range("posterior_threshold", threshold, 0, 1)
-    suspected = (stats.positive.count > min_count) & (posterior > threshold)
+    suspected = seen & (posterior > threshold)
     exponent = jnp.where(
         suspected,
         elimination_tau * posterior,

@@ -41,6 +41,9 @@ NO_ORACLE, DROP, POSITIVES = ORACLES = ("none", "drop", "positives")
 # What `config.fne.elimination` may be.
 SOFT, HARD, NO_ELIMINATION = ELIMINATIONS = ("soft", "hard", "none")
 
+# What `config.fne.posterior` may be.
+GAUSSIANS, LISTED = POSTERIORS = ("gaussians", "listed")
+
 # exp(-1e30 P) is 0 in float32 for every posterior P that is worth the name.
 _NEVER_SAMPLED_TAU = 1e30
 
@@ -76,9 +79,16 @@ class Entry:
     uses_keys: bool = True
 
 
-def weighing_settings(fne: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns the settings of `sampling_weights`, parts of it switched off as `config.fne` says."""
-    hard, none = fne.elimination == HARD, fne.elimination == NO_ELIMINATION
+def weighing_settings(fne: ml_collections.ConfigDict, *, listed: bool = False) -> dict[str, Any]:
+    """Returns the settings of `sampling_weights`, parts of it switched off as `config.fne` says.
+
+    Args:
+      fne: `config.fne`.
+      listed: Whether candidates come with their probability in a list, without which
+        `fne.posterior=listed` suspects none.
+    """
+    hard = fne.elimination == HARD
+    none = fne.elimination == NO_ELIMINATION or (fne.posterior == LISTED and not listed)
     elimination_tau = fne.tau if fne.elimination_tau is None else fne.elimination_tau
     return {
         "margin": fne.margin,
@@ -92,7 +102,7 @@ def weighing_settings(fne: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def _fne(config):
-    return weighing_settings(config.fne) | {"key_chunk": config.fne.key_chunk or None}
+    return weighing_settings(config.fne, listed=True) | {"key_chunk": config.fne.key_chunk or None}
 
 
 def _mined(config):
@@ -235,6 +245,11 @@ def uses_keys(config: ml_collections.ConfigDict) -> bool:
 def uses_matches(config: ml_collections.ConfigDict) -> bool:
     """Returns whether a run's steps take a table of known matches."""
     return config.objective.oracle != NO_ORACLE or bool(config.data.matches)
+
+
+def takes_posterior(config: ml_collections.ConfigDict) -> bool:
+    """Returns whether known matches are candidates, suspected by their probability."""
+    return config.objective.name == "fne" and config.fne.posterior == LISTED
 
 
 def _is_online_hardest(config):

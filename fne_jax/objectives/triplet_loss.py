@@ -81,7 +81,7 @@ def triplet_loss_of_choices(
       random: What the choices of either direction need to sample, such as two PRNG keys.
       features: The embeddings of the batch.
       queue: The queue of momentum embeddings, or None for the batch's keys only.
-      posterior: Maps similarities to the posterior that is logged.
+      posterior: Maps similarities to the posterior that is logged, unless the features have one.
       margin: Similarity by which the positive should win.
 
     Returns:
@@ -93,6 +93,11 @@ def triplet_loss_of_choices(
     hinge_t2i, negative_t2i = _hinge(text_to_image, t2i, margin)
     # Stacked rather than joined: rows that are split over devices then stay where they are.
     hinge, counts = jnp.stack([hinge_i2t, hinge_t2i]), jnp.stack([i2t.counts, t2i.counts])
+    listed = image_to_text.probability(i2t.index), text_to_image.probability(t2i.index)
+    if listed[0] is None:
+        probability = posterior(jnp.stack([negative_i2t, negative_t2i]))
+    else:
+        probability = jnp.stack(listed)
     aux = TripletAux(
         negative_i2t=i2t.index,
         negative_t2i=t2i.index,
@@ -101,7 +106,7 @@ def triplet_loss_of_choices(
         hardest_i2t=i2t.hardest,
         hardest_t2i=t2i.hardest,
         fallback_fraction=1 - jnp.stack([i2t.sampled, t2i.sampled]).mean(),
-        posterior=posterior(jnp.stack([negative_i2t, negative_t2i])).mean(where=counts),
+        posterior=probability.mean(where=counts),
         active_fraction=(hinge > 0).mean(),
     )
     return hinge.sum() / features.image.shape[0], aux

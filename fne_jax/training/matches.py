@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_known(config: ml_collections.ConfigDict, train: PairDataset) -> None:
-    """Raises UserError if the config asks for the truth of a split that does not know it.
+    """Raises UserError if the config asks for what is not known of matches.
 
     Args:
       config: The resolved config.
@@ -34,6 +34,11 @@ def check_known(config: ml_collections.ConfigDict, train: PairDataset) -> None:
             f"config.objective.oracle is {config.objective.oracle!r}, but nobody knows which "
             f"captions of config.data.source={config.data.source} match which images beyond the "
             f"labels; take oracle={registry.NO_ORACLE}, or a rendered source such as shapes"
+        )
+    if registry.takes_posterior(config) and not config.data.matches:
+        raise UserError(
+            f"config.fne.posterior is {registry.LISTED!r}, but config.data.matches names no list; "
+            f"name one, as `audit --matches` writes it, or take posterior={registry.GAUSSIANS}"
         )
 
 
@@ -61,7 +66,7 @@ def known_matches(
         table = CompleteMatches.create(train.truth.packed(), train.caption_image)
     elif config.data.matches:
         pairs = read_matches(config.data.matches, train)
-        table = _listed(config.data, pairs, train.caption_image)
+        table = _listed(config, pairs, train.caption_image)
         images = len(np.unique(pairs.image))
         data = {"matches": DatasetIdentity(len(pairs.caption), images, pairs.checksum)}
     else:
@@ -70,22 +75,25 @@ def known_matches(
     return (jax.tree.map(lambda array: sharding.place(array, place), table),), data
 
 
-def _listed(data, pairs, caption_image):
-    """Returns the table of a file's pairs, of which `config.data` tells what becomes of each."""
+def _listed(config, pairs, caption_image):
+    """Returns the table of a file's pairs, of which the config tells what becomes of each."""
+    data, is_posterior = config.data, registry.takes_posterior(config)
     # Rounded as in the file, so that a pair of the probability named is not below it.
     negative, positive = np.float16([data.matches_negative, data.matches_positive])
     kept = pairs[pairs.probability >= negative]
-    is_positive = kept.probability >= positive
+    counts = is_posterior | (kept.probability >= positive)
     _log.info(
-        "%s: %d pairs, %d of them matches, %d neither matches nor negatives, %d negatives",
-        data.matches,
-        len(pairs),
-        is_positive.sum(),
-        (~is_positive).sum(),
-        len(pairs) - len(kept),
+        "%s: %d pairs, %d of them %s, %d neither these nor negatives, %d negatives",
+        *(data.matches, len(pairs), counts.sum(), "suspects" if is_posterior else "matches"),
+        *((~counts).sum(), len(pairs) - len(kept)),
     )
-    weight = np.where(is_positive, kept.probability, 0)
-    return ListedMatches.create(kept.image, kept.caption, caption_image, weight)
+    return ListedMatches.create(
+        kept.image,
+        kept.caption,
+        caption_image,
+        np.where(counts, kept.probability, 0),
+        is_posterior=is_posterior,
+    )
 
 
 def read_matches(file: str, train: PairDataset) -> Pairs:

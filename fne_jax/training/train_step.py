@@ -13,7 +13,7 @@ import optax
 from fne_jax.encoders import freezing
 from fne_jax.encoders import inputs as encoder_inputs
 from fne_jax.encoders.inputs import FEATURES, READ
-from fne_jax.objectives.features import Features, Matches, RowSplit
+from fne_jax.objectives.features import Features, RowSplit
 from fne_jax.objectives.known_matches import KnownMatches, matches_of_step
 from fne_jax.objectives.learned_scalars import BIAS_CHANGE, LEARNED, LOG_TEMPERATURE_FACTOR
 from fne_jax.objectives.registry import Objective
@@ -228,7 +228,8 @@ def _known_matches(known, pair_id, queue, layout):
         return None
     matches = matches_of_step(known, pair_id, queue.pair_id)
     # Each device looks up what concerns its own anchors.
-    return Matches(matches.batch, *layout.rows((matches.queue_text, matches.queue_image)))
+    text, image = layout.rows((matches.queue_text, matches.queue_image))
+    return matches.replace(queue_text=text, queue_image=image)
 
 
 def _negative_pairs(aux, key_pair_id):

@@ -248,6 +248,10 @@ def test_every_setting_reaches_the_loss():
         ({"matches": Matches(np.eye(6, dtype="i"))}, "matches.batch: expected a bool dtype, got i"),
         ({"momentum_text": None}, "momentum_text, image_id: expected arrays, as this loss"),
         ({"queue": make_batch(0, dim=8)[1]}, "queue.image: expected shape"),
+        (
+            {"matches": Matches(np.eye(6, dtype="u1"), *[np.ones((6, 11), bool)] * 2)},
+            "matches.queue_text: expected the dtype of matches.batch, got bool",
+        ),
     ],
 )
 def test_wrong_arguments_are_named_while_tracing(change, message):

@@ -15,7 +15,7 @@ from tests.support.fne import keys_of, make_batch
 from tests.support.runs import mesh_of
 
 
-def weigh(similarity, positive, same_image):
+def weigh(similarity, positive, same_image, posterior=None):
     return abs(similarity - 2 * positive) * ~same_image, ~same_image & (similarity < 0.2)
 
 

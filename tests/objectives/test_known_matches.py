@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from fne_jax.objectives.features import as_probability
 from fne_jax.objectives.known_matches import CompleteMatches, ListedMatches, matches_of_step
 
 IMAGES, PAIRS = 13, 29
@@ -80,13 +81,22 @@ def test_a_pair_has_the_highest_probability_that_a_list_gives_it(truth):
     expected = np.where(truth, np.rint(255 * probability) / 255, 0)
     expected[CAPTION_IMAGE, np.arange(PAIRS)] = 1
     found = jax.jit(ListedMatches.probability)(table, *np.indices(truth.shape).astype(np.int32))
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-    np.testing.assert_array_equal(table.match(*np.indices(truth.shape).astype(np.int32)), truth)
+    np.testing.assert_allclose(as_probability(found), expected, rtol=1e-6)
     assert table.grade.nbytes == truth.sum()
     pair_id = np.array([3, 28, 17, 0], np.int32)
-    matches = matches_of_step(table, pair_id, np.array([-1], np.int32))
+    look_up = jax.jit(matches_of_step)
+    matches = look_up(table, pair_id, np.array([-1], np.int32))
     weight = expected[np.ix_(CAPTION_IMAGE[pair_id], pair_id)]
     np.testing.assert_allclose(matches.weight, weight, rtol=1e-6)
+    assert matches.batch.dtype == bool
+    queue_pair_id = np.array([-1, 27, 3], np.int32)
+    matches = look_up(table.replace(is_posterior=True), pair_id, queue_pair_id)
+    np.testing.assert_allclose(as_probability(matches.batch), weight, rtol=1e-6)
+    in_queue = expected[np.ix_(CAPTION_IMAGE[pair_id], queue_pair_id)] * (queue_pair_id >= 0)
+    np.testing.assert_allclose(as_probability(matches.queue_text), in_queue, rtol=1e-6)
+    in_queue = expected[np.ix_(CAPTION_IMAGE[queue_pair_id], pair_id)].T * (queue_pair_id >= 0)
+    np.testing.assert_allclose(as_probability(matches.queue_image), in_queue, rtol=1e-6)
+    assert matches.queue_image.dtype == np.uint8
 
 
 def test_what_is_not_listed_matches_its_own_image_alone():

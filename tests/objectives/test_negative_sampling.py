@@ -19,13 +19,14 @@ sample = jax.jit(fne_jax.sample_negatives)
 sample_from_uniform = jax.jit(_sample_from_uniform)
 
 
-@pytest.mark.parametrize("min_count", [200, 700])
-def test_weights_agree_with_the_slow_version(min_count):
+@pytest.mark.parametrize(("min_count", "listed"), [(200, False), (700, False), (700, True)])
+def test_weights_agree_with_the_slow_version(min_count, listed):
     rng = np.random.default_rng(3)
     s = rng.uniform(-0.2, 1, (4, 23)).astype(np.float32)
     d = rng.uniform(0.5, 0.9, 4).astype(np.float32)
     same = rng.random((4, 23)) < 0.2
     settings = {"margin": 0.3, "tau": 0.7, "prior": 0.02, "min_count": min_count}
+    settings["posterior"] = rng.random((4, 23)).astype(np.float32) if listed else None
     ours = weigh(s, d[:, None], same, TRUSTED, posterior_threshold=0.1, **settings)
     slow = slow_weights(s, d, same, TRUSTED, threshold=0.1, **settings)
     np.testing.assert_allclose(ours, slow, rtol=1e-5)

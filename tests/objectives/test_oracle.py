@@ -19,6 +19,7 @@ from fne_jax.objectives.similarity_statistics import SimilarityStatistics, Stati
 from tests.support.fne import (
     excluded_of,
     keys_of,
+    known_of,
     make_batch,
     make_matches,
     slow_loss,
@@ -28,12 +29,17 @@ from tests.support.fne import (
 QUEUES = pytest.mark.parametrize("with_queue", [True, False])
 
 
-def batch_with_matches(seed, with_queue=True, **sizes):
+def batch_with_matches(seed, with_queue=True, listed=False, **sizes):
     features, queue = make_batch(seed, images=6, **sizes)
     sizes.pop("filled", None)
     sizes.pop("dim", None)
     same = features.image_id[:, None] == features.image_id[None, :]
     matches = make_matches(seed, **sizes)
+    if listed:  # in 255ths of a probability
+        rng = np.random.default_rng(seed)
+        matches = jax.tree.map(
+            lambda mask: mask * rng.integers(0, 256, mask.shape, np.uint8), matches
+        )
     features = features.replace(same_image=same, matches=matches)
     return features, queue if with_queue else None
 
@@ -77,9 +83,10 @@ def test_fne_samples_among_what_is_left(with_queue, positive_mean):
     assert changed, "no case has a match as the hardest key of another image"
 
 
-def test_fne_in_chunks_leaves_the_same_out():
+@pytest.mark.parametrize("listed", [False, True])
+def test_fne_in_chunks_leaves_the_same_out(listed):
     sizes = {"batch": 19, "queue_size": 16 * 7 + 5}
-    features, queue = batch_with_matches(3, filled=16 * 7, dim=7, **sizes)
+    features, queue = batch_with_matches(3, listed=listed, filled=16 * 7, dim=7, **sizes)
     uniforms = np.random.default_rng(0).random((2, 19)).astype(np.float32)
     stats = statistics((0.4, 0.02), (0.2, 0.02), counts=(500, 999))
     expected, chosen = slow_loss(uniforms, features, queue, stats, 0.2)
@@ -89,6 +96,35 @@ def test_fne_in_chunks_leaves_the_same_out():
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
         np.testing.assert_array_equal(aux.negative_t2i, chosen[1])
         assert max(aux.negative_i2t) > 19, "the case should reach into the queue"
+
+
+@QUEUES
+@pytest.mark.parametrize("hard", [False, True])
+def test_fne_suspects_by_a_list_before_it_has_seen_any_pair(with_queue, hard):
+    stats = statistics((0.3, 0.01), (0.2, 0.02), counts=(100, 999))
+    settings = {"elimination_tau": 1e30} if hard else {}
+    of_chosen = []
+    loss_fn = jax.jit(functools.partial(_loss_from_uniforms, margin=0.4, **settings))
+    for seed in range(4):
+        features, queue = batch_with_matches(seed, with_queue, listed=True)
+        uniforms = np.random.default_rng(seed).random((2, 6)).astype(np.float32)
+        loss, aux = loss_fn(uniforms, features, queue, stats)
+        eliminated = 1e-3 if hard else 1.0
+        expected, chosen = slow_loss(uniforms, features, queue, stats, 0.4, eliminated)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        found = []
+        for ours, counts, theirs, known in zip(
+            (aux.negative_i2t, aux.negative_t2i),
+            (aux.counts_i2t, aux.counts_t2i),
+            chosen,
+            known_of(features, queue),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(ours[counts], theirs[counts])
+            found += (known[np.arange(6), theirs] / 255)[counts].tolist()
+        np.testing.assert_allclose(aux.posterior, np.mean(found), rtol=1e-5)
+        of_chosen += found
+    assert (max(of_chosen) == 0) == hard
 
 
 @QUEUES

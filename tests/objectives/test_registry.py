@@ -83,6 +83,7 @@ def test_the_configs_defaults_are_the_losses_own():
     [
         ({"elimination": "none"}, {"posterior_threshold": 1.0, "tau": 0.5}),
         ({"elimination": "hard"}, {"elimination_tau": 1e30, "posterior_threshold": 1e-3}),
+        ({"posterior": "listed"}, {"posterior_threshold": 1e-3}),
         ({"cut_down": False}, {"tau": 0.0, "elimination_tau": 0.5}),
         ({"tau": 0.7}, {"tau": 0.7, "elimination_tau": 0.7}),
         ({"elimination_tau": 0.9}, {"tau": 0.5, "elimination_tau": 0.9}),
@@ -100,6 +101,11 @@ def test_the_configs_defaults_are_the_losses_own():
 def test_parts_of_fne_are_switched_by_the_config(changes, expected):
     settings = fne_settings(**changes)
     assert {name: settings[name] for name in expected} == expected
+
+
+def test_without_a_list_none_is_suspected_by_it():
+    fne = configuration.resolve(config_with(fne__posterior="listed"))[0].fne
+    assert registry.weighing_settings(fne)["posterior_threshold"] == 1
 
 
 @pytest.mark.parametrize(

@@ -58,17 +58,25 @@ def make_matches(seed, batch=6, queue_size=11, density=0.3):
     return Matches(masks[0] | np.eye(batch, dtype=bool), *masks[1:])
 
 
+def known_of(features, queue):
+    """Returns what is known of matches, [batch, keys] masks or 255ths of both directions."""
+    matches = features.matches
+    if matches is None:
+        return [None, None]
+    if queue is None:
+        return [matches.batch, matches.batch.T]
+    i2t = np.concatenate([matches.batch, matches.queue_text], axis=1)
+    return [i2t, np.concatenate([matches.batch.T, matches.queue_image], axis=1)]
+
+
 def excluded_of(features, queue):
     """Returns which keys are no negatives, [batch, keys] bool of both directions, as `keys_of`."""
-    matches, excluded = features.matches, []
-    for _, _, key_id in keys_of(features, queue):
-        excluded.append(features.image_id[:, None] == key_id[None, :])
-    if matches is not None:
-        known = [matches.batch, matches.batch.T]
-        if queue is not None:
-            slots = matches.queue_text, matches.queue_image
-            known = [np.concatenate(pair, axis=1) for pair in zip(known, slots, strict=True)]
-        excluded = [same | more for same, more in zip(excluded, known, strict=True)]
+    excluded = []
+    for (_, _, key_id), known in zip(
+        keys_of(features, queue), known_of(features, queue), strict=True
+    ):
+        same = features.image_id[:, None] == key_id[None, :]
+        excluded.append(same if known is None or known.dtype != bool else same | known)
     return excluded
 
 
@@ -96,15 +104,30 @@ def slow_posterior(similarity, stats, prior):
 
 
 def slow_weights(
-    s, d, same, stats, *, margin=0.2, tau=0.5, prior=1e-4, threshold=1e-3, min_count=200
+    s,
+    d,
+    same,
+    stats,
+    *,
+    margin=0.2,
+    tau=0.5,
+    prior=1e-4,
+    threshold=1e-3,
+    min_count=200,
+    posterior=None,
 ):
     """The sampling weights, candidate by candidate."""
     out = np.zeros_like(s)
     for i, j in np.ndindex(*s.shape):
         if same[i, j] or s[i, j] <= float(stats.positive.mean) - margin:
             continue
-        p = slow_posterior(float(s[i, j]), stats, prior)
-        if float(stats.positive.count) > min_count and p > threshold:
+        if posterior is not None:
+            p = posterior[i, j]
+        elif float(stats.positive.count) > min_count:
+            p = slow_posterior(float(s[i, j]), stats, prior)
+        else:
+            p = 0
+        if p > threshold:
             out[i, j] = np.exp(-tau * p)
         else:
             out[i, j] = np.exp(-tau * (s[i, j] - d[i]) ** 2)
@@ -127,12 +150,14 @@ def slow_loss(uniforms, features, queue, stats, margin, eliminated=1.0):
     Keys with a posterior above `eliminated` are treated as if they were of the anchor's image.
     """
     total, chosen = 0.0, []
-    candidates = zip(keys_of(features, queue), excluded_of(features, queue), uniforms, strict=True)
-    for (anchor, keys, _), same, uniform in candidates:
+    directions = keys_of(features, queue), excluded_of(features, queue), known_of(features, queue)
+    for (anchor, keys, _), same, known, uniform in zip(*directions, uniforms, strict=True):
         s = anchor @ keys.T
         d = (anchor * keys[: len(anchor)]).sum(axis=1)
-        same = same | (slow_posterior(s.astype(np.float64), stats, 1e-4) > eliminated)
-        weights = slow_weights(s, d, same, stats, margin=margin)
+        listed = None if known is None or known.dtype == bool else known / 255.0
+        posterior = slow_posterior(s.astype(np.float64), stats, 1e-4) if listed is None else listed
+        same = same | (posterior > eliminated)
+        weights = slow_weights(s, d, same, stats, margin=margin, posterior=listed)
         violation = np.where(same, 0, np.maximum(margin + s - d[:, None], 0))
         negative = slow_sample(uniform, weights, violation.argmax(axis=1))
         for i, j in enumerate(negative):
