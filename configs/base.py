@@ -199,6 +199,17 @@ def get_config() -> ConfigDict:
     # Whether these objectives learn temperature and bias further, as CLIP and SigLIP do, within
     # 0.01 to 1, or above 0.001 if it starts below 0.01; not in the warm-up.
     objective.learn_temperature = False
+    # Folder of a teacher's embeddings of the training split, as `evaluate --dump` writes them; ""
+    # for none. After the warm-up its similarities among images and among captions are soft targets,
+    # as in CUSA: Kullback-Leibler divergences of softmax distributions are added to the loss.
+    objective.teacher = ""
+    objective.teacher_cross_weight = 0.1  # of the divergence of similarities across modalities
+    objective.teacher_own_weight = 0.5  # of that among images and among captions
+    # Temperature of these similarities; the teacher's have 1.
+    objective.teacher_temperature = 0.45
+    # A candidate that the teacher finds more similar to the anchor than its positive less this much
+    # is excluded like a known match (GISTEmbed, NV-Retriever); None excludes none.
+    objective.guide_margin = config_dict.placeholder(float)
     # Use of the complete truth, where the training split knows it (shapes does), to measure what a
     # perfect detector would gain: none; drop (true matches are excluded from the negatives and from
     # the statistics of negatives); positives (of multi_positive and sigmoid). The warm-up never

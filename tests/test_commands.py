@@ -538,7 +538,9 @@ def test_prepare_tells_counts_and_density(shapes_run, capsys):
     assert_all_in(capsys.readouterr().out, "40 images       200 captions", "false negatives:")
 
 
-@pytest.mark.parametrize("field", ["data.matches", "encoder.image.pretrained", "init_from"])
+@pytest.mark.parametrize(
+    "field", ["data.matches", "objective.teacher", "encoder.image.pretrained", "init_from"]
+)
 def test_the_home_of_nobody_is_refused_wherever_a_path_is_given(field, tmp_path):
     of_nobody = [
         f"--config.{field}=~nobodyx/there",

@@ -96,6 +96,8 @@ class Features:
       matches: Known matches, which are no negatives either; None where none are known.
       learned: What an objective learns beside the encoders, as `learned_scalars.initial` begins
         it; None where all its numbers are fixed.
+      teacher: A teacher's [batch, dim] embeddings of the images and of the captions, L2-normalised;
+        None without one.
       split: The devices that share the scoring of the queue, though each holds all of it.
     """
 
@@ -107,6 +109,7 @@ class Features:
     same_image: jax.Array | None = None
     matches: Matches | None = None
     learned: Mapping[str, jax.Array] | None = None
+    teacher: tuple[jax.Array, jax.Array] | None = None
     split: RowSplit = flax.struct.field(pytree_node=False, default=NOT_SPLIT)
 
     def __post_init__(self):

@@ -32,6 +32,7 @@ from fne_jax.objectives.negative_mining import (
     semi_hard_negative,
 )
 from fne_jax.objectives.similarity_statistics import SimilarityStatistics
+from fne_jax.objectives.teacher import soft_target_loss
 from fne_jax.objectives.triplet_loss import TripletAux, hardest_negative_triplet_loss
 
 # What `config.objective.oracle` may be, of the matches that the training split's truth tells:
@@ -217,6 +218,8 @@ def main_objective(config: ml_collections.ConfigDict) -> Objective:
     if _is_online_hardest(config):
         loss, settings = WARMUP["hardest"]
     objective = functools.partial(loss, **settings(config))
+    if config.objective.teacher:
+        objective = _with_soft_targets(objective, config.objective)
     if config.objective.queue:
         return objective
     return lambda features, queue, stats, rng: objective(features, None, stats, rng)
@@ -242,9 +245,24 @@ def uses_keys(config: ml_collections.ConfigDict) -> bool:
     return OBJECTIVES[config.objective.name].uses_keys and not _is_online_hardest(config)
 
 
-def uses_matches(config: ml_collections.ConfigDict) -> bool:
-    """Returns whether a run's steps take a table of known matches."""
-    return config.objective.oracle != NO_ORACLE or bool(config.data.matches)
+def _with_soft_targets(objective, settings):
+    def with_soft_targets(features, *rest):
+        loss, aux = objective(features, *rest)
+        loss += soft_target_loss(
+            features,
+            cross_weight=settings.teacher_cross_weight,
+            own_weight=settings.teacher_own_weight,
+            temperature=settings.teacher_temperature,
+        )
+        return loss, aux
+
+    return with_soft_targets
+
+
+def uses_known(config: ml_collections.ConfigDict) -> bool:
+    """Returns whether a run's steps take known matches or a teacher."""
+    objective = config.objective
+    return objective.oracle != NO_ORACLE or bool(config.data.matches or objective.teacher)
 
 
 def takes_posterior(config: ml_collections.ConfigDict) -> bool:
@@ -280,6 +298,16 @@ def check_matches(config: ml_collections.ConfigDict) -> None:
             f"config.data.matches_negative is {data.matches_negative}, more than "
             f"config.data.matches_positive={data.matches_positive}: pairs between the two are left "
             "out, so that it is at most the other; set both"
+        )
+    if objective.guide_margin is not None and not objective.teacher:
+        raise UserError(
+            f"config.objective.guide_margin is {objective.guide_margin}, but "
+            "config.objective.teacher names no embeddings; name some, or leave it None"
+        )
+    if objective.guide_margin is not None and takes_posterior(config):
+        raise UserError(
+            f"config.objective.guide_margin is {objective.guide_margin}, which leaves candidates "
+            f"out, and config.fne.posterior={LISTED} weighs them; leave one of them out"
         )
     if objective.oracle != NO_ORACLE and data.matches:
         raise UserError(

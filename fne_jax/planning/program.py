@@ -12,7 +12,7 @@ import ml_collections
 from fne_jax import configuration
 from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, build_module
-from fne_jax.objectives.registry import NO_ORACLE, uses_matches
+from fne_jax.objectives.registry import NO_ORACLE, uses_known
 from fne_jax.parallel import sharding
 from fne_jax.planning.published import read_architectures
 from fne_jax.planning.topology import GPU, Topology
@@ -103,12 +103,14 @@ def training_without_data(
     Raises:
       UserError: if the config names known matches, or a pretrained source that is missing.
     """
-    if uses_matches(config):
+    if uses_known(config):
         raise UserError(
-            f"config.objective.oracle is {config.objective.oracle!r} and config.data.matches "
-            f"{config.data.matches!r}: without data there are no matches; make them {NO_ORACLE} "
-            "and ''. In a plan add to a device's memory a bit for each image and caption of the "
-            "training split (oracle) or 5 bytes for each match (matches)"
+            f"config.objective.oracle is {config.objective.oracle!r}, config.data.matches "
+            f"{config.data.matches!r} and config.objective.teacher {config.objective.teacher!r}: "
+            f"without data none of these is there; make them {NO_ORACLE}, '', ''. In a plan add "
+            "to a device's memory a bit for each image and caption of the training split (oracle), "
+            "5 bytes for each match (matches), or 2 for each dimension of an image and a caption "
+            "(teacher)"
         )
     architectures = read_architectures(config.encoder)
     config = configuration.with_model_defaults(config, architectures)

@@ -11,12 +11,14 @@ import numpy as np
 
 from fne_jax import files
 from fne_jax.data import match_files, verdicts
-from fne_jax.data.identity import DatasetIdentity
+from fne_jax.data.identity import DatasetIdentity, checksum_of_set
 from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
+from fne_jax.evaluation.embedding_files import read_embeddings_of
 from fne_jax.objectives import registry
 from fne_jax.objectives.known_matches import CompleteMatches, KnownMatches, ListedMatches
+from fne_jax.objectives.teacher import Teacher
 from fne_jax.parallel import sharding
 
 _log = logging.getLogger(__name__)
@@ -44,8 +46,8 @@ def check_known(config: ml_collections.ConfigDict, train: PairDataset) -> None:
 
 def known_matches(
     config: ml_collections.ConfigDict, train: PairDataset, mesh: jax.sharding.Mesh
-) -> tuple[tuple[KnownMatches, ...], dict[str, DatasetIdentity]]:
-    """Returns the known matches that a run uses.
+) -> tuple[tuple[KnownMatches | Teacher | None, ...], dict[str, DatasetIdentity]]:
+    """Returns the known matches and the teacher that a run uses.
 
     Args:
       config: The resolved config.
@@ -53,15 +55,16 @@ def known_matches(
       mesh: The devices.
 
     Returns:
-      What the train steps take beside state and batch: a table, a full copy of it on each device,
-      or nothing; and the identity of the file that it is from, by the name `matches`, if any.
+      What the train steps take beside state and batch: a table and a teacher, a full copy of them
+      on each device, None for one of them, or nothing; and the identity of the files that they are
+      from, by the names `matches` and `teacher`, if any.
 
     Raises:
-      UserError: If the split does not know its matches, or their file cannot be read or is about
+      UserError: If the split does not know its matches, or a file cannot be read or is about
         other data.
     """
     check_known(config, train)
-    data = {}
+    data, table, teacher = {}, None, None
     if config.objective.oracle != registry.NO_ORACLE:
         table = CompleteMatches.create(train.truth.packed(), train.caption_image)
     elif config.data.matches:
@@ -69,10 +72,30 @@ def known_matches(
         table = _listed(config, pairs, train.caption_image)
         images = len(np.unique(pairs.image))
         data = {"matches": DatasetIdentity(len(pairs.caption), images, pairs.checksum)}
-    else:
+    if config.objective.teacher:
+        teacher = _teacher(config.objective, train)
+        captions, images = len(teacher.text), len(teacher.image)
+        checksum = checksum_of_set([teacher.image, teacher.text])
+        data["teacher"] = DatasetIdentity(captions, images, checksum)
+    if not registry.uses_known(config):
         return (), {}
     place = sharding.replicated(mesh)
-    return (jax.tree.map(lambda array: sharding.place(array, place), table),), data
+    return jax.tree.map(lambda array: sharding.place(array, place), (table, teacher)), data
+
+
+def _teacher(objective, train):
+    """Returns the teacher of `config.objective`; raises UserError if it is not of the split."""
+    folder = pathlib.Path(files.expand_home(objective.teacher))
+    try:
+        rows = read_embeddings_of(folder, train)
+    except UserError as error:
+        raise UserError(f"config.objective.teacher: {error}") from error
+    return Teacher(
+        image=rows.image_emb.astype(np.float16),
+        text=rows.text_emb.astype(np.float16),
+        caption_image=np.asarray(train.caption_image, np.int32),
+        margin=objective.guide_margin,
+    )
 
 
 def _listed(config, pairs, caption_image):

@@ -29,6 +29,7 @@ from fne_jax.model.tokenizers import run_tokenizer
 from fne_jax.objectives import registry
 from fne_jax.objectives.known_matches import KnownMatches
 from fne_jax.objectives.similarity_statistics import StatisticsRule
+from fne_jax.objectives.teacher import Teacher
 from fne_jax.parallel import processes, sharding
 from fne_jax.training import workdir as run_folder
 from fne_jax.training.encoder_passes import MicroBatches, WholeBatch
@@ -72,7 +73,7 @@ class Training:
         return cls(model, timeline, state, _jitted_steps(model, steps_per_epoch, schedule, state))
 
     def compiled(
-        self, phases: Collection[Phase], known: tuple[KnownMatches, ...] = ()
+        self, phases: Collection[Phase], known: tuple[KnownMatches | Teacher | None, ...] = ()
     ) -> dict[Phase, jax.stages.Compiled]:
         """Returns the compiled steps of some phases."""
         batch = self.abstract_batch()
@@ -127,7 +128,7 @@ class RunSetup:
     train: PairDataset
     val: PairDataset
     data: Mapping[str, DatasetIdentity]
-    known: tuple[KnownMatches, ...]
+    known: tuple[KnownMatches | Teacher | None, ...]
     order: BatchOrder
     training: Training
 
@@ -249,7 +250,7 @@ def _jitted_steps(model, steps_per_epoch, learning_rate, state):
     }
     replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     placed = sharding.state_shardings(mesh, state)
-    known = (replicated,) if registry.uses_matches(config) else ()
+    known = (replicated, replicated) if registry.uses_known(config) else ()
     return {
         phase: jax.jit(
             functools.partial(step, settings=settings),
@@ -261,7 +262,7 @@ def _jitted_steps(model, steps_per_epoch, learning_rate, state):
     }
 
 
-def _warmup_step(state, batch, known=None, **settings):
-    """`train_step` of the warm-up, which runs of other matches share: it does not look at them."""
+def _warmup_step(state, batch, *known, **settings):
+    """`train_step` of the warm-up, which runs of other matches share: it looks at none of them."""
     del known
     return train_step(state, batch, **settings)

@@ -18,6 +18,7 @@ from fne_jax.objectives.known_matches import KnownMatches, matches_of_step
 from fne_jax.objectives.learned_scalars import BIAS_CHANGE, LEARNED, LOG_TEMPERATURE_FACTOR
 from fne_jax.objectives.registry import Objective
 from fne_jax.objectives.similarity_statistics import StatisticsRule
+from fne_jax.objectives.teacher import Teacher
 from fne_jax.training.encoder_passes import WholeBatch
 from fne_jax.training.optimizer import updates_applied
 from fne_jax.training.train_state import TrainState
@@ -62,6 +63,7 @@ def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
     known: KnownMatches | None = None,
+    teacher: Teacher | None = None,
     *,
     settings: StepSettings,
     objective: Objective,
@@ -79,6 +81,7 @@ def train_step(
         int32, `image_id` and `pair_id` [batch] int32. What frozen parts make of image and caption
         may stand there already, as `image_features` (in place of `image`) and `text_features`.
       known: The table of the training split's known matches, on the devices; None uses none.
+      teacher: A teacher's embeddings of that split likewise.
       settings: What all steps of the run have in common.
       objective: The loss in this phase of the run.
       use_keys: Whether the momentum encoders embed the batch, for the objective and the queue.
@@ -107,7 +110,7 @@ def train_step(
     same_image = jnp.eye(image_id.shape[0], dtype=bool)
     if settings.mask_same_image:
         same_image = image_id[:, None] == image_id[None, :]
-    matches = _known_matches(known, pair_id, state.queue, layout)
+    matches = _known_matches(known, teacher, pair_id, state.queue, layout)
 
     def encode(params, inputs, dropout_rng):
         params = freezing.merge(*params)
@@ -128,7 +131,15 @@ def train_step(
     def loss_fn(image, text, learned):
         split = RowSplit(layout.mesh.size, layout.rows)
         features = Features(
-            image, text, *momentum, image_id, same_image, matches, learned or None, split
+            image,
+            text,
+            *momentum,
+            image_id,
+            same_image,
+            matches,
+            learned or None,
+            None if teacher is None else teacher.of_pairs(pair_id),
+            split,
         )
         stats = rule.add(state.stats, features)
         loss, aux = objective(features, state.queue, stats, sampling_rng)
@@ -223,10 +234,12 @@ def _statistics_scalars(stats):
 
 
 @jax.named_scope(OBJECTIVE)
-def _known_matches(known, pair_id, queue, layout):
-    if known is None:
+def _known_matches(known, teacher, pair_id, queue, layout):
+    matches = None if known is None else matches_of_step(known, pair_id, queue.pair_id)
+    if teacher is not None:
+        matches = teacher.left_out(matches, pair_id, queue.pair_id)
+    if matches is None:
         return None
-    matches = matches_of_step(known, pair_id, queue.pair_id)
     # Each device looks up what concerns its own anchors.
     text, image = layout.rows((matches.queue_text, matches.queue_image))
     return matches.replace(queue_text=text, queue_image=image)

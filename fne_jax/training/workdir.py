@@ -74,7 +74,8 @@ def check_data(workdir: pathlib.Path, data: Mapping[str, DatasetIdentity]) -> No
         for split, now in data.items():
             before = stored.get(split, now)
             if before != now and split != "test":  # of which whatever reads it tells
-                named = "list of matches" if split == "matches" else f"{split!r} split"
+                named = {"matches": "list of matches", "teacher": "teacher"}
+                named = named.get(split, f"{split!r} split")
                 raise UserError(
                     f"{workdir} holds a run on other data: its {named} had {before}; that of "
                     f"config.data has {now}. Give the run's own data to resume it, or another "
@@ -100,7 +101,7 @@ def begin(
       workdir: The folder of the run, which is held.
       model: The model; its config and its tokenizer are kept.
       architectures: What `encoders.towers.read_architectures` returned.
-      data: The identity of each split by name, and as `matches` that of `config.data.matches`;
+      data: The identity of each split by name, and as `matches` and `teacher` those of these files;
         empty where it is not known.
       begun: What `is_begun` returned before the folder was held.
 
@@ -171,8 +172,8 @@ def _write(workdir, model, architectures, data, begun):
     for tower in architectures:
         remove_leftovers(workdir / towers.DIRECTORY / f"{tower}.json")
     if begun:
-        # Warm-ups do not know the matches of what follows.
-        if "matches" in data:
+        # Warm-ups do not know the matches and the teacher of what follows.
+        if data.keys() - set(SPLITS):
             write_atomically(workdir / IDENTITY_FILE, stored)
         return
     towers.store_architectures(architectures, workdir)

@@ -121,6 +121,14 @@ def test_without_a_list_none_is_suspected_by_it():
             {"data__matches_positive": 1.5},
             r"config.data.matches_positive is 1.5; expected a number",
         ),
+        (
+            {"objective__guide_margin": 0.0},
+            "guide_margin is 0.0, but config.objective.teacher names",
+        ),
+        (
+            {"objective__guide_margin": 0.0, "objective__teacher": "a", "fne__posterior": "listed"},
+            "guide_margin is 0.0, which leaves candidates out, and config.fne.posterior=listed",
+        ),
         ({"warmup__objective": "fne"}, r"config.warmup.objective is 'fne'; expected one of hardes"),
         ({"fne__elimination": "all"}, r"config.fne.elimination is 'all'; expected one of soft"),
     ],

@@ -13,7 +13,9 @@ from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.sources.registry import load_split
 from fne_jax.data.verdicts import Verdict, write_verdicts
 from fne_jax.errors import UserError
+from fne_jax.evaluation.embedding_files import write_embeddings
 from fne_jax.model import checkpoints
+from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.parallel import sharding
 from fne_jax.planning.accounting import Account
 from fne_jax.planning.program import compile_step
@@ -24,6 +26,7 @@ from fne_jax.training.matches import known_matches, read_matches
 from fne_jax.training.step_results import true_false_negative_rates
 from fne_jax.training.timeline import Phase
 from fne_jax.training.train_step import OBJECTIVE
+from tests.support.fne import unit_rows
 from tests.support.runs import mesh_of, new_state, stored_state, training_of
 from tests.support.tiny import LinearTowers, smooth_config, tiny_config
 
@@ -154,7 +157,7 @@ def test_probabilities_tell_positives_what_is_left_out_and_negatives(tmp_path, c
     train = split_with_truth(config)
     pairs = listed(tmp_path / "all.npz", train, thirds)
     with caplog.at_level("INFO"):
-        (table,), _ = known_matches(config, train, mesh_of(1))
+        (table, _), _ = known_matches(config, train, mesh_of(1))
     weight = np.zeros(train.truth.matrix().shape)
     weight[train.caption_image, np.arange(len(train.captions))] = 1
     weight[pairs.image, pairs.caption] = np.where(pairs.probability > 0.7, 0.9, 0)
@@ -221,30 +224,44 @@ def test_nothing_recompiles(dropping):
 
 
 LISTED = {"fne__posterior": "listed"}
+SEVERAL = {"objective__name": "multi_positive", **ZONES}
+TAUGHT = {"objective__guide_margin": 0.2, "objective__teacher": "there"}
 
 
-@pytest.mark.parametrize("fields", [{}, LISTED, {"objective__name": "multi_positive", **ZONES}])
-def test_eight_devices_do_what_one_does(dropping, fields, tmp_path):
+def with_files(folder, fields):
+    """Returns fields of a config with the list or the teacher's embeddings that they ask for."""
+    train = split_with_truth(config_of())
+    if "objective__teacher" not in fields:
+        listed(folder / "all.npz", train, thirds)
+        return {**fields, "data__matches": str(folder / "all.npz")}
+    rng = np.random.default_rng(0)
+    emb = unit_rows(rng, len(train.image_id), 6), unit_rows(rng, len(train.captions), 6)
+    rows = train.caption_image, train.image_id, train.caption_id
+    write_embeddings(folder, EmbeddedSplit(*emb, *rows))
+    return {**fields, "objective__teacher": str(folder)}
+
+
+@pytest.mark.parametrize(
+    "fields", [None, LISTED, SEVERAL, pytest.param(TAUGHT, marks=pytest.mark.slow)]
+)
+def test_eight_devices_do_what_one_does(plain, dropping, fields, tmp_path):
     one = dropping
-    if fields:
-        path = tmp_path / "all.npz"
-        listed(path, split_with_truth(config_of()), thirds)
-        fields = {**fields, "data__matches": str(path)}
-        one = run_steps(config_of(**fields), mesh_of(1))
-    else:
+    if fields is None:
         fields = {"objective__oracle": "drop"}
+    else:
+        fields = with_files(tmp_path, fields)
+        one = run_steps(config_of(**fields), mesh_of(1))
+        assert one[1] == dropping[1], "steps are compiled again"
+        assert one[0][7][1]["loss"] != plain[0][7][1]["loss"]
     eight = run_steps(config_of(**fields), mesh_of(4, 2))
     for ours, theirs in zip(eight[0], one[0], strict=True):
         np.testing.assert_allclose(ours[1]["loss"], theirs[1]["loss"], rtol=1e-4)
         jax.tree.map(np.testing.assert_array_equal, ours[2], theirs[2])
 
 
-@pytest.mark.parametrize("by_list", [False, True])
+@pytest.mark.parametrize("by_list", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_devices_look_up_their_own_anchors_only(by_list, tmp_path):
-    fields = {"objective__oracle": "drop"}
-    if by_list:
-        fields = {**LISTED, "data__matches": str(tmp_path / "all.npz")}
-        listed(tmp_path / "all.npz", split_with_truth(config_of()), thirds)
+    fields = with_files(tmp_path, LISTED) if by_list else {"objective__oracle": "drop"}
     config = config_of(**fields, queue_size=4000, fne__start_epoch=0.0)
     mesh, train = mesh_of(2, 4), split_with_truth(config)
     training = training_of(config, LinearTowers(), mesh, 7)
@@ -281,6 +298,7 @@ def test_a_run_that_is_resumed_is_the_same_to_the_bit(monkeypatch, tmp_path):
     [
         ({"objective__oracle": "drop"}, "oracle is 'drop', but .* config.data.source=synthetic"),
         (LISTED, "posterior is 'listed', but config.data.matches names no list"),
+        (TAUGHT, "config.objective.teacher: --embeddings=there is not a folder"),
     ],
 )
 def test_what_nobody_knows_is_told_before_anything_is_written(fields, message, tmp_path):
@@ -293,5 +311,5 @@ def test_what_nobody_knows_is_told_before_anything_is_written(fields, message, t
 
 def test_a_plan_knows_of_no_matches():
     topology = Topology("cpu", jax.devices()[:1], chip=None)
-    with pytest.raises(UserError, match=r"config.objective.oracle is 'drop' .*: without data"):
+    with pytest.raises(UserError, match=r"config.objective.oracle is 'drop', .*: without data"):
         compile_step(tiny_config(objective__oracle="drop"), topology, 10)
