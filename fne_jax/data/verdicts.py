@@ -1,7 +1,8 @@
 """What people say of pairs of a caption and an image, as CSV and as JSON lines.
 
-A verdict is one reviewer's answer on one pair. Both formats have the fields of `Verdict`; in a CSV
-an empty cell stands for what there is not, and its texts are safe in a spreadsheet.
+A verdict is one reviewer's answer on one pair; a hash of instructions tells a judge, such as a
+model, from a person. Both formats have the fields of `Verdict`; in a CSV an empty cell stands for
+what there is not, and its texts are safe in a spreadsheet.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from fne_jax.errors import UserError
 from fne_jax.files import as_user_error, write_atomically
 
 MATCH, NO_MATCH, UNSURE = WORDS = ("match", "no_match", "unsure")
+# Other words for an answer, as those who are asked a question give it.
+_ANSWERS = {"yes": MATCH, "no": NO_MATCH}
 _SUFFIXES = (".csv", ".jsonl")
 _log = logging.getLogger(__name__)
 
@@ -51,6 +54,8 @@ class Verdict:
       score: The probability of a match by the detector that proposed it, or None.
       sample: The name of the random sample that drew the pair, or "".
       weight: The inverse of the probability with which that sample drew it; None if none did.
+      probability: Of a match, as a judge says; None where it says no more than a word.
+      instructions: A hash of the instructions that a judge had; "" of a person.
     """
 
     split: str
@@ -65,6 +70,8 @@ class Verdict:
     score: float | None = None
     sample: str = ""
     weight: float | None = None
+    probability: float | None = None
+    instructions: str = ""
 
     @property
     def pair(self) -> tuple[str, int, int]:
@@ -73,7 +80,7 @@ class Verdict:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Verdict))
-_REQUIRED = ("split", "image_id", "caption_id", "caption", "verdict")
+_REQUIRED = ("split", "image_id", "caption_id", "caption")
 
 
 def write_verdicts(path: pathlib.Path, verdicts: Iterable[Verdict]) -> None:
@@ -109,7 +116,8 @@ def read_verdicts(
 
     Args:
       path: A `.csv` or `.jsonl`, as `write_verdicts` writes it. Columns beyond a verdict's are
-        passed over, and all but the split, the ids, the caption and the verdict may be missing.
+        passed over, and all but the split, the ids, the caption and the verdict may be missing. A
+        judge's probability of a match does for its verdict.
       dataset: The split that the verdicts are of; those on other pairs are set aside with a
         warning. None to keep all.
       split: The name of the split whose verdicts are wanted, the others being left out; None for
@@ -197,6 +205,8 @@ def refuse_other_splits(path: pathlib.Path, split: str, others: Mapping[str, int
 def opinions(verdicts: Iterable[Verdict]) -> list[Verdict]:
     """Returns each reviewer's latest verdict on each pair, of whatever sample.
 
+    What judges say of a pair that a person has judged is left out.
+
     Args:
       verdicts: What `read_verdicts` returned; of two of the same time the later in it counts.
     """
@@ -205,7 +215,8 @@ def opinions(verdicts: Iterable[Verdict]) -> list[Verdict]:
         before = latest.setdefault((*one.pair, one.reviewer), one)
         if moment(one.time) >= moment(before.time):
             latest[*one.pair, one.reviewer] = one
-    return list(latest.values())
+    by_people = {one.pair for one in latest.values() if not one.instructions}
+    return [one for one in latest.values() if not one.instructions or one.pair not in by_people]
 
 
 def agreed(verdicts: Iterable[Verdict]) -> list[Verdict]:
@@ -298,6 +309,8 @@ def _suffix(path):
 def _verdict(cells) -> tuple[Verdict, float]:
     """Returns the verdict of a line and when it was given, in seconds; ValueError if damaged."""
     missing = [name for name in _REQUIRED if cells.get(name) in (None, "")]
+    if cells.get("verdict") in (None, "") and cells.get("probability") in (None, ""):
+        missing.append("verdict")
     if missing:
         raise ValueError(f"{', '.join(missing)}: not there")
     values = {
@@ -305,8 +318,20 @@ def _verdict(cells) -> tuple[Verdict, float]:
         for name in FIELDS
         if cells.get(name) not in (None, "")
     }
+    if {"probability", "instructions"} & values.keys() and not (
+        {"reviewer", "instructions"} <= values.keys()
+    ):
+        raise ValueError(
+            "a judge's verdict takes its name as `reviewer` and a hash of its instructions as "
+            "`instructions`"
+        )
+    chance = values.get("probability")
+    word = values.get("verdict") or (
+        UNSURE if chance == 0.5 else MATCH if chance > 0.5 else NO_MATCH
+    )
+    values["verdict"] = _ANSWERS.get(word, word)
     if values["verdict"] not in WORDS:
-        raise ValueError(f"verdict is {values['verdict']!r}; expected one of {', '.join(WORDS)}")
+        raise ValueError(f"verdict is {word!r}; expected one of {', '.join((*WORDS, *_ANSWERS))}")
     if values["split"] not in SPLITS:
         raise ValueError(f"split is {values['split']!r}; expected one of {', '.join(SPLITS)}")
     verdict = Verdict(**{"source_image_id": "", **values})
@@ -370,4 +395,5 @@ _PARSERS = {
     "caption_id": _integer,
     "score": _number(0, 1),
     "weight": _number(1, 1e18),
+    "probability": _number(0, 1),
 }

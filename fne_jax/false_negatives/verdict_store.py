@@ -32,7 +32,7 @@ from fne_jax.errors import UserError
 from fne_jax.files import as_user_error
 
 # Stands in the head of the file ("FNEv" in ASCII), and the version of its tables.
-_APPLICATION, _VERSION = 0x464E4576, 1
+_APPLICATION, _VERSION = 0x464E4576, 2
 # Seconds to wait for another process that writes.
 _PATIENCE = 10.0
 
@@ -51,6 +51,8 @@ CREATE TABLE IF NOT EXISTS verdicts (
   score REAL,
   sample TEXT NOT NULL,
   weight REAL,
+  probability REAL,
+  instructions TEXT NOT NULL,
   imported INTEGER NOT NULL
 );
 CREATE INDEX IF NOT EXISTS pairs ON verdicts (split, caption_id, image_id, reviewer, sample);
@@ -359,4 +361,5 @@ def _key(verdict):
 
 
 def _supersedes(verdict, there):
-    return verdict.verdict != there.verdict and moment(verdict.time) >= moment(there.time)
+    said, before = ((one.verdict, one.probability, one.instructions) for one in (verdict, there))
+    return said != before and moment(verdict.time) >= moment(there.time)

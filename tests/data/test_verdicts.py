@@ -51,7 +51,7 @@ def verdict(caption, image, word="match", **changes):
 SOME = [
     verdict(0, 1, model="run 780", score=0.25, sample="first", weight=1234.5),
     verdict(1, 2, "no_match", reviewer="@bob", time="2026-11-22T01:30:00+01:00"),
-    verdict(2, 0, "unsure", time=""),
+    verdict(2, 0, "unsure", time="", probability=0.5, instructions="1a2b"),
     verdict(3, 0, "no_match", split="val"),
 ]
 
@@ -128,6 +128,24 @@ def test_the_majority_of_those_who_are_sure():
     assert agreed(votes + split_vote + unsure + refuted) == [votes[2], *refuted]
 
 
+def test_a_judge_answers_by_words_or_probabilities_where_nobody_else_does(tmp_path):
+    told = {"reviewer": "llm", "instructions": "1a2b"}
+    question = {"split": "train", "image_id": 10, "caption_id": 7, "caption": CAPTIONS[0]}
+    answers = [{"verdict": word} for word in ("yes", "no", "unsure")]
+    answers += [{"probability": chance} for chance in (0.51, 0.5, 0.49)]
+    answers += [{"verdict": "no", "probability": 0.7}]
+    rows = [question | told | answer | {"sample": str(n)} for n, answer in enumerate(answers)]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = read_verdicts(path, DATASET)
+    words = ["match", "no_match", "unsure", "match", "unsure", "no_match", "no_match"]
+    assert [one.verdict for one in found] == words and found[3].probability == 0.51
+    # Of several by one judge the last counts, and none where a person has judged, even if unsure.
+    assert opinions(found) == [found[-1]]
+    for word in ("match", "unsure"):
+        assert opinions([*found, verdict(0, 1, word)]) == [verdict(0, 1, word)]
+
+
 def test_a_reviewer_has_one_opinion_whatever_asked(tmp_path):
     times = [f"2026-05-04T12:3{minute}:00+00:00" for minute in range(3)]
     said = [
@@ -194,7 +212,9 @@ def test_verdicts_on_other_pairs_do_not_count(tmp_path, caplog, kind, changes, m
     ("changes", "message"),
     [
         ({"split": "dev"}, "split is 'dev'; expected one of train, val, test"),
-        ({"verdict": "yes"}, "verdict is 'yes'; expected one of match, no_match, unsure"),
+        ({"verdict": "maybe"}, "verdict is 'maybe'; expected .*, unsure, yes, no"),
+        ({"probability": 0.9}, "a judge's verdict takes its name as `reviewer` and a hash"),
+        ({"instructions": "1a", "reviewer": ""}, "a judge's verdict takes its name"),
         ({"image_id": "1O"}, "image_id is '1O'; expected an integer"),
         ({"time": "22.11.2026"}, "time is '22.11.2026'; expected ISO 8601"),
         ({"time": "2026-11-22T00:30:00"}, "expected ISO 8601 with its offset"),

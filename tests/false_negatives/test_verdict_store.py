@@ -98,6 +98,10 @@ def test_importing_adds_what_is_new_and_never_what_is_older(tmp_path):
         assert store.import_verdicts([other(verdict="no_match", time=later), foreign]) == 2
         assert store.import_verdicts([other(verdict="no_match", time=later), foreign]) == 0
         assert [one.verdict for one in store.last()] == ["no_match", "match"]
+        # A judge that is surer than before says something else.
+        judged = [other(reviewer="llm", instructions="1a", probability=p) for p in (0.7, 0.8)]
+        assert [store.import_verdicts([one]) for one in (*judged, judged[1])] == [1, 1, 0]
+        assert store.last()[-1] == judged[1]
         # What was imported is not what somebody has just answered by mistake.
         assert store.take_back("bert", "train") is None
         assert store.take_back("anna", "train") == FIRST
@@ -291,7 +295,7 @@ def test_other_databases_are_left_alone(tmp_path):
     newer = tmp_path / "newer.sqlite"
     VerdictStore(newer).close()
     connection = sqlite3.connect(newer)
-    connection.execute("PRAGMA user_version = 2")
+    connection.execute("PRAGMA user_version = 3")
     connection.close()
-    with pytest.raises(UserError, match="version 2, this code's of 1"):
+    with pytest.raises(UserError, match="version 3, this code's of 2"):
         VerdictStore(newer)
