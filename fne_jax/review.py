@@ -4,6 +4,7 @@ python -m fne_jax.review --workdir=runs/shapes --split=train
 python -m fne_jax.review --workdir=runs/shapes --export=verdicts.csv
 python -m fne_jax.review --workdir=runs/shapes --import=verdicts.jsonl
 python -m fne_jax.review --workdir=runs/shapes --sample=1000
+python -m fne_jax.review --workdir=runs/shapes --sample=1000 --questions=questions.jsonl
 python -m fne_jax.review --for-evaluation runs/a runs/b runs/c --split=test
 """
 
@@ -13,6 +14,7 @@ import argparse
 import getpass
 import os
 import pathlib
+import random
 import socket
 from typing import Any
 
@@ -23,15 +25,17 @@ from fne_jax.false_negatives import suspect_options, suspects
 from fne_jax.false_negatives.judged_evaluation import FIRST, EvaluationSample
 from fne_jax.false_negatives.judged_split import judged_by_model
 from fne_jax.false_negatives.review_app import question_sources
-from fne_jax.false_negatives.review_app.questions import Questions
+from fne_jax.false_negatives.review_app.question_files import write_questions
+from fne_jax.false_negatives.review_app.questions import Answers, Questions
 from fne_jax.false_negatives.verdict_store import VerdictStore, store_path
+from fne_jax.files import check_writable
 from fne_jax.model.model import load_workdir, stored_model
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.training.interruption import stop_signals
 
 
 def main(arguments: list[str]) -> None:
-    """Parses the command line; exports, imports, or serves until a signal comes."""
+    """Parses the command line; exports, imports, writes questions, or serves until a signal."""
     options, overrides = _parse(arguments)
     workdir = pathlib.Path(options.workdir)
     if not workdir.is_dir():
@@ -41,6 +45,8 @@ def main(arguments: list[str]) -> None:
         _export(path, pathlib.Path(options.export))
     elif options.import_ is not None:
         _import(path, pathlib.Path(options.import_), workdir, overrides)
+    elif options.questions is not None:
+        _write_questions(options, overrides, workdir, path)
     else:
         _serve(options, overrides, workdir, path)
 
@@ -64,7 +70,19 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--export", metavar="FILE", help="write all verdicts to a .csv or .jsonl")
     parser.add_argument(
-        "--import", metavar="FILE", dest="import_", help="add the verdicts of a .csv or .jsonl"
+        "--import",
+        metavar="FILE",
+        dest="import_",
+        help="add the verdicts of a .csv or .jsonl, or the answers to --questions",
+    )
+    parser.add_argument(
+        "--questions",
+        metavar="FILE.jsonl",
+        help="instead of serving, write the questions that --reviewer has not answered, for others "
+        "to ask; --import takes the answers",
+    )
+    parser.add_argument(
+        "--images-dir", metavar="DIR", help="with --questions: write their images into this folder"
     )
     parser.add_argument(
         "--for-evaluation",
@@ -107,6 +125,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "store",
         "export",
         "import_",
+        "questions",
+        "images_dir",
         "caption_embeddings",
         "fitted",
         "for_evaluation",
@@ -126,6 +146,12 @@ def _check(options: argparse.Namespace) -> None:
     modes = [options.export, options.import_, options.for_evaluation, options.sample]
     if sum(mode is not None for mode in modes) > 1:
         raise UserError("give one of --export, --import, --for-evaluation and --sample")
+    if options.questions is not None and (options.export or options.import_) is not None:
+        raise UserError("--questions does not go with --export or --import")
+    if options.questions is not None and not options.questions.endswith(".jsonl"):
+        raise UserError(f"--questions={options.questions}: expected a name that ends in .jsonl")
+    if options.images_dir is not None and options.questions is None:
+        raise UserError("--images-dir goes with --questions")
     if options.store is not None and pathlib.Path(options.store).suffix != ".sqlite":
         raise UserError(f"--store={options.store}: expected a file that ends in .sqlite, by "
                         "which `audit` and `evaluate` know it")  # fmt: skip
@@ -165,9 +191,27 @@ def _import(
         of_split = [verdict for verdict in read if verdict.split == split]
         found += verdicts_lib.on_pairs_of(model.load_split(split), of_split, path, refuse=True)
     with VerdictStore(store) as verdicts:
+        found = verdicts.as_asked(found)
+        _refuse_unasked(found, path, store)
         added = verdicts.import_verdicts(found)
     there = len(found) - added
     print(f"{added:,} verdicts added to {store}, {there:,} were there or are older than what is")
+
+
+def _refuse_unasked(found, path, store):
+    """Raises UserError if answers to a random sample would lose the weights that it gave them."""
+    unasked = [
+        one
+        for one in found
+        if one.sample and one.weight is None and EvaluationSample.of_name(one.sample) is None
+    ]
+    if unasked:
+        one = unasked[0]
+        raise UserError(
+            f"{path}: {len(unasked):,} of {len(found):,} answers are on pairs that no sample of "
+            f"{store} asked about, such as caption {one.caption_id} with image {one.image_id} of "
+            f"{one.sample!r}; import them into the --store that --questions was given"
+        )
 
 
 def _serve(
@@ -181,12 +225,8 @@ def _serve(
         raise UserError(
             f"review needs {error.name}: pip install 'fne-jax[review]', or {error.name} by itself"
         ) from error
-    if os.path.exists(path) and os.path.getsize(path):
-        # What is wrong with it is told before anything slow; a new one is made once all is right.
-        VerdictStore(path).close()
     with serving.bind(options.host, options.port) as bound:
-        ask = _suspects if options.for_evaluation is None else _evaluation
-        asked = ask(options, overrides, workdir)
+        asked = _asked(options, overrides, workdir, path)
         with VerdictStore(path) as store:
             review = Review(
                 **asked,
@@ -210,6 +250,40 @@ def _serve(
         f"stopped; {there:,} verdicts on {options.split} are in {path}, "
         f"{given:,} of them given in this session",
     )
+
+
+def _write_questions(
+    options: argparse.Namespace, overrides: list[str], workdir: pathlib.Path, path: pathlib.Path
+) -> None:
+    target, images = pathlib.Path(options.questions), options.images_dir
+    check_writable(target, "--questions")
+    if images is not None:
+        images = pathlib.Path(images)
+        check_writable(images, "--images-dir", folder=True)
+    asked, reviewer = _asked(options, overrides, workdir, path), options.reviewer.strip()
+    dataset, questions = asked["dataset"], asked["questions"]
+    with VerdictStore(path) as store:
+        stored = verdicts_lib.on_pairs_of(dataset, store.last(options.split), path, refuse=True)
+        answers = Answers(questions, stored, reviewer)
+        left = [one for one in questions if answers.of[one.caption, one.image].own is None]
+        if options.sample is options.for_evaluation is None:
+            # Suspects stand by rank, which would tell.
+            random.Random(options.seed).shuffle(left)
+        write_questions(target, images, left, dataset, options.split, store)
+    print(asked["about"])
+    answered = len(questions) - len(left)
+    print(f"{len(left):,} questions written to {target}; {reviewer} has answered {answered:,} more")
+
+
+def _asked(
+    options: argparse.Namespace, overrides: list[str], workdir: pathlib.Path, path: pathlib.Path
+) -> dict[str, Any]:
+    """Returns the fields of a review that tell what it is about."""
+    if os.path.exists(path) and os.path.getsize(path):
+        # What is wrong with it is told before anything slow; a new one is made once all is right.
+        VerdictStore(path).close()
+    ask = _suspects if options.for_evaluation is None else _evaluation
+    return ask(options, overrides, workdir)
 
 
 def _suspects(

@@ -55,10 +55,22 @@ CREATE TABLE IF NOT EXISTS verdicts (
   instructions TEXT NOT NULL,
   imported INTEGER NOT NULL
 );
+CREATE TABLE IF NOT EXISTS questions (
+  split TEXT NOT NULL,
+  image_id INTEGER NOT NULL,
+  caption_id INTEGER NOT NULL,
+  sample TEXT NOT NULL,
+  model TEXT NOT NULL,
+  score REAL,
+  weight REAL,
+  PRIMARY KEY (split, image_id, caption_id, sample)
+);
 CREATE INDEX IF NOT EXISTS pairs ON verdicts (split, caption_id, image_id, reviewer, sample);
 """
 _COLUMNS = ", ".join(FIELDS)
 _INSERT = f"INSERT INTO verdicts ({_COLUMNS}, imported) VALUES ({', '.join('?' * len(FIELDS))}, ?)"
+# Of a question: its pair and sample, and what whoever answers it is not told.
+_ASKED = ("split", "image_id", "caption_id", "sample", "model", "score", "weight")
 _LAST_NUMBERS = (
     "(SELECT max(number) FROM verdicts GROUP BY split, caption_id, image_id, reviewer, sample)"
 )
@@ -262,25 +274,52 @@ class VerdictStore:
         Raises:
           UserError: if they cannot be written.
         """
-        with self._told():
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                there = {
-                    _key(one): one
-                    for one in itertools.starmap(Verdict, self._connection.execute(_LAST))
-                }
-                new = [
-                    one
-                    for one in verdicts
-                    if _key(one) not in there or _supersedes(one, there[_key(one)])
-                ]
-                rows = [_row(verdict, imported=True) for verdict in new]
-                self._connection.executemany(_INSERT, rows)
-                self._connection.execute("COMMIT")
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
+        with self._writing():
+            there = {
+                _key(one): one
+                for one in itertools.starmap(Verdict, self._connection.execute(_LAST))
+            }
+            new = [
+                one
+                for one in verdicts
+                if _key(one) not in there or _supersedes(one, there[_key(one)])
+            ]
+            rows = [_row(verdict, imported=True) for verdict in new]
+            self._connection.executemany(_INSERT, rows)
         return len(new)
+
+    def keep_asked(self, questions: Iterable[Verdict]) -> None:
+        """Keeps what a question does not tell whoever answers it, for `as_asked`.
+
+        Args:
+          questions: Verdicts that are yet to be given.
+
+        Raises:
+          UserError: if they cannot be written.
+        """
+        rows = [[getattr(one, name) for name in _ASKED] for one in questions]
+        into = f"INSERT OR REPLACE INTO questions VALUES ({', '.join('?' * len(_ASKED))})"
+        with self._writing():
+            self._connection.executemany(into, rows)
+
+    def as_asked(self, verdicts: Iterable[Verdict]) -> list[Verdict]:
+        """Returns verdicts with the model, the score and the weight of the questions they answer.
+
+        Those with a model or a weight, and those that answer no question that was kept, stay as
+        they are.
+
+        Raises:
+          UserError: if the file cannot be read.
+        """
+        with self._told():
+            rows = self._connection.execute("SELECT * FROM questions").fetchall()
+        asked = {row[:4]: dict(zip(_ASKED[4:], row[4:], strict=True)) for row in rows}
+        return [
+            one
+            if one.model or one.weight is not None
+            else dataclasses.replace(one, **asked.get((*one.pair, one.sample), {}))
+            for one in verdicts
+        ]
 
     def _prepare(self, read_only):
         connection = self._connection
@@ -326,6 +365,18 @@ class VerdictStore:
                 f"{self.path} is damaged: {told}. Move it away; SQLite's own `.recover` may get "
                 "verdicts out of it, and an exported file of them can be imported again"
             ) from error
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Does all of the block's writes, or none."""
+        with self._told():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
 
     def _check_that_it_is_there(self):
         """Raises UserError if what is written would be in no file, or in none that has the path."""

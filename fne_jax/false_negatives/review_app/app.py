@@ -31,7 +31,7 @@ from starlette.routing import Route
 
 from fne_jax.data.images.preprocessing import small_jpeg
 from fne_jax.data.pairs import PairDataset
-from fne_jax.data.verdicts import WORDS, Verdict
+from fne_jax.data.verdicts import WORDS
 from fne_jax.errors import UserError
 from fne_jax.evaluation.top_k import top_k
 from fne_jax.false_negatives.review_app import questions as questions_lib
@@ -223,22 +223,25 @@ class _Pages:
 
     async def judge(self, request: Request) -> Response:
         """Saves a verdict: `{"data", "caption", "image", "verdict"}`, the two by rows."""
-        asked = await self._asked(request)
+        asked, review = await self._asked(request), self._review
         pair = [asked.get(name) for name in ("caption", "image")]
         word = asked.get("verdict")
         if any(type(one) is not int for one in pair) or word not in WORDS:
             raise HTTPException(
                 422, f"Expected the rows `caption` and `image`, and `verdict`, one of {WORDS}."
             )
-        question = self._review.questions.find(*pair)
+        question = review.questions.find(*pair)
         if question is None:
             raise HTTPException(404, "That pair is not among those that are reviewed.")
 
         def save() -> Mapping[str, Any]:
             with self._answering:
                 self._hear_others()
-                verdict = self._verdict(question, word)
-                self._review.store.add(verdict)
+                now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+                verdict = questions_lib.verdict_on(
+                    question, review.dataset, review.split, word, review.reviewer, now
+                )
+                review.store.add(verdict)
                 self._answers.add(verdict)
                 return self._progress()
 
@@ -316,24 +319,6 @@ class _Pages:
         counts = dict(self._answers.counts)
         total = counts[questions_lib.ALL]
         return {"counts": counts, "judged": total - counts[questions_lib.UNJUDGED], "total": total}
-
-    def _verdict(self, question, word):
-        dataset = self._review.dataset
-        now = datetime.datetime.now(datetime.UTC)
-        return Verdict(
-            split=self._review.split,
-            image_id=int(dataset.image_id[question.image]),
-            caption_id=int(dataset.caption_id[question.caption]),
-            source_image_id=str(dataset.source_image_id[question.image]),
-            caption=dataset.captions[question.caption],
-            verdict=word,
-            reviewer=self._review.reviewer,
-            time=now.isoformat(timespec="milliseconds"),
-            model=question.model,
-            score=question.probability,
-            sample=question.sample,
-            weight=question.weight,
-        )
 
     def _pair(self, answered, show):
         dataset, question = self._review.dataset, answered.question

@@ -65,6 +65,40 @@ class Question:
         return self.similarity - self.own_similarity
 
 
+def verdict_on(
+    question: Question,
+    dataset: PairDataset,
+    split: str,
+    verdict: str = "",
+    reviewer: str = "",
+    time: str = "",
+) -> Verdict:
+    """Returns a verdict on the pair of a question, by default one that is yet to be given.
+
+    Args:
+      question: The question.
+      dataset: The split that it is of.
+      split: Its name.
+      verdict: One of `WORDS`.
+      reviewer: Who says so.
+      time: When, as in `Verdict`.
+    """
+    return Verdict(
+        split=split,
+        image_id=int(dataset.image_id[question.image]),
+        caption_id=int(dataset.caption_id[question.caption]),
+        source_image_id=str(dataset.source_image_id[question.image]),
+        caption=dataset.captions[question.caption],
+        verdict=verdict,
+        reviewer=reviewer,
+        time=time,
+        model=question.model,
+        score=question.probability,
+        sample=question.sample,
+        weight=question.weight,
+    )
+
+
 class Answered:
     """A question and what has been said of it.
 
