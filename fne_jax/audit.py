@@ -20,6 +20,7 @@ from fne_jax.false_negatives import (
     suspect_options,
     suspects,
     verdict_fitting,
+    verdict_judges,
 )
 from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY
 from fne_jax.false_negatives.verdict_store import VerdictStore, read_any, store_path
@@ -60,8 +61,12 @@ def main(arguments: list[str]) -> None:
     if options.verdicts is not None:
         given = read_any(pathlib.Path(options.verdicts), judged.dataset, options.split)
         said = verdict_fitting.said_of(judged, given)
-        print(verdict_fitting.describe_density(said))
+        kinds = ([one for one in given if bool(one.instructions) == kind] for kind in (False, True))
+        by_kind = (verdict_fitting.said_of(judged, of_kind) for of_kind in kinds)
+        print(verdict_fitting.describe_density(*by_kind))
         verdicts += given
+    if verdicts:
+        print(verdict_judges.describe(verdict_judges.reviewers(verdicts)))
     # What is in both the run's own store and the file counts once.
     heeded = verdict_fitting.said_of(judged, verdicts) if verdicts else None
     if fitting:

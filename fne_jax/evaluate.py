@@ -22,7 +22,7 @@ from fne_jax.data.identity import FILE_NAME as IDENTITY_FILE
 from fne_jax.data.pairs import few_images
 from fne_jax.errors import UserError
 from fne_jax.evaluation import embedding_files, protocols, results
-from fne_jax.false_negatives import judged_evaluation
+from fne_jax.false_negatives import judged_evaluation, verdict_judges
 from fne_jax.false_negatives.judged_split import judged_by_embeddings
 from fne_jax.false_negatives.verdict_store import read_any
 from fne_jax.files import check_writable
@@ -289,7 +289,11 @@ def _judged(split, about, options) -> dict[str, protocols.Measurement]:
         measured = judged_evaluation.measure_judged(sample, split, verdicts)
     except UserError as error:
         raise UserError(f"--verdicts={path}: {error}") from error
-    about["verdicts"] = {"sample": sample.name, "number": len(verdicts)}
+    asked = {one.pair for one in verdicts if one.sample == sample.name}
+    used = [dataclasses.replace(one, weight=None) for one in verdicts if one.pair in asked]
+    reviewers = verdict_judges.reviewers(used)
+    print(verdict_judges.describe(reviewers))
+    about["verdicts"] = {"sample": sample.name, "number": len(used), "reviewers": reviewers}
     return measured
 
 

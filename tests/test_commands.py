@@ -339,7 +339,7 @@ def test_systems_are_compared_by_verdicts(shapes_run, tmp_path, capsys):
     write_verdicts(path, verdicts)
     for arguments in ([f"--workdir={workdir}", f"--out={tmp_path / 'o.json'}"], momentum):
         evaluate.main([*arguments, f"--verdicts={path}"])
-        assert "as people judged" in capsys.readouterr().out
+        assert "by verdicts" in capsys.readouterr().out
     report = json.loads((tmp_path / "m.json").read_text())
     embedded = read_embeddings_of(theirs, dataset)
     rows = sample.draw(dataset.image_id, dataset.caption_id)["t2i"]

@@ -242,6 +242,19 @@ def agreed(verdicts: Iterable[Verdict]) -> list[Verdict]:
     return found
 
 
+def weights_of(verdicts: Iterable[Verdict]) -> dict[tuple[str, int, int], dict[str, float]]:
+    """Returns the weight of each pair in each sample that drew it, whoever judged it there.
+
+    Args:
+      verdicts: What `read_verdicts` returned.
+    """
+    drawn: dict[tuple[str, int, int], dict[str, float]] = {}
+    for one in verdicts:
+        if one.weight is not None:
+            drawn.setdefault(one.pair, {}).setdefault(one.sample, one.weight)
+    return drawn
+
+
 def pairs_of(verdicts: Sequence[Verdict], dataset: PairDataset) -> Pairs:
     """Returns the [n] pairs that verdicts are on, in the split's rows.
 

@@ -68,7 +68,7 @@ TRUTHS = {
     "coco_1k_": "COCO 1K, mean of 5 folds",
     "eccv_": "ECCV Caption",
     "cxc_": "CxC",
-    JUDGED: "as people judged",
+    JUDGED: "by verdicts",
 }
 # Of one direction each.
 RETRIEVAL = {

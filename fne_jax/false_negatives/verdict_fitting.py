@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from fne_jax.data.pair_columns import Pairs
-from fne_jax.data.verdicts import MATCH, Verdict, agreed, pairs_of
+from fne_jax.data.verdicts import MATCH, Verdict, agreed, pairs_of, weights_of
 from fne_jax.errors import UserError
 from fne_jax.false_negatives import fitted_detector
 from fne_jax.false_negatives.fitted_detector import FittedDetector
 from fne_jax.false_negatives.judged_split import JudgedSplit
 from fne_jax.false_negatives.pair_features import features
 from fne_jax.false_negatives.suspects import Suspects
-from fne_jax.false_negatives.verdict_samples import density, pooled
+from fne_jax.false_negatives.verdict_samples import Density, density, pooled
 
 # Of which the threshold is told.
 _PRECISIONS = (0.5, 0.8, 0.9)
@@ -39,11 +39,7 @@ def said_of(judged: JudgedSplit, verdicts: Sequence[Verdict]) -> Pairs:
       UserError: if a verdict is of another dataset, or the weights of a sample stand for far more
         pairs than there are.
     """
-    drawn: dict[tuple[str, int, int], dict[str, float]] = {}
-    for one in verdicts:
-        if one.weight is not None:
-            drawn.setdefault(one.pair, {}).setdefault(one.sample, one.weight)
-    kept = agreed(verdicts)
+    drawn, kept = weights_of(verdicts), agreed(verdicts)
     pairs = pairs_of(kept, judged.dataset)
     rows = [
         (row, name, weight)
@@ -125,12 +121,65 @@ def _density(said, among=None):
     return density(found.is_match, found.weight, found.sample) if len(found) else None
 
 
-def describe_density(said: Pairs) -> str:
-    """Returns how many pairs match at all, by the verdicts on random samples, as a line."""
+def describe_density(said: Pairs, by_judges: Pairs) -> str:
+    """Returns how many pairs match at all, by the verdicts on random samples, as lines.
+
+    Args:
+      said: What people say of unlabelled pairs.
+      by_judges: What judges say of some.
+    """
+    share, lines = _density(by_judges), [_density_text(said)]
+    if share is not None:
+        found = corrected_density(share, said, by_judges)
+        line = f"by {share.verdicts:,} verdicts of judges {share.value:.2%} match"
+        if found is None:
+            line += "; judge some of their sample yourself to learn by how much they err"
+        else:
+            line += (
+                f"; corrected by what people say of the same pairs {found.value:.2%} match "
+                f"({found.low:.2%} to {found.high:.2%}, 95 % interval)"
+            )
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def corrected_density(share: Density, said: Pairs, by_judges: Pairs) -> Density | None:
+    """Returns the share of matches by judges, corrected by what people say of some of these pairs.
+
+    Added is the share of pairs that people alone call matches, and taken off that of pairs that
+    judges alone do (Angelopoulos et al. 2023, "Prediction-powered inference"). The intervals of the
+    three are joined by MOVER (Zou and Donner 2008).
+
+    Args:
+      share: The share by judges.
+      said: What people say of unlabelled pairs.
+      by_judges: What judges say.
+
+    Returns:
+      The share; None where people have judged no such pair in a random sample.
+    """
+    judges = dict(zip(by_judges.rows(), by_judges.is_match.tolist(), strict=True))
+    common = np.array([pair in judges for pair in said.rows()], bool)
+    both = said[common & np.isfinite(said.weight)]
+    if not len(both):
+        return None
+    called = np.array([judges[pair] for pair in both.rows()])
+    missed, made_up = (
+        density(wrong, both.weight, both.sample)
+        for wrong in (both.is_match & ~called, ~both.is_match & called)
+    )
+    value = share.value + missed.value - made_up.value
+    below = share.value - share.low, missed.value - missed.low, made_up.high - made_up.value
+    above = share.high - share.value, missed.high - missed.value, made_up.value - made_up.low
+    low, high = value - np.linalg.norm(below), value + np.linalg.norm(above)
+    return Density(*np.clip([value, low, high], 0, 1).tolist(), share.verdicts)
+
+
+def _density_text(said):
     found = _density(said)
     if found is None:
         return (
-            "no verdict is of a random sample, so how many pairs match is not known; "
+            "no person's verdict is of a random sample, so how many pairs match is not known; "
             "`review --sample` asks of one"
         )
     if found.low == found.value or found.high == found.value:  # so many agree

@@ -116,7 +116,7 @@ def metric_tables(metrics: Mapping[str, Any], chance: Mapping[str, float]) -> li
     titles = {
         "": "Labelled matches",
         COMPLETE: "All true matches, labelled or not",
-        JUDGED: "As people judged the first results of random queries",
+        JUDGED: "By verdicts on the first results of random queries",
     }
     for truth, title in titles.items():
         rows = []

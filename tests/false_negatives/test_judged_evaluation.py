@@ -81,7 +81,7 @@ def test_scores_against_a_plain_version(first):
                 assert p10.value == pytest.approx(100 * hits.mean())
                 assert p10.high - p10.low < r1.high - r1.low
         assert len(measured) == (2 if first == 1 else 4)
-        assert "as people judged" in results.format_table(measured)
+        assert "by verdicts" in results.format_table(measured)
     # What is asked is what is needed, and nothing labelled.
     assert asked == needed and len(set(values)) > 2
 
@@ -212,12 +212,17 @@ def test_evaluate_with_verdicts(tmp_path, capsys, kind):
     write(verdicts)
     page = tmp_path / "page.html"
     evaluate.main([*ours, config, "--split=val", f"--out={out}", f"--report={page}"])
-    assert "as people judged" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "by verdicts" in told and f"verdicts of people: anna {len(verdicts)}" in told
     report = json.loads(out.read_text())
     expected = measure_judged(sample, embedded, verdicts)
     assert report["metrics"]["judged_t2i_r1"] == expected["judged_t2i_r1"].as_json()
-    assert report["verdicts"] == {"sample": sample.name, "number": len(verdicts)}
-    assert "As people judged the first results" in page.read_text()
+    assert report["verdicts"] == {
+        "sample": sample.name,
+        "number": len(verdicts),
+        "reviewers": [{"reviewer": "anna", "instructions": "", "verdicts": len(verdicts)}],
+    }
+    assert "By verdicts on the first results" in page.read_text()
     with pytest.raises(UserError, match=r"takes the --config"):
         evaluate.main(ours)
     with pytest.raises(UserError, match="--sample goes with --verdicts"):

@@ -59,6 +59,7 @@ def test_an_audit_by_verdicts(written, tmp_path, capsys, caplog):
     fitted = f"--fitted={tmp_path / 'fitted.json'}"
     audit.main([*arguments, f"--verdicts={tmp_path / 'said.csv'}", fitted])
     told = capsys.readouterr().out
+    assert "verdicts of people: ann 500\n" in told
     assert "fitted to 500 verdicts on val" in told and "by the embeddings of theirs" in told
     assert "what config.fne.prior should be" in told and "precision 90% from probability" in told
     assert "\ndetector fitted: trees" in told  # it is preferred to the others
@@ -139,7 +140,7 @@ def test_verdicts_measure_an_audit_by_any_detector(written, tmp_path, capsys):
     write_verdicts(tmp_path / "plain.csv", plain)
     audit.main([*arguments, *measuring, f"--verdicts={tmp_path / 'plain.csv'}"])
     told = capsys.readouterr().out
-    assert "no verdict is of a random sample" in told and "of the first" not in told
+    assert "no person's verdict is of a random sample" in told and "of the first" not in told
 
 
 def test_mistakes(written, tmp_path, capsys):
@@ -177,7 +178,7 @@ def test_a_detector_of_other_embeddings_is_told(written, tmp_path, caplog):
 def test_a_density_by_verdicts_that_all_agree_is_no_prior():
     verdicts = {"is_match": np.zeros(30, bool), "weight": np.full(30, 9.0)}
     said = Pairs(np.arange(30), np.arange(30), **verdicts)
-    told = verdict_fitting.describe_density(said)
+    told = verdict_fitting.describe_density(said, said[:0])
     assert told.startswith("0% of all unlabelled pairs match by all 30 verdicts (0.00% to 9.50%")
     assert "too few to tell config.fne.prior" in told
 
