@@ -277,11 +277,13 @@ def _check_queue(queue, features):
     checks.shape("queue.image", queue.image, (queue.size, dim))
     checks.shape("queue.text", queue.text, (queue.size, dim))
     checks.ids("queue.image_id", queue.image_id, queue.size)
-    for name in ("queue_text", "queue_image") if features.matches is not None else ():
-        mask = getattr(features.matches, name)
+    known = features.matches
+    if known is None:
+        return
+    for name, mask in (("queue_text", known.queue_text), ("queue_image", known.queue_image)):
         if mask is None:
             raise ValueError(f"matches.{name}: expected [batch, size] bool, as there is a queue")
-        if jnp.result_type(mask) != jnp.result_type(features.matches.batch):
+        if mask.dtype != known.batch.dtype:
             raise ValueError(
                 f"matches.{name}: expected the dtype of matches.batch, got {mask.dtype}"
             )

@@ -142,7 +142,7 @@ class KeyBlocks:
             )
             similarity = jnp.where(in_queue, from_queue, similarity)
             same = jnp.where(in_queue, key_id[row] == self.image_id[:, None], same)
-            if matches is not None:
+            if matches is not None and known is not None:
                 known = jnp.where(in_queue, _of_anchors(matches, row), known)
             exists = jnp.where(in_queue, slot < size, exists)
             index = jnp.where(in_queue, batch + slot, index)

@@ -69,12 +69,9 @@ class Teacher:
         )
         if known is None:
             return found
-        return Matches(
-            batch=found.batch | known.batch,
-            queue_text=found.queue_text | known.queue_text,
-            queue_image=found.queue_image | known.queue_image,
-            weight=known.batch.astype(jnp.float32) if known.weight is None else known.weight,
-        )
+        masks = ((one.batch, one.queue_text, one.queue_image) for one in (found, known))
+        weight = known.batch.astype(jnp.float32) if known.weight is None else known.weight
+        return Matches(*jax.tree.map(jnp.logical_or, *masks), weight=weight)
 
 
 def soft_target_loss(
@@ -102,6 +99,9 @@ def soft_target_loss(
       The [] float32 sum of both weighted Kullback-Leibler divergences of softmax distributions,
       each the mean over the anchors of both directions.
 
+    Raises:
+      ValueError: If there are no embeddings of a teacher.
+
     References:
       Huang et al., Cross-modal and Uni-modal Soft-label Alignment for Image-Text Retrieval, AAAI
       2024, arXiv 2403.05261. There the temperature is learned, beginning at this one, and the own
@@ -116,6 +116,8 @@ def soft_target_loss(
         found = jax.nn.log_softmax(cosine(*pairs) / temperature, axis=1)
         return (jnp.exp(target) * (target - found)).sum(axis=1).mean()
 
+    if features.teacher is None:
+        raise ValueError("features.teacher: expected the teacher's embeddings of the batch")
     of_image, of_text = features.teacher
     across = divergence(of_image, (image, text)) + divergence(of_text, (text, image))
     own = divergence(of_image, (image, image)) + divergence(of_text, (text, text))

@@ -93,11 +93,12 @@ def triplet_loss_of_choices(
     hinge_t2i, negative_t2i = _hinge(text_to_image, t2i, margin)
     # Stacked rather than joined: rows that are split over devices then stay where they are.
     hinge, counts = jnp.stack([hinge_i2t, hinge_t2i]), jnp.stack([i2t.counts, t2i.counts])
-    listed = image_to_text.probability(i2t.index), text_to_image.probability(t2i.index)
-    if listed[0] is None:
+    listed_i2t = image_to_text.probability(i2t.index)
+    listed_t2i = text_to_image.probability(t2i.index)
+    if listed_i2t is None or listed_t2i is None:
         probability = posterior(jnp.stack([negative_i2t, negative_t2i]))
     else:
-        probability = jnp.stack(listed)
+        probability = jnp.stack([listed_i2t, listed_t2i])
     aux = TripletAux(
         negative_i2t=i2t.index,
         negative_t2i=t2i.index,
