@@ -66,6 +66,9 @@ def get_config() -> ConfigDict:
     data.matches_positive = 0.0
     # Probability below which a pair of the file is a negative, like the pairs that are not in it.
     data.matches_negative = 0.0
+    # File of verdicts (.csv or .jsonl of `review --export`): captions that most reviewers call no
+    # match of their own image are in no batch. "" for none.
+    data.refuted = ""
     # Training augmentation: none (as in evaluation), crop_flip (random resized crop and mirroring),
     # or randaugment (both, and RandAugment(2, 7), as in the paper).
     data.augmentation = "crop_flip"

@@ -144,6 +144,7 @@ FIELDS = {
     "data.matches": _TEXT,
     "data.matches_positive": _number(0, 1),
     "data.matches_negative": _number(0, 1),
+    "data.refuted": _TEXT,
     "data.augmentation": _choice("none", *AUGMENTATIONS),
     "data.tokenizer": _NAME,
     # Fewer would not spell most words.

@@ -18,27 +18,30 @@ Batch = dict[str, np.ndarray]
 class BatchOrder:
     """Which pairs make up which batch.
 
-    Every epoch is a permutation of all pairs sampled from (seed, epoch); its last partial batch is
+    Every epoch is a permutation of the pairs sampled from (seed, epoch); its last partial batch is
     dropped. Nothing depends on what was read before, so a run resumes at any step at once.
 
     Attributes:
       seed: The seed of the permutations.
       pairs: The number of pairs.
       global_batch_size: The pairs in a batch, over all processes.
+      left_out: The rows of pairs that are in no batch; the others keep their order.
     """
 
     seed: int
     pairs: int
     global_batch_size: int
+    left_out: tuple[int, ...] = ()
 
     @property
     def steps_per_epoch(self) -> int:
         """The number of full batches in an epoch."""
-        return self.pairs // self.global_batch_size
+        return (self.pairs - len(self.left_out)) // self.global_batch_size
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """Returns the [pairs] int32 permutation of an epoch."""
-        return np.random.default_rng([self.seed, epoch]).permutation(self.pairs).astype(np.int32)
+        """Returns the int32 permutation of an epoch, of all pairs but those that are left out."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.pairs).astype(np.int32)
+        return order[~np.isin(order, self.left_out)]
 
     def rows(self, steps: range, local: np.ndarray | None = None) -> Iterator[Rows]:
         """Yields the rows of each batch of a range of steps that a process reads.

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fne_jax.data.identity import DatasetIdentity
+
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
@@ -79,10 +81,11 @@ class Pairs:
         return list(zip(self.caption.tolist(), self.image.tolist(), strict=True))
 
     @property
-    def checksum(self) -> str:
-        """16 hexadecimal digits over the pairs and how likely each is, in whatever order."""
+    def identity(self) -> DatasetIdentity:
+        """What tells the pairs, and how likely each is, from others, in whatever order."""
         columns = [self.caption, self.image]
         if self.probability is not None:
             columns.append(self.probability)
         pairs = np.unique(np.stack([np.asarray(one, np.float64) for one in columns], 1), axis=0)
-        return hashlib.sha256(pairs.tobytes()).hexdigest()[:16]
+        checksum = hashlib.sha256(pairs.tobytes()).hexdigest()[:16]
+        return DatasetIdentity(len(self), len(np.unique(self.image)), checksum)

@@ -27,7 +27,7 @@ from fne_jax.data.pairs import SPLITS, PairDataset, portable_name
 from fne_jax.data.spreadsheet import cell_text, safe_cell
 from fne_jax.data.tables import read_rows
 from fne_jax.errors import UserError
-from fne_jax.files import as_user_error, write_atomically
+from fne_jax.files import as_user_error, expand_home, write_atomically
 
 MATCH, NO_MATCH, UNSURE = WORDS = ("match", "no_match", "unsure")
 # Other words for an answer, as those who are asked a question give it.
@@ -271,6 +271,28 @@ def pairs_of(verdicts: Sequence[Verdict], dataset: PairDataset) -> Pairs:
             raise UserError(f"verdict: {fault}")
     pairs = np.array([rows.pair(verdict) for verdict in verdicts], np.int64).reshape(-1, 2)
     return Pairs(pairs[:, 0], pairs[:, 1])
+
+
+def refuted_labels(file: str, train: PairDataset) -> Pairs:
+    """Returns the labelled pairs of the training split that most reviewers call no match.
+
+    Args:
+      file: The file of verdicts, `config.data.refuted`; those on unlabelled pairs do not count.
+      train: The training split.
+
+    Raises:
+      UserError: if it cannot be read, is of other data, or refutes no labelled pair.
+    """
+    path = pathlib.Path(expand_home(file))
+    found = agreed(read_verdicts(path, train, "train"))
+    pairs = pairs_of([one for one in found if one.verdict == NO_MATCH], train)
+    pairs = pairs[train.caption_image[pairs.caption] == pairs.image]
+    if not len(pairs):
+        raise UserError(
+            f"{path}: refutes no caption of its own image in the training split; expected verdicts "
+            "that `review --labels` has asked for"
+        )
+    return pairs
 
 
 class SplitRows:

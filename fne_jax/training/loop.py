@@ -121,7 +121,7 @@ def doubts(config: ml_collections.ConfigDict, timeline: Timeline) -> list[str]:
 def _tell(run, warmup_only):
     """Logs what the run is, and what it will hardly have been meant to do."""
     config, timeline, state = run.training.model.config, run.training.timeline, run.training.state
-    pairs = len(run.train.captions), len(run.val.captions)
+    pairs = run.order.pairs - len(run.order.left_out), len(run.val.captions)
     _log.info("data: %d training pairs, %d for validation, %s", *pairs, timeline)
     warn_once(_log, few_images("val", len(run.val.image_id)))
     for doubt in () if warmup_only else doubts(config, timeline):

@@ -1,4 +1,4 @@
-"""The known matches that a run uses: those of the truth, or those of a file."""
+"""What a run is told beyond the labels: known matches, a teacher, and labels that are wrong."""
 
 from __future__ import annotations
 
@@ -70,8 +70,7 @@ def known_matches(
     elif config.data.matches:
         pairs = read_matches(config.data.matches, train)
         table = _listed(config, pairs, train.caption_image)
-        images = len(np.unique(pairs.image))
-        data = {"matches": DatasetIdentity(len(pairs.caption), images, pairs.checksum)}
+        data = {"matches": pairs.identity}
     if config.objective.teacher:
         teacher = _teacher(config.objective, train)
         captions, images = len(teacher.text), len(teacher.image)
@@ -117,6 +116,29 @@ def _listed(config, pairs, caption_image):
         np.where(counts, kept.probability, 0),
         is_posterior=is_posterior,
     )
+
+
+def refuted_labels(config: ml_collections.ConfigDict, train: PairDataset) -> Pairs:
+    """Returns the labelled pairs that `config.data.refuted` keeps from training.
+
+    Args:
+      config: The resolved config.
+      train: The training split.
+
+    Raises:
+      UserError: If the file cannot be read, is about other data, or refutes no label.
+    """
+    if not config.data.refuted:
+        return Pairs(*np.empty((2, 0), np.int64))
+    pairs, images = verdicts.refuted_labels(config.data.refuted, train), train.caption_image
+    lost = np.setdiff1d(images, np.delete(images, pairs.caption))
+    _log.info(
+        "%s: %d captions are left out of training, and %d images that have no other; such as %r of "
+        "image %s",
+        config.data.refuted, len(pairs), len(lost), train.captions[pairs.caption[0]],
+        train.source_image_id[pairs.image[0]],
+    )  # fmt: skip
+    return pairs
 
 
 def read_matches(file: str, train: PairDataset) -> Pairs:

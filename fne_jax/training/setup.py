@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -33,7 +33,7 @@ from fne_jax.objectives.teacher import Teacher
 from fne_jax.parallel import processes, sharding
 from fne_jax.training import workdir as run_folder
 from fne_jax.training.encoder_passes import MicroBatches, WholeBatch
-from fne_jax.training.matches import known_matches
+from fne_jax.training.matches import known_matches, refuted_labels
 from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.timeline import Phase, Timeline
 from fne_jax.training.trackers import check_installed
@@ -117,7 +117,8 @@ class RunSetup:
       architectures: What `encoders.towers.read_architectures` returned.
       train: The training split.
       val: The validation split.
-      data: The identity of each split by name, and as `matches` that of `config.data.matches`.
+      data: The identity of each split by name, and as `matches`, `teacher` and `refuted` those of
+        these files.
       known: What the steps take beside state and batch, see `matches.known_matches`.
       order: The order of the training pairs.
       training: How its model is trained.
@@ -167,12 +168,15 @@ class RunSetup:
             train, val, test = load_splits(config.data, side)
         with processes.failing_together("config.data.matches"):
             known, source = known_matches(config, train, mesh)
+        with processes.failing_together("config.data.refuted"):
+            refuted = refuted_labels(config, train)
+            source |= {"refuted": refuted.identity} if len(refuted) else {}
         splits = dict(zip(SPLITS, (train, val, test), strict=True))
         data = {name: split.identity for name, split in splits.items()} | source
         if begun:
             run_folder.check_data(workdir, data)
         val = with_captions_per_image(val, config.evaluation.captions_per_image)
-        order = batch_order(config, train)
+        order = batch_order(config, train, refuted.caption)
         tokenizer = run_tokenizer(config, own, train.captions)
         model = build_model(
             config, architectures, tokenizer, mesh, module=module, before_batch=before_batch
@@ -210,18 +214,22 @@ class RunSetup:
         )
 
 
-def batch_order(config: ml_collections.ConfigDict, train: PairDataset) -> BatchOrder:
-    """Returns the order of the training pairs.
+def batch_order(
+    config: ml_collections.ConfigDict, train: PairDataset, left_out: Sequence[int] = ()
+) -> BatchOrder:
+    """Returns the order of the training pairs, without some rows.
 
     Raises:
       UserError: if there are fewer pairs than a batch takes.
     """
-    if len(train.captions) < config.global_batch_size:
+    rows = tuple(map(int, left_out))
+    order = BatchOrder(config.seed, len(train.captions), config.global_batch_size, rows)
+    if not order.steps_per_epoch:
         raise UserError(
             f"config.global_batch_size is {config.global_batch_size}, more than the "
-            f"{len(train.captions)} training pairs"
+            f"{order.pairs - len(rows)} training pairs"
         )
-    return BatchOrder(config.seed, len(train.captions), config.global_batch_size)
+    return order
 
 
 def _jitted_steps(model, steps_per_epoch, learning_rate, state):

@@ -26,6 +26,8 @@ from fne_jax.training.metric_log import FILE_NAME as METRICS_FILE
 
 LOCK_FILE = "run.lock"
 _PATTERNS = "[]*?\\"  # which Orbax takes for a pattern where it looks for what it wrote
+# What a run names beside its splits.
+_FILES = {"matches": "list of matches", "teacher": "teacher", "refuted": "list of refuted pairs"}
 
 
 @contextlib.contextmanager
@@ -74,8 +76,7 @@ def check_data(workdir: pathlib.Path, data: Mapping[str, DatasetIdentity]) -> No
         for split, now in data.items():
             before = stored.get(split, now)
             if before != now and split != "test":  # of which whatever reads it tells
-                named = {"matches": "list of matches", "teacher": "teacher"}
-                named = named.get(split, f"{split!r} split")
+                named = _FILES.get(split, f"{split!r} split")
                 raise UserError(
                     f"{workdir} holds a run on other data: its {named} had {before}; that of "
                     f"config.data has {now}. Give the run's own data to resume it, or another "
@@ -101,8 +102,8 @@ def begin(
       workdir: The folder of the run, which is held.
       model: The model; its config and its tokenizer are kept.
       architectures: What `encoders.towers.read_architectures` returned.
-      data: The identity of each split by name, and as `matches` and `teacher` those of these files;
-        empty where it is not known.
+      data: The identity of each split by name, and as `matches`, `teacher` and `refuted` those of
+        these files; empty where it is not known.
       begun: What `is_begun` returned before the folder was held.
 
     Raises:

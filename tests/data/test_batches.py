@@ -64,6 +64,15 @@ def test_every_epoch_visits_every_pair_once():
         assert {r.epoch for r in rows[epoch * 5 : epoch * 5 + 5]} == {epoch}
 
 
+def test_pairs_that_are_left_out_are_in_no_batch_and_the_others_keep_their_order():
+    whole = BatchOrder(seed=3, pairs=23, global_batch_size=4)
+    order = dataclasses.replace(whole, left_out=(2, 7, 22))
+    assert order.steps_per_epoch == 5
+    for epoch in range(3):
+        kept = [row for row in whole.epoch_order(epoch).tolist() if row not in (2, 7, 22)]
+        assert order.epoch_order(epoch).tolist() == kept
+
+
 def test_epochs_and_seeds_differ_without_correlation():
     orders = [BatchOrder(s, 5000, 10).epoch_order(e).argsort() for s, e in ((0, 0), (0, 1), (1, 0))]
     for i in range(3):

@@ -51,9 +51,9 @@ def test_an_empty_list_is_one(tmp_path):
 
 def test_the_checksum_tells_pairs_and_probabilities_but_not_their_order():
     order = np.array([1, 2, 0])
-    assert PAIRS[order].checksum == PAIRS.checksum
-    assert PAIRS.replace(image=PAIRS.image[order]).checksum != PAIRS.checksum
-    assert PAIRS.replace(probability=PAIRS.probability[order]).checksum != PAIRS.checksum
+    assert PAIRS[order].identity == PAIRS.identity
+    assert PAIRS.replace(image=PAIRS.image[order]).identity != PAIRS.identity
+    assert PAIRS.replace(probability=PAIRS.probability[order]).identity != PAIRS.identity
 
 
 @pytest.mark.parametrize(

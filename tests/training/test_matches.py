@@ -22,7 +22,7 @@ from fne_jax.planning.program import compile_step
 from fne_jax.planning.summary import SCOPES
 from fne_jax.planning.topology import Topology
 from fne_jax.training import dry_run, loop, setup
-from fne_jax.training.matches import known_matches, read_matches
+from fne_jax.training.matches import known_matches, read_matches, refuted_labels
 from fne_jax.training.step_results import true_false_negative_rates
 from fne_jax.training.timeline import Phase
 from fne_jax.training.train_step import OBJECTIVE
@@ -170,11 +170,9 @@ def test_probabilities_tell_positives_what_is_left_out_and_negatives(tmp_path, c
     assert "{} of them matches, {} neither these nor negatives, {} neg".format(*each) in caplog.text
 
 
-def test_verdicts_are_a_list_of_those_that_most_call_a_match(tmp_path):
-    train = split_with_truth(config_of())
-    answers = [(0, 9, "a", "match"), (0, 9, "b", "match"), (0, 9, "c", "no_match")]
-    answers += [(3, 5, "a", "unsure"), (4, 7, "a", "no_match"), (61, 2, "a", "match")]
-    given = [
+def verdicts_on(train, answers):
+    """Returns verdicts on rows of captions and images: (caption, image, reviewer, word) each."""
+    return [
         Verdict(
             split="train",
             image_id=int(train.image_id[image]),
@@ -186,23 +184,67 @@ def test_verdicts_are_a_list_of_those_that_most_call_a_match(tmp_path):
         )
         for caption, image, reviewer, word in answers
     ]
+
+
+def test_verdicts_are_a_list_of_those_that_most_call_a_match(tmp_path):
+    train = split_with_truth(config_of())
+    answers = [(0, 9, "a", "match"), (0, 9, "b", "match"), (0, 9, "c", "no_match")]
+    answers += [(3, 5, "a", "unsure"), (4, 7, "a", "no_match"), (61, 2, "a", "match")]
     for name in ("verdicts.csv", "verdicts.jsonl"):
-        write_verdicts(tmp_path / name, given)
+        write_verdicts(tmp_path / name, verdicts_on(train, answers))
         pairs = read_matches(str(tmp_path / name), train)
         assert list(zip(pairs.caption, pairs.image, strict=True)) == [(0, 9), (61, 2)]
 
 
-def test_a_run_goes_on_with_its_own_list_alone(monkeypatch, tmp_path):
-    path, workdir = tmp_path / "list.npz", tmp_path / "run"
-    config = config_of(data__matches=str(path))
+def test_refuted_labels_are_never_trained_on(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = tmp_path / "verdicts.csv"
+    config = config_of(data__refuted=str(path))
     train = split_with_truth(config)
+    # Image 3 has no other captions; of caption 8 two doubt, and 9 and 11 are confirmed.
+    answers = [(6, 3, "a", "no_match"), (7, 3, "a", "no_match"), (8, 4, "a", "no_match")]
+    answers += [(8, 4, "b", "match"), (9, 4, "a", "match"), (5, 9, "a", "no_match")]
+    answers += [(11, 5, "a", "no_match"), (11, 5, "b", "match"), (11, 5, "c", "match")]
+    write_verdicts(path, verdicts_on(train, answers))
+    refuted = refuted_labels(config, train)
+    assert refuted.rows() == [(6, 3), (7, 3)]
+    assert "2 captions are left out of training, and 1 images that have no other" in caplog.text
+    order = setup.batch_order(config, train, refuted.caption)
+    batches = training_batches(
+        train, (np.ones((122, 8), np.int32),) * 2, order.rows(range(3 * order.steps_per_epoch)),
+        TrainingImages(8, config.data.augmentation, config.seed),
+    )  # fmt: skip
+    seen = [(batch["pair_id"], batch["image_id"]) for batch in batches]
+    pairs, images = (np.concatenate(part) for part in zip(*seen, strict=True))
+    assert set(range(122)) - set(pairs.tolist()) == {6, 7} and train.image_id[3] not in images
+
+    write_verdicts(path, verdicts_on(train, answers[2:4]))
+    with pytest.raises(UserError, match=r"verdicts.csv: refutes no caption of its own image"):
+        refuted_labels(config, train)
+    others = dataclasses.replace(train, captions=[f"not {one}" for one in train.captions])
+    write_verdicts(path, verdicts_on(others, answers))
+    with pytest.raises(UserError, match="none of its 9 verdicts is of this data: caption 6 was 'n"):
+        refuted_labels(config, train)
+
+
+def test_a_run_goes_on_with_its_own_files_alone(monkeypatch, tmp_path):
+    path, workdir = tmp_path / "list.npz", tmp_path / "run"
+    refuted = tmp_path / "refuted.csv"
+    config = config_of(data__matches=str(path), data__refuted=str(refuted))
+    train = split_with_truth(config)
+    wrong = verdicts_on(train, [(row, row // 2, "a", "no_match") for row in range(4)])
     monkeypatch.setattr(setup, "load_splits", lambda *arguments: [train] * 3)
     listed(path, train, lambda number: number % 2 == 0)
+    write_verdicts(refuted, wrong)
     loop.train_and_evaluate(config, workdir, module=LinearTowers(), warmup_only=True)
     listed(path, train, lambda number: number % 3 == 0)
     with pytest.raises(UserError, match=r"run on other data: its list of matches had .*checksum"):
         loop.train_and_evaluate(config, workdir, module=LinearTowers())
     listed(path, train, lambda number: number % 2 == 0)
+    write_verdicts(refuted, wrong[1:])
+    with pytest.raises(UserError, match=r"list of refuted pairs had 4 pairs of 2 images .*has 3"):
+        loop.train_and_evaluate(config, workdir, module=LinearTowers())
+    write_verdicts(refuted, wrong)
     loop.train_and_evaluate(config, workdir, module=LinearTowers())
 
 
