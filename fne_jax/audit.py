@@ -1,6 +1,7 @@
-"""Lists a dataset's likely false negatives: pairs that match, but nobody labelled.
+"""Lists a dataset's likely false negatives, pairs that match but nobody labelled, or wrong labels.
 
 python -m fne_jax.audit --workdir=runs/shapes --split=train
+python -m fne_jax.audit --workdir=runs/shapes --split=train --labels
 python -m fne_jax.audit --workdir=runs/shapes --split=train --matches=runs/matches.npz
 python -m fne_jax.audit --workdir=runs/shapes --verdicts=verdicts.csv --fitted=fitted.json
 python -m fne_jax.audit --embeddings=DIR --config=configs/flickr30k.py --split=test --out=DIR
@@ -21,6 +22,7 @@ from fne_jax.false_negatives import (
     suspects,
     verdict_fitting,
     verdict_judges,
+    wrong_labels,
 )
 from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY
 from fne_jax.false_negatives.verdict_store import VerdictStore, read_any, store_path
@@ -35,7 +37,8 @@ def main(arguments: list[str]) -> None:
     """Parses the command line, ranks the pairs and writes them."""
     options, overrides = _parse(arguments)
     fitting = options.verdicts is not None and options.fitted is not None
-    out = pathlib.Path(options.out or f"{options.workdir}/audit_{options.split}")
+    folder = "labels" if options.labels else "audit"
+    out = pathlib.Path(options.out or f"{options.workdir}/{folder}_{options.split}")
     if options.matches is None:
         check_writable(out, "--out", folder=True)
     else:
@@ -60,15 +63,23 @@ def main(arguments: list[str]) -> None:
             verdicts = on_pairs_of(judged.dataset, store.last(options.split), store.path)
     if options.verdicts is not None:
         given = read_any(pathlib.Path(options.verdicts), judged.dataset, options.split)
-        said = verdict_fitting.said_of(judged, given)
-        kinds = ([one for one in given if bool(one.instructions) == kind] for kind in (False, True))
-        by_kind = (verdict_fitting.said_of(judged, of_kind) for of_kind in kinds)
-        print(verdict_fitting.describe_density(*by_kind))
+        if not options.labels:
+            said = verdict_fitting.said_of(judged, given)
+            kinds = (
+                [one for one in given if bool(one.instructions) == kind] for kind in (False, True)
+            )
+            by_kind = (verdict_fitting.said_of(judged, of_kind) for of_kind in kinds)
+            print(verdict_fitting.describe_density(*by_kind))
         verdicts += given
     if verdicts:
         print(verdict_judges.describe(verdict_judges.reviewers(verdicts)))
     # What is in both the run's own store and the file counts once.
-    heeded = verdict_fitting.said_of(judged, verdicts) if verdicts else None
+    heeded = verdict_fitting.said_of(judged, verdicts, options.labels) if verdicts else None
+    if options.labels:
+        found = wrong_labels.find_wrong_labels(judged, heeded)
+        print(wrong_labels.describe(judged, found))
+        _write(out, judged, found, options.limit, {})
+        return
     if fitting:
         judged = verdict_fitting.fit_and_write(judged, said, pathlib.Path(options.fitted))
     else:
@@ -94,12 +105,16 @@ def main(arguments: list[str]) -> None:
     print(suspects.describe(judged, found, quality))
     if measured:
         print(measured)
-    listed = audit_pages.write_audit(out, judged, found, options.limit, quality)
+    _write(out, judged, found, options.limit, quality)
+
+
+def _write(out, judged, found, limit, quality):
+    listed = audit_pages.write_audit(out, judged, found, limit, quality)
     print(f"the first {listed:,} are in {out}: open {audit_pages.page_name(1)}")
 
 
 def _parse(arguments):
-    parser = command_line.parser("Lists likely false negatives of a dataset.", "audit")
+    parser = command_line.parser("Lists likely false negatives, or wrong labels.", "audit")
     parser.add_argument(
         "--workdir",
         help="folder of the run whose model judges; --config.data.dir=DIR tells where its data lie "
@@ -114,7 +129,10 @@ def _parse(arguments):
         help="with --embeddings: of the data, the prior and the batch; --config.x=y overrides",
     )
     parser.add_argument("--split", default="train", help="train, val or test")
-    parser.add_argument("--out", help="folder to write into; audit_<split> in the run's by default")
+    parser.add_argument(
+        "--out",
+        help="folder to write into; audit_<split> or labels_<split> in the run's by default",
+    )
     parser.add_argument(
         "--matches",
         metavar="FILE.npz",

@@ -1,6 +1,7 @@
 """Serves a page on this machine, to search a split and judge its suspects.
 
 python -m fne_jax.review --workdir=runs/shapes --split=train
+python -m fne_jax.review --workdir=runs/shapes --split=train --labels
 python -m fne_jax.review --workdir=runs/shapes --export=verdicts.csv
 python -m fne_jax.review --workdir=runs/shapes --import=verdicts.jsonl
 python -m fne_jax.review --workdir=runs/shapes --sample=1000
@@ -21,7 +22,7 @@ from typing import Any
 from fne_jax import command_line
 from fne_jax.data import verdicts as verdicts_lib
 from fne_jax.errors import Interrupted, UserError
-from fne_jax.false_negatives import suspect_options, suspects
+from fne_jax.false_negatives import suspect_options, suspects, wrong_labels
 from fne_jax.false_negatives.judged_evaluation import FIRST, EvaluationSample
 from fne_jax.false_negatives.judged_split import judged_by_model
 from fne_jax.false_negatives.review_app import question_sources
@@ -298,7 +299,11 @@ def _suspects(
     name = workdir.resolve().name
     judged = judged_by_model(model, name, options.split, options.caption_embeddings, kept)
     judged = suspect_options.with_fitted(judged, fitted)
-    if options.sample is None:
+    if options.labels:
+        found = wrong_labels.find_wrong_labels(judged)
+        about = wrong_labels.describe(judged, found)
+        questions = question_sources.questions_of_suspects(judged, found, options.limit)
+    elif options.sample is None:
         found = suspect_options.find(options, judged)
         about = suspects.describe(judged, found, {}).replace("\n", "; ")
         questions = question_sources.questions_of_suspects(judged, found, options.limit)

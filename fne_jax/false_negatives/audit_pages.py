@@ -16,9 +16,11 @@ from fne_jax.errors import UserError
 from fne_jax.false_negatives.detectors import DETECTORS
 from fne_jax.false_negatives.judged_split import JudgedSplit
 from fne_jax.false_negatives.suspects import RANKINGS, Suspects, heeded, precision_text
+from fne_jax.false_negatives.wrong_labels import SCORE
 from fne_jax.report import example_cards, html
 
 CSV_NAME, JSONL_NAME = "likely_false_negatives.csv", "likely_false_negatives.jsonl"
+LABEL_NAMES = "likely_wrong_labels.csv", "likely_wrong_labels.jsonl"
 # How good the detectors are; written where the truth is known.
 QUALITY_NAME = "detectors.json"
 # Pairs after which a page ends, with the last of them all pairs of its image.
@@ -53,21 +55,27 @@ def write_audit(
         "step": judged.step,
         "split": judged.split_name,
         "suspected": len(suspects.pairs),
-        "least": suspects.least,
-        "per_query": suspects.per_query,
-        "rank_by": RANKINGS[suspects.rank_by],
-        "detector": suspects.detector,
-        "description": DETECTORS[suspects.detector].description,
-        "score": DETECTORS[suspects.detector].score,
-        "prior": judged.config.fne.prior,
-        "precision": precision_text(judged.dataset, suspects.pairs),
         "heeded": heeded(suspects),
         "of_run": judged.step is not None,
+        "of_labels": suspects.of_labels,
     }
+    if suspects.of_labels:
+        about |= {"rank_by": SCORE, "precision": ""}
+    else:
+        about |= {
+            "least": suspects.least,
+            "per_query": suspects.per_query,
+            "rank_by": RANKINGS[suspects.rank_by],
+            "detector": suspects.detector,
+            "description": DETECTORS[suspects.detector].description,
+            "score": DETECTORS[suspects.detector].score,
+            "prior": judged.config.fne.prior,
+            "precision": precision_text(judged.dataset, suspects.pairs),
+        }
     pairs = suspects.pairs[:limit]
     listed = rows(judged, pairs, suspects.detector)
-    for index, row in enumerate(listed):
-        row["confirmed"] = pairs.is_match is not None and bool(pairs.is_match[index])
+    for row, confirmed in zip(listed, suspects.confirmed.tolist(), strict=False):
+        row["confirmed"] = confirmed
     write(folder, judged.dataset, listed, about)
     if quality:
         html.write_text(folder / QUALITY_NAME, json.dumps(quality, indent=2) + "\n")
@@ -93,8 +101,7 @@ def rows(split: JudgedSplit, pairs: Pairs, detector: str) -> list[Row]:
     for index, (caption, image) in enumerate(zip(pairs.caption, pairs.image, strict=True)):
         row = {
             "rank": index + 1,
-            # Digits rather than decimals: with a prior of 1e-4 most are tiny.
-            "probability": float(f"{pairs.probability[index]:.6g}"),
+            **_probability(pairs, index),
             "score": round(float(pairs.score[index]), 6),
             "detector": detector,
             "similarity": round(float(pairs.similarity[index]), 6),
@@ -118,6 +125,13 @@ def rows(split: JudgedSplit, pairs: Pairs, detector: str) -> list[Row]:
     return found
 
 
+def _probability(pairs, index):
+    """Returns the probability with six digits, for most are tiny; nothing of labelled pairs."""
+    if pairs.probability is None:
+        return {}
+    return {"probability": float(f"{pairs.probability[index]:.6g}")}
+
+
 def write(
     folder: pathlib.Path, dataset: PairDataset, found: Sequence[Row], about: Mapping[str, Any]
 ) -> None:
@@ -137,8 +151,9 @@ def write(
     except OSError as error:
         raise UserError(f"{folder}: cannot be created: {error}") from error
     # With a byte order mark, without which Excel reads UTF-8 as the system's own encoding.
-    html.write_text(folder / CSV_NAME, "\N{BYTE ORDER MARK}" + _csv_text(found))
-    html.write_text(folder / JSONL_NAME, "".join(json.dumps(row) + "\n" for row in found))
+    csv_name, jsonl_name = LABEL_NAMES if about["of_labels"] else (CSV_NAME, JSONL_NAME)
+    html.write_text(folder / csv_name, "\N{BYTE ORDER MARK}" + _csv_text(found))
+    html.write_text(folder / jsonl_name, "".join(json.dumps(row) + "\n" for row in found))
     pages = _pages(found)
     names = [page_name(number) for number in range(1, len(pages) + 1)]
     for number, groups in enumerate(pages, start=1):
@@ -148,8 +163,8 @@ def write(
             "total": len(found),
             "page": number,
             "names": names,
-            "csv": CSV_NAME,
-            "jsonl": JSONL_NAME,
+            "csv": csv_name,
+            "jsonl": jsonl_name,
         }
         html.write_text(folder / page_name(number), html.render("audit.html", values))
     for old in folder.glob("page_*.html"):

@@ -15,6 +15,9 @@ from fne_jax.false_negatives.judged_split import JudgedSplit
 from fne_jax.false_negatives.suspects import Suspects
 
 _PER_QUERY = 5
+# What does not go with labelled pairs, where a command has it.
+_OF_UNLABELLED = ("per_query", "detector", "fitted", "min_probability", "rank_by", "matches")
+_OF_UNLABELLED += ("sample", "for_evaluation")
 _log = logging.getLogger(__name__)
 
 
@@ -27,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"pairs considered of each caption and image; {_PER_QUERY} by default",
     )
     parser.add_argument("--limit", type=int, default=1000, help="most pairs listed")
+    parser.add_argument(
+        "--labels",
+        action="store_true",
+        help="instead of unlabelled pairs, list captions that may be wrong for their own image",
+    )
     parser.add_argument(
         "--detector",
         choices=list(DETECTORS),
@@ -63,6 +71,9 @@ def check(options: argparse.Namespace) -> None:
     Raises:
       UserError: naming one that is out of its range.
     """
+    for name in _OF_UNLABELLED if options.labels else ():
+        if getattr(options, name, None) not in (None, "probability"):
+            raise UserError(f"--{name.replace('_', '-')} does not go with --labels")
     for name in ("per_query", "limit"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(

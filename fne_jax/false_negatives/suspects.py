@@ -20,29 +20,43 @@ RANKINGS = {
     "lead": "by how far the caption is more similar to that image than to its own",
     "probability": "by the detector's probability, then by its score",
 }
+# Stands for a detector where labelled pairs are suspected not to match.
+LABELS = "labels"
 # Pairs that the precision is measured over, and random ones that it is compared with.
 _PRECISION_AT, _RANDOM_PAIRS = 100, 100_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Suspects:
-    """Unlabelled pairs of a high probability, and how they were found.
+    """Unlabelled pairs of a high probability, or labels that may be wrong, and how they were found.
 
     Attributes:
       pairs: The pairs as the detector judges them, the most suspect first.
-      detector: A key of `DETECTORS`.
+      detector: A key of `DETECTORS`, or `LABELS`.
       least: The least probability that was asked for.
       per_query: How many pairs of each caption and of each image were looked at.
       rank_by: A key of `RANKINGS`.
-      refuted: How many pairs were left out since people say that they do not match.
+      refuted: How many pairs were left out since people say that they are no such find.
     """
 
     pairs: Pairs
     detector: str
-    least: float
-    per_query: int
-    rank_by: str
+    least: float = 0.0
+    per_query: int = 0
+    rank_by: str = "probability"
     refuted: int = 0
+
+    @property
+    def of_labels(self) -> bool:
+        """Whether the pairs are labelled, and suspected not to match."""
+        return self.detector == LABELS
+
+    @property
+    def confirmed(self) -> np.ndarray:
+        """[pairs] bool, which of them people say to be what they are suspected of."""
+        if self.pairs.is_match is None:
+            return np.zeros(len(self.pairs), bool)
+        return self.pairs.is_match != self.of_labels
 
 
 def find_suspects(
@@ -158,14 +172,12 @@ def heeded(suspects: Suspects) -> str:
     """Returns how many pairs people's verdicts have moved; "" where nobody was asked."""
     if suspects.pairs.is_match is None:
         return ""
-    return _heeded(suspects.refuted, suspects.pairs.is_match.sum())
+    return _heeded(suspects.refuted, suspects.confirmed.sum(), suspects.of_labels)
 
 
-def _heeded(refuted, confirmed):
-    return (
-        f"{refuted:,} pairs that reviewers refuted are left out, {confirmed:,} that they confirmed "
-        "are in"
-    )
+def _heeded(out, within, of_labels=False):
+    gone, kept = ("confirmed", "refuted") if of_labels else ("refuted", "confirmed")
+    return f"{out:,} pairs that reviewers {gone} are left out, {within:,} that they {kept} are in"
 
 
 def detector_quality(judged: JudgedSplit) -> dict[str, Any]:

@@ -24,8 +24,8 @@ _PRECISIONS = (0.5, 0.8, 0.9)
 _RANKS, _LEAST_VERDICTS = (100, 1000, 10_000), 10
 
 
-def said_of(judged: JudgedSplit, verdicts: Sequence[Verdict]) -> Pairs:
-    """Returns what most reviewers say of unlabelled pairs, with `is_match`, `weight` and `sample`.
+def said_of(judged: JudgedSplit, verdicts: Sequence[Verdict], labelled: bool = False) -> Pairs:
+    """Returns what most reviewers say of pairs, with `is_match`, `weight` and `sample`.
 
     A pair that random samples drew stands for others in each of them, whoever judged it there, and
     is there once for each. Weights are scaled so that the verdicts of each sample stand for all
@@ -34,6 +34,7 @@ def said_of(judged: JudgedSplit, verdicts: Sequence[Verdict]) -> Pairs:
     Args:
       judged: The split.
       verdicts: Each reviewer's last verdict on each of its pairs in each sample.
+      labelled: Of labelled pairs alone, which no sample draws; by default of unlabelled ones.
 
     Raises:
       UserError: if a verdict is of another dataset, or the weights of a sample stand for far more
@@ -44,7 +45,7 @@ def said_of(judged: JudgedSplit, verdicts: Sequence[Verdict]) -> Pairs:
     rows = [
         (row, name, weight)
         for row, one in enumerate(kept)
-        if judged.caption_image[pairs.caption[row]] != pairs.image[row]
+        if (judged.caption_image[pairs.caption[row]] == pairs.image[row]) == labelled
         for name, weight in drawn.get(one.pair, {"": np.nan}).items()
     ]
     row = np.array([row for row, _, _ in rows], int)

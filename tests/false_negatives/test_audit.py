@@ -66,7 +66,7 @@ def about(suspected):
     return {
         "run": HOSTILE[0], "step": 3, "split": "train", "suspected": suspected, "least": 0.001,
         "per_query": 5, "rank_by": "by probability", "prior": 1e-4,
-        "precision": "", "heeded": "", "of_run": True,
+        "precision": "", "heeded": "", "of_run": True, "of_labels": False,
         "detector": "captions", "description": "by captions", "score": "cosine",
     }  # fmt: skip
 
@@ -293,6 +293,8 @@ def test_precision_counts_what_is_in_truth_a_match(monkeypatch):
         (["--workdir=x", f"--out={__file__}"], "test_audit.py is a file; expected a folder"),
         (["--workdir=x", f"--matches={__file__}/a.npz"], "test_audit.py is a file; expected a fol"),
         (["--workdir=x", "--matches=a.npz", "--out=y"], "--matches takes no --out"),
+        (["--workdir=x", "--labels", "--rank-by=lead"], "--rank-by does not go with --labels"),
+        (["--workdir=x", "--labels", "--matches=a.npz"], "--matches does not go with --labels"),
     ],
 )
 def test_mistakes_of_the_command(arguments, message):
@@ -358,6 +360,11 @@ def test_anyones_embeddings_are_audited(tmp_path, capsys):
     assert (first["caption_index"], first["image_index"]) == (4, 7)
     assert first["similarity"] == pytest.approx(1.0)
     assert "theirs" in (out / "index.html").read_text()
+
+    # That caption is the first of those that may be wrong.
+    audit.main([*arguments[:-1], "--labels", "--limit=3"])
+    lines = (out / audit_pages.LABEL_NAMES[1]).read_text().splitlines()
+    assert json.loads(lines[0])["caption_index"] == 4 and len(lines) == 3
 
     # As a list to train with.
     matches = tmp_path / "lists" / "matches.npz"

@@ -109,6 +109,19 @@ def test_a_group_shows_each_pair_and_its_own_match(client, review):
     assert len(by_image.tags["article"]) > 1
 
 
+def test_a_label_that_may_be_wrong_is_shown_with_its_image_alone(make_review, tmp_path):
+    split = hostile_split()
+    own = int(split.caption_image[5])
+    review = make_review(tmp_path / "v.sqlite", split)
+    asked = dataclasses.replace(review, questions=Questions(split, [Question(5, own, 0.1)]))
+    client = client_of(asked)
+    page = Page(client.get("/review").text)
+    images = [use["src"] for use in page.tags["img"] if "medium" in use.get("src", "")]
+    assert images == [f"/images/{client.data}/medium/{own}.jpg"]
+    body = {"caption": 5, "image": own, "verdict": "no_match"}
+    assert ask(client, "/verdict", body).json()["judged"] == 1
+
+
 def test_every_verdict_is_on_the_disk_when_it_is_answered(client, review):
     split = review.dataset
     judged = [(0, 1, "match"), (0, 2, "no_match"), (1, 1, "unsure"), (0, 1, "no_match")]
