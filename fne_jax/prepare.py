@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
 import signal
@@ -90,8 +91,9 @@ def _prepare_one(config, data, maker, check):
     # A pretrained encoder's limit is its own, in tokens, and its tokenizer may not be here.
     if not config.encoder.text.pretrained:
         splits = [name for name, summary in prepared.summaries.items() if summary.images]
-        captions = [one for name in splits for one in prepared.load_split(name).captions]
-        if line := tokenizers.unread(configuration.with_model_defaults(config, {}), captions):
+        captions = (text for name in splits for text in prepared.load_split(name).captions)
+        few = list(itertools.islice(captions, tokenizers.LOOKED_AT + 1))
+        if line := tokenizers.unread(configuration.with_model_defaults(config, {}), few):
             print(line)
     if copies := prepared.copies():
         path = prepared.folder / "copies.json"

@@ -30,7 +30,7 @@ from fne_jax.model.tokenizers import clean_captions, kept_tokens
 _TOP = pathlib.Path(__file__).resolve().parents[2]
 _PER_TAR = 10_000  # as img2dataset's
 _SIDE = 64
-_IMAGES, _WORDS = 200, 3000  # different ones
+_PICTURES, _WORDS = 200, 3000  # different ones
 _EVALUATED = 500  # images of val and of test
 _BATCH = 128
 _CONFIG = "configs/flickr8k.py"
@@ -63,7 +63,7 @@ def data_lines(sizes: Sequence[int], batches: int) -> Iterator[dict[str, Any]]:
 def _write_tars(folder, pairs):
     rng = np.random.default_rng(0)
     jpegs = []
-    for _ in range(_IMAGES):
+    for _ in range(_PICTURES):
         small = Image.fromarray(rng.integers(0, 255, (4, 4, 3)).astype(np.uint8))
         stream = io.BytesIO()
         small.resize((_SIDE, _SIDE)).save(stream, "JPEG")
@@ -73,9 +73,13 @@ def _write_tars(folder, pairs):
             with tarfile.open(folder / f"{split}-{start:09}.tar", "w") as tar:
                 for number in range(start, min(start + _PER_TAR, count)):
                     words = " ".join(f"word{word}" for word in rng.integers(0, _WORDS, 10))
-                    for ending, content in (("jpg", jpegs[number % _IMAGES]), ("txt", words)):
-                        content = content if isinstance(content, bytes) else content.encode()
-                        member = tarfile.TarInfo(f"{number:09}.{ending}")
+                    name, jpeg = f"{number:09}", jpegs[number % _PICTURES]
+                    # A comment tells each image from the others.
+                    comment = f"{split} {name}".encode()
+                    length = (len(comment) + 2).to_bytes(2, "big")
+                    jpeg = jpeg[:2] + b"\xff\xfe" + length + comment + jpeg[2:]
+                    for ending, content in (("jpg", jpeg), ("txt", words.encode())):
+                        member = tarfile.TarInfo(f"{name}.{ending}")
                         member.size = len(content)
                         tar.addfile(member, io.BytesIO(content))
 

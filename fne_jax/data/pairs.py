@@ -37,12 +37,12 @@ class PairDataset:
         ("image") or of each caption ("text"). Where it is there, it is read in their place.
     """
 
-    captions: list[str]
+    captions: Sequence[str]
     caption_image: np.ndarray
     image_id: np.ndarray
     images: np.ndarray | Sequence[dict[str, Any]]
     caption_id: np.ndarray
-    source_image_id: list[str]
+    source_image_id: Sequence[str]
     truth: SceneTruth | None = None
     kept: Mapping[str, FeatureRows] = dataclasses.field(default_factory=dict)
 

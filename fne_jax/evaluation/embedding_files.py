@@ -117,7 +117,7 @@ def _write(
     if lists is not None:
         write(_LISTS, _as_bytes(np.savez, **lists))
     if dataset is not None:
-        names = {"images": dataset.source_image_id, "captions": dataset.captions}
+        names = {"images": list(dataset.source_image_id), "captions": list(dataset.captions)}
         write(_NAMES, (json.dumps(names) + "\n").encode())
     for name in _ARRAYS:
         if name in arrays:

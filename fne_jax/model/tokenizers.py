@@ -22,7 +22,7 @@ from fne_jax.errors import EnvironmentFailure, UserError, first_line
 
 DIRECTORY = "tokenizer"
 _TOKENS = "tokens"
-_LOOKED_AT = 100_000
+LOOKED_AT = 100_000
 _ROWS = 65_536  # that are tokenized and written at a time
 _ABOUT, _VOCABULARY = "tokenizer_config.json", "tokenizer.json"
 # What the files are and what ids and masks come of them: transformers takes a file that it cannot
@@ -232,8 +232,8 @@ def unread(
       tokenizer: The tokenizer; None to look at words alone.
       tokens: The captions' ids and masks, both [captions, length] integers, unless at words alone.
     """
-    first_few = "the first " if len(captions) > _LOOKED_AT else ""
-    captions = captions[:_LOOKED_AT]
+    first_few = "the first " if len(captions) > LOOKED_AT else ""
+    captions = captions[:LOOKED_AT]
     used, data = clean_captions(config, captions), config.data
     words = [caption_lib.clean_caption(text) for text in captions]
     limits = [f"{data.max_words} words (config.data.max_words)"] if data.max_words else []
@@ -241,7 +241,7 @@ def unread(
     unknown: list[int] = []
     keys: Sequence[str | bytes] = used
     if tokenizer is not None and tokens is not None and len(captions):
-        ids, mask = (array[:_LOOKED_AT] for array in tokens)
+        ids, mask = (array[:LOOKED_AT] for array in tokens)
         limits.append(f"{ids.shape[1]} tokens (config.data.text_length)")
         full = np.flatnonzero(mask.all(axis=1)).tolist()
         # Not verbose: it would warn of the length itself.

@@ -42,6 +42,7 @@ _DATASET, _IMAGES = "captioned_images", "images"  # TFDS's names for the dataset
 _ADVICE = "delete that folder and prepare the dataset again"
 _ROWS_PER_BATCH = 65_536
 _OTHER_FILES = 1024  # that a process may hold open beside those of records, each of which stays
+_TEXTS_AT_ONCE = 4096  # where all of them are read
 _CHUNK = 256  # records that are read at a time where all of them are
 # What a file that is no such file leads to; pyarrow's own errors are of these kinds.
 _MALFORMED = (OSError, ValueError, TypeError, LookupError, RecursionError)
@@ -151,6 +152,38 @@ class RecordSource:
             f"({first_line(fault)}); delete that folder, and older ones of the same images beside "
             "it, whose files it shares, and prepare the dataset again"
         )
+
+
+class Texts(Sequence[str]):
+    """Texts of a memory-mapped table, each of which is read when it is asked for.
+
+    Args:
+      parts: Arrays of strings, one after the other.
+    """
+
+    def __init__(self, parts: Sequence[pa.StringArray]):
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index):
+        """Returns a text, or a list of those of a slice."""
+        if isinstance(index, slice):
+            return pa.chunked_array(self._parts, pa.string())[index].to_pylist()
+        place = range(len(self))[index]
+        part = int(np.searchsorted(self._ends, place, "right"))
+        return self._parts[part][place - int(self._ends[part])].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields all texts, a few thousand of them in memory."""
+        for part in self._parts:
+            for start in range(0, len(part), _TEXTS_AT_ONCE):
+                yield from part.slice(start, _TEXTS_AT_ONCE).to_pylist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
 
 
 class _Records:
@@ -335,15 +368,14 @@ class Prepared:
             there = " and ".join(name for name in SPLITS if self.summaries[name].images)
             raise UserError(f"{self.folder}: no image of the split {split!r}; it has {there} alone")
         with self._reading(table_name(split)) as table:
-            captions = table["captions"].combine_chunks()
             rows = np.arange(len(table), dtype=np.int32)
             return PairDataset(
-                captions=captions.flatten().to_numpy(zero_copy_only=False).tolist(),
-                caption_image=np.repeat(rows, pc.list_value_length(captions).to_numpy()),
+                captions=Texts([part.flatten() for part in table["captions"].chunks]),
+                caption_image=np.repeat(rows, pc.list_value_length(table["captions"]).to_numpy()),
                 image_id=table["image_id"].to_numpy().astype(np.int32),
                 images=self._images(split, table),
-                caption_id=table["caption_ids"].combine_chunks().flatten().to_numpy(),
-                source_image_id=table["source_id"].to_numpy().tolist(),
+                caption_id=pc.list_flatten(table["caption_ids"]).to_numpy(),
+                source_image_id=Texts(table["source_id"].chunks),
                 truth=_truth(table),
             )
 
@@ -381,7 +413,7 @@ class Prepared:
                 tables[split] = table
         # Eight of a digest's 32 bytes tell as many images apart as there will ever be.
         digests = [
-            np.frombuffer(b"".join(_values(table["digest"])), np.uint64)[::4]
+            np.concatenate([_first_words(part) for part in table["digest"].chunks])
             for table in tables.values()
         ]
         _, group, counts = np.unique(
@@ -428,6 +460,12 @@ def _digest_of(path):
 def _values(column):
     for chunk in column.chunks:
         yield from chunk.to_pylist()
+
+
+def _first_words(digests):
+    """Returns the first 8 of the 32 bytes of each digest, as a number."""
+    words = np.frombuffer(digests.buffers()[1], np.uint64).reshape(-1, 4)
+    return words[digests.offset : digests.offset + len(digests), 0]
 
 
 def _truth(table):
