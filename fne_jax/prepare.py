@@ -66,8 +66,10 @@ def _prepare(config: ml_collections.ConfigDict, options: argparse.Namespace) -> 
 
     if options.beam is not None:
         maker = functools.partial(makers.by_beam, options=options.beam)
-    else:
+    elif options.processes > 1:
         maker = functools.partial(makers.in_processes, processes=options.processes)
+    else:
+        maker = functools.partial(makers.in_threads, threads=1)
     groups = {split: data_of(config.data, split) for split in SPLITS}
     for data in {(one.source, one.dir): one for one in groups.values()}.values():
         _prepare_one(config, data, maker, options.check)

@@ -22,14 +22,16 @@ from fne_jax.files import as_user_error
 Maker = Callable[[Sequence[ImageShard], pathlib.Path], Iterator[None]]
 
 
-def in_threads(shards: Sequence[ImageShard], folder: pathlib.Path) -> Iterator[None]:
-    """Makes shards in threads of this process, one for each core.
+def in_threads(
+    shards: Sequence[ImageShard], folder: pathlib.Path, threads: int | None = None
+) -> Iterator[None]:
+    """Makes shards in threads of this process, by default one for each core.
 
     PIL and the decoder of JPEGs let go of the interpreter while they work.
     """
     Image.init()  # PIL loads its formats on first use, which must not happen in many threads
     stop = threading.Event()
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         try:
             waiting = [pool.submit(write_shard, shard, folder, stop.is_set) for shard in shards]
             for one in concurrent.futures.as_completed(waiting):
