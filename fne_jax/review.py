@@ -191,9 +191,11 @@ def _import(
     for split in sorted({verdict.split for verdict in read}):
         of_split = [verdict for verdict in read if verdict.split == split]
         found += verdicts_lib.on_pairs_of(model.load_split(split), of_split, path, refuse=True)
+    if os.path.exists(store) and os.path.getsize(store):
+        with VerdictStore(store, read_only=True) as verdicts:
+            found = verdicts.as_asked(found)
+    _refuse_unasked(found, path, store)
     with VerdictStore(store) as verdicts:
-        found = verdicts.as_asked(found)
-        _refuse_unasked(found, path, store)
         added = verdicts.import_verdicts(found)
     there = len(found) - added
     print(f"{added:,} verdicts added to {store}, {there:,} were there or are older than what is")

@@ -103,3 +103,6 @@ def test_answers_to_other_questions_are_told(run, tmp_path, caplog, capsys):
     answer(answers, rows[3:5], sample="another")
     with pytest.raises(UserError, match=r"2 of 2 answers are on pairs that no sample of .*"):
         ask(f"--import={answers}")
+    with pytest.raises(UserError, match="2 of 2 answers"):
+        ask(f"--import={answers}", f"--store={tmp_path / 'new.sqlite'}")
+    assert not (tmp_path / "new.sqlite").exists()
