@@ -13,7 +13,7 @@ import pathlib
 
 from fne_jax import command_line, configuration
 from fne_jax.data import match_files
-from fne_jax.data.verdicts import on_pairs_of
+from fne_jax.data.verdicts import on_pairs_of, pairs_of
 from fne_jax.errors import UserError
 from fne_jax.false_negatives import (
     audit_pages,
@@ -72,7 +72,10 @@ def main(arguments: list[str]) -> None:
             print(verdict_fitting.describe_density(*by_kind))
         verdicts += given
     if verdicts:
-        print(verdict_judges.describe(verdict_judges.reviewers(verdicts)))
+        rows = pairs_of(verdicts, judged.dataset)
+        labelled = judged.caption_image[rows.caption] == rows.image
+        used = [one for one, own in zip(verdicts, labelled, strict=True) if own == options.labels]
+        print(verdict_judges.describe(verdict_judges.reviewers(used)))
     # What is in both the run's own store and the file counts once.
     heeded = verdict_fitting.said_of(judged, verdicts, options.labels) if verdicts else None
     if options.labels:

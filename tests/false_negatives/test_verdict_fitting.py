@@ -55,7 +55,12 @@ def written(tmp_path):
 
 def test_an_audit_by_verdicts(written, tmp_path, capsys, caplog):
     arguments, verdicts, (split, topic) = written
-    write_verdicts(tmp_path / "said.csv", verdicts)
+    own, label = int(split.image_id[split.caption_image[0]]), int(split.caption_id[0])
+    of_label = dataclasses.replace(
+        verdicts[0], image_id=own, caption_id=label, caption=split.dataset.captions[0],
+        reviewer="bob", sample="", weight=None,
+    )  # fmt: skip
+    write_verdicts(tmp_path / "said.csv", [*verdicts, of_label])
     fitted = f"--fitted={tmp_path / 'fitted.json'}"
     audit.main([*arguments, f"--verdicts={tmp_path / 'said.csv'}", fitted])
     told = capsys.readouterr().out
