@@ -12,7 +12,7 @@ from fne_jax.false_negatives.own_captions import nearest_own_caption, term_share
 from fne_jax.false_negatives.suspects import LABELS, Suspects, heeded
 
 # What the pages and the terminal say of the score.
-SCORE = "by how little the caption resembles its image, and the image's other captions"
+SCORE = "by how little the caption resembles its image and the image's other captions"
 _log = logging.getLogger(__name__)
 
 
