@@ -58,6 +58,8 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "convert": ["torch>=2.13.0"],
+        # What an exported folder takes; torch alone, without sentence-transformers.
+        "export": ["torch>=2.13.0", "sentence-transformers>=6.2.0"],
         # The matches of ECCV Caption and CxC, for `evaluate --protocol`.
         "eccv": ["eccv_caption>=0.1.0"],
         # An engine of `search --index`.

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
         help="config with its encoders and tokenizer",
     )
     reference.set_defaults(convert=convert_reference)
-    exported = commands.add_parser("export", help="a run's encoders for transformers")
+    exported = commands.add_parser("export", help="a run's encoders for PyTorch")
     exported.add_argument("--workdir", required=True, help="folder of the run")
     exported.add_argument("--checkpoint", default="best", help="best, latest or a step")
     exported.add_argument("--out", required=True, help="folder to make")
@@ -66,9 +66,8 @@ def convert_export(options: argparse.Namespace, overrides: list[str]) -> None:
     """Writes a run's encoders."""
     if overrides:
         raise UserError(f"unknown argument {overrides[0]!r}; see --help")
-    for path in export(
-        pathlib.Path(options.workdir), options.checkpoint, pathlib.Path(options.out)
-    ):
+    workdir, out = pathlib.Path(options.workdir), pathlib.Path(options.out)
+    for path in export(workdir, options.checkpoint, out):
         print(f"written to {path}")
 
 

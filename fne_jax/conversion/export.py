@@ -1,96 +1,86 @@
-"""A run's encoders in Hugging Face's layout, with a model card."""
+"""A run's encoders for transformers and sentence-transformers, with a model card."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import os
 import pathlib
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from tokenizers import Regex, normalizers
 
 from fne_jax.data import captions as caption_lib
+from fne_jax.data.identity import DatasetIdentity
+from fne_jax.data.sources.registry import data_of
 from fne_jax.encoders.architectures import model_type_of
-from fne_jax.encoders.dual_encoder import CHECKPOINT, FIRST_AND_MEAN, LONGEST_POOLING
+from fne_jax.encoders.dual_encoder import CHECKPOINT
+from fne_jax.encoders.freezing import TOWERS
 from fne_jax.encoders.model_types import MODELS
 from fne_jax.encoders.pretrained_weights import save_pretrained
-from fne_jax.errors import UserError
-from fne_jax.evaluation.results import read_values
 from fne_jax.files import write_atomically
 from fne_jax.model.model import load_workdir
-from fne_jax.objectives.learned_scalars import LEARNED, bias, temperature, towers_of
+from fne_jax.objectives.learned_scalars import LEARNED, bias, temperature
+from fne_jax.objectives.registry import OBJECTIVES
+
+# The PyTorch module that is copied, the files that it reads, and its one import of ours.
+_MODULE = pathlib.Path(__file__).with_name("image_text_encoder.py")
+_SETTINGS, _HEADS = "image_text_encoder.json", "heads.safetensors"
+_IMPORT = "from fne_jax.data.captions import clean_caption\n"
+_TOKENIZER = "tokenizer_config.json"
 
 _CARD = """---
-library_name: transformers
-tags: [image-text-retrieval, false-negative-elimination]
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [sentence-transformers, image-text-retrieval, false-negative-elimination]
+# Nobody has said. Look at the licences of all that is named under "Limits", and put yours here.
+license: unknown
 ---
 # Image-text retrieval encoders trained with FNE-JAX
 
-Step {step}. Run in this folder, this code gives the embeddings of the run, [n, dim] of length 1,
-from captions and image files as they are. (Lay transparent images on white first.)
+Step {step}. Captions and image files as they are become the embeddings of the run, [n, {dim}] of
+length 1. In this folder, with PyTorch, transformers 5 and Pillow:
 
 ```python
-import io
-import html
-import re
-import unicodedata
+from image_text_encoder import ImageTextEncoder
 
-import numpy as np
-import torch
-import transformers
-from PIL import Image, ImageOps
-
-tokenizer = transformers.AutoTokenizer.from_pretrained("{text_folder}")
-text_model = transformers.AutoModel.from_pretrained("{text_folder}").eval()
-image_model = transformers.AutoModel.from_pretrained("{image_folder}").eval()
-
-
-{clean}
-
-
-@torch.no_grad()
-def embed_texts(captions):
-    tokens = tokenizer(
-        [{cleaned} for caption in captions],
-        padding="max_length",
-        truncation=True,
-        max_length={text_length},
-        return_tensors="pt",
-    )
-    mask = tokens.get("attention_mask", torch.ones_like(tokens["input_ids"]))
-    out = text_model{text_call}(input_ids=tokens["input_ids"], attention_mask=mask{text_options})
-    {text_hidden}
-    return torch.nn.functional.normalize({text_pooled}, dim=-1)
-
-
-def read(path):
-    # As the run stored it: an upright RGB JPEG, of quality 95 unless it was one.
-    image, resize_to = Image.open(path), {resize_to}
-    upright, large = image.getexif().get(0x0112, 1) == 1, 0 < resize_to < min(image.size)
-    if image.format in ("JPEG", "MPO") and image.mode == "RGB" and upright and not large:
-        return image
-    image = ImageOps.exif_transpose(image).convert("RGB")
-    if large:
-        scale = resize_to / min(image.size)
-        size = [max(resize_to, round(side * scale)) for side in image.size]
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    stored = io.BytesIO()
-    image.save(stored, "JPEG", quality=95)
-    return Image.open(stored)
-
-
-@torch.no_grad()
-def embed_images(paths):
-    images = [read(path).resize(({side}, {side}), Image.Resampling.BICUBIC) for path in paths]
-    pixels = (np.stack(images) / 255 - {mean}) / {std}
-    pixels = torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32)
-    out = image_model{image_call}(pixel_values=pixels{image_options})
-    {image_hidden}
-    return torch.nn.functional.normalize({image_pooled}, dim=-1)
+encoder = ImageTextEncoder.load(".")
+images = encoder.embed_images(["beach.jpg"])
+texts = encoder.embed_texts(["a dog runs along the beach"])
+print(images @ texts.T)
 ```
+
+The same with [sentence-transformers](https://sbert.net):
+
+```python
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+# It runs image_text_encoder.py, which you may want to read first.
+model = SentenceTransformer(".", trust_remote_code=True)
+images = model.encode([Image.open("beach.jpg")])
+texts = model.encode(["a dog runs along the beach"])
+print(model.similarity(images, texts))
+```
+
+{opened} What else becomes of an image and a caption is code in `image_text_encoder.py`: it stores
+images as the run did (upright, on white, as JPEG), cleans captions, pools and projects. {cleans}
 
 ## Metrics
 
 {metrics}
+
+## Limits
+
+- Images become squares of {side} x {side} pixels, whatever their shape, and captions are cut to
+  {text_length} tokens{words}.
+- Trained on {train}. On other images, or with captions in another style or language, scores may be
+  far lower.
+- The encoders began as {sources}.
+- The run computed in {dtype}; these weights are float32.
 
 ## Config
 
@@ -98,28 +88,20 @@ def embed_images(paths):
 {config}
 ```
 """
-# Of the hidden states, and of the mask where they are of captions.
-_POOLED = {
-    CHECKPOINT: "out.pooler_output",
-    "mean": "(hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)",
-    "mean_with_padding": "hidden.mean(1)",
-    LONGEST_POOLING: "hidden[:, : mask.sum(1).max()].mean(1)",
-    "first": "hidden[:, 0]",
-    "max": "hidden.masked_fill(mask[..., None] == 0, -1e9).amax(1)",
-    FIRST_AND_MEAN: "torch.cat([hidden[:, 0], (hidden * mask[..., None])[:, 1:].sum(1) / "
-    "mask[:, 1:].sum(1, keepdim=True)], -1)",
-}
-_LAYERS = """norm = getattr({name}, "layernorm", getattr({name}, "norm", lambda hidden: hidden))
-    layers = [norm(layer) for layer in out.hidden_states[-{count}:-1]]
-    hidden = torch.cat([*layers, out.last_hidden_state], -1)"""
+_PAIR = "`AutoModel`, `AutoProcessor` and the like open this folder."
+_APART = """`AutoModel` opens `image` and `text` (their pooler, which it misses, is not used), and
+`AutoImageProcessor` and `AutoTokenizer` open theirs."""
+_CLEANS = """The
+tokenizer cleans captions by its own normalizers as well, but leaves HTML's entities (`&amp;`) as
+they are, and finds special tokens (`[SEP]`) before it cleans{prompt}."""
 
 
 def export(workdir: pathlib.Path, checkpoint: str, out: pathlib.Path) -> list[pathlib.Path]:
-    """Writes both encoders, the tokenizer and README.md.
+    """Writes both encoders, the tokenizer, what else makes an embedding, and README.md.
 
     CLIP and SigLIP become one model, in `out` itself; other pairs one model each, in `out/image`
-    and `out/text`. What goes on around these models (cleaning, resizing, pooling, L2 normalisation)
-    is code in README.md.
+    and `out/text`. `out/image_text_encoder.py` is a PyTorch module of both with all that goes on
+    around them: cleaning, resizing, pooling, projecting. sentence-transformers opens `out` by it.
 
     Args:
       workdir: The folder of the run.
@@ -130,87 +112,197 @@ def export(workdir: pathlib.Path, checkpoint: str, out: pathlib.Path) -> list[pa
       The folders that transformers can open.
 
     Raises:
-      UserError: if there is no such run, or a projection of ours follows its encoders.
+      UserError: if there is no such run, or transformers has no model of an encoder by itself.
     """
     model = load_workdir(workdir, checkpoint)
-    config, module = model.config, model.module
-    if config.encoder.projection_dim:
-        raise UserError(
-            f"{workdir}: its encoders end in a projection of "
-            f"{config.encoder.projection_dim} dimensions, which transformers' models have no place "
-            "for; use fne_jax.load_workdir"
-        )
-    if module.image.pooled_dim and module.text.pooled_dim:
-        folders = [out]
-        save_pretrained(out, module, towers_of(model.params) | _scalars(model))
+    module, params = model.module.clone(projection_dim=0), {}
+    weights: dict[str, np.ndarray] = {}
+    settings: dict[str, Any] = {tower: _head(model, tower, weights) for tower in TOWERS}
+    for tower in TOWERS:
+        params[tower] = dict(model.params[tower])
+        if params[tower].pop("sentence_head", None):
+            bare = getattr(module, tower).clone(sentence_head=None)
+            module = module.clone(**{tower: bare})
+    kinds = tuple(type(getattr(module, tower)) for tower in TOWERS)
+    scalars = next((one.scalars for one in MODELS.values() if one.towers == kinds), None)
+    learned = _scalars(model)
+    if scalars is None:
+        folders = [out / tower for tower in TOWERS]
+        for tower in TOWERS:
+            model_type_of(getattr(module, tower))  # raises before anything is written
+        for tower, folder in zip(TOWERS, folders, strict=True):
+            save_pretrained(folder, getattr(module, tower), params[tower])
     else:
-        folders = [out / "image", out / "text"]
-        save_pretrained(out / "image", module.image, model.params["image"])
-        save_pretrained(out / "text", module.text, model.params["text"])
-    # Fitted tokenizers know no limit, and others may know a larger one.
-    model.tokenizer.model_max_length = config.evaluation.text_length
-    model.tokenizer.save_pretrained(folders[-1])
-    write_atomically(out / "README.md", _model_card(workdir, model))
-    return folders
+        folders = [out, out]
+        # Of an objective without them, the config's.
+        now = {name: jnp.reshape(learned[name], first.shape) for name, first in scalars.items()}
+        save_pretrained(out, module, params | now)
+    _write_preprocessor(folders[0], model)
+    _write_tokenizer(folders[1], model)
+    config = model.config
+    for tower, folder in zip(TOWERS, folders, strict=True):
+        settings[tower]["folder"] = os.path.relpath(folder, out)
+    settings |= {
+        name: config.data[name] for name in ("resize_to", "cleaning", "max_words", "prompt")
+    }
+    settings["dim"] = model.embed_texts([]).shape[-1]
+    of_objective = OBJECTIVES[config.objective.name].settings(config)
+    for name, setting in (("logit_scale", "temperature"), ("logit_bias", "bias")):
+        if setting in of_objective:
+            settings[name] = float(learned[name])
+    source = _MODULE.read_text("utf-8")
+    cleaning = "import html\nimport re\nimport unicodedata\n\n\n"
+    cleaning += inspect.getsource(caption_lib.clean_caption)
+    contents = {
+        _MODULE.name: source.replace(_IMPORT, cleaning),
+        _SETTINGS: _json(settings),
+        # By which sentence-transformers opens the folder.
+        "modules.json": _json(
+            [{"idx": 0, "name": "0", "path": "", "type": f"{_MODULE.stem}.ImageTextEncoder"}]
+        ),
+        "config_sentence_transformers.json": _json({"similarity_fn_name": "cosine"}),
+        "README.md": _model_card(workdir, model, settings),
+    }
+    for name, content in contents.items():
+        write_atomically(out / name, content)
+    if weights:
+        write_atomically(out / _HEADS, safetensors.numpy.save(weights))
+    return sorted({*folders})
+
+
+def cleaning_normalizer(cleaning: str, max_words: int) -> normalizers.Normalizer:
+    """Returns what cleans texts as `clean_caption` does, but leaves HTML's entities as they are.
+
+    Args:
+      cleaning: As for `clean_caption`.
+      max_words: As for `clean_caption`.
+    """
+    steps: list[normalizers.Normalizer] = [normalizers.NFC()]
+    if cleaning != caption_lib.NONE:
+        # The one letter whose lower case depends on what follows, in Python alone.
+        sigma = normalizers.Replace(Regex(r"(?<=\p{L})\u03a3(?!\p{L})"), "\u03c2")
+        steps += [sigma, normalizers.Lowercase()]
+    if cleaning == caption_lib.AUTHORS:
+        steps += [
+            normalizers.Replace(Regex("[-/]"), " "),
+            normalizers.Replace(Regex(r"""[,.'!?"()*#:;~]"""), ""),
+            normalizers.Replace("<person>", "person"),
+        ]
+    # What Python splits words at.
+    steps += [normalizers.Replace(Regex(r"[\s\x1c-\x1f]+"), " "), normalizers.Strip()]
+    if max_words:
+        rest = Regex(rf"^\S+(?: \S+){{{max_words - 1}}}\K .*$")
+        steps.append(normalizers.Replace(rest, ""))
+    return normalizers.Sequence(steps)
+
+
+def _head(model, tower, weights):
+    """Returns how a tower is pooled and which layers follow; their weights are added to others."""
+    settings, params, layers = model.config.encoder[tower], model.params, []
+    pooling, head = settings.pooling, getattr(getattr(model.module, tower), "sentence_head", None)
+    if head and pooling == CHECKPOINT:
+        pooling = head.pooling
+        for index, layer in enumerate(head.layers):
+            layers.append(("linear", params[tower]["sentence_head"][f"dense_{index}"]))
+            layers.append((layer.activation.lower(), {}))
+    projection = params.get(f"{tower}_projection", {})
+    if "output" in projection:
+        layers += [("norm", projection["norm"]), ("linear", projection["hidden"])]
+        layers += [("gelu", {}), ("linear", projection["output"])]
+    elif projection:
+        layers.append(("linear", projection))
+    names = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+    described = []
+    for index, (kind, arrays) in enumerate(layers):
+        sizes = {name: np.shape(array) for name, array in arrays.items()}
+        bias_or_none = ["bias" in arrays] if kind == "linear" else []
+        described.append([kind, *sizes.get("kernel", sizes.get("scale", ())), *bias_or_none])
+        for name, array in arrays.items():
+            transposed = np.asarray(array, np.float32).T
+            weights[f"{tower}.{index}.{names[name]}"] = np.ascontiguousarray(transposed)
+    return {"pooling": pooling, "pooled_layers": settings.pooled_layers, "head": described}
 
 
 def _scalars(model):
     """Returns the logit scale and bias of the run's objective by now, as the pair names them."""
     objective, learned = model.config.objective, model.params.get(LEARNED)
-    now = {
+    return {
         "logit_scale": -jnp.log(temperature(objective.temperature, learned)),
         "logit_bias": bias(objective.bias, learned),
     }
-    scalars = MODELS[model_type_of(model.module)].scalars
-    return {name: jnp.reshape(now[name], start.shape) for name, start in scalars.items()}
 
 
-def _encoding(model, tower):
-    """Returns the card's lines that run a tower and pool what it gives."""
-    pooling, count = (model.config.encoder[tower][name] for name in ("pooling", "pooled_layers"))
-    part = {"image": "vision_model", "text": "text_model"}[tower]
-    if pooling == CHECKPOINT:
-        part, hidden = f"get_{tower}_features", ""
-    elif count > 1:
-        hidden = _LAYERS.format(name=f"{tower}_model", count=count)
-    else:
-        hidden = "hidden = out.last_hidden_state"
-    if hidden and tower == "image":
-        hidden += "\n    mask = torch.ones(hidden.shape[:2])"
-    pair = model.module.image.pooled_dim and model.module.text.pooled_dim
-    return {
-        f"{tower}_folder": "." if pair else tower,
-        f"{tower}_call": f".{part}" if pair else "",
-        f"{tower}_options": ", output_hidden_states=True" if count > 1 else "",
-        f"{tower}_hidden": hidden,
-        f"{tower}_pooled": _POOLED[pooling],
+def _write_preprocessor(folder, model):
+    """Writes what resizes and normalises pixels as the run does."""
+    side = model.config.encoder.image.image_size
+    fields = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": list(model.config.image_mean),
+        "image_std": list(model.config.image_std),
     }
+    write_atomically(folder / "preprocessor_config.json", _json(fields))
 
 
-def _model_card(workdir, model) -> str:
-    config = model.config
-    cleaned = f"clean_caption(caption, {config.data.max_words}, {config.data.cleaning!r})"
-    if config.data.prompt:
-        cleaned = f"({config.data.prompt!r} + {cleaned}).strip()"
-    tables = []
+def _write_tokenizer(folder, model):
+    """Writes the tokenizer, to cut captions to the run's length and, if it is fast, clean them."""
+    tokenizer, data = model.tokenizer, model.config.data
+    # Fitted tokenizers know no limit, and others may know a larger one.
+    tokenizer.model_max_length = model.config.evaluation.text_length
+    if not tokenizer.is_fast:
+        tokenizer.save_pretrained(folder)
+        return
+    backend = tokenizer.backend_tokenizer
+    own, cleaning = backend.normalizer, cleaning_normalizer(data.cleaning, data.max_words)
+    backend.normalizer = normalizers.Sequence([cleaning, own]) if own else cleaning
+    tokenizer.save_pretrained(folder)
+    backend.normalizer = own
+    # Those of a model type make their normalizer anew, whatever the file says.
+    about = json.loads((folder / _TOKENIZER).read_text("utf-8"))
+    write_atomically(folder / _TOKENIZER, _json(about | {"tokenizer_class": "TokenizersBackend"}))
+
+
+def _model_card(workdir, model, settings):
+    config, train, tables = model.config, model.data.get("train"), []
     for path in sorted(workdir.glob("eval_*.json")):
-        report = json.loads(path.read_text())
-        rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in read_values(report).items())
+        report = json.loads(path.read_text("utf-8"))
+        data = DatasetIdentity(**report["data"]) if "data" in report else "data nobody recorded"
         tables.append(
-            f"{report['split']}, step {report['step']}, {report['images']} images, "
-            f"{report['captions']} captions\n\n| metric | value |\n| --- | --- |\n{rows}"
+            f"{report['split']} split of {_name(config, report['split'])}, step {report['step']}, "
+            f"{report['images']} images, {report['captions']} captions: {data}\n\n"
+            "| metric | value | 95 % interval |\n| --- | --- | --- |"
         )
+        for name, one in report["metrics"].items():
+            tables[-1] += f"\n| {name} | {one['value']:.2f} | {one['low']:.2f}-{one['high']:.2f} |"
+    max_words, prompt = config.data.max_words, config.data.prompt
+    cleans = _CLEANS.format(prompt=f"; {prompt!r} goes before each" if prompt else "")
+    apart = settings["image"]["folder"] != settings["text"]["folder"]
     return _CARD.format(
         step=model.step,
-        resize_to=config.data.resize_to,
-        clean=inspect.getsource(caption_lib.clean_caption).strip(),
-        cleaned=cleaned,
-        text_length=config.evaluation.text_length,
-        side=config.encoder.image.image_size,
-        mean=list(config.image_mean),
-        std=list(config.image_std),
+        dim=settings["dim"],
+        opened=_APART if apart else _PAIR,
+        cleans=cleans if model.tokenizer.is_fast else "",
         metrics="\n\n".join(tables) or "Not evaluated.",
+        side=config.encoder.image.image_size,
+        text_length=config.evaluation.text_length,
+        words=f" and {max_words} words" if max_words else "",
+        train=_name(config, "train") + (f": {train}" if train else ""),
+        sources=" and ".join(config.encoder[tower].pretrained or "random" for tower in TOWERS),
+        dtype=config.encoder.compute_dtype,
         config=json.dumps(json.loads(config.to_json()), indent=2),
-        **_encoding(model, "image"),
-        **_encoding(model, "text"),
     )
+
+
+def _name(config, split):
+    """Returns what a split's data are called: their source, and the name of their folder."""
+    data = data_of(config.data, split)
+    return f"{data.source} {pathlib.Path(data.dir).name}".strip()
+
+
+def _json(content):
+    return json.dumps(content, indent=2) + "\n"

@@ -1,0 +1,229 @@
+"""What is exported gives the run's own similarities, without this package."""
+
+import html
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from fne_jax import configuration, convert
+from fne_jax.conversion import export
+from fne_jax.data import captions
+from fne_jax.data.sources.registry import load_split
+from fne_jax.model.model import build_model, initial_params
+from fne_jax.parallel import sharding
+from tests.support.tiny import tiny_config
+
+CAPTIONS = [
+    "A man-made <person>, in RED! " * 8,
+    "it's (2) dogs/cats: w3 w4 w5",
+    "w1",
+    "w1  w2 w9",
+    "caf\u00e9 &amp; [SEP] \u039f\u0394\u039f\u03a3",
+]
+# Two encoders of the golden folder, and fields of their config.
+AUTHORS = ("trajectory/vit", "trajectory/bert"), {"encoder__text__pooling": "mean_with_padding"}
+CLIP = ("clip", "clip"), {"encoder__image__image_size": 32, "data__prompt": "w2 "}
+SIGLIP = ("siglip", "siglip"), {"encoder__image__image_size": 32, "encoder__projection_dim": 6}
+LAYERS = (
+    ("encoders/vit", "encoders/bert"),
+    {
+        "encoder__image__pooling": "first",
+        "encoder__text__pooling": "mean",
+        "encoder__image__pooled_layers": 2,
+        "encoder__text__pooled_layers": 2,
+        "data__resize_to": 25,
+        "data__max_words": 3,
+    },
+)
+EVALUATION = {
+    "metrics": {"rsum": {"value": 212.5, "low": 200.0, "high": 220.0}},
+    "data": {"pairs": 25, "images": 5, "checksum": "0123", "image_checksum": "4567"},
+    **{"split": "test", "step": 3, "images": 5, "captions": 25},
+}
+# The text encoder a folder of sentence-transformers that ends in a dense layer.
+HEADS = (
+    ("encoders/vit", "sentences"),
+    {
+        "encoder__projection_dim": 6,
+        "encoder__projection_hidden": 10,
+        "encoder__image__lora_rank": 2,
+        "encoder__image__pooling": "first_and_mean",
+        "data__cleaning": "none",
+        "objective__name": "clip",
+        "objective__learn_temperature": True,
+    },
+)
+SLOW = {"authors": AUTHORS, "siglip": SIGLIP, "layers": LAYERS}
+CASES = [pytest.param(*CLIP, id="clip"), pytest.param(*HEADS, id="heads")]
+CASES += [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()]
+
+
+@pytest.fixture
+def run(golden, tmp_path, monkeypatch):
+    """Returns a function that returns a model of random parameters, which `export` takes."""
+
+    def run(towers, fields):
+        sources = [golden / name for name in towers]
+        if towers[1] == "sentences":
+            sources[1] = with_dense_layer(golden / "encoders" / "bert", tmp_path / "sentences")
+        tokenizer, train = tmp_path / "tokenizer", load_split(tiny_config().data, 8, "train")
+        captions.fit_tokenizer(train.captions, 50).save_pretrained(tokenizer)
+        config, architectures = configuration.resolve(
+            tiny_config(
+                encoder__image__pretrained=str(sources[0]),
+                encoder__text__pretrained=str(sources[1]),
+                data__tokenizer=str(tokenizer),
+                data__text_length=12,
+                **{"encoder__image__image_size": 16, **fields},
+            )
+        )
+        loaded = captions.load_tokenizer(str(tokenizer))
+        model = build_model(config, architectures, loaded, sharding.create_mesh())
+        params, _ = initial_params(model.module, config, jax.random.key(0))
+        leaves, tree = jax.tree.flatten(params)
+        # Biases, norms and factors begin at 0 or 1, of which a mistake is not seen.
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        noise = [0.1 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
+        model = model.with_params(jax.tree.map(jax.numpy.add, params, tree.unflatten(noise)))
+        monkeypatch.setattr(export, "load_workdir", lambda *_: model)
+        return model
+
+    return run
+
+
+def with_dense_layer(source, folder):
+    """Makes a folder of sentence-transformers of an encoder."""
+    kinds = ("Transformer", "Pooling", "Dense")
+    contents = {
+        "modules.json": [
+            {"type": f"sentence_transformers.models.{kind}", "path": kind if number else ""}
+            for number, kind in enumerate(kinds)
+        ],
+        "Pooling/config.json": {"pooling_mode": "max"},
+        "Dense/config.json": {"out_features": 7},
+    }
+    shutil.copytree(source, folder)
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Files of images: upright, turned by EXIF, and transparent."""
+    paths = [tmp_path / name for name in ("upright.jpg", "turned.jpg", "transparent.png")]
+    for path, exif in zip(paths, (1, 6, 1), strict=True):
+        mode = "RGBA" if path.suffix == ".png" else "RGB"
+        pixels = np.random.default_rng(exif).integers(0, 256, (3, 5, len(mode)), np.uint8)
+        image = Image.fromarray(pixels).resize((50, 30))
+        image.getexif()[0x0112] = exif
+        image.save(path, quality=95, exif=image.getexif())
+    return paths
+
+
+def exported(folder):
+    """Exports the run into a folder; returns the blocks of code in its model card."""
+    convert.main(["export", f"--workdir={folder.parent}", f"--out={folder}"])
+    blocks = (folder / "README.md").read_text().split("```python\n")[1:]
+    return [block.split("```")[0] for block in blocks]
+
+
+@pytest.mark.parametrize(("towers", "fields"), CASES)
+def test_following_the_model_card_gives_the_similarities_of_the_run(
+    run, images, tmp_path, monkeypatch, towers, fields
+):
+    model, out = run(towers, fields), tmp_path / "out"
+    (tmp_path / "eval_test.json").write_text(json.dumps(EVALUATION))
+    code = exported(out)[0]
+    card = (out / "README.md").read_text()
+    assert "| rsum | 212.50 | 200.00-220.00 |" in card and "(checksum 0123, of" in card
+    shutil.copy(images[0], out / "beach.jpg")
+    monkeypatch.chdir(out)
+    monkeypatch.syspath_prepend(str(out))
+    monkeypatch.delitem(sys.modules, "image_text_encoder", raising=False)
+    names = {}
+    exec(code, names)
+    encoder = names["encoder"]
+    ours = model.embed_images(images) @ model.embed_texts(CAPTIONS).T
+    theirs = encoder.embed_images(images) @ encoder.embed_texts(CAPTIONS).T
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
+    assert encoder.get_embedding_dimension() == names["texts"].shape[-1]
+    assert ("logit_scale" in encoder.settings) == (model.config.objective.name == "clip")
+    # By transformers' own classes as well: a JPEG as it is, and captions that begin with no prompt.
+    places = [out / encoder.settings[tower]["folder"] for tower in ("image", "text")]
+    processor = transformers.AutoImageProcessor.from_pretrained(places[0])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(places[1])
+    prompt = model.config.data.prompt
+    if not model.config.data.resize_to:
+        upright = Image.open(images[0])
+        pixels = processor(upright, return_tensors="np")["pixel_values"]
+        ours = encoder.preprocess([upright])["pixel_values"]
+        np.testing.assert_allclose(pixels, ours, atol=1e-5)
+    texts = [prompt + text for text in CAPTIONS[:-1]]
+    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="np")
+    np.testing.assert_array_equal(
+        tokens["input_ids"], encoder.preprocess(CAPTIONS[:-1])["input_ids"]
+    )
+
+
+# Letters of all kinds, and all that cleaning looks at. HTML's entities begin with &.
+LETTERS = st.sampled_from(
+    "aBw \t\n\u00a0\u2003\x1c\x85,.'!?\"()*#:;~-/<>&\u0130\u03a3\u00c9e\u0301"
+)
+TEXTS = st.lists(st.one_of(LETTERS, st.characters(codec="utf-8"), st.just("<person>")))
+
+
+@pytest.mark.parametrize("cleaning", captions.CLEANINGS)
+@given(letters=TEXTS, max_words=st.integers(0, 3))
+def test_the_normalizer_cleans_as_the_run_does(cleaning, letters, max_words):
+    text = "".join(letters)
+    if html.unescape(text) == text:
+        normalized = export.cleaning_normalizer(cleaning, max_words).normalize_str(text)
+        assert normalized == captions.clean_caption(text, max_words, cleaning)
+
+
+# The package in the way of an import, as where it is not installed.
+ALONE = """
+import sys; sys.modules["fne_jax"] = None
+exec(sys.argv[1])
+import numpy; from PIL import Image
+paths, texts = sys.argv[2:5], sys.argv[5:]
+"""
+IN_PYTORCH = "similarity = encoder.embed_images(paths) @ encoder.embed_texts(texts).T"
+# And once more after saving.
+IN_SENTENCE_TRANSFORMERS = """
+embedded = model.encode(texts)
+similarity = model.encode([*map(Image.open, paths)]) @ embedded.T
+model.save("again")
+again = SentenceTransformer("again", trust_remote_code=True).encode(texts)
+numpy.testing.assert_allclose(again, embedded, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [0, 1], ids=["pytorch", "sentence_transformers"])
+def test_a_folder_needs_nothing_of_this_package(run, images, tmp_path, block):
+    if block:
+        reason = "not beside the suite's own packages: .ci/run"
+        pytest.importorskip("sentence_transformers", reason=reason)
+    model, out = run(*HEADS), tmp_path / "out"
+    code = exported(out)[block]
+    shutil.copy(images[0], out / "beach.jpg")
+    script = ALONE + (IN_PYTORCH, IN_SENTENCE_TRANSFORMERS)[block]
+    script += "\nnumpy.save('similarity.npy', similarity)"
+    command = [sys.executable, "-c", script, code, *map(str, images), *CAPTIONS]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run(command, cwd=out, env=environment, check=True)
+    ours = model.embed_images(images) @ model.embed_texts(CAPTIONS).T
+    np.testing.assert_allclose(np.load(out / "similarity.npy"), ours, atol=1e-4)
