@@ -37,6 +37,9 @@ def main(arguments: list[str]) -> None:
     exported.add_argument("--workdir", required=True, help="folder of the run")
     exported.add_argument("--checkpoint", default="best", help="best, latest or a step")
     exported.add_argument("--out", required=True, help="folder to make")
+    exported.add_argument(
+        "--stablehlo", action="store_true", help="both encoders as programs for jax alone, too"
+    )
     exported.set_defaults(convert=convert_export)
     order = commands.add_parser(
         "order", help="a split's names, captions and ids, in the order of the rows of embeddings"
@@ -67,7 +70,7 @@ def convert_export(options: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise UserError(f"unknown argument {overrides[0]!r}; see --help")
     workdir, out = pathlib.Path(options.workdir), pathlib.Path(options.out)
-    for path in export(workdir, options.checkpoint, out):
+    for path in export(workdir, options.checkpoint, out, stablehlo=options.stablehlo):
         print(f"written to {path}")
 
 

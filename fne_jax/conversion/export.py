@@ -13,6 +13,7 @@ import numpy as np
 import safetensors.numpy
 from tokenizers import Regex, normalizers
 
+from fne_jax.conversion.stablehlo import write_stablehlo
 from fne_jax.data import captions as caption_lib
 from fne_jax.data.identity import DatasetIdentity
 from fne_jax.data.sources.registry import data_of
@@ -96,7 +97,9 @@ tokenizer cleans captions by its own normalizers as well, but leaves HTML's enti
 they are, and finds special tokens (`[SEP]`) before it cleans{prompt}."""
 
 
-def export(workdir: pathlib.Path, checkpoint: str, out: pathlib.Path) -> list[pathlib.Path]:
+def export(
+    workdir: pathlib.Path, checkpoint: str, out: pathlib.Path, *, stablehlo: bool = False
+) -> list[pathlib.Path]:
     """Writes both encoders, the tokenizer, what else makes an embedding, and README.md.
 
     CLIP and SigLIP become one model, in `out` itself; other pairs one model each, in `out/image`
@@ -107,6 +110,7 @@ def export(workdir: pathlib.Path, checkpoint: str, out: pathlib.Path) -> list[pa
       workdir: The folder of the run.
       checkpoint: `best`, `latest` or a step.
       out: The folder to make.
+      stablehlo: Whether to write the programs of `write_stablehlo` as well.
 
     Returns:
       The folders that transformers can open.
@@ -167,6 +171,8 @@ def export(workdir: pathlib.Path, checkpoint: str, out: pathlib.Path) -> list[pa
         write_atomically(out / name, content)
     if weights:
         write_atomically(out / _HEADS, safetensors.numpy.save(weights))
+    if stablehlo:
+        write_stablehlo(model, out)
     return sorted({*folders})
 
 

@@ -52,7 +52,8 @@ class MPNet(Roberta, kw_only=True):
         """Returns the [heads, tokens, tokens] float32 bias of each query's distance to a token."""
         init = nn.initializers.normal(0.02, jnp.float32)
         table = self.param("relative_attention_bias", init, (_BUCKETS, self.heads))
-        return table[_bucket_of(tokens)].transpose(2, 0, 1)
+        buckets = jnp.asarray(_bucket_of(self.max_tokens))[:tokens, :tokens]
+        return table[buckets].transpose(2, 0, 1)
 
 
 def _bucket_of(tokens: int) -> np.ndarray:

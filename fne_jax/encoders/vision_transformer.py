@@ -59,7 +59,7 @@ class VisionTower(Tower):
         embed = dense(self.width, self.dtype, "patch_embedding", use_bias=patch_bias)
         hidden = embed(flatten_patches(pixels.astype(self.dtype), self.patch_size))
         if class_token:
-            first = self._learned_tokens("class_token", 1, len(pixels))
+            first = self._learned_tokens("class_token", 1, pixels.shape[0])
             hidden = jnp.concatenate([first, hidden], axis=1)
         if positions:
             hidden += self._learned_tokens("position_embedding", hidden.shape[1])
@@ -74,7 +74,7 @@ class VisionTower(Tower):
           hidden: [batch, tokens, width] hidden states, the class token's first.
           count: Number of learned tokens.
         """
-        registers = self._learned_tokens("register_tokens", count, len(hidden))
+        registers = self._learned_tokens("register_tokens", count, hidden.shape[0])
         return jnp.concatenate([hidden[:, :1], registers, hidden[:, 1:]], axis=1)
 
     def _learned_tokens(self, name: str, count: int, batch: int = 1) -> jax.Array:

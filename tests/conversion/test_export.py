@@ -227,3 +227,26 @@ def test_a_folder_needs_nothing_of_this_package(run, images, tmp_path, block):
     subprocess.run(command, cwd=out, env=environment, check=True)
     ours = model.embed_images(images) @ model.embed_texts(CAPTIONS).T
     np.testing.assert_allclose(np.load(out / "similarity.npy"), ours, atol=1e-4)
+
+
+RUN = """
+import sys; sys.modules['fne_jax'] = sys.modules['flax'] = None
+import jax, numpy as np
+image, text = (
+    jax.export.deserialize(bytearray(open(f"out/{tower}.stablehlo", "rb").read())).call
+    for tower in ("image", "text")
+)
+inputs = np.load("inputs.npz")
+np.save("similarity.npy", image(inputs["pixels"]) @ text(inputs["ids"], inputs["mask"]).T)
+"""
+
+
+def test_programs_need_jax_alone(run, images, tmp_path):
+    model, out = run(*HEADS), tmp_path / "out"
+    convert.main(["export", f"--workdir={tmp_path}", f"--out={out}", "--stablehlo"])
+    pixels = np.stack([model.read_image(path, "") for path in images])
+    ids, mask = model.tokenize(CAPTIONS, 20)
+    np.savez(tmp_path / "inputs.npz", pixels=pixels, ids=ids, mask=mask)
+    subprocess.run([sys.executable, "-c", RUN], cwd=tmp_path, check=True)
+    ours = model.embed_images(images) @ model.embedder.texts(model.params, (ids, mask)).T
+    np.testing.assert_allclose(np.load(tmp_path / "similarity.npy"), ours, atol=1e-5)
