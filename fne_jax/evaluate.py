@@ -1,7 +1,7 @@
-"""Evaluates a run's checkpoint, pretrained towers, or any model's embeddings.
+"""Evaluates a run's checkpoint, a published CLIP or SigLIP, or any model's embeddings.
 
 python -m fne_jax.evaluate --workdir=runs/shapes
-python -m fne_jax.evaluate --init=pretrained --config=configs/flickr30k_siglip.py
+python -m fne_jax.evaluate --model=openai/clip-vit-base-patch32 --config=configs/flickr30k.py
 python -m fne_jax.evaluate --embeddings=DIR --protocol=all
 python -m fne_jax.evaluate --embeddings=DIR --config=configs/flickr30k.py --report=theirs.html
 """
@@ -25,7 +25,7 @@ from fne_jax.evaluation import embedding_files, protocols, results
 from fne_jax.false_negatives import judged_evaluation, verdict_judges
 from fne_jax.false_negatives.judged_split import judged_by_embeddings
 from fne_jax.false_negatives.verdict_store import read_any
-from fne_jax.files import check_writable
+from fne_jax.files import as_user_error, check_writable
 from fne_jax.logs import warn_once
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import load_workdir, pretrained_model
@@ -36,7 +36,7 @@ from fne_jax.training import metric_log
 # Where the model comes from; the options that each of these takes.
 _SOURCES = {
     "workdir": {"checkpoint", "split", "weights"},
-    "init": {"config", "split"},
+    "model": {"config", "split"},
     "embeddings": {"config", "split"},
 }
 # What names no file of its own: the evaluation that a run is known by.
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     source = _source(options, overrides)
     json_path, page_path = _paths(options)
     processes.initialize(options)
-    of = {"workdir": _of_run, "init": _of_pretrained, "embeddings": _of_embeddings}[source]
+    of = {"workdir": _of_run, "model": _of_published, "embeddings": _of_embeddings}[source]
     split, about = of(options, overrides)
     if jax.process_index() == 0:
         measured = _report(split, about, json_path, options)
@@ -75,11 +75,11 @@ def _parse(arguments):
     )
     parser.add_argument("--split", help="train, val or test (by default)")
     parser.add_argument(
-        "--init", choices=["pretrained"], help="score the pretrained towers of --config, untrained"
+        "--model", help="a CLIP or SigLIP on the Hugging Face hub or in a folder, to score as it is"
     )
     parser.add_argument(
         "--config",
-        help="with --init, or of the data of --embeddings; --config.x=y overrides its fields",
+        help="of the data of --model or --embeddings; --config.x=y overrides its fields",
     )
     parser.add_argument("--embeddings", help="folder of embeddings, as --dump writes, to score")
     parser.add_argument(
@@ -109,7 +109,7 @@ def _parse(arguments):
     processes.add_arguments(parser)
     options, overrides = command_line.parse_with_overrides(parser, arguments)
     command_line.expand_home(
-        options, "workdir", "embeddings", "dump", "out", "report", "config", "verdicts"
+        options, "workdir", "model", "embeddings", "dump", "out", "report", "config", "verdicts"
     )
     if options.sample is not None and options.verdicts is None:
         raise UserError("--sample goes with --verdicts")
@@ -124,15 +124,15 @@ def _source(options: argparse.Namespace, overrides: list[str]) -> str:
     sources = [name for name in _SOURCES if name in given]
     if len(sources) != 1:
         raise UserError(
-            "give one of the --workdir of a run, --init=pretrained with a --config, or the folder "
-            "of --embeddings"
+            "give one of the --workdir of a run, a --model with a --config, or the folder of "
+            "--embeddings"
         )
     source = sources[0]
     for name in sorted(given & set().union(*_SOURCES.values()) - _SOURCES[source]):
         owners = " or ".join(f"--{other}" for other in _SOURCES if name in _SOURCES[other])
         raise UserError(f"--{name} goes with {owners}, not with --{source}")
-    if source == "init" and options.config is None:
-        raise UserError("--init=pretrained takes a --config")
+    if source == "model" and options.config is None:
+        raise UserError("--model takes the --config of the data")
     if source == "embeddings" and options.config is None and overrides:
         raise UserError(f"unknown argument {overrides[0]!r}; see --help")
     if source == "embeddings" and options.config is None and options.verdicts is not None:
@@ -223,10 +223,12 @@ def _of_run(
     return _embedded(model, workdir.resolve().name, weights, options)
 
 
-def _of_pretrained(options, overrides):
-    """Returns the same of pretrained towers."""
-    model = pretrained_model(configuration.load_config(options.config, overrides))
-    name = f"pretrained, {pathlib.Path(options.config).stem}"
+def _of_published(options, overrides):
+    """Returns the same of a CLIP or SigLIP, with captions and pixels as it was trained on."""
+    with as_user_error(f"--model={options.model}", errors=UserError):
+        fields = configuration.overrides_of_pair(options.model)
+    model = pretrained_model(configuration.load_config(options.config, [*fields, *overrides]))
+    name = pathlib.Path(options.model).name
     split, about = _embedded(model, name, "online", options)
     return dataclasses.replace(split, step=None), about
 
@@ -308,7 +310,7 @@ def _write_page(path: pathlib.Path, split: EmbeddedSplit, measured, options) -> 
     if options.workdir is not None:
         of_run["weights"] = _chosen(options)["weights"]
         of_run["log"] = metric_log.read_metrics(pathlib.Path(options.workdir))
-    elif options.init is not None:
+    elif options.model is not None:
         of_run["weights"] = "online"
     write_run_report(path, split, metrics, **of_run)
     print(f"written to {path}")

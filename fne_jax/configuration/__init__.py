@@ -1,7 +1,7 @@
 """Configs: loaded with overrides, checked and resolved; stored beside a run, compared on resume."""
 
 from fne_jax.configuration.loading import load_config, override
-from fne_jax.configuration.resolving import resolve, with_model_defaults
+from fne_jax.configuration.resolving import overrides_of_pair, resolve, with_model_defaults
 from fne_jax.configuration.rules import check_batches, flatten, validate
 from fne_jax.configuration.storing import (
     FILE_NAME,
@@ -20,6 +20,7 @@ __all__ = [
     "flatten",
     "load_config",
     "override",
+    "overrides_of_pair",
     "read_config",
     "resolve",
     "store_config",

@@ -13,8 +13,13 @@ import ml_collections
 from fne_jax.configuration.rules import validate
 from fne_jax.data.captions import AUTHORS, LOWER, NONE, TRAIN
 from fne_jax.encoders import towers
-from fne_jax.encoders.architectures import LOWER_CASE, SENTENCE_MODULES
-from fne_jax.encoders.dual_encoder import CHECKPOINT
+from fne_jax.encoders.architectures import (
+    LOWER_CASE,
+    SENTENCE_MODULES,
+    build_from_architecture,
+    read_architecture,
+)
+from fne_jax.encoders.dual_encoder import CHECKPOINT, DualEncoder
 from fne_jax.errors import UserError
 from fne_jax.objectives.negative_sampling import suspicion_threshold
 from fne_jax.objectives.registry import check_learned
@@ -38,6 +43,43 @@ _PIXELS = {
     "dinov2_with_registers": _IMAGENET_PIXELS,
     "dinov3_vit": _IMAGENET_PIXELS,
 }
+# What a config leaves to a published pair, whatever its own encoders had it say.
+_OF_PAIR = {
+    **{f"encoder.{tower}.{field}": value
+       for tower in towers.TOWERS
+       for field, value in (("pooling", "auto"), ("pooled_layers", 1), ("frozen_layers", "none"),
+                            ("lora_rank", 0))},
+    "encoder.text.training_pooling": "auto",
+    "encoder.projection_dim": 0,
+    "encoder.projection_hidden": 0,
+    "image_mean": "()",
+    "image_std": "()",
+    "data.tokenizer": "auto",
+    "data.cleaning": "auto",
+    "data.max_words": 0,
+    "data.prompt": "auto",
+    "data.text_length": 0,
+    "evaluation.text_length": 0,
+}  # fmt: skip
+
+
+def overrides_of_pair(path_or_hub_name: str) -> list[str]:
+    """Returns `--config.x=y` by which any config describes a published CLIP or SigLIP as it comes.
+
+    Raises:
+      UserError: if there is no such model, or it is of another type.
+    """
+    architecture = read_architecture(path_or_hub_name)
+    pair = build_from_architecture(architecture, path_or_hub_name)
+    if not isinstance(pair, DualEncoder):
+        raise UserError(
+            f"{path_or_hub_name} is of type {architecture['model_type']}; expected one of "
+            f"{', '.join(_PAIRS)}, which encode both images and texts. Of other models evaluate "
+            "the --embeddings"
+        )
+    fields = _OF_PAIR | {"encoder.image.image_size": pair.image.image_size}
+    fields |= {f"encoder.{tower}.pretrained": path_or_hub_name for tower in towers.TOWERS}
+    return [f"--config.{name}={value}" for name, value in fields.items()]
 
 
 def resolve(

@@ -272,28 +272,36 @@ def test_a_trained_model_embeds_what_it_is_given(trained, tmp_path):
         model.embed_images([val.images[0], np.zeros((4, 4, 3))])
 
 
-def test_pretrained_towers_are_scored_without_training(golden, tokenizer_folder, tmp_path):
+def test_a_published_pair_is_scored_as_it_is(golden, tokenizer_folder, tmp_path, monkeypatch):
+    # Of a config whose own encoders are others.
     (tmp_path / "config.py").write_text(
         "from tests.support.tiny import tiny_config\n\n"
         "def get_config():\n"
-        "    return tiny_config(encoder__image__image_size=32, data__text_length=16)\n"
+        "    return tiny_config(encoder__projection_dim=4, encoder__text__frozen_layers='all',\n"
+        "                       encoder__image__pooling='first')\n"
+    )
+    models, original = [], evaluate.pretrained_model
+    monkeypatch.setattr(
+        evaluate, "pretrained_model", lambda config: models.append(original(config)) or models[-1]
     )
     arguments = [
-        "--init=pretrained",
+        f"--model={golden / 'siglip'}",
         f"--config={tmp_path / 'config.py'}",
-        f"--config.encoder.image.pretrained={golden / 'siglip'}",
-        f"--config.encoder.text.pretrained={golden / 'siglip'}",
-        "--config.encoder.image.pooling=checkpoint",
-        "--config.encoder.text.pooling=checkpoint",
         f"--config.data.tokenizer={tokenizer_folder}",
         f"--out={tmp_path / 'scores.json'}",
     ]
     evaluate.main(arguments)
     report = json.loads((tmp_path / "scores.json").read_text())
-    assert report["step"] == 0 and read_values(report)["rsum"] > 0
-    with pytest.raises(UserError, match=r"encoder.text.pretrained is empty"):
-        evaluate.main([a for a in arguments if "text.pretrained" not in a])
+    assert report["name"] == "siglip" and read_values(report)["rsum"] > 0
+    (model,) = models
+    assert model.config.image_mean == (0.5,) * 3 and model.config.data.text_length == 16
+    module, params = fne_jax.load_pretrained(golden / "siglip")
+    tokens = model.tokenize(["w1 w2", "w3"], 16)
+    theirs = module.apply({"params": params}, *tokens, method="encode_text")
+    np.testing.assert_allclose(model.embed_texts(["w1 w2", "w3"]), theirs, atol=1e-5)
+    with pytest.raises(UserError, match=r"is of type vit; expected one of clip, siglip, which"):
+        evaluate.main([f"--model={golden / 'trajectory' / 'vit'}", *arguments[1:]])
     with pytest.raises(UserError, match="give one of the --workdir"):
-        evaluate.main(["--init=pretrained", "--workdir=x"])
-    with pytest.raises(UserError, match="--config goes with --init or --embeddings, not with --wo"):
+        evaluate.main(["--model=x", "--workdir=x"])
+    with pytest.raises(UserError, match="--config goes with --model or --embeddings, not with --w"):
         evaluate.main(["--workdir=x", "--config=y"])
