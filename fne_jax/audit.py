@@ -53,7 +53,8 @@ def main(arguments: list[str]) -> None:
         name, theirs = workdir.resolve().name, options.caption_embeddings
         judged = judged_split.judged_by_model(model, name, options.split, theirs)
     else:
-        config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
+        config = configuration.load_config(options.config, overrides)
+        config = configuration.with_model_defaults(config, {})  # no encoder of it is needed
         judged = judged_split.judged_by_embeddings(
             pathlib.Path(options.embeddings), config, options.split, options.caption_embeddings
         )

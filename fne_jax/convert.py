@@ -76,7 +76,8 @@ def convert_export(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def convert_order(options: argparse.Namespace, overrides: list[str]) -> None:
     """Writes all files of a folder of embeddings except the embeddings, without a model."""
-    config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
+    config = configuration.load_config(options.config, overrides)
+    config = configuration.with_model_defaults(config, {})  # no encoder of it is needed
     dataset, out = load_evaluation_split(config, options.split), pathlib.Path(options.out)
     embedding_files.write_order(out, dataset)
     print(

@@ -252,7 +252,8 @@ def _of_embeddings(options, overrides):
     if options.config is None:
         split = dataclasses.replace(embedding_files.read_embeddings(folder), name=name)
     else:
-        config, _ = configuration.resolve(configuration.load_config(options.config, overrides))
+        config = configuration.load_config(options.config, overrides)
+        config = configuration.with_model_defaults(config, {})  # no encoder of it is needed
         split = judged_by_embeddings(folder, config, _chosen(options)["split"])
         about["split"] = split.split_name
     protocols.check_suits(options.protocol, split.image_id, split.caption_id)

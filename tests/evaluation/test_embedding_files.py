@@ -265,7 +265,8 @@ def test_an_order_takes_anyone_s_embeddings(split, tmp_path, capsys):
     config.parent.mkdir()
     config.write_text(
         "from tests.support.tiny import tiny_config\n\n"
-        "def get_config():\n    return tiny_config(data__synthetic__images=9).lock()\n"
+        "def get_config():\n    return tiny_config(data__synthetic__images=9, "
+        "encoder__image__pretrained='not/here').lock()\n"
     )
     out = tmp_path / "theirs"
     convert.main(["order", f"--config={config}", "--split=val", f"--out={out}"])
@@ -278,7 +279,7 @@ def test_an_order_takes_anyone_s_embeddings(split, tmp_path, capsys):
     image_emb = unit(np.random.default_rng(0), len(names["images"]))
     np.save(out / "image_embeddings.npy", image_emb)
     np.save(out / "text_embeddings.npy", image_emb[owner])
-    evaluate.main([f"--embeddings={out}"])
+    evaluate.main([f"--embeddings={out}", f"--config={config}", "--split=val"])
     assert "rSum 600.0" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"image_embeddings.npy already exists"):
         convert.main(["order", f"--config={config}", "--split=val", f"--out={out}"])
