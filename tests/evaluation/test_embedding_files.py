@@ -265,11 +265,11 @@ def test_an_order_takes_anyone_s_embeddings(split, tmp_path, capsys):
     config.parent.mkdir()
     config.write_text(
         "from tests.support.tiny import tiny_config\n\n"
-        "def get_config():\n    return tiny_config(data__synthetic__images=9, "
-        "encoder__image__pretrained='not/here').lock()\n"
+        "def get_config():\n    return tiny_config(data__synthetic__images=9).lock()\n"
     )
+    config = [f"--config={config}", "--config.encoder.image.pretrained=not/here", "--split=val"]
     out = tmp_path / "theirs"
-    convert.main(["order", f"--config={config}", "--split=val", f"--out={out}"])
+    convert.main(["order", *config, f"--out={out}"])
     assert "save your model's image_embeddings.npy" in capsys.readouterr().out
     names = json.loads((out / "names.json").read_text())
     owner = np.load(out / "caption_image.npy")
@@ -279,10 +279,10 @@ def test_an_order_takes_anyone_s_embeddings(split, tmp_path, capsys):
     image_emb = unit(np.random.default_rng(0), len(names["images"]))
     np.save(out / "image_embeddings.npy", image_emb)
     np.save(out / "text_embeddings.npy", image_emb[owner])
-    evaluate.main([f"--embeddings={out}", f"--config={config}", "--split=val"])
+    evaluate.main([f"--embeddings={out}", *config])
     assert "rSum 600.0" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"image_embeddings.npy already exists"):
-        convert.main(["order", f"--config={config}", "--split=val", f"--out={out}"])
+        convert.main(["order", *config, f"--out={out}"])
 
 
 def test_an_archive_under_another_name_is_named(folder):
