@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
 
 from fne_jax import configuration, convert
 from fne_jax.conversion import export
@@ -191,6 +193,35 @@ def test_the_normalizer_cleans_as_the_run_does(cleaning, letters, max_words):
     if html.unescape(text) == text:
         normalized = export.cleaning_normalizer(cleaning, max_words).normalize_str(text)
         assert normalized == captions.clean_caption(text, max_words, cleaning)
+
+
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<mask>"]
+CHARACTERS = "acdeghimnoprstw12345ADEIMNRS<>\u00e9"
+BYTES, PIECES = (
+    {piece: number for number, piece in enumerate([*SPECIAL, *pieces])}
+    for pieces in (ByteLevel.alphabet(), [*CHARACTERS, *(f"##{x}" for x in CHARACTERS)])
+)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        transformers.RobertaTokenizer(vocab=BYTES, merges=[]),
+        transformers.BertTokenizer(vocab=PIECES),
+        transformers.XLMRobertaTokenizer(vocab=[(piece, -1.0) for piece in [*PIECES, "\u2581"]]),
+    ],
+    ids=["roberta", "bert", "xlm_roberta"],
+)
+def test_a_tokenizer_of_any_type_cleans_when_it_is_opened_again(tokenizer, tmp_path):
+    cleaned = [captions.clean_caption(text, 30) for text in CAPTIONS[:-1]]
+    expected = captions.tokenize(tokenizer, cleaned, 12)
+    config = tiny_config(data__text_length=12)
+    export._write_tokenizer(tmp_path, SimpleNamespace(tokenizer=tokenizer, config=config))
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    found = captions.tokenize(again, CAPTIONS[:-1], again.model_max_length)
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(found[0])) > 8
+    np.testing.assert_array_equal(captions.tokenize(tokenizer, cleaned, 12), expected)
 
 
 # The package in the way of an import, as where it is not installed.
