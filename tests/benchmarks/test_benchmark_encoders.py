@@ -12,6 +12,7 @@ from fne_jax.errors import UserError
 from tests.support.tiny import tiny_config
 
 
+@pytest.mark.slow
 def test_the_line_of_the_encoders(monkeypatch, capsys):
     monkeypatch.setitem(encoders.SIZES, "tiny", "tiny_size")
     monkeypatch.setitem(sys.modules, "tiny_size", types.SimpleNamespace(get_config=tiny_config))

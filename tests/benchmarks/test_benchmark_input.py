@@ -19,6 +19,7 @@ def small(monkeypatch):
     monkeypatch.setattr(input_benchmark, "SOURCE_SHAPE", (36, 48))
 
 
+@pytest.mark.slow
 def test_pil_does_the_same_work(small, tmp_path):
     dataset, files = input_benchmark.render_dataset(tmp_path, 12)
     assert [bytes(record["image"]) for record in dataset.images.__getitems__(range(12))] == [

@@ -124,6 +124,7 @@ def test_chips_by_the_names_of_devices(device, chip):
     assert step_comparison.chip_of(device) == chip
 
 
+@pytest.mark.slow
 def test_the_part_of_jax(monkeypatch):
     monkeypatch.setattr(encoders, "PEAK_SIDE", 32)
     found = step.jax_step(tiny_config(global_batch_size=6), steps=2, windows=3)

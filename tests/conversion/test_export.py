@@ -65,8 +65,8 @@ HEADS = (
         "objective__learn_temperature": True,
     },
 )
-SLOW = {"authors": AUTHORS, "siglip": SIGLIP, "layers": LAYERS}
-CASES = [pytest.param(*CLIP, id="clip"), pytest.param(*HEADS, id="heads")]
+SLOW = {"clip": CLIP, "authors": AUTHORS, "siglip": SIGLIP, "layers": LAYERS}
+CASES = [pytest.param(*HEADS, id="heads")]
 CASES += [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()]
 
 

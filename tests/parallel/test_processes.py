@@ -130,6 +130,7 @@ def broken_run(tmp_path_factory):
     return workdir, stopped, ends_of(started)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(broken_run):
     _, (codes, logs), _ = broken_run
     assert codes == [143, 143], logs
@@ -137,12 +138,14 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(broken_run):
     assert len(told) == 1
 
 
+@pytest.mark.slow
 def test_a_dead_process_ends_the_others(broken_run):
     _, _, (codes, logs) = broken_run
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGKILL)
     assert "resumed from step" in logs[0]
 
 
+@pytest.mark.slow
 def test_two_processes_resumed_as_one_follow_one(broken_run, single_run, tmp_path):
     workdir = shutil.copytree(broken_run[0], tmp_path / "run")
     train(workdir)

@@ -173,21 +173,19 @@ def bits(state):
     "fields",
     [
         {**THREE, **LOWER},
-        pytest.param(
-            {
-                **THREE,
-                "encoder__image__frozen_layers": "all",
-                "encoder__image__pooled_layers": 2,
-                "encoder__text__frozen_layers": "2",
-                "encoder__scan_layers": True,
-                "encoder__projection_hidden": 20,
-                "micro_batches": 2,
-            },
-            marks=pytest.mark.slow,
-        ),
+        {
+            **THREE,
+            "encoder__image__frozen_layers": "all",
+            "encoder__image__pooled_layers": 2,
+            "encoder__text__frozen_layers": "2",
+            "encoder__scan_layers": True,
+            "encoder__projection_hidden": 20,
+            "micro_batches": 2,
+        },
     ],
     ids=["lower layers", "all, in micro-batches"],
 )
+@pytest.mark.slow
 def test_a_run_on_kept_features_is_bit_identical(tmp_path, fields):
     plain = trained(tmp_path, "plain", **fields)
     assert not (tmp_path / "cache" / "frozen").exists()
