@@ -280,6 +280,12 @@ def test_files_elsewhere(tmp_path):
     here = prepared(tmp_path, "webdataset", tmp_path / "tars")
     there = prepared(tmp_path, "webdataset", "memory://bucket/*.tar")
     assert there.summaries == here.summaries
+    tables(tmp_path / "parquet")
+    for path in (tmp_path / "parquet").iterdir():
+        memory.pipe_file(f"/datasets/owner/name/data/{path.name}", path.read_bytes())
+    there = prepared(tmp_path, "parquet", "memory://datasets/owner/name/**/*.parquet")
+    assert there.summaries == here.summaries
+    assert fsspec.get_filesystem_class("hf")  # of the hub, where `**` is one of its patterns too
 
 
 @pytest.mark.parametrize("folder", ["data [1]", "data {1,2}"])
