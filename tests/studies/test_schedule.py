@@ -121,7 +121,7 @@ def _touch_after(path):
     path.touch()
 
 
-@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=needs_two_cores)])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=[needs_two_cores, pytest.mark.slow])])
 def test_work_waits_for_what_it_needs_and_is_left_out_if_that_failed(tmp_path, jobs):
     well, wrong = tmp_path / "well", tmp_path / "wrong"
     lost, lost_too = tmp_path / "lost", tmp_path / "lost_too"

@@ -175,6 +175,7 @@ def test_a_list_reaches_down_to_where_negatives_begin(config_path):
     assert runs[4].config.data.matches_positive == 0.9
 
 
+@pytest.mark.slow
 def test_what_verdicts_would_tell_is_a_table_of_its_own(finished, capsys):
     arguments, workdir = finished
     study.main([*arguments, "--report-only", "--verdicts=5,2000"])

@@ -123,7 +123,8 @@ def test_whole_towers_and_low_rank_changes_are_parted():
     assert jax.tree.structure(freezing.merge(trained, frozen)) == jax.tree.structure(dict(params))
 
 
-@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [1, 2])
 def test_what_is_trained_gets_the_gradient_that_it_gets_with_nothing_frozen(parts):
     # SGD: with Adam's moments a difference of rounding would show.
     fields = {"optimizer__eps": 1.0, "optimizer__clip_norm": 1e6, "micro_batches": parts, **THREE}
