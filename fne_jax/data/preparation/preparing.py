@@ -75,6 +75,8 @@ def prepare(data: ml_collections.ConfigDict, maker: Maker = in_threads) -> Prepa
 
 def _origin(source: Source, data: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns what a prepared dataset must have been made of, as JSON gives it back."""
+    if "dir" in source.fields and not data.dir:  # which would be the working directory
+        raise UserError(f"config.data.dir is ''; {data.source} expects there {source.in_dir}")
     told = {
         name: data[name].to_dict() if isinstance(data[name], ml_collections.ConfigDict)
         else data[name]

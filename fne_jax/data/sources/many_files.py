@@ -28,8 +28,6 @@ def named_by(pattern: str, endings: Sequence[str]) -> list[str]:
       UserError: If there is none; what fsspec asks for where it cannot read an URL.
     """
     where, kinds = f"config.data.dir is {pattern!r}", " or ".join(endings)
-    if not pattern:
-        raise UserError(f"{where}; expected a folder of {kinds} files, or a pattern of them")
     found: list[str] = []
     with as_user_error(where, errors=(OSError, ValueError, ImportError)):
         remote = "://" in pattern

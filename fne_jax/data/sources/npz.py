@@ -6,10 +6,9 @@ import io
 
 import ml_collections
 import numpy as np
-from etils import epath
 
 from fne_jax.data.pairs import PairDataset
-from fne_jax.data.sources.listing import caption_fault
+from fne_jax.data.sources.listing import caption_fault, existing_folder
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error
 
@@ -28,7 +27,7 @@ def load_split(data: ml_collections.ConfigDict, image_size: int, split: str) -> 
     Raises:
       UserError: If the file is missing or an array does not fit.
     """
-    path = epath.Path(data.dir).expanduser() / f"{split}.npz"
+    path = existing_folder(data.dir, f"{split}.npz") / f"{split}.npz"
     arrays = _read(path)
     for name in ("images", "captions", "caption_image"):
         if name not in arrays:

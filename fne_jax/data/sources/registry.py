@@ -126,8 +126,6 @@ def _lists(*patterns: str) -> Callable[[ml_collections.ConfigDict], list[str]]:
     """Returns what finds the files of such names that list images, all of which count."""
 
     def found(data):
-        if not data.dir:
-            return []  # reading the listing refuses it, and says what the folder should hold
         folder = pathlib.Path(files.expand_home(data.dir))
         below = [
             path
