@@ -237,6 +237,21 @@ def check_writable(path: pathlib.Path, flag: str, *, folder: bool = False) -> No
         raise UserError(f"{path} cannot be written: no permission for {there}; give another {flag}")
 
 
+def check_new_folder(path: pathlib.Path, flag: str) -> None:
+    """Checks that a folder can be made, or is there and empty, before any work for it.
+
+    Args:
+      path: The folder.
+      flag: The flag that gives another, for the message.
+
+    Raises:
+      UserError: If it holds anything, or as for `check_writable`.
+    """
+    check_writable(path, flag, folder=True)
+    if path.exists() and any(path.iterdir()):
+        raise UserError(f"{flag}={path} already exists and is not empty; give another")
+
+
 def _scratch_beside(path):
     # A name of its own for each writer: processes that share a file system may write at once.
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{_INCOMPLETE}")

@@ -17,12 +17,11 @@ from fne_jax.conversion.stablehlo import write_stablehlo
 from fne_jax.data import captions as caption_lib
 from fne_jax.data.identity import DatasetIdentity
 from fne_jax.data.sources.registry import data_of
-from fne_jax.encoders.architectures import model_type_of
 from fne_jax.encoders.dual_encoder import CHECKPOINT
 from fne_jax.encoders.freezing import TOWERS
 from fne_jax.encoders.model_types import MODELS
 from fne_jax.encoders.pretrained_weights import save_pretrained
-from fne_jax.files import write_atomically
+from fne_jax.files import check_new_folder, whole_folder, write_atomically
 from fne_jax.model.model import load_workdir
 from fne_jax.objectives.learned_scalars import LEARNED, bias, temperature
 from fne_jax.objectives.registry import OBJECTIVES
@@ -109,16 +108,25 @@ def export(
     Args:
       workdir: The folder of the run.
       checkpoint: `best`, `latest` or a step.
-      out: The folder to make.
+      out: The folder to make, which is empty or not there; after an error nothing is in it.
       stablehlo: Whether to write the programs of `write_stablehlo` as well.
 
     Returns:
       The folders that transformers can open.
 
     Raises:
-      UserError: if there is no such run, or transformers has no model of an encoder by itself.
+      UserError: if there is no such run, transformers has no model of an encoder by itself, or the
+        folder has files already.
     """
+    check_new_folder(out, "--out")
     model = load_workdir(workdir, checkpoint)
+    with whole_folder(out.resolve()) as scratch:
+        folders = _write(scratch, workdir, model, stablehlo=stablehlo)
+    return sorted({out / folder for folder in folders})
+
+
+def _write(out, workdir, model, *, stablehlo):
+    """Writes all of a folder; returns the names of the towers' folders in it."""
     module, params = model.module.clone(projection_dim=0), {}
     weights: dict[str, np.ndarray] = {}
     settings: dict[str, Any] = {tower: _head(model, tower, weights) for tower in TOWERS}
@@ -132,8 +140,6 @@ def export(
     learned = _scalars(model)
     if scalars is None:
         folders = [out / tower for tower in TOWERS]
-        for tower in TOWERS:
-            model_type_of(getattr(module, tower))  # raises before anything is written
         for tower, folder in zip(TOWERS, folders, strict=True):
             save_pretrained(folder, getattr(module, tower), params[tower])
     else:
@@ -173,7 +179,7 @@ def export(
         write_atomically(out / _HEADS, safetensors.numpy.save(weights))
     if stablehlo:
         write_stablehlo(model, out)
-    return sorted({*folders})
+    return [settings[tower]["folder"] for tower in TOWERS]
 
 
 def cleaning_normalizer(cleaning: str, max_words: int) -> normalizers.Normalizer:

@@ -18,6 +18,7 @@ from fne_jax.data import captions as caption_lib
 from fne_jax.encoders import freezing, towers
 from fne_jax.encoders.pretrained_weights import params_from_tensors
 from fne_jax.errors import UserError, first_line
+from fne_jax.files import check_new_folder
 from fne_jax.model.checkpoints import BEST_METRIC
 from fne_jax.model.model import build_model
 from fne_jax.objectives.memory_queue import EMPTY_ID, MemoryQueue
@@ -53,8 +54,7 @@ def convert(path: pathlib.Path, config: ml_collections.ConfigDict, workdir: path
     Raises:
       UserError: if the file is not one of theirs, would run code, or does not fit the config.
     """
-    if workdir.exists() and any(workdir.iterdir()):
-        raise UserError(f"--out={workdir} already exists and is not empty; give another")
+    check_new_folder(workdir, "--out")
     saved = _load(path)
     tensors = saved["model"][0]
     config, architectures = configuration.resolve(config)

@@ -81,10 +81,12 @@ def test_a_converted_run_is_evaluated(converted):
 
 def test_an_existing_folder_is_left_alone(converted, golden, config_path):
     checkpoint = golden / "trajectory" / "model_best.pth.tar"
-    with pytest.raises(UserError, match="already exists and is not empty"):
-        convert.main(
-            ["reference", str(checkpoint), f"--out={converted}", f"--config={config_path}"]
-        )
+    reference = ["reference", str(checkpoint), f"--config={config_path}"]
+    for command in (reference, ["export", f"--workdir={converted}"]):
+        with pytest.raises(UserError, match="already exists and is not empty"):
+            convert.main([*command, f"--out={converted}"])
+        with pytest.raises(UserError, match="expected a folder"):
+            convert.main([*command, f"--out={checkpoint}"])
 
 
 class Hostile:

@@ -272,9 +272,14 @@ np.save("similarity.npy", image(inputs["pixels"]) @ text(inputs["ids"], inputs["
 """
 
 
-def test_programs_need_jax_alone(run, images, tmp_path):
+def test_programs_need_jax_alone(run, images, tmp_path, monkeypatch):
     model, out = run(*HEADS), tmp_path / "out"
-    convert.main(["export", f"--workdir={tmp_path}", f"--out={out}", "--stablehlo"])
+    command = ["export", f"--workdir={tmp_path}", f"--out={out}", "--stablehlo"]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(export, "write_stablehlo", lambda *_: 1 / 0)
+        convert.main(command)
+    assert not [*tmp_path.glob("out*")]  # all of it or nothing
+    convert.main(command)
     pixels = np.stack([model.read_image(path, "") for path in images])
     ids, mask = model.tokenize(CAPTIONS, 20)
     np.savez(tmp_path / "inputs.npz", pixels=pixels, ids=ids, mask=mask)
