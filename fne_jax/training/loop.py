@@ -26,7 +26,6 @@ from fne_jax.training.checkpointing import Checkpoints
 from fne_jax.training.interruption import Stopped, StopRequest
 from fne_jax.training.metric_log import EVALUATED, MetricLog
 from fne_jax.training.optimizer import learning_rate_schedule
-from fne_jax.training.retrieved_images import retrieved_images
 from fne_jax.training.setup import RunSetup
 from fne_jax.training.step_results import DataClock, StepResults
 from fne_jax.training.timeline import Timeline
@@ -250,7 +249,6 @@ def validate(
     log.write(step, {f"{EVALUATED}{name}": value for name, value in metrics.items()})
     log.write_histograms(step, {f"similarity_{k}": v for k, v in samples.items()})
     log.write_images(step, functools.partial(statistics_images, state.stats, model.config.fne))
-    log.write_images(step, lambda: {"gallery": retrieved_images(split)})
     _log.info("step %d: validation rSum %.1f", step, metrics["rsum"])
     return metrics
 

@@ -30,7 +30,7 @@ _GROUPS = {
         *("queue_filled", "queue_age_steps"),
     ),
     "system": ("pairs_per_s", "data_wait_share"),
-    "validation": ("similarity_positive", "similarity_negative", "gallery"),
+    "validation": ("similarity_positive", "similarity_negative"),
 }
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
 _log = logging.getLogger(__name__)

@@ -290,7 +290,7 @@ def test_a_full_disk_ends_tensorboard_and_not_the_log(tmp_path, caplog):
     try:
         for step in (1, 2):
             noise = np.random.default_rng(step).integers(256, size=(1, 99, 99, 3), dtype=np.uint8)
-            log.write_images(step, lambda image=noise: {"gallery": image})
+            log.write_images(step, lambda image=noise: {"noise": image})
             log.close()
             log.write(step, {"loss": 0.5 * step})
     finally:
