@@ -74,7 +74,7 @@ setuptools.setup(
         "fitted": ["scikit-learn>=1.9.1"],
         # TensorBoard's page for what `config.logging.profile_step` writes.
         "profile": ["xprof>=2.24.2"],
-        # Gets the scalars of TensorBoard too, for `config.logging.also`.
+        # Gets the scalars of TensorBoard too, for `config.logging.wandb`.
         "wandb": ["wandb>=0.31.0"],
         # Compiles for TPUs that are not there; jax[tpu] names the versions that go with jax.
         "plan": ["jax[tpu]>=0.10.2"],

@@ -314,8 +314,8 @@ def get_config() -> ConfigDict:
     config.logging = logging = ConfigDict()
     # Steps over which scalars are averaged before they are written.
     logging.every_steps = 50
-    # Trackers that get TensorBoard's scalars too: any of "wandb" and "trackio".
-    logging.also = ()
+    # Whether Weights & Biases gets TensorBoard's scalars too.
+    logging.wandb = False
     # Seconds between progress lines without a terminal.
     logging.progress_seconds = 20
     # First of five steps that are profiled for TensorBoard, 0 for none.

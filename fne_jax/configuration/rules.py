@@ -74,17 +74,6 @@ def _choice(*names: str) -> Rule:
     return Rule(f"one of {', '.join(names)}", lambda value: value in names, names)
 
 
-def _choices(*names: str) -> Rule:
-    """Returns the rule for any of several names, each at most once."""
-
-    def allows(value):
-        if not isinstance(value, list | tuple):
-            return False
-        return all(name in names for name in value) and len(set(value)) == len(value)
-
-    return Rule(f"a tuple of any of {', '.join(names)}, each once", allows)
-
-
 def _is_text(value):
     return isinstance(value, str) and "\0" not in value
 
@@ -230,7 +219,7 @@ FIELDS = {
     "checkpoint.keep_latest": _whole(1),
     "checkpoint.every_steps": _whole(0),
     "logging.every_steps": _whole(1),
-    "logging.also": _choices("wandb", "trackio"),
+    "logging.wandb": _FLAG,
     "logging.progress_seconds": _number(0, _ANY),
     "logging.profile_step": _whole(0),
 }

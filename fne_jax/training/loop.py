@@ -29,8 +29,8 @@ from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.setup import RunSetup
 from fne_jax.training.step_results import DataClock, StepResults
 from fne_jax.training.timeline import Timeline
-from fne_jax.training.trackers import open_trackers
 from fne_jax.training.train_state import TrainState, first_state
+from fne_jax.training.wandb_log import WandbLog
 
 _log = logging.getLogger(__name__)
 
@@ -150,8 +150,7 @@ def _train(run, workdir, last_step, state, position, checkpoints, stop):
     # Each phase is compiled before a signal is held back, and before an hour of training can be
     # lost to a program of a later phase that does not fit the devices.
     compiled = run.training.compiled({timeline.phase(step) for step in steps}, run.known)
-    trackers = open_trackers(config, workdir, first_step)
-    log = MetricLog(workdir, first_step, validated, trackers)
+    log = MetricLog(workdir, first_step, validated, WandbLog(config, workdir, first_step))
     results = StepResults(run.order, run.train, position)
     clock = DataClock(run.batches(tokens, steps), config.global_batch_size)
     profile = _profiler(config.logging.profile_step, workdir)

@@ -6,14 +6,14 @@ import json
 import logging
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
 from fne_jax.errors import first_line
 from fne_jax.files import as_user_error, write_atomically
-from fne_jax.training.trackers import Tracker
+from fne_jax.training.wandb_log import WandbLog
 
 FILE_NAME = "metrics.jsonl"
 EVALUATED = "eval_"  # begins the names of what a validation measured
@@ -65,7 +65,7 @@ class MetricLog:
         workdir: pathlib.Path,
         resumed_step: int,
         validated: bool = True,
-        also: Sequence[Tracker] = (),
+        also: WandbLog | None = None,
     ):
         self._path = workdir / FILE_NAME
         self._also = also
@@ -94,8 +94,8 @@ class MetricLog:
         with as_user_error(f"{self._path}: cannot be written"), self._path.open("a") as stream:
             stream.write(json.dumps({"step": step, **finite}) + "\n")
         self._to_tensorboard(lambda writer: writer.write_scalars(step, _tagged(scalars)))
-        for tracker in self._also:
-            tracker.write_scalars(step, _tagged(scalars))
+        if self._also is not None:
+            self._also.write_scalars(step, _tagged(scalars))
 
     def write_histograms(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes histograms to TensorBoard."""
@@ -123,10 +123,10 @@ class MetricLog:
             )
 
     def close(self) -> None:
-        """Makes TensorBoard's file current and waits until the trackers have sent it all."""
+        """Makes TensorBoard's file current and waits until W&B has all of it."""
         self._to_tensorboard(lambda writer: writer.flush())
-        for tracker in self._also:
-            tracker.close()
+        if self._also is not None:
+            self._also.close()
 
     def _drop_after(self, step, validated):
         def stays(line):

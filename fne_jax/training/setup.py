@@ -36,9 +36,9 @@ from fne_jax.training.encoder_passes import MicroBatches, WholeBatch
 from fne_jax.training.matches import known_matches, refuted_labels
 from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.timeline import Phase, Timeline
-from fne_jax.training.trackers import check_installed
 from fne_jax.training.train_state import TrainState, abstract_state
 from fne_jax.training.train_step import StepSettings, train_step
+from fne_jax.training.wandb_log import check_installed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +159,8 @@ class RunSetup:
         if begun:
             with processes.failing_together(f"--workdir={workdir}"):
                 configuration.check_stored(config, workdir)
-        with processes.failing_together("config.logging.also"):
-            check_installed(config.logging.also)
+        with processes.failing_together("config.logging.wandb"):
+            check_installed(config.logging)
         mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
         configuration.check_batches(config, mesh.size)
         with processes.first_process_first("data"):

@@ -64,7 +64,6 @@ def with_value(config, name, value):
         ("data.prefetch", -3),
         ("data.vocab_size", 3),
         ("data.text_length", 2),
-        ("logging.also", ("wandb", "wandb")),
         ("data.cache_dir", ""),
         ("init_from", "a\0b"),
         ("num_epochs", math.nan),
