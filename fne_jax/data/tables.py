@@ -1,4 +1,4 @@
-"""Tables, CSV or JSON lines, as programs and spreadsheets write them."""
+"""Tables, CSV or JSON lines, as programs and spreadsheets write them, and cells for the latter."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from fne_jax.errors import UserError
 from fne_jax.files import AnyPath, as_user_error
 
 _DELIMITERS = (",", ";", "\t", "|")
+# Beginnings of texts that spreadsheets take for formulas.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+_NUL, _SYMBOL_FOR_NUL = "\0", "\N{SYMBOL FOR NULL}"
 
 
 def read_rows(
@@ -124,3 +127,21 @@ def _named(names: Iterable[str], other_names: Mapping[str, Sequence[str]]) -> li
         if name not in names and found:
             names[found[0]] = name
     return names
+
+
+def safe_cell(value: Any) -> Any:
+    """Returns a value as a spreadsheet may open it; `cell_text` undoes it.
+
+    Args:
+      value: A text, which gets an apostrophe before it where it could be taken for a formula, and
+        a visible symbol for each NUL; anything else is returned as it is.
+    """
+    if not isinstance(value, str):
+        return value
+    value = value.replace(_NUL, _SYMBOL_FOR_NUL)
+    return f"'{value}" if value.lstrip("'").startswith(_FORMULA) else value
+
+
+def cell_text(cell: str) -> str:
+    """Returns the text that `safe_cell` made safe; a NUL stays the visible symbol."""
+    return cell[1:] if cell[:1] == "'" and cell.lstrip("'").startswith(_FORMULA) else cell

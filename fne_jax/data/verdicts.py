@@ -24,8 +24,7 @@ import numpy as np
 
 from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.pairs import SPLITS, PairDataset, portable_name
-from fne_jax.data.spreadsheet import cell_text, safe_cell
-from fne_jax.data.tables import read_rows
+from fne_jax.data.tables import cell_text, read_rows, safe_cell
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error, expand_home, write_atomically
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.pairs import PairDataset
-from fne_jax.data.spreadsheet import safe_cell
+from fne_jax.data.tables import safe_cell
 from fne_jax.errors import UserError
 from fne_jax.false_negatives.detectors import DETECTORS
 from fne_jax.false_negatives.judged_split import JudgedSplit

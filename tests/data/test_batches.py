@@ -8,6 +8,7 @@ import pathlib
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -185,13 +186,20 @@ class Jpegs:
         return [{"image": self._jpegs[index]} for index in indices]
 
 
+def records_of(source, count):
+    table = pa.table({"record": range(count), "file": [""] * count})
+    records = RecordSource(pathlib.Path("a folder"), "train", table, "")
+    records._source = source
+    return records
+
+
 def dataset_of(jpegs):
     count = len(jpegs)
     return PairDataset(
         captions=["an image"] * count,
         caption_image=np.arange(count, dtype=np.int32),
         image_id=np.arange(count, dtype=np.int32) + 100,
-        images=RecordSource(Jpegs(jpegs), "a list"),
+        images=records_of(Jpegs(jpegs), count),
         caption_id=np.arange(count),
         source_image_id=[str(number) for number in range(count)],
     )
@@ -201,7 +209,7 @@ def test_a_damaged_record_is_named():
     jpegs = [jpeg_bytes(n, 20, 30) for n in range(6)]
     jpegs[4] = jpegs[4][:300]
     dataset = dataset_of(jpegs)
-    message = r"record 4 of a list is damaged \(.*prepare the dataset again"
+    message = r"record 4 of the split train in a folder is damaged \(.*prepare the dataset again"
     with pytest.raises(UserError, match=message):
         batches_of(dataset, BatchOrder(0, 6, 3), range(2))
     with pytest.raises(UserError, match=message):
@@ -216,8 +224,10 @@ def test_a_record_that_cannot_be_read_is_named():
             return super().__getitems__(indices)
 
     records = Unreadable([jpeg_bytes(n, 20, 30) for n in range(5)])
-    dataset = dataclasses.replace(dataset_of([b""] * 5), images=RecordSource(records, "a list"))
-    with pytest.raises(UserError, match=r"record 2 of a list is damaged \(checksum"):
+    dataset = dataclasses.replace(dataset_of([b""] * 5), images=records_of(records, 5))
+    with pytest.raises(
+        UserError, match=r"record 2 of the split train in a folder is damaged \(checksum"
+    ):
         batches_of(dataset, BatchOrder(0, 5, 5), range(1))
 
 

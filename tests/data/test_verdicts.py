@@ -10,7 +10,7 @@ import pytest
 
 from fne_jax.data import verdicts as verdicts_lib
 from fne_jax.data.pairs import PairDataset
-from fne_jax.data.spreadsheet import cell_text, safe_cell
+from fne_jax.data.tables import cell_text, safe_cell
 from fne_jax.data.verdicts import (
     FIELDS,
     Verdict,

@@ -15,7 +15,7 @@ import hashlib
 import json
 import pathlib
 import resource
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,42 +86,41 @@ def image_features() -> dict[str, Any]:
 
 
 class RecordSource:
-    """The images of a split, in order, with errors for users.
+    """The images of a split, in order, with errors for users; nothing is opened before one is read.
 
     Args:
-      source: Random access to records, whose `image` is a JPEG.
-      where: The prepared dataset and the split, for messages.
-      source_file: Returns the file that a record was made of, "" if it is not known.
+      folder: The prepared dataset.
+      split: The name of the split.
+      table: Its table.
       checksum: Stands for what the records hold.
 
     Attributes:
-      source_file: As given.
       checksum: As given.
     """
 
-    def __init__(
-        self,
-        source: Sequence[dict[str, Any]],
-        where: str,
-        source_file: Callable[[int], str] = lambda index: "",
-        checksum: str = "",
-    ):
-        self._source, self._where = source, where
-        self.source_file, self.checksum = source_file, checksum
+    def __init__(self, folder: pathlib.Path, split: str, table: pa.Table, checksum: str):
+        self._folder, self._split, self.checksum = folder, split, checksum
+        self._rows, self._files = table["record"].to_numpy(), table["file"]
+
+    @functools.cached_property
+    def _source(self):
+        # Kept out of the module's imports: captions alone are read without it.
+        import tensorflow_datasets as tfds
+
+        with as_user_error(f"{self._folder}: is damaged", _ADVICE, Exception):
+            builder = tfds.builder_from_directory(self._folder)
+            _allow_open_files(sum(1 for _ in self._folder.glob("*.array_record-*")))
+            return builder.as_data_source(_IMAGES, decoders={"image": tfds.decode.SkipDecoding()})
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns a record."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Returns records.
-
-        Raises:
-          UserError: If one cannot be read; it names the first.
-        """
+        """Returns records; raises UserError if one cannot be read, which names the first."""
         try:
             return self._read(indices)
         except Exception as error:
@@ -134,7 +133,7 @@ class RecordSource:
             raise error
 
     def _read(self, indices):
-        records = self._source.__getitems__(indices)
+        records = self._source.__getitems__(self._rows[np.asarray(indices)].tolist())
         if any(record["image"] is None for record in records):  # of a file that was cut off
             raise EOFError("it is empty")
         return records
@@ -144,13 +143,18 @@ class RecordSource:
         for start in range(0, len(self), _CHUNK):
             yield from self.__getitems__(list(range(start, min(start + _CHUNK, len(self)))))
 
+    def source_file(self, index: int) -> str:
+        """Returns the file that a record was made of, "" if it is not known."""
+        return self._files[index].as_py()
+
     def damage(self, index: int, fault: Exception) -> UserError:
         """Returns the error that a record is damaged."""
         file = self.source_file(index)
         return UserError(
-            f"record {index} of {self._where}{file and f', made of {file},'} is damaged "
-            f"({first_line(fault)}); delete that folder, and older ones of the same images beside "
-            "it, whose files it shares, and prepare the dataset again"
+            f"record {index} of the split {self._split} in {self._folder}"
+            f"{file and f', made of {file},'} is damaged ({first_line(fault)}); delete that "
+            "folder, and older ones of the same images beside it, whose files it shares, and "
+            "prepare the dataset again"
         )
 
 
@@ -186,29 +190,6 @@ class Texts(Sequence[str]):
         return isinstance(other, Sequence) and list(self) == list(other)
 
 
-class _Records:
-    """The records of TFDS that the rows of a split name; nothing is opened before one is read."""
-
-    def __init__(self, folder, rows):
-        self._folder, self._rows = folder, rows
-
-    @functools.cached_property
-    def _source(self):
-        # Kept out of the module's imports: captions alone are read without it.
-        import tensorflow_datasets as tfds
-
-        with as_user_error(f"{self._folder}: is damaged", _ADVICE, Exception):
-            builder = tfds.builder_from_directory(self._folder)
-            _allow_open_files(sum(1 for _ in self._folder.glob("*.array_record-*")))
-            return builder.as_data_source(_IMAGES, decoders={"image": tfds.decode.SkipDecoding()})
-
-    def __len__(self):
-        return len(self._rows)
-
-    def __getitems__(self, indices):
-        return self._source.__getitems__(self._rows[np.asarray(indices)].tolist())
-
-
 def _allow_open_files(count):
     """Lets the process hold so many files open beside the usual ones, as far as it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -220,28 +201,19 @@ def _allow_open_files(count):
 
 
 class TableWriter:
-    """Writes the table of a split row by row, and sums it up.
-
-    Args:
-      path: The file.
-
-    Attributes:
-      images: The number of rows so far.
-      captions: The number of their captions.
-    """
+    """Writes the table of a split to a file row by row, and sums it up."""
 
     def __init__(self, path: pathlib.Path):
         self._writer = pa.ipc.new_file(str(path), _ROWS)
         self._rows: list[dict[str, Any]] = []
         self._digest = hashlib.sha256()
-        self.images = self.captions = 0
+        self._images = self._captions = 0
 
     def add(self, row: dict[str, Any]) -> None:
         """Adds a row with the columns of the table, those of scenes where there are any."""
-        text = json.dumps([row["image_id"], row["captions"], row["caption_ids"]])
-        self._digest.update(row["digest"] + text.encode())
-        self.images += 1
-        self.captions += len(row["captions"])
+        self._digest.update(_told(row))
+        self._images += 1
+        self._captions += len(row["captions"])
         self._rows.append(row)
         if len(self._rows) == _ROWS_PER_BATCH:
             self._flush()
@@ -250,7 +222,7 @@ class TableWriter:
         """Ends the file, and returns what it holds."""
         self._flush()
         self._writer.close()
-        return SplitSummary(self.images, self.captions, self._digest.hexdigest()[:16])
+        return SplitSummary(self._images, self._captions, self._digest.hexdigest()[:16])
 
     def _flush(self):
         self._writer.write_batch(pa.RecordBatch.from_pylist(self._rows, _ROWS))
@@ -388,13 +360,13 @@ class Prepared:
         noted = self.summaries[split]
         with self._reading(table_name(split)) as table:
             again, images, count = hashlib.sha256(), self._images(split, table), 0
-            columns = ("image_id", "captions", "caption_ids", "digest")
-            rows = zip(*(_values(table[name]) for name in columns), images, strict=True)
-            for index, (image_id, captions, ids, digest, record) in enumerate(rows):
-                count += len(captions)
-                if hashlib.sha256(record["image"]).digest() != digest:
+            columns = table.select(["image_id", "captions", "caption_ids", "digest"])
+            rows = (row for batch in columns.to_batches() for row in batch.to_pylist())
+            for index, (row, record) in enumerate(zip(rows, images, strict=True)):
+                count += len(row["captions"])
+                if hashlib.sha256(record["image"]).digest() != row["digest"]:
                     raise images.damage(index, ValueError("not the image that was written"))
-                again.update(digest + json.dumps([image_id, captions, ids]).encode())
+                again.update(_told(row))
         if SplitSummary(len(images), count, again.hexdigest()[:16]) != noted:
             raise UserError(
                 f"{self.folder}: the split {split} was written with {noted.images} images and "
@@ -407,25 +379,17 @@ class Prepared:
         Raises:
           UserError: If it is damaged.
         """
-        tables = {}
+        tables = []
         for split in self.summaries:
             with self._reading(table_name(split)) as table:
-                tables[split] = table
-        # Eight of a digest's 32 bytes tell as many images apart as there will ever be.
-        digests = [
-            np.concatenate([_first_words(part) for part in table["digest"].chunks])
-            for table in tables.values()
-        ]
-        _, group, counts = np.unique(
-            np.concatenate(digests), return_inverse=True, return_counts=True
-        )
-        starts = np.cumsum([0, *map(len, digests)])
-        found: dict[int, list[tuple[str, str]]] = {}
-        for place in np.flatnonzero(counts[group] > 1):
-            number = int(np.searchsorted(starts, place, "right")) - 1
-            split, table = list(tables.items())[number]
-            file = table["file"][int(place - starts[number])].as_py()
-            found.setdefault(int(group[place]), []).append((split, file))
+                columns = table.select(["digest", "file"])
+                tables.append(columns.append_column("split", pa.repeat(split, len(table))))
+        table = pa.concat_tables(tables)
+        counts = table["digest"].value_counts()
+        repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+        found: dict[bytes, list[tuple[str, str]]] = {}
+        for row in table.filter(pc.is_in(table["digest"], repeated)).to_pylist():
+            found.setdefault(row["digest"], []).append((row["split"], row["file"]))
         return list(found.values())
 
     def skipped(self) -> list[Skipped]:
@@ -435,12 +399,7 @@ class Prepared:
             return [Skipped(**entry) for entry in json.loads(path.read_text())]
 
     def _images(self, split, table):
-        return RecordSource(
-            _Records(self.folder, table["record"].to_numpy()),
-            f"the split {split} in {self.folder}",
-            lambda index: table["file"][index].as_py(),
-            self.summaries[split].checksum,
-        )
+        return RecordSource(self.folder, split, table, self.summaries[split].checksum)
 
     @contextlib.contextmanager
     def _reading(self, name):
@@ -457,15 +416,10 @@ def _digest_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _values(column):
-    for chunk in column.chunks:
-        yield from chunk.to_pylist()
-
-
-def _first_words(digests):
-    """Returns the first 8 of the 32 bytes of each digest, as a number."""
-    words = np.frombuffer(digests.buffers()[1], np.uint64).reshape(-1, 4)
-    return words[digests.offset : digests.offset + len(digests), 0]
+def _told(row):
+    """Returns what the checksum of a split tells of a row."""
+    text = json.dumps([row["image_id"], row["captions"], row["caption_ids"]])
+    return row["digest"] + text.encode()
 
 
 def _truth(table):
