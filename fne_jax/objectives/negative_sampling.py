@@ -109,20 +109,7 @@ def sampling_weights(
     References:
       Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380, section 3.3.
     """
-    return weights_and_candidates(
-        similarity,
-        positive_similarity,
-        excluded,
-        stats,
-        margin=margin,
-        tau=tau,
-        elimination_tau=elimination_tau,
-        prior=prior,
-        posterior_threshold=posterior_threshold,
-        min_count=min_count,
-        monotone=monotone,
-        posterior=posterior,
-    )[0]
+    return weights_and_candidates(**locals())[0]
 
 
 def weights_and_candidates(

@@ -24,12 +24,7 @@ import ml_collections
 from fne_jax import files
 from fne_jax.data.pairs import SPLITS
 from fne_jax.data.preparation import storage
-from fne_jax.data.preparation.image_shards import (
-    RULES,
-    ImageShard,
-    Outcome,
-    plan_shards,
-)
+from fne_jax.data.preparation.image_shards import RULES, ImageShard, Outcome, plan_shards
 from fne_jax.data.preparation.makers import Maker, in_threads
 from fne_jax.data.preparation.storage import Prepared
 from fne_jax.data.sources.image_files import Stamp, file_of, stamp_of, stamps_of
@@ -40,6 +35,7 @@ from fne_jax.data.sources.listing import (
     is_text,
     usable_captions,
 )
+from fne_jax.data.sources.pair_tables import split_of_name
 from fne_jax.data.sources.registry import Source, find_source
 from fne_jax.errors import UserError
 from fne_jax.progress import Progress
@@ -274,7 +270,8 @@ def _outcomes(
             if outcome.listed is None:
                 image = next(rest)
             else:
-                split, source_id, where, captions = outcome.listed
+                source_id, where, captions = outcome.listed
+                split = shard.contents.split or split_of_name(source_id)
                 ids = range(caption_id, caption_id + len(captions))
                 image = ListedImage(split, where, where, image_id, source_id, captions, ids)
                 image_id, caption_id = image_id + 1, ids.stop

@@ -92,13 +92,11 @@ class ContainedImage(NamedTuple):
     """One image as the file that holds it lists it.
 
     Attributes:
-      split: "train", "val" or "test".
       source_id: The name or number by which the source itself knows the image.
       where: The place in the file, for messages.
       captions: What stands where captions should.
     """
 
-    split: str
     source_id: str
     where: str
     captions: Sequence[Any]
@@ -110,9 +108,11 @@ class Container(abc.ABC):
 
     Attributes:
       file: Its path.
+      split: The split of all its images; "" to draw that by their names.
     """
 
     file: str
+    split: str
 
     @abc.abstractmethod
     def images(self) -> Iterator[tuple[ContainedImage, bytes | None]]:

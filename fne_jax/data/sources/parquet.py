@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from fne_jax.data.sources import many_files
 from fne_jax.data.sources.image_files import file_stamp
 from fne_jax.data.sources.listing import ContainedImage, Container, Listing
-from fne_jax.data.sources.pair_tables import split_of_name
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error
 
@@ -50,12 +49,10 @@ class Table(Container):
     """A file of rows, one an image.
 
     Attributes:
-      split: The split of all its images; "" to draw that by their names.
       image_key: The column of images.
       caption_key: The columns of captions, with commas between.
     """
 
-    split: str
     image_key: str
     caption_key: str
 
@@ -73,8 +70,7 @@ class Table(Container):
                         for text in (value if isinstance(value, list) else [value])
                     ]
                     where = f"{self.file}: row {row}" + (f", {name}" if content is None else "")
-                    split = self.split or split_of_name(name)
-                    yield ContainedImage(split, name, where, captions), content
+                    yield ContainedImage(name, where, captions), content
                     row += 1
 
     def outside(self) -> list[str]:

@@ -12,7 +12,6 @@ import numpy as np
 
 from fne_jax.data.sources import many_files
 from fne_jax.data.sources.listing import ContainedImage, Container, Listing
-from fne_jax.data.sources.pair_tables import split_of_name
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error, expand_home
 
@@ -51,7 +50,6 @@ class Shard(Container):
     """A shard of a dataset of TFDS.
 
     Attributes:
-      split: The split of all its images; "" to draw that by their names.
       name: The name or the folder of the dataset.
       tfds_split: The name of the split that TFDS has the shard in.
       index: The number of the shard in that.
@@ -59,7 +57,6 @@ class Shard(Container):
       caption_key: The features of captions, with commas between.
     """
 
-    split: str
     name: str
     tfds_split: str
     index: int
@@ -88,10 +85,9 @@ class Shard(Container):
                     for text in np.ravel(_find(record, key, self.file)).tolist()
                 ]
                 where = f"{self.file}: record {row}"
-                split = self.split or split_of_name(name)
                 content = _find(record, self.image_key, self.file)
                 image_bytes = content if isinstance(content, bytes) else None
-                yield ContainedImage(split, name, where, captions), image_bytes
+                yield ContainedImage(name, where, captions), image_bytes
 
 
 def _builder(name: str) -> Any:

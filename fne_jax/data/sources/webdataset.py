@@ -17,7 +17,6 @@ import ml_collections
 
 from fne_jax.data.sources import listing, many_files
 from fne_jax.data.sources.listing import ContainedImage, Container, Listing
-from fne_jax.data.sources.pair_tables import split_of_name
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error
 
@@ -49,11 +48,9 @@ class Tar(Container):
     """A tar of images and captions.
 
     Attributes:
-      split: The split of all its images; "" to draw that by their names.
       caption_key: The key of captions in JSON members.
     """
 
-    split: str
     caption_key: str
 
     def images(self) -> Iterator[tuple[ContainedImage, bytes | None]]:
@@ -103,10 +100,7 @@ class Tar(Container):
 
     def _image(self, name: str, sample: dict[str, bytes]) -> tuple[ContainedImage, bytes | None]:
         content = next((sample[ending] for ending in _IMAGES if ending in sample), None)
-        listed = ContainedImage(
-            self.split or split_of_name(name), name, f"{self.file}: {name}", self._captions(sample)
-        )
-        return listed, content
+        return ContainedImage(name, f"{self.file}: {name}", self._captions(sample)), content
 
     def _captions(self, sample: dict[str, bytes]) -> Sequence[Any]:
         """Returns the lines of the text; without one, what the JSON holds."""
