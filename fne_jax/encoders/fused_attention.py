@@ -12,11 +12,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# Of [batch, queries, heads, dim], and of key, value and mask as `attend` takes them, but all padded
-# to the kernel's length; whether attention is causal; and the number of tokens that are real.
-# Returns the mixture for all queries, the padded ones too.
-Kernel = Callable[..., jax.Array]
-
 # Under this name `remat` finds what the kernel of Pallas gives its backward pass.
 KERNEL_OUTPUT = "attention_kernel"
 # cuDNN's backward pass refuses odd lengths beside a mask; its tiles are of 64 and 128 tokens.
@@ -29,36 +24,28 @@ _LANES = 128
 _MAX_BLOCK = 640
 
 
-def with_padding(
-    kernel: Kernel,
-    multiple: int,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array | None,
-    *,
-    causal: bool,
-) -> jax.Array:
-    """Returns what a kernel computes for tokens padded to a multiple of a length.
+def padded(multiple: int) -> Callable:
+    """Decorates a kernel that takes lengths which `multiple` divides, so that it takes any.
 
-    Args:
-      kernel: What computes attention of such lengths.
-      multiple: The number that divides the lengths that the kernel takes.
-      query: [batch, queries, heads, dim] array.
-      key: [batch, tokens, heads, dim] array.
-      value: [batch, tokens, heads, dim] array.
-      mask: [batch, tokens] bool, False where no query must look; or None.
-      causal: whether queries must not look at later tokens.
-
-    Returns:
-      A [batch, queries, heads, dim] array.
+    The kernel is given what `attend` takes, padded, and the number of tokens that are real; it
+    returns the mixture for all queries, the padded ones too.
     """
-    queries, tokens = query.shape[1], key.shape[1]
-    padded_query, key, value = (_pad(x, multiple) for x in (query, key, value))
-    mask = None if mask is None else _pad(mask, multiple)
-    # The plan reads the lengths from this name, since a compiled kernel shows those with padding.
-    with jax.named_scope(f"attention_{queries}x{tokens}"):
-        return kernel(padded_query, key, value, mask, causal=causal, tokens=tokens)[:, :queries]
+
+    def decorate(kernel):
+        @functools.wraps(kernel)
+        def attention(query, key, value, mask, *, causal=False):
+            queries, tokens = query.shape[1], key.shape[1]
+            padded_query, key, value = (_pad(x, multiple) for x in (query, key, value))
+            mask = None if mask is None else _pad(mask, multiple)
+            # The plan reads the lengths from this name, since a compiled kernel shows those with
+            # padding.
+            with jax.named_scope(f"attention_{queries}x{tokens}"):
+                out = kernel(padded_query, key, value, mask, causal=causal, tokens=tokens)
+                return out[:, :queries]
+
+        return attention
+
+    return decorate
 
 
 def _pad(array, multiple):
@@ -68,19 +55,9 @@ def _pad(array, multiple):
     return jnp.pad(array, widths)
 
 
-def cudnn_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array | None,
-    *,
-    causal: bool = False,
-) -> jax.Array:
+@padded(_CUDNN_MULTIPLE)
+def cudnn_attention(query, key, value, mask, *, causal, tokens):
     """Computes `attend` by cuDNN's fused kernel (GPUs, half precision)."""
-    return with_padding(_cudnn_kernel, _CUDNN_MULTIPLE, query, key, value, mask, causal=causal)
-
-
-def _cudnn_kernel(query, key, value, mask, *, causal, tokens):
     lengths = None
     if mask is not None:
         # In full, since the kernel takes no row for all queries. A mask may hide any token, so
@@ -100,14 +77,8 @@ def _cudnn_kernel(query, key, value, mask, *, causal, tokens):
     )
 
 
-def splash_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array | None,
-    *,
-    causal: bool = False,
-) -> jax.Array:
+@padded(_LANES)
+def splash_attention(query, key, value, mask, *, causal, tokens):
     """Computes `attend` by the Pallas kernel "splash attention" (TPUs, bfloat16).
 
     Its backward pass is one kernel, that reads each array once and the sums of the softmax as one
@@ -116,10 +87,6 @@ def splash_attention(
     memory in both directions, by its blocks, and the plain products 2.09 GB; splash attention 0.32
     to 0.48 GB.
     """
-    return with_padding(_splash_kernel, _LANES, query, key, value, mask, causal=causal)
-
-
-def _splash_kernel(query, key, value, mask, *, causal, tokens):
     # Here, because the import takes a second that only TPUs need.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,

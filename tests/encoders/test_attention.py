@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from fne_jax.encoders import attention
 from fne_jax.encoders.attention import ATTENTIONS, attend, resolve, xla_attention
 from fne_jax.encoders.clip import ClipText
-from fne_jax.encoders.fused_attention import on_each_device, splash_attention, with_padding
+from fne_jax.encoders.fused_attention import on_each_device, padded, splash_attention
 from fne_jax.encoders.siglip import SiglipText, SiglipVision
 from fne_jax.encoders.vision_transformer import VisionTransformer
 from fne_jax.errors import UserError
@@ -117,18 +117,18 @@ def plain_kernel(query, key, value, mask, *, causal, tokens):
 
 @pytest.mark.parametrize("kind", [kind for kind in HIDDEN if kind != "all of a row"])
 def test_padding_to_a_kernels_length_changes_nothing(kind):
-    run = functools.partial(with_padding, plain_kernel, 8)
+    run = padded(8)(plain_kernel)
     assert_agrees(run, inputs(), *hidden(kind), atol=1e-5)
 
 
 def test_one_query_is_padded():
-    run = functools.partial(with_padding, plain_kernel, 8)
+    run = padded(8)(plain_kernel)
     assert_agrees(run, inputs(queries=1), atol=1e-5)
 
 
 def test_a_kernel_carries_the_lengths_without_padding():
     def mixed(query, key, value):
-        return with_padding(plain_kernel, 8, query, key, value, None, causal=False).sum()
+        return padded(8)(plain_kernel)(query, key, value, None).sum()
 
     program = jax.jit(jax.grad(mixed)).lower(*inputs(queries=5)).compile()
     found = hlo.parse(program.as_text())
