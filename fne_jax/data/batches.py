@@ -46,10 +46,8 @@ class BatchOrder:
     def rows(self, steps: range, local: np.ndarray | None = None) -> Iterator[Rows]:
         """Yields the rows of each batch of a range of steps that a process reads.
 
-        Args:
-          steps: The steps whose batches are wanted.
-          local: The [rows] places within a batch that the process reads, in increasing order, e.g.
-            from `parallel.sharding.local_rows`; None for all.
+        `local` are the [rows] places within a batch that it reads, in increasing order, e.g. from
+        `parallel.sharding.local_rows`; None for all.
         """
         local = np.arange(self.global_batch_size) if local is None else local
         epoch, order = -1, None
@@ -95,8 +93,7 @@ def training_batches(
       `image_id` [rows] int32 and `pair_id` [rows] int32. Of what the split keeps, `image_features`
       in place of `image`, and `text_features`.
 
-    Raises:
-      UserError: If a record cannot be read or decoded; it names the record.
+    Raises UserError if a record cannot be read or decoded; it names the record.
     """
     ids, mask = tokens
     kept_image, kept_text = (dataset.kept.get(tower) for tower in ("image", "text"))
@@ -160,19 +157,8 @@ def evaluation_images(
 ) -> Iterator[np.ndarray]:
     """Yields a process's rows of batches that hold every image once, in order.
 
-    Args:
-      dataset: Any split.
-      image_size: The pixels of a side.
-      batch_size: The images in a batch, over all processes.
-      local: The [rows] places within a batch that the process reads, in increasing order; None for
-        all.
-
-    Yields:
-      [rows, side, side, 3] uint8. The last batch is filled up with zeros; the caller knows how many
-      images there are.
-
-    Raises:
-      UserError: If a record cannot be read or decoded; it names the record.
+    They are [rows, side, side, 3] uint8; the last batch is filled up with zeros. `batch_size` and
+    `local` are as of `local_parts`. Raises UserError, naming the record, if one cannot be read.
     """
     rows = batch_size if local is None else len(local)
     parts = local_parts(len(dataset.image_id), batch_size, local)
@@ -191,11 +177,8 @@ def local_parts(
 ) -> Iterator[np.ndarray]:
     """Yields a process's items of each batch of 0, 1, ..., count - 1; the last may have fewer.
 
-    Args:
-      count: The number of items.
-      batch_size: The items in a batch, over all processes.
-      local: The [rows] places within a batch that the process reads, in increasing order; None for
-        all.
+    `batch_size` counts the items of all processes, and `local` are the [rows] places within a batch
+    that this one reads, in increasing order; None for all.
     """
     local = np.arange(batch_size) if local is None else local
     for start in range(0, count, batch_size):

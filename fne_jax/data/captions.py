@@ -50,11 +50,8 @@ def fit_tokenizer(captions: Sequence[str], vocab_size: int) -> transformers.PreT
     """Returns a WordPiece tokenizer fitted to cleaned captions, which keeps accents and marks.
 
     Case and the Unicode form of a letter do not count. The same captions give the same ids in every
-    process: special tokens come first, the other pieces in alphabetical order.
-
-    Args:
-      captions: The cleaned captions.
-      vocab_size: The largest number of token ids.
+    process: special tokens come first, the other pieces in alphabetical order, `vocab_size` at
+    most.
     """
     special = list(_SPECIAL.values())
     learner = _wordpiece(None)
@@ -100,8 +97,7 @@ def _wordpiece(vocabulary):
 def load_tokenizer(name_or_path: str) -> transformers.PreTrainedTokenizerBase:
     """Returns a Hugging Face tokenizer by hub name or local folder.
 
-    Raises:
-      UserError: If there is none, it needs a package that is not installed, or cannot pad.
+    Raises UserError if there is none, it needs a package that is not installed, or cannot pad.
     """
     where = f"the tokenizer {name_or_path!r} (config.data.tokenizer, or the text encoder's own)"
     advice = (

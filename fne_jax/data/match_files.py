@@ -33,16 +33,15 @@ def write_match_list(
     pairs: Pairs,
     about: Mapping[str, Any],
 ) -> None:
-    """Writes a list of pairs that a detector takes for matches.
+    """Writes a list of pairs of a split that a detector takes for matches, with their probability.
 
     Args:
       path: The file, which ends in `.npz`.
-      dataset: The split that the pairs are of.
-      pairs: The pairs and their probability.
+      dataset: The split.
+      pairs: The pairs.
       about: What made the list, for people: detector, run and the like.
 
-    Raises:
-      UserError: if the file cannot be written.
+    Raises UserError if the file cannot be written.
     """
     content = io.BytesIO()
     np.savez(
@@ -63,12 +62,8 @@ def write_match_list(
 def read_match_list(path: pathlib.Path, dataset: PairDataset) -> Pairs:
     """Returns the pairs of a list that `write_match_list` wrote, with their probability as float16.
 
-    Args:
-      path: The file.
-      dataset: The split that the pairs are to be of.
-
-    Raises:
-      UserError: if the file is not such a list, or is about other captions or images.
+    Raises UserError if the file is not such a list, or is about other captions or images than the
+    split's.
     """
     try:
         # np.load would leave a damaged file open.

@@ -52,15 +52,10 @@ class Pairs:
         return dataclasses.replace(self, **columns)
 
     def heeding(self, said: Pairs, judge: Callable[[Pairs], Pairs]) -> tuple[Pairs, int]:
-        """Returns the pairs as people's verdicts have them, and how many were left out for these.
+        """Returns the pairs as people's verdicts have them, and how many of them were refuted.
 
-        Args:
-          said: Pairs with `is_match`: those that are refuted leave, those that are confirmed and
-            are missing here come last.
-          judge: Fills the other columns of such missing pairs.
-
-        Returns:
-          The pairs, with `is_match` where they are confirmed; and how many of them were refuted.
+        Pairs that `said.is_match` refutes leave; those that it confirms and are missing here come
+        last, their other columns filled by `judge`. `is_match` then tells which are confirmed.
         """
         width = 1 + max(one.image.max(initial=0) for one in (self, said))
         here, asked = (one.caption.astype(np.int64) * width + one.image for one in (self, said))

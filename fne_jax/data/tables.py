@@ -37,8 +37,7 @@ def read_rows(
       columns: All names that are read; others may be there.
       other_names: Other names of columns, which count where those are missing.
 
-    Raises:
-      UserError: naming the file and the line, if it cannot be read, or lacks what is required.
+    Raises UserError, naming the file and the line, if it cannot be read or lacks what is required.
     """
     text = listing.read_text(path)
     if kind == "csv":
@@ -132,9 +131,8 @@ def _named(names: Iterable[str], other_names: Mapping[str, Sequence[str]]) -> li
 def safe_cell(value: Any) -> Any:
     """Returns a value as a spreadsheet may open it; `cell_text` undoes it.
 
-    Args:
-      value: A text, which gets an apostrophe before it where it could be taken for a formula, and
-        a visible symbol for each NUL; anything else is returned as it is.
+    A text that could be taken for a formula gets an apostrophe before it, and a visible symbol for
+    each NUL; anything else is returned as it is.
     """
     if not isinstance(value, str):
         return value

@@ -34,7 +34,7 @@ def read_training_images(
     batch_size: int,
     prefetch: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the pairs and the images of each batch.
+    """Yields the [batch] int32 pairs and the [batch, side, side, 3] uint8 images of each batch.
 
     Args:
       source: The records of the split.
@@ -44,11 +44,7 @@ def read_training_images(
       batch_size: The rows in a batch.
       prefetch: The number of batches that are prepared ahead.
 
-    Yields:
-      The [batch] int32 indices of the pairs, and the [batch, side, side, 3] uint8 images.
-
-    Raises:
-      UserError: If a record cannot be read or decoded; it names the record.
+    Raises UserError if a record cannot be read or decoded; it names the record.
     """
     records = _Records(source)
     blank = np.zeros((make_image.size, make_image.size, 3), np.uint8)
@@ -81,14 +77,8 @@ def read_evaluation_images(
 ) -> Iterator[np.ndarray]:
     """Yields [batch_size, side, side, 3] uint8 images, zeros after those that a part names.
 
-    Args:
-      source: The records of the split.
-      parts: The images of each batch, at most `batch_size` of them.
-      image_size: The pixels of a side.
-      batch_size: The rows in a batch.
-
-    Raises:
-      UserError: If a record cannot be read or decoded; it names the record.
+    `parts` are the images of each batch, at most `batch_size` of them. Raises UserError if a record
+    cannot be read or decoded; it names the record.
     """
     records = _Records(source)
     blank = np.zeros((image_size, image_size, 3), np.uint8)

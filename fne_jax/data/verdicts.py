@@ -166,10 +166,7 @@ def on_pairs_of(
       dataset: The split.
       verdicts: Verdicts on a split of that name.
       path: Where they are from.
-      refuse: Whether it is an error that all would be set aside.
-
-    Raises:
-      UserError: if so.
+      refuse: Whether to raise UserError if all would be set aside.
     """
     rows = SplitRows(dataset)
     faults = [rows.fault(verdict) for verdict in verdicts]
@@ -189,13 +186,7 @@ def on_pairs_of(
 
 
 def refuse_other_splits(path: pathlib.Path, split: str, others: Mapping[str, int]) -> None:
-    """Raises UserError if a file that has no verdict on a split has some on others.
-
-    Args:
-      path: The file.
-      split: The split whose verdicts are wanted.
-      others: The number of verdicts on each of the other splits.
-    """
+    """Raises UserError if a file without a verdict on a split has `others`, counted by split."""
     if others:
         found = " and ".join(f"{number:,} on {name}" for name, number in others.items())
         raise UserError(f"{path}: expected verdicts on the split {split}, got {found}")
@@ -204,10 +195,8 @@ def refuse_other_splits(path: pathlib.Path, split: str, others: Mapping[str, int
 def opinions(verdicts: Iterable[Verdict]) -> list[Verdict]:
     """Returns each reviewer's latest verdict on each pair, of whatever sample.
 
-    What judges say of a pair that a person has judged is left out.
-
-    Args:
-      verdicts: What `read_verdicts` returned; of two of the same time the later in it counts.
+    What judges say of a pair that a person has judged is left out. Of two verdicts of the same time
+    the later in the sequence counts.
     """
     latest: dict[tuple[str | int, ...], Verdict] = {}
     for one in verdicts:
@@ -221,13 +210,8 @@ def opinions(verdicts: Iterable[Verdict]) -> list[Verdict]:
 def agreed(verdicts: Iterable[Verdict]) -> list[Verdict]:
     """Returns one verdict on each pair that more reviewers call a match than not, or the reverse.
 
-    Those who are unsure do not vote, and pairs with as many votes for as against are left out.
-
-    Args:
-      verdicts: What `read_verdicts` returned.
-
-    Returns:
-      Of each such pair the first verdict of the majority.
+    Those who are unsure do not vote, and pairs with as many votes for as against are left out. It
+    is the first verdict of the majority.
     """
     of_pair: dict[tuple[str, int, int], list[Verdict]] = {}
     for verdict in opinions(verdicts):
@@ -242,11 +226,7 @@ def agreed(verdicts: Iterable[Verdict]) -> list[Verdict]:
 
 
 def weights_of(verdicts: Iterable[Verdict]) -> dict[tuple[str, int, int], dict[str, float]]:
-    """Returns the weight of each pair in each sample that drew it, whoever judged it there.
-
-    Args:
-      verdicts: What `read_verdicts` returned.
-    """
+    """Returns the weight of each pair in each sample that drew it, whoever judged it there."""
     drawn: dict[tuple[str, int, int], dict[str, float]] = {}
     for one in verdicts:
         if one.weight is not None:
@@ -255,14 +235,9 @@ def weights_of(verdicts: Iterable[Verdict]) -> dict[tuple[str, int, int], dict[s
 
 
 def pairs_of(verdicts: Sequence[Verdict], dataset: PairDataset) -> Pairs:
-    """Returns the [n] pairs that verdicts are on, in the split's rows.
+    """Returns the [n] pairs that [n] verdicts are on, in the split's rows.
 
-    Args:
-      verdicts: [n] verdicts on pairs of the dataset.
-      dataset: The split.
-
-    Raises:
-      UserError: if a verdict is of another dataset.
+    Raises UserError if a verdict is of another dataset.
     """
     rows = SplitRows(dataset)
     for verdict in verdicts:
@@ -275,12 +250,8 @@ def pairs_of(verdicts: Sequence[Verdict], dataset: PairDataset) -> Pairs:
 def refuted_labels(file: str, train: PairDataset) -> Pairs:
     """Returns the labelled pairs of the training split that most reviewers call no match.
 
-    Args:
-      file: The file of verdicts, `config.data.refuted`; those on unlabelled pairs do not count.
-      train: The training split.
-
-    Raises:
-      UserError: if it cannot be read, is of other data, or refutes no labelled pair.
+    Verdicts on unlabelled pairs do not count. Raises UserError if the file, `config.data.refuted`,
+    cannot be read, is of other data, or refutes no labelled pair.
     """
     path = pathlib.Path(expand_home(file))
     found = agreed(read_verdicts(path, train, "train"))
@@ -295,11 +266,7 @@ def refuted_labels(file: str, train: PairDataset) -> Pairs:
 
 
 class SplitRows:
-    """The rows of a split's captions and images by their ids.
-
-    Args:
-      dataset: The split.
-    """
+    """The rows of a split's captions and images by their ids."""
 
     def __init__(self, dataset: PairDataset):
         self.captions, self.names = dataset.captions, dataset.image_names
@@ -375,8 +342,7 @@ def _verdict(cells) -> tuple[Verdict, float]:
 def moment(time: str) -> float:
     """Returns when a verdict was given, in seconds; before all others where that is not known.
 
-    Raises:
-      ValueError: if the text is no time with an offset.
+    Raises ValueError if the text is no time with an offset.
     """
     if not time:
         return -math.inf

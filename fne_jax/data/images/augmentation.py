@@ -90,15 +90,9 @@ AUGMENTATIONS: dict[str, Callable[[np.random.Generator, int, int], Augmentation]
 def sample(
     augmentation: str, seed: int, epoch: int, pair: int, height: int, width: int
 ) -> Augmentation:
-    """Returns what is done to the image of a pair in an epoch.
+    """Returns what is done to the image of a pair in an epoch, whose size is given in pixels.
 
-    Args:
-      augmentation: A key of `AUGMENTATIONS`.
-      seed: The seed of all augmentation.
-      epoch: The number of the epoch, from 0.
-      pair: The index of the pair.
-      height: The height of the image in pixels.
-      width: The width of the image in pixels.
+    `augmentation` is a key of `AUGMENTATIONS`, and `seed` that of all augmentation.
     """
     rng = np.random.default_rng((seed, epoch, pair))
     return AUGMENTATIONS[augmentation](rng, height, width)

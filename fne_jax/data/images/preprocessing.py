@@ -35,14 +35,8 @@ EncodedOrPixels = bytes | np.ndarray
 def decode_jpeg(jpeg: bytes, min_height: int = 0, min_width: int = 0) -> np.ndarray:
     """Returns the [height, width, 3] uint8 pixels of a JPEG, to the bit those of PIL.
 
-    Args:
-      jpeg: The content of the file.
-      min_height: If above 0, the image is decoded at 4/8 or less of its size where the result is
-        still at least this many pixels high
-      min_width: and this many wide.
-
-    Raises:
-      ValueError: If the content is no JPEG, or is damaged anywhere.
+    With least numbers of pixels above 0, the image is decoded at 4/8 or less of its size where the
+    result still has as many. Raises ValueError if the content is no JPEG, or is damaged anywhere.
     """
     return simplejpeg.decode_jpeg(jpeg, min_height=min_height, min_width=min_width, min_factor=2)
 
@@ -50,12 +44,7 @@ def decode_jpeg(jpeg: bytes, min_height: int = 0, min_width: int = 0) -> np.ndar
 def evaluation_image(image: EncodedOrPixels, size: int) -> np.ndarray:
     """Returns the uncropped image at [size, size, 3] uint8, resized bicubically.
 
-    Args:
-      image: A JPEG, or [height, width, 3] uint8 pixels.
-      size: The pixels of a side of the result.
-
-    Raises:
-      ValueError: If the JPEG is damaged.
+    Raises ValueError if it is a JPEG that is damaged.
     """
     pixels = decode_jpeg(image) if isinstance(image, bytes) else image
     if pixels.shape[:2] == (size, size):
@@ -65,13 +54,7 @@ def evaluation_image(image: EncodedOrPixels, size: int) -> np.ndarray:
 
 
 def fast_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Returns the image at [height, width, 3] uint8, nearly as PIL's bicubic makes it, but faster.
-
-    Args:
-      image: [rows, columns, 3] uint8.
-      height: The pixels of the result's height.
-      width: The pixels of the result's width.
-    """
+    """Returns a [rows, columns, 3] uint8 image resized nearly as PIL does bicubically, but faster."""
     shrink = image.shape[0] / height, image.shape[1] / width
     if max(shrink) > _SHRINK[-1]:
         return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
@@ -86,15 +69,8 @@ def crop(image: EncodedOrPixels, window: Window, size: int) -> np.ndarray:
     """Returns a window of an image, resized to [size, size, 3] uint8.
 
     A window of twice the size or more is decoded at a fraction of its size, its edges rounded to
-    the pixels there.
-
-    Args:
-      image: A JPEG, or [height, width, 3] uint8 pixels.
-      window: The top, left, height and width of the window in pixels of the uncropped image.
-      size: The pixels of a side of the result.
-
-    Raises:
-      ValueError: If the JPEG is damaged.
+    the pixels there. It is given in pixels of the uncropped image. Raises ValueError if a JPEG is
+    damaged.
     """
     top, left, crop_height, crop_width = window
     if isinstance(image, bytes):
@@ -107,12 +83,7 @@ def crop(image: EncodedOrPixels, window: Window, size: int) -> np.ndarray:
 
 
 def augment_image(image: np.ndarray, sampled: Augmentation) -> np.ndarray:
-    """Returns a cropped image after the mirroring and the operations that were sampled for it.
-
-    Args:
-      image: [side, side, 3] uint8 pixels.
-      sampled: What is to be done; its window is not read.
-    """
+    """Returns a [side, side, 3] uint8 image, which is cropped, after all else that was sampled."""
     if sampled.mirrored:
         image = cv2.flip(image, 1)
     for operation, argument in zip(sampled.operations, sampled.arguments, strict=True):
@@ -137,13 +108,7 @@ class TrainingImages:
     def __call__(self, image: EncodedOrPixels, epoch: int, pair: int) -> np.ndarray:
         """Returns the image of a pair in an epoch, [size, size, 3] uint8.
 
-        Args:
-          image: A JPEG, or [height, width, 3] uint8 pixels.
-          epoch: The number of the epoch, from 0.
-          pair: The index of the pair.
-
-        Raises:
-          ValueError: If the JPEG is damaged.
+        Raises ValueError if it is a JPEG that is damaged.
         """
         if self.augmentation == "none":
             return evaluation_image(image, self.size)
@@ -155,8 +120,7 @@ class TrainingImages:
 def image_shape(image: EncodedOrPixels) -> tuple[int, int]:
     """Returns the height and the width of pixels, or of a JPEG by its header.
 
-    Raises:
-      ValueError: If encoded bytes are no JPEG.
+    Raises ValueError if encoded bytes are no JPEG.
     """
     if isinstance(image, bytes):
         return simplejpeg.decode_jpeg_header(image)[:2]
@@ -166,12 +130,8 @@ def image_shape(image: EncodedOrPixels) -> tuple[int, int]:
 def small_jpeg(image: EncodedOrPixels, longer_side: int) -> bytes:
     """Returns an image that is small enough for a page, as a JPEG without any metadata.
 
-    Args:
-      image: A JPEG, or [height, width, 3] uint8 pixels.
-      longer_side: The most pixels of its longer side; a smaller image keeps its size.
-
-    Raises:
-      ValueError: If the JPEG is damaged.
+    `longer_side` is the most pixels of its longer side; a smaller image keeps its size. Raises
+    ValueError if it is a JPEG that is damaged.
     """
     if isinstance(image, bytes):
         image = decode_jpeg(image, longer_side, longer_side)

@@ -46,15 +46,10 @@ def usable_jpeg(content: bytes, resize_to: int = 0) -> bytes:
 
     Others are converted: grey and CMYK become RGB, transparent images are laid on white, 16 bits
     become 8, the image is turned as EXIF says, and of an animation the first frame is taken. The
-    result is stored at JPEG quality 95.
+    result is stored at JPEG quality 95. A shorter side of more than `resize_to` pixels is reduced
+    to that (bicubic, antialiased), unless it is 0.
 
-    Args:
-      content: The content of an image file.
-      resize_to: The pixels that the shorter side is reduced to (bicubic, antialiased) where it is
-        longer; 0 leaves the size.
-
-    Raises:
-      UnusableImage: If it cannot be read to its end, is no image, or is too small or too large.
+    Raises UnusableImage if it cannot be read to its end, is no image, or is too small or too large.
     """
     if not content:
         raise UnusableImage("the file is empty")
@@ -81,13 +76,8 @@ def usable_jpeg(content: bytes, resize_to: int = 0) -> bytes:
 def usable_pixels(image: bytes | Image.Image, resize_to: int = 0) -> np.ndarray:
     """Returns the [height, width, 3] uint8 pixels that are read of an image once it is prepared.
 
-    Args:
-      image: The content of an image file, or an image that PIL has opened or made. Unless it was
-        opened from a JPEG that would be stored as it is, it goes through the stored quality.
-      resize_to: As for `usable_jpeg`.
-
-    Raises:
-      UnusableImage: If it cannot be used.
+    Unless it was opened from a JPEG that would be stored as it is, an image of PIL goes through the
+    stored quality. It takes, and raises, what `usable_jpeg` does.
     """
     if isinstance(image, bytes):
         return decode_jpeg(usable_jpeg(image, resize_to))

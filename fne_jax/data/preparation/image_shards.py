@@ -82,9 +82,7 @@ class ImageShard:
     def is_made(self, folder: pathlib.Path, records: pathlib.Path | None = None) -> bool:
         """Returns whether a folder has outcomes that can be read, and there are the records.
 
-        Args:
-          folder: The folder.
-          records: The file of the JPEGs, where it has another name than `records_in` gives it.
+        `records` is the file of the JPEGs where it has another name than `records_in` gives it.
         """
         try:
             self.outcomes(folder)
@@ -93,11 +91,7 @@ class ImageShard:
         return (records or self.records_in(folder)).exists()
 
     def outcomes(self, folder: pathlib.Path) -> list[Outcome]:
-        """Returns what came of each image.
-
-        Raises:
-          UserError: If the file is damaged.
-        """
+        """Returns what came of each image; raises UserError if the file is damaged."""
         path = self.outcomes_in(folder)
         with files.as_user_error(f"{path}: is damaged", errors=(OSError, ValueError, TypeError)):
             outcomes = [
@@ -122,12 +116,7 @@ def plan_shards(
     """Returns the shards of a listing: of its images up to a split's end or full, and of each file.
 
     An image that is added to the end of a split leaves all but the last shard of it as they were.
-
-    Args:
-      images: The listed images.
-      stamps: Their sizes and times of modification.
-      containers: The files that list and hold images of their own.
-      resize_to: See `ImageShard`.
+    `stamps` are of the images, and `resize_to` as of `ImageShard`.
     """
     shards: list[ImageShard] = []
     part: list[tuple[AnyImageFile, Stamp]] = []
@@ -161,10 +150,7 @@ def write_shard(
 ) -> None:
     """Checks and converts a shard's images, one at a time, and writes those that can be used.
 
-    Args:
-      shard: The shard.
-      folder: Where its files go.
-      stopped: Asked before each image; once it is true, the shard is given up.
+    `stopped` is asked before each image; once it is true, the shard is given up.
 
     Raises:
       EnvironmentFailure: If the records cannot be written.

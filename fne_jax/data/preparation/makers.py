@@ -46,8 +46,7 @@ def in_processes(
 ) -> Iterator[None]:
     """Makes shards in so many processes, whose main module must be one that can be imported.
 
-    Raises:
-      UserError: If one of them is killed.
+    Raises UserError if one of them is killed.
     """
     # Neither threads nor TensorFlow survive a fork.
     spawn = multiprocessing.get_context("spawn")

@@ -48,15 +48,10 @@ _log = logging.getLogger(__name__)
 
 
 def prepare(data: ml_collections.ConfigDict, maker: Maker = in_threads) -> Prepared:
-    """Returns the prepared dataset that `config.data` describes, which is made if need be.
+    """Returns the prepared dataset that `config.data` describes, which `maker` makes if need be.
 
-    Args:
-      data: The group `config.data`, whose source has a listing.
-      maker: What makes the shards.
-
-    Raises:
-      UserError: If the source cannot be read, more of it cannot be used than
-        `config.data.max_skipped` allows, or what was prepared is damaged.
+    Raises UserError if the source cannot be read, more of it cannot be used than
+    `config.data.max_skipped` allows, or what was prepared is damaged.
     """
     root = files.local_folder(data.cache_dir, "config.data.cache_dir") / _FOLDER
     source = find_source(data.source)

@@ -88,14 +88,7 @@ def image_features() -> dict[str, Any]:
 class RecordSource:
     """The images of a split, in order, with errors for users; nothing is opened before one is read.
 
-    Args:
-      folder: The prepared dataset.
-      split: The name of the split.
-      table: Its table.
-      checksum: Stands for what the records hold.
-
-    Attributes:
-      checksum: As given.
+    `checksum` stands for what the records hold.
     """
 
     def __init__(self, folder: pathlib.Path, split: str, table: pa.Table, checksum: str):
@@ -159,11 +152,7 @@ class RecordSource:
 
 
 class Texts(Sequence[str]):
-    """Texts of a memory-mapped table, each of which is read when it is asked for.
-
-    Args:
-      parts: Arrays of strings, one after the other.
-    """
+    """Texts of a memory-mapped table, in several arrays, each read when it is asked for."""
 
     def __init__(self, parts: Sequence[pa.StringArray]):
         self._parts = parts
@@ -246,9 +235,6 @@ def write_notes(
       summaries: What each split holds.
       shards: For each file of records, in order, the key of its shard and the records in it.
       skipped: What was left out, as the text of a JSON list.
-
-    Raises:
-      OSError: If something cannot be written.
     """
     import tensorflow_datasets as tfds
 
@@ -311,11 +297,7 @@ class Prepared:
 
     @classmethod
     def open(cls, folder: pathlib.Path) -> Prepared:
-        """Opens a folder.
-
-        Raises:
-          UserError: If it is damaged, or was written by a version of another layout.
-        """
+        """Opens a folder; raises UserError if it is damaged, or of a version of another layout."""
         with as_user_error(f"{folder / ABOUT_FILE}: is damaged", _ADVICE, _MALFORMED):
             about = json.loads((folder / ABOUT_FILE).read_text())
             if about["layout"] != LAYOUT:
@@ -333,8 +315,7 @@ class Prepared:
     def load_split(self, split: str) -> PairDataset:
         """Returns a split: its captions, and its images when they are asked for.
 
-        Raises:
-          UserError: If it is damaged, or has no image of the split.
+        Raises UserError if it is damaged, or has no image of the split.
         """
         if not self.summaries[split].images:
             there = " and ".join(name for name in SPLITS if self.summaries[name].images)
@@ -354,8 +335,7 @@ class Prepared:
     def check(self, split: str) -> None:
         """Reads all of a split, and compares it with what was noted when it was written.
 
-        Raises:
-          UserError: If a record is damaged, or another than it was; it names the first.
+        Raises UserError if a record is damaged, or another than it was; it names the first.
         """
         noted = self.summaries[split]
         with self._reading(table_name(split)) as table:
@@ -374,11 +354,7 @@ class Prepared:
             )
 
     def copies(self) -> list[list[tuple[str, str]]]:
-        """Returns the split and the file of images whose JPEGs are the same, those of each JPEG.
-
-        Raises:
-          UserError: If it is damaged.
-        """
+        """Returns the split and the file of images whose JPEGs are the same, those of each JPEG."""
         tables = []
         for split in self.summaries:
             with self._reading(table_name(split)) as table:

@@ -19,12 +19,7 @@ def read_listing(data_dir: str) -> Listing:
     They lie in the folder or in `annotations`; the images of `captions_val2017.json` in `val2017`,
     or in `images`. Names with "train" make the training split. Of those with "val" each image goes
     to val or test, half of them to either, by a hash of its name, unless there is one with "test".
-
-    Args:
-      data_dir: The folder.
-
-    Raises:
-      UserError: If something is missing or of the wrong kind; it names the file and the entry.
+    Raises UserError, naming file and entry, if something is missing or of the wrong kind.
     """
     folder = listing.existing_folder(data_dir, "captions_train*.json and captions_val*.json")
     inside = folder / "annotations"

@@ -51,11 +51,7 @@ AnyImageFile = str | os.PathLike | MadeImage
 
 
 def read_bytes(image: AnyImageFile) -> bytes:
-    """Returns the content of an image's file.
-
-    Raises:
-      OSError: If it cannot be read.
-    """
+    """Returns the content of an image's file; raises OSError if it cannot be read."""
     return image.read() if isinstance(image, MadeImage) else epath.Path(image).read_bytes()
 
 
@@ -67,8 +63,7 @@ def file_of(image: AnyImageFile) -> str:
 def stamp_of(image: AnyImageFile) -> Stamp:
     """Returns the bytes of an image and when its file was modified (ns), or (-1, 0) for no file.
 
-    Raises:
-      UserError: If the file system does not tell whether there is a file.
+    Raises UserError if the file system does not tell whether there is a file.
     """
     if isinstance(image, MadeImage):
         return image.size, 0
@@ -87,8 +82,7 @@ def stamps_of(images: Sequence[AnyImageFile]) -> list[Stamp]:
 def file_stamp(name: str) -> Stamp:
     """Returns the bytes of a file and when it was modified (ns), or (-1, 0) if there is none.
 
-    Raises:
-      UserError: If the file system does not tell whether there is one.
+    Raises UserError if the file system does not tell whether there is one.
     """
     try:
         if "://" in name:

@@ -22,10 +22,8 @@ def read_listing(data_dir: str) -> Listing:
     """Returns the dataset of a folder with one list each for train, val and test.
 
     A list is found by the split in its name, e.g. `flickr30k_train.json`. Images lie in the folder
-    `images` beside the lists, or beside the lists themselves.
-
-    Raises:
-      UserError: If something is missing or of the wrong kind; it names the file and the entry.
+    `images` beside the lists, or beside the lists themselves. Raises UserError, naming file and
+    entry, if something is missing or of the wrong kind.
     """
     folder = listing.existing_folder(
         data_dir, "the authors' lists *train*.json, *val*.json and *test*.json, and images/"

@@ -118,8 +118,7 @@ class Container(abc.ABC):
     def images(self) -> Iterator[tuple[ContainedImage, bytes | None]]:
         """Yields the images with their bytes, or None where there are none, in one pass.
 
-        Raises:
-          UserError: If the file cannot be read.
+        Raises UserError if the file cannot be read.
         """
 
     def outside(self) -> Sequence[str]:
@@ -147,14 +146,9 @@ class Listing:
 
 
 def existing_folder(data_dir: str, expected: str) -> epath.Path:
-    """Returns `config.data.dir` as a path.
+    """Returns `config.data.dir` as a path; raises UserError if it is no folder.
 
-    Args:
-      data_dir: The value of `config.data.dir`.
-      expected: What the folder should hold, for the message.
-
-    Raises:
-      UserError: If it is not a folder.
+    `expected` says what the folder should hold, for the message.
     """
     folder = epath.Path(data_dir).expanduser()
     if not data_dir or not folder.is_dir():
@@ -168,8 +162,7 @@ def existing_folder(data_dir: str, expected: str) -> epath.Path:
 def one_file(folder: epath.Path, patterns: Sequence[str], kind: str) -> epath.Path:
     """Returns the one file of a folder that matches one of some patterns.
 
-    Raises:
-      UserError: If there is none, or more than one.
+    Raises UserError if there is none, or more than one.
     """
     # Not by `glob`, which takes a [ in the folder's own path for a pattern too.
     with as_user_error(f"{folder}: cannot be listed"):
@@ -203,8 +196,7 @@ def image_folder(folder: epath.Path) -> epath.Path:
 def read_text(path: epath.Path) -> str:
     """Returns the text of a file in UTF-8, or in UTF-16 if a byte order mark says so.
 
-    Raises:
-      UserError: If it cannot be read, or is in another encoding; it says how to convert it.
+    Raises UserError if it cannot be read, or is in another encoding; it says how to convert it.
     """
     if advice := _PACKED.get(path.suffix.lower()):
         raise UserError(f"{path}: not a text file; {advice}")
@@ -227,8 +219,7 @@ def read_text(path: epath.Path) -> str:
 def decoded(content: bytes) -> str:
     """Returns the text of bytes in UTF-8, or in UTF-16 if a byte order mark says so.
 
-    Raises:
-      UnicodeDecodeError: If they are none.
+    Raises UnicodeDecodeError if they are none.
     """
     return content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig")
 
@@ -245,36 +236,21 @@ def filled_lines(text: str) -> list[str]:
 def parse_json(where: str, text: str) -> Any:
     """Returns what a JSON text holds.
 
-    Args:
-      where: The place of the text, for messages.
-      text: The text.
-
-    Raises:
-      UserError: If it is not JSON, or nested too deeply to be a listing.
+    Raises UserError, naming the place, if it is not JSON, or nested too deeply to be a listing.
     """
     with as_user_error(f"{where}: not JSON", errors=(ValueError, RecursionError)):
         return json.loads(text)
 
 
 def read_json(path: epath.Path) -> Any:
-    """Returns what a JSON file holds.
-
-    Raises:
-      UserError: If it cannot be read or is not one.
-    """
+    """Returns what a JSON file holds; raises UserError if it cannot be read or is not one."""
     return parse_json(str(path), read_text(path))
 
 
 def checked_name(where: str, key: str, name: Any) -> str:
-    """Returns what a listing gives as the path of an image.
+    """Returns what a listing's entry gives, under a key, as the path of an image.
 
-    Args:
-      where: The entry, for messages.
-      key: The key or column of the path.
-      name: What stands there.
-
-    Raises:
-      UserError: If it can be no path.
+    Raises UserError if it can be no path.
     """
     if not is_text(name) or not name:
         raise UserError(f"{where}: {key!r} is {name!r:.60}; expected an image's path")
@@ -293,14 +269,9 @@ def is_text(value: Any) -> bool:
 
 
 def check_text(name: str, value: Any) -> None:
-    """Checks that a value is text that a tokenizer takes.
+    """Raises UserError unless a value is text that a tokenizer takes: no NUL, no half a character.
 
-    Args:
-      name: What messages call it.
-      value: What was given.
-
-    Raises:
-      UserError: If it is none, or has a NUL or half a character.
+    `name` is what messages call it.
     """
     if not isinstance(value, str):
         raise UserError(f"{name}: expected a str, got {type(value).__name__}")
@@ -322,12 +293,9 @@ def images_of_rows(rows: Iterable[ListedImage]) -> list[ListedImage]:
     Rows of the same file make one image, however they spell its path, in the order of their first
     rows. Captions are numbered in the rows' order, and images too unless all have numbers.
 
-    Args:
-      rows: All rows, without ids of captions. `source_id` is the path as it is listed, `image_id`
-        the listing's own id, a number or text, or None.
-
-    Raises:
-      UserError: If an id is none, or rows disagree on an image's split or id.
+    Rows are without ids of captions. `source_id` is the path as it is listed, `image_id` the
+    listing's own id, a number or text, or None. Raises UserError if an id is none, or rows disagree
+    on an image's split or id.
     """
     files: dict[str, str] = {}  # by the paths as listed
     first: dict[str, ListedImage] = {}
@@ -387,8 +355,7 @@ def checked_listing(
       images: The images of each split, in the source's order.
       advice: What to do about a missing split.
 
-    Raises:
-      UserError: If something is wrong; it names the split, or the two entries that clash.
+    Raises UserError if something is wrong; it names the split, or the two entries that clash.
     """
     images = sorted(images, key=lambda image: SPLITS.index(image.split))
     if not images:

@@ -24,8 +24,7 @@ def named_by(pattern: str, endings: Sequence[str]) -> list[str]:
         path or an URL of files, in which `*`, `?`, `{a,b}` and `{000..009}` stand for several.
       endings: The endings, such as ".tar".
 
-    Raises:
-      UserError: If there is none; what fsspec asks for where it cannot read an URL.
+    Raises UserError if there is none, and with what fsspec asks for where it cannot read an URL.
     """
     where, kinds = f"config.data.dir is {pattern!r}", " or ".join(endings)
     found: list[str] = []
@@ -51,11 +50,7 @@ def named_by(pattern: str, endings: Sequence[str]) -> list[str]:
 def splits_of(paths: Sequence[str]) -> dict[str, str]:
     """Returns the split of each file by its name, or its folder's; "" for all where none tells one.
 
-    Args:
-      paths: The files. Folders that all of them lie in tell nothing.
-
-    Raises:
-      UserError: If only some tell a split.
+    Folders that all of them lie in tell nothing. Raises UserError if only some tell a split.
     """
     shared = len(os.path.commonpath([os.path.dirname(path) for path in paths]))
     splits = {}

@@ -16,16 +16,9 @@ from fne_jax.files import as_user_error
 def load_split(data: ml_collections.ConfigDict, image_size: int, split: str) -> PairDataset:
     """Returns the pairs of `<data.dir>/<split>.npz`.
 
-    The file holds `images` [images, side, side, 3] uint8, `captions` [pairs] text (or bytes in
-    UTF-8), `caption_image` [pairs] integer indices, and optionally `image_id` [images] integers.
-
-    Args:
-      data: The group `config.data`.
-      image_size: The pixels of a side that the images must have.
-      split: "train", "val" or "test".
-
-    Raises:
-      UserError: If the file is missing or an array does not fit.
+    The file holds `images` [images, image_size, image_size, 3] uint8, `captions` [pairs] text (or
+    bytes in UTF-8), `caption_image` [pairs] integer indices, and optionally `image_id` [images]
+    integers. Raises UserError if the file is missing or an array does not fit.
     """
     path = existing_folder(data.dir, f"{split}.npz") / f"{split}.npz"
     arrays = _read(path)

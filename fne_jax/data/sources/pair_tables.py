@@ -49,8 +49,7 @@ def read_listing(data_dir: str, kind: str) -> Listing:
       data_dir: The table, or the folder that holds it alone of its kind.
       kind: "csv" (a header names the columns) or "jsonl" (one object a line).
 
-    Raises:
-      UserError: If something is missing or of the wrong kind; it names the file and the line.
+    Raises UserError, naming file and line, if something is missing or of the wrong kind.
     """
     path = epath.Path(data_dir).expanduser()
     if not data_dir or not path.is_file():
@@ -72,12 +71,7 @@ def read_listing(data_dir: str, kind: str) -> Listing:
 def read_images(path: epath.Path, kind: str) -> list[ListedImage]:
     """Returns the images of a table, of whatever split, in the order of their first rows.
 
-    Args:
-      path: The table.
-      kind: "csv" or "jsonl".
-
-    Raises:
-      UserError: If something is missing or of the wrong kind; it names the file and the line.
+    It takes, and raises, what `read_listing` does.
     """
     rows = (dataclasses.replace(row, split="") for row in _image_rows(path, kind))
     return listing.images_of_rows(rows)

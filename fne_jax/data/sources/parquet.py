@@ -27,15 +27,11 @@ _ROWS = 64  # in memory at a time
 
 
 def read_listing(data: ml_collections.ConfigDict) -> Listing:
-    """Returns the tables that `config.data.dir` names.
+    """Returns the tables that `config.data.dir` names, a folder or a pattern of files.
 
-    Args:
-      data: The group `config.data`. `dir` is a folder or a pattern of files; `image_key` the column
-        of images (bytes, {bytes, path}, or paths), `caption_key` that of captions (text, or a list
-        of texts), or several with commas between.
-
-    Raises:
-      UserError: If there is no file, or only some of their names tell a split.
+    `image_key` is the column of images (bytes, {bytes, path}, or paths), `caption_key` that of
+    captions (text, or a list of texts), or several with commas between. Raises UserError if there
+    is no file, or only some of their names tell a split.
     """
     tables = [
         Table(path, split, data.image_key, data.caption_key)

@@ -53,11 +53,7 @@ class Source:
 
 
 def find_source(name: str) -> Source:
-    """Returns the source of a name.
-
-    Raises:
-      UserError: If there is none; it lists the names.
-    """
+    """Returns the source of a name; raises UserError, which lists the names, if there is none."""
     if name not in SOURCES:
         raise UserError(f"config.data.source is {name!r}; expected one of {', '.join(SOURCES)}")
     return SOURCES[name]
@@ -66,13 +62,8 @@ def find_source(name: str) -> Source:
 def load_split(data: ml_collections.ConfigDict, image_size: int, split: str) -> PairDataset:
     """Returns a split of the dataset that `config.data` describes, preparing it if need be.
 
-    Args:
-      data: The group `config.data` of configs/base.py.
-      image_size: The pixels of a side that the encoder takes.
-      split: "train", "val" or "test".
-
-    Raises:
-      UserError: If the split or the source is unknown, or the source cannot be read.
+    `image_size` are the pixels of a side that the encoder takes. Raises UserError if the split or
+    the source is unknown, or the source cannot be read.
     """
     return load_splits(data, image_size, [split])[0]
 

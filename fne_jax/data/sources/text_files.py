@@ -23,13 +23,8 @@ def read_listing(data_dir: str) -> Listing:
     """Returns the images of a folder and those below it, each with the lines of its text.
 
     The names of folders tell splits (`train`, `val`, `test`), or hashes of the images' paths do. An
-    image without a text counts as one without captions.
-
-    Args:
-      data_dir: The folder.
-
-    Raises:
-      UserError: If there is no image, only some lie in a folder of a split, or a text is not UTF-8.
+    image without a text counts as one without captions. Raises UserError if there is no image, only
+    some lie in a folder of a split, or a text is not UTF-8.
     """
     folder = listing.existing_folder(data_dir, "images, and a .txt file beside each")
     there = many_files.named_by(os.fspath(folder), ENDINGS)

@@ -19,13 +19,9 @@ from fne_jax.files import as_user_error, expand_home
 def read_listing(data: ml_collections.ConfigDict) -> Listing:
     """Returns the shards of the dataset that `config.data.dir` names.
 
-    Args:
-      data: The group `config.data`. `dir` is the folder of a prepared dataset (that of a version),
-        or a name such as `coco_captions` of one in TFDS's own folder; `image_key` and `caption_key`
-        are features, `/` leading to those within others, as in `captions/text`.
-
-    Raises:
-      UserError: If there is no such dataset or feature.
+    It is the folder of a prepared dataset (that of a version), or a name such as `coco_captions` of
+    one in TFDS's own folder; `image_key` and `caption_key` are features, `/` leading to those
+    within others, as in `captions/text`. Raises UserError if there is no such dataset or feature.
     """
     where = f"config.data.dir is {data.dir!r}"
     with as_user_error(where, errors=Exception):  # TFDS's own are of many kinds

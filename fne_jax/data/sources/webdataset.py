@@ -28,13 +28,9 @@ _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 def read_listing(data: ml_collections.ConfigDict) -> Listing:
     """Returns the tars that `config.data.dir` names.
 
-    Args:
-      data: The group `config.data`. `dir` is a folder of tars, or a pattern such as
-        `DIR/{train,val}-{000..009}.tar` or `s3://BUCKET/*.tar`; `caption_key` is the key of a
-        JSON member that holds the caption, or a list of them.
-
-    Raises:
-      UserError: If there is no tar, or only some of their names tell a split.
+    It is a folder of tars, or a pattern such as `DIR/{train,val}-{000..009}.tar` or
+    `s3://BUCKET/*.tar`; `caption_key` is the key of a JSON member that holds the caption, or a list
+    of them. Raises UserError if there is no tar, or only some of their names tell a split.
     """
     tars = [
         Tar(path, split, data.caption_key)
