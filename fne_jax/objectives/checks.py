@@ -18,8 +18,7 @@ def shape(name: str, array: jax.Array, expected: tuple[int, ...]) -> None:
 def embeddings(**arrays: jax.Array) -> tuple[int, int]:
     """Returns the [batch, dim] shape that all the named float arrays share.
 
-    Raises:
-      ValueError: if one is not a float matrix, has no rows, or is not shaped as the first.
+    Raises ValueError if one is not a float matrix, has no rows, or is not shaped as the first.
     """
     first_name, first = next(iter(arrays.items()))
     for name, array in arrays.items():

@@ -38,8 +38,6 @@ def infonce_loss(
         match, and known matches take no part.
       queue: The queue of momentum embeddings, whose empty slots take no part either; or None for
         the batch's keys only.
-      stats: Not used.
-      rng: Not used.
       temperature: Divisor of the similarities, above 0; 0.07 in MoCo and ALBEF.
 
     Returns:
@@ -94,9 +92,6 @@ def clip_loss(
 
     Args:
       features: The embeddings of the batch. What it excludes takes no part.
-      queue: Not used.
-      stats: Not used.
-      rng: Not used.
       temperature: Divisor of the similarities, above 0.
 
     Returns:
@@ -151,9 +146,6 @@ def multi_positive_loss(
     Args:
       features: The embeddings of the batch. An image and all its captions, by `image_id`, are
         positives; what else it excludes takes no part.
-      queue: Not used.
-      stats: Not used.
-      rng: Not used.
       temperature: Divisor of the similarities, above 0.
       matches_are_positives: Whether known matches are positives too, of their weight; else they
         take no part.
@@ -205,9 +197,6 @@ def sigmoid_loss(
 
     Args:
       features: The embeddings of the batch. What it excludes, and is no positive, takes no part.
-      queue: Not used.
-      stats: Not used.
-      rng: Not used.
       temperature: Divisor of the similarities, above 0.
       bias: Number added to the logits, about the log odds of a match at similarity 0.
       matches_are_positives: Whether known matches and all captions of an image, by `image_id`, are

@@ -171,9 +171,8 @@ class Direction(NamedTuple):
     def excluded(self) -> tuple[jax.Array, jax.Array | None]:
         """Returns which keys are no negatives of an anchor: its image's, and its known matches.
 
-        Returns:
-          [batch, batch] bool, own matches included; and [batch, size] bool, empty slots included,
-          or None without a queue.
+        They are [batch, batch] bool, own matches included; and [batch, size] bool, empty slots
+        included, or None without a queue.
         """
         in_batch = self.image_id[:, None] == self.image_id[None, :]
         in_batch, _ = apart(in_batch, self.batch_matches)
@@ -186,11 +185,8 @@ class Direction(NamedTuple):
     def probability(self, index: jax.Array) -> jax.Array | None:
         """Returns how likely keys match the anchors by what is known; None if only masks are.
 
-        Args:
-          index: [batch] int32 index of a key for each anchor: the batch's first, then the queue's.
-
-        Returns:
-          [batch] float32 probabilities, or None.
+        The [batch] float32 probabilities are those of an int32 key for each anchor: the batch's
+        come first, then the queue's.
         """
         batch = len(self.anchor)
         known = self.batch_matches
@@ -208,14 +204,11 @@ def _of_keys(known, index):
 
 
 def apart(excluded: jax.Array, known: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """Returns which keys are no negatives, and how likely others match, or None.
+    """Returns which keys are no negatives, and the float32 probability that others match, or None.
 
     Args:
       excluded: bool, true for keys that are no negatives whatever is known.
       known: What is known of them as in `Matches`, masks or probabilities; None for nothing.
-
-    Returns:
-      bool, shaped as both; and float32 probabilities, None of masks.
     """
     if known is None:
         return excluded, None
@@ -232,8 +225,7 @@ def as_probability(grade: jax.Array) -> jax.Array:
 def directions(features: Features, queue: MemoryQueue | None) -> tuple[Direction, Direction]:
     """Returns the two directions: images that ask among texts, and texts among images.
 
-    Raises:
-      ValueError: if the batch lacks momentum embeddings or ids, or what is there does not fit.
+    Raises ValueError if the batch lacks momentum embeddings or ids, or what is there does not fit.
     """
     image_keys, text_keys = features.momentum_image, features.momentum_text
     image_id, matches = features.image_id, features.matches

@@ -99,14 +99,10 @@ class KeyBlocks:
         )
 
     def table(self, key_chunk: int | None) -> tuple[jax.Array, jax.Array]:
-        """Returns what is kept of each block of keys.
+        """Returns what is kept of each block of keys, `key_chunk` of the queue's scored at a time.
 
-        Args:
-          key_chunk: keys of the queue scored at a time, a multiple of BLOCK; None for all.
-
-        Returns:
-          [batch, blocks] sums of the weights, and [batch, blocks] highest similarities to a
-          candidate, -inf where there is none.
+        That is [batch, blocks] sums of the weights, and [batch, blocks] highest similarities to a
+        candidate, -inf where there is none.
         """
         parts = [self._reduce(self.batch_similarity, self.image_id, self.batch_matches)]
         if self.slots is not None:

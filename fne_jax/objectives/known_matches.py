@@ -53,14 +53,9 @@ class CompleteMatches:
         return cls(bits, np.asarray(caption_image, np.int32))
 
     def match(self, image: jax.Array, pair: jax.Array) -> jax.Array:
-        """Returns whether images match the captions of pairs.
+        """Returns whether images match the captions of pairs: bool, of the shape to which both go.
 
-        Args:
-          image: int32 numbers of images, at least 0, of any shape.
-          pair: int32 numbers of pairs, at least 0; both broadcast.
-
-        Returns:
-          bool, of the shape to which both broadcast.
+        Both are int32 numbers of at least 0, of any shape.
         """
         byte = jnp.asarray(self.bits)[pair, jnp.asarray(image) // 8]
         return (byte >> (jnp.asarray(image) % 8).astype(jnp.uint8)) & 1 == 1
@@ -160,11 +155,8 @@ KnownMatches = CompleteMatches | ListedMatches
 def matches_of_step(known: KnownMatches, pair_id: jax.Array, queue_pair_id: jax.Array) -> Matches:
     """Returns what a table says of the pairs of a batch and of the queue, masks or probabilities.
 
-    Args:
-      known: The table of the split that the pairs are from.
-      pair_id: [batch] int32 numbers of the batch's pairs.
-      queue_pair_id: [size] int32 numbers of the pairs in the queue's slots; empty slots, which are
-        below 0, match nothing.
+    `pair_id` [batch] and `queue_pair_id` [size] are int32 numbers of pairs in the table's split;
+    empty slots, which are below 0, match nothing.
     """
     caption_image = jnp.asarray(known.caption_image)
     image = caption_image[pair_id]

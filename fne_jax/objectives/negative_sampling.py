@@ -225,9 +225,8 @@ def sample_entry(uniform: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax
       uniform: [batch] numbers in [0, 1).
       weights: [batch, n] float32, at least 0.
 
-    Returns:
-      The [batch] int32 index of the entry, meaningless where a row is all 0; [batch] by how much
-      `uniform` times the total exceeds the sum of the entries before it; and the [batch] totals.
+    Returns the [batch] int32 index of the entry, meaningless where a row is all 0; [batch] by how
+    much `uniform` times the total exceeds the sum of the entries before it; and the [batch] totals.
     """
     n = weights.shape[1]
     grouped = n - n % GROUP
@@ -246,12 +245,9 @@ def sample_entry(uniform: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax
 def first_exceeding(target: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns each row's first positive entry whose running total exceeds the target, and the rest.
 
-    Args:
-      target: [batch] numbers in [0, total).
-      weights: [batch, n] weights, with a positive entry in every row that matters.
-
-    Returns:
-      The [batch] index, and [batch] the target less the running total before that index.
+    That is the [batch] index, and the [batch] target less the running total before it. Targets are
+    [batch] numbers in [0, total), and [batch, n] weights have a positive entry in every row that
+    matters.
     """
     running = jnp.cumsum(weights, axis=1)
     positive = weights > 0

@@ -83,10 +83,7 @@ class Entry:
 def weighing_settings(fne: ml_collections.ConfigDict, *, listed: bool = False) -> dict[str, Any]:
     """Returns the settings of `sampling_weights`, parts of it switched off as `config.fne` says.
 
-    Args:
-      fne: `config.fne`.
-      listed: Whether candidates come with their probability in a list, without which
-        `fne.posterior=listed` suspects none.
+    Unless candidates are `listed` with their probability, `fne.posterior=listed` suspects none.
     """
     hard = fne.elimination == HARD
     none = fne.elimination == NO_ELIMINATION or (fne.posterior == LISTED and not listed)

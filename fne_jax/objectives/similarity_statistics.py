@@ -81,12 +81,9 @@ class GaussianStatistics:
     def update(
         self, values: jax.Array, mask: jax.Array, ema_decay: float = 1.0
     ) -> GaussianStatistics:
-        """Returns the statistics with the values added for which `mask` holds.
+        """Returns the statistics with the values added for which `mask`, of their shape, holds.
 
-        Args:
-          values: float32 values of any shape.
-          mask: bool, shaped as `values`.
-          ema_decay: share of the old count, sum and deviation that is kept, in (0, 1].
+        `ema_decay` is the share of the old count, sum and deviation that is kept, in (0, 1].
         """
         checks.mask("mask", mask, jnp.shape(values))
         values = jnp.where(mask, values, 0.0)
@@ -184,12 +181,7 @@ class StatisticsRule:
     steps_per_epoch: int | None
 
     def before_step(self, stats: SimilarityStatistics, step: jax.Array) -> SimilarityStatistics:
-        """Returns the statistics that a step adds to: empty ones where an epoch begins.
-
-        Args:
-          stats: The statistics after the step before.
-          step: [] int32 number of steps done.
-        """
+        """Returns the statistics that step `step` adds to: empty ones where an epoch begins."""
         if self.ema_decay < 1 or self.steps_per_epoch is None:
             return stats
         starts_epoch = step % self.steps_per_epoch == 0

@@ -44,13 +44,8 @@ class Teacher:
         """Returns the known matches, and with them what the teacher leaves out, which weighs 0.
 
         That is, a candidate that it finds more similar to the anchor than the anchor's positive
-        less the margin; within the batch, to the image or to the caption.
-
-        Args:
-          known: What else is known of this step, masks; None for nothing.
-          pair_id: [batch] int32 numbers of the batch's pairs.
-          queue_pair_id: [size] int32 numbers of the pairs in the queue's slots, below 0 of empty
-            ones, which are not left out.
+        less the margin; within the batch, to the image or to the caption. What else is known are
+        masks, or None. Numbers of pairs are as of `matches_of_step`; empty slots are not left out.
 
         References:
           Solatorio, GISTEmbed, arXiv 2402.16829; Moreira et al., NV-Retriever, arXiv 2407.15831.
@@ -95,12 +90,9 @@ def soft_target_loss(
       temperature: Divisor of the model's similarities, above 0.
       teacher_temperature: Divisor of the teacher's, above 0.
 
-    Returns:
-      The [] float32 sum of both weighted Kullback-Leibler divergences of softmax distributions,
-      each the mean over the anchors of both directions.
-
-    Raises:
-      ValueError: If there are no embeddings of a teacher.
+    Returns the [] float32 sum of both weighted Kullback-Leibler divergences of softmax
+    distributions, each the mean over the anchors of both directions. Raises ValueError without a
+    teacher.
 
     References:
       Huang et al., Cross-modal and Uni-modal Soft-label Alignment for Image-Text Retrieval, AAAI

@@ -73,8 +73,8 @@ def triplet_loss_of_choices(
 ) -> tuple[jax.Array, TripletAux]:
     """Returns the triplet loss over chosen momentum keys, and what it did.
 
-    Gradients flow into the online embeddings through the chosen negative and the positive alone,
-    so the backward pass holds no [batch, keys] matrix.
+    Gradients flow into the online embeddings through the chosen negative and the positive alone, so
+    the backward pass holds no [batch, keys] matrix.
 
     Args:
       choose: Returns the negatives of one direction, of what it needs to sample.
@@ -84,8 +84,7 @@ def triplet_loss_of_choices(
       posterior: Maps similarities to the posterior that is logged, unless the features have one.
       margin: Similarity by which the positive should win.
 
-    Returns:
-      The [] float32 loss, summed over both directions and divided by the batch, and a TripletAux.
+    Returns the [] float32 loss, summed over both directions and divided by the batch.
     """
     image_to_text, text_to_image = directions(features, queue)
     i2t, t2i = choose(random[0], image_to_text), choose(random[1], text_to_image)
@@ -141,9 +140,6 @@ def hardest_negative_triplet_loss(
 
     Args:
       features: The embeddings of the batch.
-      queue: Not used.
-      stats: Not used.
-      rng: Not used.
       margin: Similarity by which the positive should win, at least 0; 0.2 in the paper.
 
     Returns:
@@ -177,13 +173,7 @@ def rowwise_cosine(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def take_keys(index: jax.Array, batch_keys: jax.Array, queue_keys: jax.Array | None) -> jax.Array:
-    """Returns the [batch, dim] float32 keys at some indices.
-
-    Args:
-      index: [batch] int32 indices into the keys: the batch's first, then the queue's slots.
-      batch_keys: [batch, dim] keys of the batch.
-      queue_keys: [size, dim] keys of the queue, or None without a queue.
-    """
+    """Returns the [batch, dim] float32 keys at [batch] indices: the batch's, then the queue's."""
     batch = batch_keys.shape[0]
     rows = jnp.asarray(batch_keys)[jnp.minimum(index, batch - 1)].astype(jnp.float32)
     if queue_keys is None:

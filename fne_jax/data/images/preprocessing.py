@@ -54,7 +54,7 @@ def evaluation_image(image: EncodedOrPixels, size: int) -> np.ndarray:
 
 
 def fast_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Returns a [rows, columns, 3] uint8 image resized nearly as PIL does bicubically, but faster."""
+    """Returns a [rows, columns, 3] uint8 image resized nearly as PIL does by bicubic, faster."""
     shrink = image.shape[0] / height, image.shape[1] / width
     if max(shrink) > _SHRINK[-1]:
         return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
