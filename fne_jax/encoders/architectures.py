@@ -34,10 +34,8 @@ def read_architecture(
     """Returns the content of a model's config.json, from a local folder or the hub.
 
     It also has, under `LOWER_CASE`, what its tokenizer's settings say of that, if anything; and for
-    a folder of sentence-transformers, under `SENTENCE_MODULES`, what `read_modules` returns.
-
-    Raises:
-      UserError: if there is no such model.
+    a folder of sentence-transformers, under `SENTENCE_MODULES`, what `read_modules` returns. Raises
+    UserError if there is no such model.
     """
     folder = find_folder(path_or_hub_name, revision, [CONFIG, _TOKENIZER, *sentence_modules.FILES])
     fields, modules = read_config(folder), sentence_modules.read_modules(folder)
@@ -49,12 +47,8 @@ def read_architecture(
 def build_from_architecture(fields: Mapping[str, Any], where: str) -> nn.Module:
     """Returns the module that `load_pretrained` would, from `read_architecture`'s fields alone.
 
-    Args:
-      fields: What `read_architecture` returned.
-      where: The file's name, for errors.
-
-    Raises:
-      UserError: if the model is of another type or size than is supported.
+    `where` is the file's name, for errors. Raises UserError if the model is of another type or size
+    than is supported.
     """
     config = _parse_config(fields, where)
     towers = MODELS[config.model_type].towers
@@ -124,11 +118,7 @@ def _build_tower(tower, config, where) -> Tower:
 
 
 def model_type_of(module: nn.Module) -> str:
-    """Returns the type that the module can be saved as.
-
-    Raises:
-      UserError: if there is none.
-    """
+    """Returns the type that the module can be saved as; raises UserError if there is none."""
     own_projection = isinstance(module, DualEncoder) and module.projection_dim
     towers = tuple(type(tower) for tower in towers_of(module).values())
     for name, model in MODELS.items():

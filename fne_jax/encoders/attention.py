@@ -53,8 +53,8 @@ def attend(
 
     Args:
       query: [batch, queries, heads, dim] float array.
-      key: [batch, tokens, heads, dim] array of the same dtype.
-      value: [batch, tokens, heads, dim] array of the same dtype.
+      key: [batch, tokens, heads, dim] array of the same dtype, as is the value.
+      value: What is mixed.
       mask: [batch, tokens] bool, False where no query must look; or None.
       bias: [heads, queries, tokens] float32 array, which "xla" alone can add; or None.
       causal: Whether query i must not look at tokens after token i; there are then as many queries
@@ -63,11 +63,8 @@ def attend(
       mesh: The devices that the program is for, over all axes of which batches are split; None for
         the default device alone.
 
-    Returns:
-      A [batch, queries, heads, dim] array in the dtype of `value`.
-
-    Raises:
-      UserError: if the implementation cannot run there, or adds no bias.
+    Returns a [batch, queries, heads, dim] array in the dtype of `value`. Raises UserError if the
+    implementation cannot run there, or adds no bias.
     """
     if bias is not None:
         if implementation not in (AUTO, "xla"):
@@ -96,11 +93,7 @@ def resolve(
     faster. On TPUs it is counted, in compiled programs, that less memory is moved, which bounds the
     step (`python -m fne_jax.plan`); no time was measured there, nor on GPUs.
 
-    Args:
-      implementation: A key of `ATTENTIONS`, or "auto".
-      queries: Number of query tokens.
-      dtype: Compute dtype.
-      mesh: The devices that the program is for; None for the default device.
+    `queries` is the number of query tokens, `dtype` the compute dtype, and `mesh` as of `attend`.
     """
     if implementation != AUTO:
         return implementation
@@ -185,10 +178,7 @@ def xla_attention(
 def _seen(mask, queries, causal):
     """Returns [batch or 1, queries or 1, tokens] bool, False where a query must not look; or None.
 
-    Args:
-      mask: [batch, tokens] bool, False where no query must look; or None.
-      queries: The number of queries, and of tokens if attention is causal.
-      causal: whether queries must not look at later tokens.
+    It takes what `attend` does; if attention is causal there are as many queries as tokens.
     """
     seen = None if mask is None else mask[:, None]
     if causal:

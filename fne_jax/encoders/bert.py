@@ -31,11 +31,8 @@ class TextTower(Tower):
     def embed(self, inputs: jax.Array) -> jax.Array:
         """Returns the [batch, tokens, width] float32 sum of word and position embeddings.
 
-        Args:
-          inputs: [batch, tokens] int32 token ids.
-
-        Raises:
-          ValueError: if the sequence is longer than `max_tokens`.
+        The inputs are [batch, tokens] int32 token ids. Raises ValueError if there are more than
+        `max_tokens`.
         """
         tokens = inputs.shape[1]
         if tokens > self.max_tokens:
@@ -45,11 +42,9 @@ class TextTower(Tower):
         return words + self.place(positions, inputs)
 
     def place(self, positions: jax.Array, input_ids: jax.Array) -> jax.Array:
-        """Returns the position embeddings of tokens, [1 or batch, tokens, width].
+        """Returns the [1 or batch, tokens, width] position embeddings of [batch, tokens] token ids.
 
-        Args:
-          positions: [max_length, width] position embeddings.
-          input_ids: [batch, tokens] int32 token ids.
+        They are taken from the [max_length, width] ones of all positions.
         """
         return positions[None, : input_ids.shape[1]]
 

@@ -16,9 +16,7 @@ _MIN_NORM = 1e-12
 def pool_mean(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the [batch, dim] float32 mean of the tokens that are not padding.
 
-    Args:
-      hidden: [batch, tokens, dim] hidden states.
-      mask: [batch, tokens], 0 at padding.
+    Hidden states are [batch, tokens, dim], and the mask [batch, tokens] is 0 at padding.
     """
     weights = mask.astype(jnp.float32)[..., None]
     total = (hidden.astype(jnp.float32) * weights).sum(axis=1)
@@ -61,12 +59,7 @@ def pool_max(hidden: jax.Array, mask: jax.Array) -> jax.Array:
 def pool_first_and_mean(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the first token beside the mean of the others, as DINOv2 is read by linear layers.
 
-    Args:
-      hidden: [batch, tokens, dim] hidden states.
-      mask: [batch, tokens], 0 at padding.
-
-    Returns:
-      [batch, 2 * dim] float32.
+    They are [batch, 2 * dim] float32; the arguments are as of `pool_mean`.
     """
     return jnp.concatenate([pool_first(hidden, mask), pool_mean(hidden[:, 1:], mask[:, 1:])], -1)
 

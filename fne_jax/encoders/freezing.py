@@ -35,8 +35,7 @@ class Part(enum.Enum):
 def parse_frozen_layers(value: str) -> int | str | None:
     """Returns the `Tower.frozen_layers` that a config's "none", "all" or number stands for.
 
-    Raises:
-      ValueError: if it is not one of these.
+    Raises ValueError if it is not one of these.
     """
     if value == NOTHING:
         return None
@@ -46,19 +45,15 @@ def parse_frozen_layers(value: str) -> int | str | None:
 def is_frozen_below(module: nn.Module, tower: str) -> bool:
     """Returns whether a tower begins with a frozen part, whose output is computed once a step.
 
-    Args:
-      module: The pair, a `DualEncoder`; nothing of another module is frozen.
-      tower: "image" or "text".
+    `module` is the pair, a `DualEncoder`; nothing of another module is frozen.
     """
     return getattr(getattr(module, tower, None), "frozen_layers", None) is not None
 
 
 def split(module: nn.Module, params: Mapping[str, Any]) -> dict[Part, dict[str, Any]]:
-    """Returns the parameters of a pair of towers by what they belong to.
+    """Returns the parameters of a pair of towers, or some of them, by what they belong to.
 
-    Args:
-      module: The pair, a `DualEncoder`; of another module all is trained.
-      params: Its parameters, or some of them, arrays or their shapes.
+    They are arrays or their shapes. Of another module than a `DualEncoder` all is trained.
     """
     parts: dict[Part, dict] = {part: {} for part in Part}
     for path, leaf in flatten(params).items():
@@ -87,12 +82,8 @@ def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
 def layer_of(tower: Tower, path: tuple[str, ...]) -> int | slice | None:
     """Returns which layers of a tower a parameter is of; None for one before or after all layers.
 
-    Args:
-      tower: The tower.
-      path: The names that lead to the parameter within the tower.
-
-    Returns:
-      The index of the layer, or for stacked parameters the slice of all that they hold.
+    `path` are the names that lead to it within the tower. That is the index of the layer, or for
+    stacked parameters the slice of all that they hold.
     """
     if path[0] != STACK:
         return None

@@ -137,11 +137,8 @@ def on_each_device(
 ) -> Callable[..., jax.Array]:
     """Returns attention that each device computes for its own rows of the batch.
 
-    The compiler cannot split a kernel by itself.
-
-    Args:
-      attention: Of query, key, value and mask, as `attend`.
-      mesh: The devices, over all axes of which batches are split; None for one device.
+    The compiler cannot split a kernel by itself. `mesh` are the devices, over all axes of which
+    batches are split; None for one device.
     """
     if mesh is None or mesh.size == 1:
         return attention

@@ -35,8 +35,7 @@ def find_folder(
       revision: Branch, tag or commit on the hub, None for the newest.
       patterns: Glob patterns of the files to download.
 
-    Raises:
-      UserError: if the name is neither a local folder nor a model that the hub gives.
+    Raises UserError if the name is neither a local folder nor a model that the hub gives.
     """
     path = pathlib.Path(files.expand_home(path_or_hub_name))
     if path.is_dir():
@@ -57,11 +56,7 @@ def find_folder(
 
 
 def read_config(folder: pathlib.Path) -> dict:
-    """Returns the content of a folder's config.json.
-
-    Raises:
-      UserError: if the file is missing or damaged.
-    """
+    """Returns what a folder's config.json holds; raises UserError if it is missing or damaged."""
     path = folder / CONFIG
     if not path.exists():
         raise UserError(f"{folder} holds no {CONFIG}; give the folder of a Hugging Face model")
@@ -71,8 +66,7 @@ def read_config(folder: pathlib.Path) -> dict:
 def read_json(path: pathlib.Path, kind: type = dict) -> Any:
     """Returns the content of a file of a model, a dict or what `kind` says.
 
-    Raises:
-      UserError: if the file is missing or damaged.
+    Raises UserError if the file is missing or damaged.
     """
     with files.as_user_error(f"{path} is damaged", "fetch it again", (OSError, ValueError)):
         content = json.loads(path.read_text("utf-8"))
@@ -88,10 +82,7 @@ def read_tensors(
     """Yields every tensor of some files: its name, its shape, its dtype and how to read it.
 
     The dtype is named as safetensors does ("F32"); the last element is a function that returns the
-    array.
-
-    Raises:
-      UserError: if a file is damaged.
+    array. Raises UserError if a file is damaged.
     """
     for path in paths:
         try:
@@ -111,8 +102,7 @@ def read_tensors(
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the paths of the safetensors files in which a folder holds its weights.
 
-    Raises:
-      UserError: if there are none, one is missing, or there are only pickles.
+    Raises UserError if there are none, one is missing, or there are only pickles.
     """
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]

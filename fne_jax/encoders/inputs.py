@@ -17,15 +17,9 @@ PixelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
 def normalize_pixels(
     image: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> jax.Array:
-    """Returns pixels normalised by channel.
+    """Returns [batch, side, side, 3] uint8 pixels normalised by channel, as float32.
 
-    Args:
-      image: [batch, side, side, 3] uint8.
-      mean: The mean of each channel, with pixels in [0, 1].
-      std: The standard deviation of each channel, with pixels in [0, 1].
-
-    Returns:
-      [batch, side, side, 3] float32.
+    `mean` and `std` are those of each channel, with pixels in [0, 1].
     """
     mean, std = (jnp.array(values, jnp.float32).reshape(1, 1, 1, 3) for values in (mean, std))
     return (image.astype(jnp.float32) / 255.0 - mean) / std

@@ -51,17 +51,10 @@ def dense(
 def mlp(
     x: jax.Array, hidden_width: int, activation: str, dtype: Any, lora_rank: int = 0
 ) -> jax.Array:
-    """Applies the two dense layers `mlp_in` and `mlp_out` of the module that calls this.
+    """Applies the dense layers `mlp_in` and `mlp_out` of the calling module to hidden states.
 
-    Args:
-      x: [..., width] hidden states.
-      hidden_width: Number of outputs of the first layer.
-      activation: A key of `ACTIVATIONS`.
-      dtype: Compute dtype.
-      lora_rank: Rank of the learned changes of the kernels; 0 for none.
-
-    Returns:
-      A [..., width] array in the compute dtype.
+    They are [..., width], and come back in the compute dtype. `activation` is a key of
+    `ACTIVATIONS`, `lora_rank` as of `Attention`.
     """
     hidden = ACTIVATIONS[activation](dense(hidden_width, dtype, "mlp_in", lora_rank=lora_rank)(x))
     return dense(x.shape[-1], dtype, "mlp_out", lora_rank=lora_rank)(hidden)
@@ -92,7 +85,7 @@ class Attention(nn.Module):
         queries: jax.Array | None = None,
         bias: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns the mixture of tokens that each query attends to.
+        """Returns the mixture of tokens that each query attends to, [batch, queries, width].
 
         Args:
           hidden: [batch, tokens, width] hidden states.
@@ -100,11 +93,7 @@ class Attention(nn.Module):
           queries: [batch, queries, width] hidden states that ask; None for the tokens themselves.
           bias: [heads, queries, tokens] float32 array, added to the scores; or None.
 
-        Returns:
-          A [batch, queries, width] array in the compute dtype.
-
-        Raises:
-          UserError: if the implementation cannot run here.
+        Raises UserError if the implementation cannot run here.
         """
         width = hidden.shape[-1]
         queries = hidden if queries is None else queries

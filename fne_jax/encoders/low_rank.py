@@ -49,8 +49,7 @@ class LowRankDense(nn.Dense):
 def merge_factors(params: Mapping[str, Any]) -> dict[str, Any]:
     """Returns parameters with every pair of factors added to its kernel, in float32.
 
-    Args:
-      params: A tree of parameters, layers stacked or not; without factors it comes back as it is.
+    Layers may be stacked or not; without factors a tree comes back as it is.
     """
     first, second = FACTORS
     merged = {

@@ -123,12 +123,8 @@ def load_pretrained(
 def read_scalars(path_or_hub_name: str | os.PathLike, model_type: str | None) -> dict[str, float]:
     """Returns what a CLIP or SigLIP learned beside its towers: `logit_scale`, and `logit_bias`.
 
-    Args:
-      path_or_hub_name: A local folder, or a name on the Hugging Face hub.
-      model_type: What its config.json says; other types have none.
-
-    Raises:
-      UserError: if there is no such model, or its weights are pickled or damaged.
+    `model_type` is what its config.json says; other types have none. Raises UserError if there is
+    no such model, or its weights are pickled or damaged.
     """
     names = MODELS[model_type].scalars if model_type in MODELS else {}
     if not names:
@@ -234,15 +230,10 @@ def _join(weights: Mapping[str, np.ndarray], paths, transform) -> np.ndarray:
 def params_from_tensors(
     module: nn.Module, tensors: Mapping[str, np.ndarray], where: str
 ) -> dict[str, Any]:
-    """Returns a module's params from tensors under transformers' names.
+    """Returns the params of a tower from float tensors under transformers' names.
 
-    Args:
-      module: A tower of a model of its own, such as a `VisionTransformer` or a `Bert`.
-      tensors: float arrays; those that no encoder needs may be among them.
-      where: What holds them, for errors.
-
-    Raises:
-      UserError: naming all that are missing, unexpected or of a wrong shape.
+    Those that no encoder needs may be among them; `where` tells what holds them. Raises UserError,
+    naming all that are missing, unexpected or of a wrong shape.
     """
     entries = [(name, x.shape, "F32", lambda x=x: x) for name, x in tensors.items()]
     return _params(module, _collect(module, entries, where))

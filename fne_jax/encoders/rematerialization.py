@@ -35,13 +35,10 @@ REMATS = {
 
 
 def rematerialized(layer: type[nn.Module], remat: str, *, scanned: bool) -> type[nn.Module]:
-    """Returns a kind of layer that keeps for its backward pass what a name says.
+    """Returns a kind of layer that keeps for its backward pass what a key of `REMATS` says.
 
-    Args:
-      layer: The kind of layer, called with hidden states, a mask and a Python bool.
-      remat: A key of `REMATS`.
-      scanned: Whether the layer is the body of a loop, where equal computations are not merged
-        anyhow.
+    The layer is called with hidden states, a mask and a Python bool. In the body of a loop
+    (`scanned`), equal computations are not merged anyhow.
     """
     if remat == NONE:
         return layer

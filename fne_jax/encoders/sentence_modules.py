@@ -63,11 +63,7 @@ class SentenceHead(NamedTuple):
 
 
 class SentenceEmbedding(nn.Module):
-    """Pooling and dense layers.
-
-    Attributes:
-      head: Which ones.
-    """
+    """Pooling and dense layers, those of a head."""
 
     head: SentenceHead
 
@@ -75,9 +71,7 @@ class SentenceEmbedding(nn.Module):
     def __call__(self, hidden: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Returns the [batch, features] float32 embeddings of texts, not normalised.
 
-        Args:
-          hidden: [batch, tokens, width] hidden states.
-          mask: [batch, tokens], False at padding; or None.
+        Hidden states are [batch, tokens, width], and the mask [batch, tokens] is False at padding.
         """
         mask = jnp.ones(hidden.shape[:2], bool) if mask is None else mask
         pooled = POOLINGS[self.head.pooling](hidden, mask)
@@ -96,13 +90,10 @@ def head_of(modules: Mapping[str, Any]) -> SentenceHead | None:
 def read_modules(folder: pathlib.Path) -> dict[str, Any] | None:
     """Returns what a folder of sentence-transformers states; None for another folder.
 
-    Returns:
-      JSON's values: `pooling`, a key of `POOLINGS`; `dense`, the attributes of each `DenseModule`;
-      `max_seq_length`, the most tokens of a text, or None; `do_lower_case`; and `prompt`, what
-      texts begin with unless another prompt is asked for by its name.
-
-    Raises:
-      UserError: if a file is damaged, or there is a module or a setting that is not supported.
+    These are JSON's values: `pooling`, a key of `POOLINGS`; `dense`, the attributes of each
+    `DenseModule`; `max_seq_length`, the most tokens of a text, or None; `do_lower_case`; and
+    `prompt`, what texts begin with unless another prompt is asked for by its name. Raises UserError
+    if a file is damaged, or there is a module or a setting that is not supported.
     """
     path = folder / MODULES
     if not path.is_file():

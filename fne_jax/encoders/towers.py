@@ -31,14 +31,8 @@ def read_architectures(
 ) -> dict[str, dict[str, Any]]:
     """Returns the config.json of each pretrained tower: the run's own copy, else the source's.
 
-    That of a CLIP or SigLIP also has `scalars`: what `read_scalars` returns.
-
-    Args:
-      encoder: `config.encoder`.
-      workdir: The workdir of the run, if there is one.
-
-    Raises:
-      UserError: if a pretrained source does not exist.
+    That of a CLIP or SigLIP also has `scalars`: what `read_scalars` returns. `encoder` is
+    `config.encoder`. Raises UserError if a pretrained source does not exist.
     """
     found = {}
     for tower in TOWERS:
@@ -81,8 +75,8 @@ def build_dual_encoder(
       mesh: The devices that programs are for, over which batches are split; None for the default
         device alone.
 
-    Raises:
-      UserError: naming the field, if the sizes do not fit together, or a tower lacks what is asked.
+    Raises UserError, naming the field, if sizes do not fit together, or a tower lacks what is
+    asked.
     """
     towers = {
         name: _tower(encoder, name, (architectures or {}).get(name), vocab_size).clone(mesh=mesh)
@@ -141,14 +135,10 @@ def _pooled_width(name, tower, settings):
 def text_positions(
     encoder: ml_collections.ConfigDict, architecture: Mapping[str, Any] | None
 ) -> int:
-    """Returns the most tokens that the text tower has positions for.
+    """Returns the most tokens that the text tower of `config.encoder` has positions for.
 
-    Args:
-      encoder: `config.encoder`.
-      architecture: The text tower's, of `read_architectures`; None if it is not pretrained.
-
-    Raises:
-      UserError: if the architecture has no text tower.
+    `architecture` is that of `read_architectures`, None if it is not pretrained. Raises UserError
+    if it has no text tower.
     """
     return _tower(encoder, "text", architecture, vocab_size=1).max_tokens
 
@@ -158,10 +148,7 @@ def pretrained_params(
 ) -> dict[str, Any]:
     """Returns a model's params with those of its pretrained towers, read from their sources.
 
-    Args:
-      encoder: `config.encoder`.
-      params: The model's params; what is not pretrained (a projection, a tower from random
-        weights) stays.
+    What is not pretrained (a projection, a tower from random weights) stays.
     """
     params = dict(params)
     for name in TOWERS:

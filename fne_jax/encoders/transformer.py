@@ -166,15 +166,11 @@ class TransformerStack(nn.Module):
 
 
 def cast_kernels(params: Any, dtype: Any) -> Any:
-    """Returns parameters of which the layers' kernels have the compute dtype.
+    """Returns parameters of towers of which the layers' kernels have the compute dtype.
 
     It changes no bit of what the towers compute, for these kernels are cast before anything else is
     done with them. Embeddings, biases, norms and projections, which are used in float32 in part,
-    stay as they are.
-
-    Args:
-      params: The parameters of towers, by any names above the towers' own.
-      dtype: The towers' compute dtype.
+    stay as they are. Names above the towers' own may be any.
     """
 
     def cast(path, leaf):

@@ -35,19 +35,15 @@ class VisionTower(Tower):
         patch_bias: bool = True,
         positions: bool = True,
     ) -> jax.Array:
-        """Returns the embeddings of the patches and of their positions, summed.
+        """Returns the [batch, tokens, width] sum of the embeddings of patches and positions.
+
+        They are in the compute dtype, patches in reading order.
 
         Args:
-          pixels: [batch, image_size, image_size, 3] normalised pixels.
+          pixels: [batch, image_size, image_size, 3] normalised pixels; else there is a ValueError.
           class_token: whether a learned token comes first.
           patch_bias: whether a bias is added to the patches' embeddings.
           positions: whether learned embeddings of the positions are added.
-
-        Returns:
-          A [batch, tokens, width] array in the compute dtype, patches in reading order.
-
-        Raises:
-          ValueError: if the pixels are not `image_size` square.
         """
         if pixels.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(
@@ -69,10 +65,6 @@ class VisionTower(Tower):
         """Returns [batch, tokens, width] hidden states with learned ones after the first token.
 
         Darcet et al. 2023, arXiv 2309.16588.
-
-        Args:
-          hidden: [batch, tokens, width] hidden states, the class token's first.
-          count: Number of learned tokens.
         """
         registers = self._learned_tokens("register_tokens", count, hidden.shape[0])
         return jnp.concatenate([hidden[:, :1], registers, hidden[:, 1:]], axis=1)
@@ -122,9 +114,7 @@ class VisionTransformer(VisionTower):
 def flatten_patches(pixels: jax.Array, patch_size: int) -> jax.Array:
     """Returns the [batch, patches, patch_size * patch_size * 3] pixels of patches in reading order.
 
-    Args:
-      pixels: [batch, height, width, 3] array.
-      patch_size: Pixels along a patch's side.
+    The pixels of images are [batch, height, width, 3], and `patch_size` is one side of a patch.
     """
     batch, height, width, channels = pixels.shape
     rows, columns = height // patch_size, width // patch_size
