@@ -21,13 +21,8 @@ _CONFIG_MODULE = "config_config"  # the name under which ml_collections runs con
 def load_config(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
     """Returns the config of a file with `--config.x=y` overrides, locked and checked.
 
-    Args:
-      path: a Python file with a `get_config` function.
-      overrides: command-line arguments, all of the form `--config.x=y`.
-
-    Raises:
-      UserError: if the file cannot be loaded, a field is unknown (with the nearest names), or a
-        value does not fit.
+    Raises UserError if the file, Python with a `get_config` function, cannot be loaded, a field is
+    unknown (with the nearest names), or a value does not fit.
     """
     if not pathlib.Path(path).is_file():
         raise UserError(f"--config={path}: there is no such file; try configs/shapes.py")
@@ -44,12 +39,8 @@ def override(
 ) -> ml_collections.ConfigDict:
     """Returns a run's config with `--config.x=y` overrides of fields that may change, checked.
 
-    Args:
-      config: What `read_config` returned; it is changed.
-      overrides: Command-line arguments, all of the form `--config.x=y`.
-
-    Raises:
-      UserError: if a field is unknown or the run depends on it, or a value does not fit.
+    The config, what `read_config` returned, is changed. Raises UserError if a field is unknown or
+    the run depends on it, or a value does not fit.
     """
     fields = flatten(config)
     for name in _fields(overrides):

@@ -66,8 +66,7 @@ _OF_PAIR = {
 def overrides_of_pair(path_or_hub_name: str) -> list[str]:
     """Returns `--config.x=y` by which any config describes a published CLIP or SigLIP as it comes.
 
-    Raises:
-      UserError: if there is no such model, or it is of another type.
+    Raises UserError if there is no such model, or it is of another type.
     """
     architecture = read_architecture(path_or_hub_name)
     pair = build_from_architecture(architecture, path_or_hub_name)
@@ -87,15 +86,10 @@ def resolve(
 ) -> tuple[ml_collections.ConfigDict, dict[str, dict[str, Any]]]:
     """Returns a config with nothing left open, and its pretrained towers' architectures.
 
-    Every command does this once, before it reads data or writes anything.
-
-    Args:
-      config: As loaded, or resolved already, which changes nothing.
-      workdir: The folder of the run, whose own copies of the architectures come first.
-
-    Raises:
-      UserError: If a value cannot be, or a pretrained source is missing, or is no model of that
-        kind.
+    Every command does this once, before it reads data or writes anything. A config that is resolved
+    already stays the same. A run's own copies of the architectures, in its workdir, come first.
+    Raises UserError if a value cannot be, or a pretrained source is missing, or is no model of that
+    kind.
     """
     validate(config)
     architectures = towers.read_architectures(config.encoder, workdir)
@@ -107,17 +101,11 @@ def with_model_defaults(
 ) -> ml_collections.ConfigDict:
     """Returns a config whose fields left open ("auto", 0, (), None) are filled in.
 
-    Of its towers' models come the poolings, the mean and deviation of the pixels, the tokenizer,
-    the cleaning, the prompt and the length of captions, and the temperature and the bias of the
-    objective; of the prior the posterior that is suspect.
-
-    Args:
-      config: As loaded; see configs/base.py.
-      architectures: What `encoders.towers.read_architectures` returned.
-
-    Raises:
-      UserError: if a pretrained source is no model of that kind, or captions are longer than it
-        takes.
+    Of its towers' models, by what `encoders.towers.read_architectures` returned, come the poolings,
+    the mean and deviation of the pixels, the tokenizer, the cleaning, the prompt and the length of
+    captions, and the temperature and the bias of the objective; of the prior the posterior that is
+    suspect. Raises UserError if a pretrained source is no model of that kind, or captions are
+    longer than it takes.
     """
     config = copy.deepcopy(config)
     types = {tower: architectures.get(tower, {}).get("model_type") for tower in towers.TOWERS}

@@ -39,8 +39,7 @@ MAY_CHANGE = (
 def store_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Writes config.json, or checks the one that is there.
 
-    Raises:
-      UserError: Listing the fields that differ from the stored run's and may not.
+    Raises UserError, listing the fields that differ from the stored run's and may not.
     """
     if (workdir / FILE_NAME).exists():
         check_stored(config, workdir)
@@ -51,8 +50,7 @@ def store_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
 def check_stored(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Checks that the run in a folder has a config, but for fields that may change.
 
-    Raises:
-      UserError: Listing the fields that differ, or that there is no config.
+    Raises UserError, listing the fields that differ, or that there is no config.
     """
     old = flatten(read_config(workdir))
     new = flatten(ml_collections.ConfigDict(json.loads(config.to_json())))
@@ -71,12 +69,9 @@ def check_stored(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
 
 
 def write_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes config.json, over one that may be there.
+    """Writes config.json, over one that may be there; raises OSError if it cannot be written.
 
     The folder of the data is written whole, so that the run is read from any working directory.
-
-    Raises:
-      OSError: If it cannot be written.
     """
     content = json.loads(config.to_json())
     for field in ("dir", "cache_dir", "val", "test"):
@@ -93,8 +88,7 @@ def write_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     """Returns the config stored with a run.
 
-    Raises:
-      UserError: If there is none, it is damaged, or its fields are those of another version.
+    Raises UserError if there is none, it is damaged, or its fields are those of another version.
     """
     path = workdir / FILE_NAME
     if not path.is_file():

@@ -76,12 +76,8 @@ def end_together(code: int, message: str, error: BaseException) -> None:
     """Tells the other processes that this one ends by an error, and exits; returns if it is alone.
 
     An echo prints the cause's words instead of its own, if they come in time. What is no echo is
-    always printed, also if another process's error came first and all exit with that one's code.
-
-    Args:
-      code: The exit code.
-      message: What is printed to stderr, here and, if it is the first error, by the others.
-      error: What the message is about.
+    always printed, also if another process's error came first and all exit with that one's code:
+    the message goes to stderr, here and, if it is about the first error, by the others.
     """
     if distributed.global_state.client is None or jax.process_count() == 1:
         return

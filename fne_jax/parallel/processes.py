@@ -43,9 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def initialize(options: argparse.Namespace) -> None:
     """Joins the run's processes, if there are several; call it before JAX sees its devices.
 
-    Raises:
-      UserError: If the flags do not fit together.
-      EnvironmentFailure: If the other processes cannot be reached.
+    Raises UserError if the flags do not fit together, and EnvironmentFailure if the other processes
+    cannot be reached.
     """
     if options.heartbeat_timeout < 1:
         raise UserError(
@@ -91,8 +90,7 @@ def initialize(options: argparse.Namespace) -> None:
 def explicit_place(options: argparse.Namespace) -> dict[str, str | int] | None:
     """Returns what the flags say of this process; None if they say nothing.
 
-    Raises:
-      UserError: if they say a part, or what cannot be.
+    Raises UserError if they say a part, or what cannot be.
     """
     values = {"--" + name.replace("_", "-"): getattr(options, name) for name in _FLAGS}
     missing = [flag for flag, value in values.items() if value is None]
@@ -135,10 +133,8 @@ def first_process_first(what: str) -> Iterator[None]:
     """Runs its body on process 0, and then on all others, which find what it wrote.
 
     After an error on process 0 the others are left waiting, which its end ends (`common_end`): none
-    of them is to try, at once and in the same place, what it could not do.
-
-    Args:
-      what: The same name on all processes, another for each use.
+    of them is to try, at once and in the same place, what it could not do. `what` is the same name
+    on all processes, another for each use.
     """
     if jax.process_index() != 0:
         barrier(what)
@@ -157,12 +153,8 @@ def barrier(what: str) -> None:
 def failing_together(what: str) -> Iterator[None]:
     """Runs its body; waits for all processes, and fails on all of them if it did on one.
 
-    Args:
-      what: What the body does, for the message of the processes where it did not fail.
-
-    Raises:
-      UserError: What the body raised here.
-      FailedElsewhereError: If it raised one on another process; with the same exit code.
+    The UserError that the body raised on another process is a FailedElsewhereError here, which says
+    that `what` failed, with the same exit code.
     """
     error = None
     try:

@@ -42,8 +42,7 @@ def create_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | N
       fsdp: The size of the axis over which parameters are sharded too; -1 for what `data` leaves.
       devices: The devices of the mesh; by default all that JAX sees.
 
-    Raises:
-      UserError: if the sizes do not make up the devices.
+    Raises UserError if the sizes do not make up the devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes, count = {DATA_AXIS: data, FSDP_AXIS: fsdp}, len(devices)
@@ -99,14 +98,9 @@ def parameter_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """Returns the sharding of each array of a train state.
+    """Returns the sharding of each array of a train state, in a tree of its shape.
 
-    Args:
-      mesh: The devices.
-      state: A train state or a dict with some of its fields, concrete or abstract.
-
-    Returns:
-      A tree shaped as `state`.
+    The state may be concrete or abstract, or a dict with some of its fields.
     """
 
     def sharding_of(path, leaf):
@@ -129,18 +123,10 @@ def abstract_on(mesh: Mesh, state: Any) -> Any:
 
 @functools.lru_cache
 def local_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
-    """Returns which rows of a global batch the devices of a process hold.
+    """Returns which rows of a global batch the devices of a process hold, [rows] int64, increasing.
 
     They need not be neighbours: meshes follow the network, and on many TPU slices the devices of
-    one process lie between those of others.
-
-    Args:
-      mesh: The devices.
-      batch_size: The rows of a global batch.
-      process: The index of the process; None for this one.
-
-    Returns:
-      [rows] int64, in increasing order.
+    one process lie between those of others. None stands for this process.
     """
     process = jax.process_index() if process is None else process
     parts = batch_sharding(mesh).devices_indices_map((batch_size,))
@@ -227,13 +213,8 @@ class StepLayout:
     def sum_on_rows(self, fn: Callable, params: Any, frozen: Any, rows: Any, rng: jax.Array) -> Any:
         """Returns the sums over the devices of a tree shaped as `params`, sharded as they.
 
-        Args:
-          fn: Maps both trees of whole parameters, `cast`, a device's rows and its key to what is
-            summed.
-          params: Parameters, sharded as `parameter_sharding` says.
-          frozen: Further ones.
-          rows: Arrays of which each device holds its rows.
-          rng: A key, of which each device gets one of its own.
+        `fn` maps both trees of whole parameters, `cast`, a device's rows and its key to what is
+        summed; all is given as to `on_rows`.
         """
 
         def on_device(trees, rows, rng):

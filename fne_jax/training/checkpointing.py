@@ -53,14 +53,9 @@ class Checkpoints:
     """The checkpoints of a run: the newest few and the best by validation rSum.
 
     What a killed save left behind is removed at the start. Damaged checkpoints are set aside: moved
-    to the folder `damaged_checkpoints` beside, with a warning, if others remain.
-
-    Attributes:
-      folder: Where the checkpoints lie.
-
-    Raises:
-      UserError: If there is a file in the folder's place, all checkpoints are damaged, or the
-        folder cannot be read or written.
+    to the folder `damaged_checkpoints` beside, with a warning, if others remain. Raises UserError
+    if there is a file in the place of `folder`, where they lie, all are damaged, or it cannot be
+    read or written.
     """
 
     def __init__(self, workdir: pathlib.Path, settings: ml_collections.ConfigDict):
@@ -104,13 +99,9 @@ class Checkpoints:
     def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Returns state and position of the newest undamaged checkpoint.
 
-        Args:
-          like: A state, concrete or abstract, whose shapes, dtypes and shardings the restored one
-            takes.
-
-        Raises:
-          UserError: If a checkpoint could not be read, all are damaged (they stay where they are),
-            or there is none.
+        The state has the shapes, dtypes and shardings of `like`, concrete or abstract. Raises
+        UserError if a checkpoint could not be read, all are damaged (they stay where they are), or
+        there is none.
         """
         damaged, fields = {}, None
         with checkpoints.reader(self._workdir) as manager:
@@ -145,10 +136,8 @@ class Checkpoints:
         """Begins to write the state and the JSON-able position under the state's step.
 
         A checkpoint that is already there is left alone, as the same step means the same state, but
-        for the metrics of a validation that comes after it was saved.
-
-        Raises:
-          EnvironmentFailure: if this or the save before failed; the checkpoints before are intact.
+        for the metrics of a validation that comes after it was saved. Raises EnvironmentFailure if
+        this or the save before failed; the checkpoints before are intact.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -179,8 +168,7 @@ class Checkpoints:
     def finish(self) -> None:
         """Waits until what was saved is on disk, for all processes, and closes the folder.
 
-        Raises:
-          EnvironmentFailure: if it could not be written; the checkpoints before are intact.
+        Raises EnvironmentFailure if it could not be written; the checkpoints before are intact.
         """
         with self._refusing():
             self._manager.close()

@@ -15,8 +15,7 @@ from fne_jax.training.train_state import find_source_run
 def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
     """Returns the description as text; nothing is written but the prepared dataset.
 
-    Raises:
-      UserError: on whatever would stop the run before its first step.
+    Raises UserError on whatever would stop the run before its first step.
     """
     run = RunSetup.of(config, workdir)
     training, config = run.training, run.training.model.config

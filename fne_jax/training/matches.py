@@ -25,12 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_known(config: ml_collections.ConfigDict, train: PairDataset) -> None:
-    """Raises UserError if the config asks for what is not known of matches.
-
-    Args:
-      config: The resolved config.
-      train: The training split.
-    """
+    """Raises UserError if the resolved config asks for what is not known of matches."""
     if config.objective.oracle != registry.NO_ORACLE and train.truth is None:
         raise UserError(
             f"config.objective.oracle is {config.objective.oracle!r}, but nobody knows which "
@@ -49,19 +44,10 @@ def known_matches(
 ) -> tuple[tuple[KnownMatches | Teacher | None, ...], dict[str, DatasetIdentity]]:
     """Returns the known matches and the teacher that a run uses.
 
-    Args:
-      config: The resolved config.
-      train: The training split.
-      mesh: The devices.
-
-    Returns:
-      What the train steps take beside state and batch: a table and a teacher, a full copy of them
-      on each device, None for one of them, or nothing; and the identity of the files that they are
-      from, by the names `matches` and `teacher`, if any.
-
-    Raises:
-      UserError: If the split does not know its matches, or a file cannot be read or is about
-        other data.
+    That is what the train steps take beside state and batch: a table and a teacher, a full copy of
+    them on each device of the mesh, None for one of them, or nothing; and the identity of the files
+    that they are from, by the names `matches` and `teacher`, if any. Raises UserError if the split
+    does not know its matches, or a file cannot be read or is about other data.
     """
     check_known(config, train)
     data, table, teacher = {}, None, None
@@ -121,12 +107,7 @@ def _listed(config, pairs, caption_image):
 def refuted_labels(config: ml_collections.ConfigDict, train: PairDataset) -> Pairs:
     """Returns the labelled pairs that `config.data.refuted` keeps from training.
 
-    Args:
-      config: The resolved config.
-      train: The training split.
-
-    Raises:
-      UserError: If the file cannot be read, is about other data, or refutes no label.
+    Raises UserError if the file cannot be read, is about other data, or refutes no label.
     """
     if not config.data.refuted:
         return Pairs(*np.empty((2, 0), np.int64))
@@ -144,8 +125,7 @@ def refuted_labels(config: ml_collections.ConfigDict, train: PairDataset) -> Pai
 def read_matches(file: str, train: PairDataset) -> Pairs:
     """Returns the pairs of the training split that `config.data.matches` tells, and how likely.
 
-    Raises:
-      UserError: If the file cannot be read, or is about other data.
+    Raises UserError if the file cannot be read, or is about other data.
     """
     path = pathlib.Path(files.expand_home(file))
     if path.suffix == match_files.SUFFIX:

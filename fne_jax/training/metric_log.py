@@ -49,15 +49,10 @@ def tensorboard_tag(name: str) -> str:
 class MetricLog:
     """Writes scalars, histograms and images, on process 0 alone.
 
-    metrics.jsonl holds one line a write and no step twice: lines beyond the step that a run
-    resumes from are dropped. TensorBoard is left out, with a warning, where clu is not installed,
-    and once its file cannot be written.
-
-    Args:
-      workdir: the run's folder.
-      resumed_step: step that the run resumes from, or 0.
-      validated: whether the validation at that step stands; if not, its line is dropped too.
-      also: What gets TensorBoard's scalars too.
+    metrics.jsonl holds one line a write and no step twice: lines beyond `resumed_step` are dropped,
+    and that of its validation unless that stands (`validated`). TensorBoard is left out, with a
+    warning, where clu is not installed, and once its file cannot be written. `also` gets its
+    scalars.
     """
 
     def __init__(
@@ -82,11 +77,7 @@ class MetricLog:
         self._writer = metric_writers.SummaryWriter(str(workdir))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes scalars under a step.
-
-        Raises:
-          UserError: if metrics.jsonl cannot be written.
-        """
+        """Writes scalars under a step; raises UserError if metrics.jsonl cannot be written."""
         if not self._active:
             return
         # JSON has no NaN: a mean over nothing is left out.

@@ -21,13 +21,7 @@ from fne_jax.objectives.learned_scalars import LEARNED, LOG_TEMPERATURE_FACTOR
 def learning_rate_schedule(
     optimizer: ml_collections.ConfigDict, steps_per_epoch: int, total_steps: int
 ) -> optax.Schedule:
-    """Returns the learning rate as a function of the updates already applied.
-
-    Args:
-      optimizer: `config.optimizer`, see configs/base.py.
-      steps_per_epoch: updates in an epoch.
-      total_steps: updates in the run.
-    """
+    """Returns the learning rate of `config.optimizer`, a function of the updates applied."""
     warmup_steps = round(optimizer.warmup_epochs * steps_per_epoch)
     peak = optimizer.learning_rate
     if optimizer.schedule == "step":
@@ -120,20 +114,15 @@ def _is_matrix(params):
 def learning_rate_factors(
     optimizer: ml_collections.ConfigDict, module: nn.Module, params: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the factor on the learning rate of each parameter.
+    """Returns the factor on the learning rate of each parameter that is trained.
 
     That is the factor of its tower, or of what the objective learns, times that of its depth: of n
     layers the last has `layer_decay`, the one below that times `layer_decay`, ..., and the
     embeddings `layer_decay ** (n + 1)`; what comes after the layers has 1 (Bao et al. 2021, BEiT,
-    arXiv 2106.08254, appendix).
+    arXiv 2106.08254, appendix). The layers of other modules than the towers are not known, and have
+    no decay.
 
-    Args:
-      optimizer: `config.optimizer`.
-      module: The two towers; the layers of other modules are not known, and have no decay.
-      params: The parameters that are trained.
-
-    Returns:
-      A tree shaped as `params`, of [] arrays, or of [layers, 1, ...] ones for stacked layers.
+    Returns a tree shaped as `params`, of [] arrays, or of [layers, 1, ...] ones for stacked layers.
     """
     factors = {
         "image": optimizer.image_factor,

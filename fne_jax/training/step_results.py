@@ -28,11 +28,8 @@ class StepResults:
     """The results of the steps since the last write; stored with a checkpoint.
 
     A step's results are fetched some steps later, so that the device does not wait for the host.
-
-    Args:
-      order: Which pairs made up which batch, to name those of a bad one.
-      train: The training split, for the truth about its pairs where that is known.
-      stored: What `stored` returned before the run was stopped, or None.
+    The order names the pairs of a bad batch, and the training split tells the truth about its pairs
+    where that is known. `stored` is what that method returned before the run was stopped, or None.
 
     Attributes:
       bad_steps: How many steps were not applied since the start of the run, because their loss or
@@ -119,13 +116,9 @@ def true_false_negative_rates(
 ) -> dict[str, float]:
     """Returns the share of the chosen, and of the hardest, negatives that are in truth matches.
 
-    A rate of which no negative is named is left out.
-
-    Args:
-      truth: The truth about the training split.
-      caption_image: [pairs] index of each caption's image.
-      negatives: [batch] pair ids, `anchor` and those that the train step names; -1 (none, or an
-        empty slot of the queue) does not count.
+    A rate of which no negative is named is left out. `caption_image` is the [pairs] index of each
+    caption's image; `negatives` are [batch] pair ids, `anchor` and those that the train step names,
+    of which -1 (none, or an empty slot of the queue) does not count.
     """
     anchor = negatives["anchor"]
     rates = {}

@@ -44,8 +44,8 @@ class Timeline:
     def of(cls, config: ml_collections.ConfigDict, steps_per_epoch: int) -> Timeline:
         """Returns the timeline of a config over a dataset.
 
-        Raises:
-          UserError: If an epoch that the config names lies beyond the last step that is counted.
+        Raises UserError if an epoch that the config names lies beyond the last step that is
+        counted.
         """
         epochs = {
             "num_epochs": config.num_epochs,

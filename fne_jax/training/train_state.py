@@ -102,8 +102,7 @@ def _created(rng, weights, model, apply_fn, tx):
 def abstract_state(model: Model, learning_rate: optax.Schedule) -> TrainState:
     """Returns the shapes, dtypes and shardings of a run's state; nothing is allocated.
 
-    Raises:
-      UserError: If captions are pooled to one width in training and to another in evaluation.
+    Raises UserError if captions are pooled to one width in training and to another in evaluation.
     """
     config = model.config
     pooling, training = config.encoder.text.pooling, config.encoder.text.training_pooling
@@ -144,10 +143,8 @@ def first_state(model: Model, like: TrainState) -> TrainState:
     """Returns the state before the first step with the weights that the config begins with.
 
     They are another run's (`config.init_from`), or those of pretrained towers; a tower without
-    either has random weights. The devices never hold more than the state itself.
-
-    Raises:
-      UserError: If the weights are not there, or do not fit.
+    either has random weights. The devices never hold more than the state itself. Raises UserError
+    if the weights are not there, or do not fit.
     """
     config, weights = model.config, None
     if config.init_from:
@@ -173,11 +170,9 @@ class SourceRun(NamedTuple):
 def find_source_run(model: Model, like: TrainState) -> SourceRun | None:
     """Returns the run that `config.init_from` names, or None without any; reads no arrays.
 
-    Warns if that run was given images or captions otherwise.
-
-    Raises:
-      UserError: If there is no such run, it has no checkpoint, or its weights do not fit, by their
-        shapes or because they were another function's.
+    Warns if that run was given images or captions otherwise. Raises UserError if there is no such
+    run, it has no checkpoint, or its weights do not fit, by their shapes or because they were
+    another function's.
     """
     config = model.config
     if not config.init_from:

@@ -39,11 +39,6 @@ class WandbLog:
     A run that resumes goes on with the remote run whose id its workdir holds; one that begins at
     step 0 begins another. What fails there does not end the training: it is told once, and nothing
     more is written.
-
-    Args:
-      config: The resolved config, which the remote run shows.
-      workdir: The folder of the run.
-      resumed_step: The step that the run resumes from, or 0.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path, resumed_step: int):

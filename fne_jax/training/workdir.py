@@ -32,11 +32,7 @@ _FILES = {"matches": "list of matches", "teacher": "teacher", "refuted": "list o
 
 @contextlib.contextmanager
 def errors_told(workdir: pathlib.Path) -> Iterator[None]:
-    """Raises UserError for errors of the block on files in the folder that nobody told of better.
-
-    Raises:
-      UserError: If a file there could not be read or written.
-    """
+    """Raises UserError for errors of the block on files in the folder that are not told yet."""
     try:
         yield
     except OSError as error:
@@ -49,10 +45,7 @@ def is_begun(workdir: pathlib.Path) -> bool:
     """Returns whether a run has a checkpoint in the folder, so that it is gone on with.
 
     The same on all processes. Without a checkpoint nothing can be lost: another config may take the
-    folder over.
-
-    Raises:
-      UserError: If the folder cannot be read.
+    folder over. Raises UserError if the folder cannot be read.
     """
     flag = f"--workdir={workdir}"
     with processes.failing_together(flag), as_user_error(f"{flag}: cannot be read"):
@@ -63,8 +56,8 @@ def is_begun(workdir: pathlib.Path) -> bool:
 def check_data(workdir: pathlib.Path, data: Mapping[str, DatasetIdentity]) -> None:
     """Checks that a run that is begun was trained and validated on this data.
 
-    Raises:
-      UserError: Naming the split that differs; if the folder holds converted weights alone.
+    Raises UserError, naming the split that differs; also if the folder holds converted weights
+    alone.
     """
     with processes.failing_together(f"--workdir={workdir}"):
         stored = read_identities(workdir)
@@ -106,8 +99,7 @@ def begin(
         these files; empty where it is not known.
       begun: What `is_begun` returned before the folder was held.
 
-    Raises:
-      UserError: If the folder cannot be written to, or is not shared by all processes.
+    Raises UserError if the folder cannot be written to, or is not shared by all processes.
     """
     if is_begun(workdir) != begun:
         raise UserError(f"{workdir} changed meanwhile; give the same command again")
@@ -131,9 +123,8 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
     ends, so none is ever left behind. It reaches over several hosts on NFS (version 4, or 3 with
     its lock daemon) and on Lustre mounted with `flock`; where a file system has no locks there is a
     warning, and where its locks end at the host (some mounts of buckets) other hosts do not see it.
-
-    Raises:
-      UserError: If another run holds the folder, or it cannot be written to or hold checkpoints.
+    Raises UserError if another run holds the folder, or it cannot be written to or hold
+    checkpoints.
     """
     path = str(workdir.absolute())
     if found := sorted(set(path) & set(_PATTERNS)):
