@@ -117,13 +117,9 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
             )
         return paths
     pickled = [name for name in _PICKLES if (folder / name).exists()]
+    only = pickled and f", only {pickled[0]}, a pickle, which could run any code when opened"
     raise UserError(
-        f"{folder} holds no {WEIGHTS}"
-        + (
-            f", only {pickled[0]}, a pickle, which could run any code when opened"
-            if pickled
-            else ""
-        )
-        + ". Convert the weights to safetensors, e.g. by save_pretrained of transformers with "
-        "PyTorch, or take a revision of the model that has them."
+        f"{folder} holds no {WEIGHTS}{only or ''}. Convert the weights to safetensors, e.g. by "
+        "save_pretrained of transformers with PyTorch, or take a revision of the model that has "
+        "them."
     )

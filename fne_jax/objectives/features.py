@@ -57,10 +57,6 @@ class Matches:
     weight: jax.Array | None = None
 
 
-def _as_it_is(array):
-    return array
-
-
 @dataclasses.dataclass(frozen=True)
 class RowSplit:
     """How devices share the rows of an array.
@@ -71,7 +67,7 @@ class RowSplit:
     """
 
     devices: int = 1
-    rows: Callable[[jax.Array], jax.Array] = _as_it_is
+    rows: Callable[[jax.Array], jax.Array] = lambda array: array
 
 
 # One device has all rows.

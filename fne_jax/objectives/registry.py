@@ -107,16 +107,8 @@ def _mined(config):
     return {"margin": config.fne.margin, "prior": config.fne.prior}
 
 
-def _margin(config):
-    return {"margin": config.fne.margin}
-
-
 def _temperature(config):
     return {"temperature": config.objective.temperature}
-
-
-def _warmup_temperature(config):
-    return {"temperature": config.warmup.temperature}
 
 
 def _several_positives(config):
@@ -124,18 +116,9 @@ def _several_positives(config):
     return _temperature(config) | {"matches_are_positives": positives}
 
 
-def _sigmoid(config):
-    return _several_positives(config) | {"bias": config.objective.bias}
-
-
 # By the value of `config.objective.name`.
 OBJECTIVES: dict[str, Entry] = {
-    "fne": Entry(
-        "sampled by false negative elimination",
-        "Li et al. 2023",
-        fne_triplet_loss,
-        _fne,
-    ),
+    "fne": Entry("sampled by false negative elimination", "Li et al. 2023", fne_triplet_loss, _fne),
     "hardest": Entry(
         "the most similar key; with `objective.queue=False` of the batch, online",
         "VSE++",
@@ -154,17 +137,12 @@ OBJECTIVES: dict[str, Entry] = {
         functools.partial(mined_triplet_loss, rule=random_negative),
         _mined,
     ),
-    "infonce": Entry(
-        "all keys, contrastively",
-        "MoCo, ALBEF",
-        infonce_loss,
-        _temperature,
-    ),
+    "infonce": Entry("all keys, contrastively", "MoCo, ALBEF", infonce_loss, _temperature),
     "sigmoid": Entry(
         "the whole batch, each pair classified by itself",
         "SigLIP",
         sigmoid_loss,
-        _sigmoid,
+        lambda config: _several_positives(config) | {"bias": config.objective.bias},
         takes_positives=True,
         uses_keys=False,
     ),
@@ -187,9 +165,11 @@ OBJECTIVES: dict[str, Entry] = {
 
 # By the value of `config.warmup.objective`: a loss and its settings.
 WARMUP: dict[str, tuple[Callable, Settings]] = {
-    "hardest": (hardest_negative_triplet_loss, _margin),
-    "infonce": (infonce_loss, _warmup_temperature),
-    "clip": (clip_loss, _warmup_temperature),
+    "hardest": (hardest_negative_triplet_loss, lambda config: {"margin": config.fne.margin}),
+    **{
+        name: (loss, lambda config: {"temperature": config.warmup.temperature})
+        for name, loss in (("infonce", infonce_loss), ("clip", clip_loss))
+    },
 }
 
 # The fields of `config.objective` and `config.fne` on which any warm-up depends.

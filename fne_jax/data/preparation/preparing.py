@@ -28,13 +28,7 @@ from fne_jax.data.preparation.image_shards import RULES, ImageShard, Outcome, pl
 from fne_jax.data.preparation.makers import Maker, in_threads
 from fne_jax.data.preparation.storage import Prepared
 from fne_jax.data.sources.image_files import Stamp, file_of, stamp_of, stamps_of
-from fne_jax.data.sources.listing import (
-    ListedImage,
-    Listing,
-    Skipped,
-    is_text,
-    usable_captions,
-)
+from fne_jax.data.sources.listing import ListedImage, Listing, Skipped, is_text, usable_captions
 from fne_jax.data.sources.pair_tables import split_of_name
 from fne_jax.data.sources.registry import Source, find_source
 from fne_jax.errors import UserError
@@ -120,7 +114,13 @@ def _made(
     paths = _digest([origin, *(os.fspath(image.path) for image in listing.images)])
     folder, scratch = root / f"{name}-{key}", root / _UNFINISHED / f"{name}-{paths}"
     scratch.mkdir(parents=True, exist_ok=True)
-    with _alone(scratch):
+
+    def wait(holder: str) -> None:
+        _log.info("%s is being prepared by %s; waiting for it", scratch.name, holder)
+
+    lock = scratch.with_name(f"{scratch.name}.lock")
+    with files.locked(lock, wait, "prepare nothing twice at the same time"):
+        scratch.mkdir(exist_ok=True)  # the process that was waited for removed it
         if folder.exists():
             return Prepared.open(folder)
         # What processes that were killed have left.
@@ -134,20 +134,6 @@ def _made(
             _finish(unnamed, scratch, origin, noted, listing, shards, data.max_skipped)
         shutil.rmtree(scratch)
     return Prepared.open(folder)
-
-
-@contextlib.contextmanager
-def _alone(scratch: pathlib.Path) -> Iterator[None]:
-    """Holds off other processes that prepare the same, until this one has ended."""
-
-    def wait(holder: str) -> None:
-        _log.info("%s is being prepared by %s; waiting for it", scratch.name, holder)
-
-    with files.locked(
-        scratch.with_name(f"{scratch.name}.lock"), wait, "prepare nothing twice at the same time"
-    ):
-        scratch.mkdir(exist_ok=True)  # the process that was waited for removed it
-        yield
 
 
 def _take_up(shards: Sequence[ImageShard], root: pathlib.Path, scratch: pathlib.Path) -> None:

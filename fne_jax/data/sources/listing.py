@@ -172,17 +172,10 @@ def one_file(folder: epath.Path, patterns: Sequence[str], kind: str) -> epath.Pa
     found = [p for p in seen if any(fnmatch.fnmatchcase(p.name.lower(), one) for one in patterns)]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        packed = (
-            ""
-            if found
-            else "".join(
-                f"; {path.name} is there: {_PACKED[path.suffix.lower()]}"
-                for path in there
-                if path.suffix.lower() in _PACKED
-            )
-        )
+        packed = [path for path in there if path.suffix.lower() in _PACKED and not found]
+        told = [f"; {path.name} is there: {_PACKED[path.suffix.lower()]}" for path in packed]
         raise UserError(
-            f"{folder}: expected one {' or '.join(patterns)} ({kind}), found {names}{packed}"
+            f"{folder}: expected one {' or '.join(patterns)} ({kind}), found {names}{''.join(told)}"
         )
     return found[0]
 
