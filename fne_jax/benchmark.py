@@ -1,6 +1,6 @@
 """Measures speed: python -m fne_jax.benchmark NAME.
 
-NAME is strategy, encoders, step, frozen, input, data, retrieval or search.
+NAME is strategy, step, frozen, input, data, retrieval or search.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import jax
 
 from fne_jax import command_line, configuration
-from fne_jax.benchmarks import data, encoders, ranking, step, step_comparison, strategy
+from fne_jax.benchmarks import data, ranking, step, step_comparison, strategy
 from fne_jax.benchmarks import input as input_benchmark
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error, write_atomically
@@ -39,28 +39,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "FNE's loss and gradient, against two matrix products alone; queue and momentum",
         lambda o: strategy.strategy_lines(o.repeats),
         repeats=(9, "timed calls of each"),
-    )
-    command = add(
-        "encoders",
-        "both towers forward and in training",
-        lambda o: encoders.encoder_lines(
-            o.size, o.batch, o.repeats, against_pytorch=o.against_pytorch
-        ),
-        batch=(8, "pairs"),
-        repeats=(3, "timed calls of each"),
-    )
-    sizes = list(encoders.SIZES)
-    command.add_argument(
-        "--size",
-        nargs="+",
-        choices=sizes,
-        default=sizes,
-        help="encoders to measure (all by default)",
-    )
-    command.add_argument(
-        "--against-pytorch",
-        action="store_true",
-        help="measure the image tower and its parts against PyTorch's instead (CPU, float32)",
     )
     _add_step(add)
     add(
@@ -117,7 +95,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     for name, value in vars(options).items():
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and not isinstance(number, bool) and number < 1:
+            if isinstance(number, int) and number < 1:
                 raise UserError(f"--{name} is {number}; expected a number above 0")
     return options
 
@@ -175,7 +153,13 @@ def _step(options):
     jax.config.update("jax_platforms", "cpu")
     if options.part:
         precision = options.part.removeprefix("pytorch_")
-        return encoders.import_pytorch().pytorch_step(
+        try:
+            from fne_jax.benchmarks import pytorch  # an extra
+        except ImportError as error:
+            raise UserError(
+                f"{error}: install the extra with `pip install -e .[convert]`"
+            ) from error
+        return pytorch.pytorch_step(
             config, precision, options.steps, options.windows, platform=options.platform
         )
     arguments = [f"--config={options.config}", *options.overrides]

@@ -1,28 +1,19 @@
-"""PyTorch beside JAX: a train step, as plain as such code is written, and the image tower."""
+"""A train step in PyTorch, as plain as such code is written."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import json
-from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import torch
 import transformers
 
-from fne_jax.benchmarks.encoders import image_tokens
 from fne_jax.benchmarks.step import made_up_batch, training_on_one_device
-from fne_jax.benchmarks.timing import machine, median_seconds, window_seconds
+from fne_jax.benchmarks.timing import window_seconds
 from fne_jax.encoders.architectures import config_json
-from fne_jax.encoders.attention import attend
-from fne_jax.encoders.layers import ACTIVATIONS
-from fne_jax.encoders.rematerialization import NONE
-from fne_jax.encoders.towers import TOWERS, build_dual_encoder
+from fne_jax.encoders.towers import TOWERS
 from fne_jax.errors import UserError
 
 # By precision, how attention is computed: float32 as the authors run it, the scores kept; and
@@ -175,126 +166,6 @@ def hinge(anchors, keys, margin):
     others[own, own] = -torch.inf
     negative = scores[own, others.argmax(dim=1)]
     return torch.relu(margin + negative - positive).mean()
-
-
-def image_tower(
-    encoder: ml_collections.ConfigDict, batch: int, repeats: int
-) -> Iterator[dict[str, Any]]:
-    """Times forward and backward passes in both frameworks, in turns, on the CPU.
-
-    Args:
-      encoder: `config.encoder`; its compute dtype is not looked at.
-      batch: Images at a time.
-      repeats: Timed calls of each.
-
-    Yields:
-      A benchmark line for the whole tower and for each kind of its parts: seconds in JAX and in
-      PyTorch, and their ratio. A `dense_product` is a layer's widest, of which it has two forward
-      and four backward; of `activation` and `attention` a layer has one.
-
-    Raises:
-      UserError: if JAX does not run on a CPU.
-    """
-    if jax.default_backend() != "cpu":
-        raise UserError(f"the peer runs on CPUs, and JAX runs on {jax.default_backend()}")
-    parts = {
-        "image_tower": _towers,
-        "dense_product": _dense_products,
-        "activation": _activations,
-        "attention": _attentions,
-    }
-    for part, build in parts.items():
-        ours, theirs = build(encoder, batch)
-        seconds = median_seconds({"jax": ours, "pytorch": theirs}, repeats)
-        yield {
-            "benchmark": "against_pytorch",
-            "part": part,
-            "batch": batch,
-            "tokens": image_tokens(encoder),
-            "jax_s": seconds["jax"],
-            "pytorch_s": seconds["pytorch"],
-            "ratio": seconds["jax"] / seconds["pytorch"],
-            "pytorch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            **machine(),
-        }
-
-
-def _towers(encoder, batch):
-    size = encoder.image
-    module = build_dual_encoder(encoder, 1).image
-    module = module.clone(dtype=jnp.float32, scan_layers=False, remat=NONE, dropout=0.0)
-    pixels = _normal(batch, size.image_size, size.image_size, 3)
-    images = torch.tensor(pixels.transpose(0, 3, 1, 2))
-    params = jax.jit(module.init)(jax.random.key(0), pixels)["params"]
-
-    @jax.jit
-    def train(params, pixels):
-        def mean(params):
-            return module.apply({"params": params}, pixels).last_hidden_state.mean()
-
-        return jax.value_and_grad(mean)(params)
-
-    peer = _peer(module, 0.0, "sdpa")
-
-    def train_peer():
-        peer.zero_grad()
-        peer(images).last_hidden_state.mean().backward()
-
-    return functools.partial(train, params, jnp.asarray(pixels)), train_peer
-
-
-def _dense_products(encoder, batch):
-    size, tokens = encoder.image, image_tokens(encoder)
-    rows, kernel = _normal(batch * tokens, size.width), _normal(size.width, size.mlp_width)
-    ours = functools.partial(jax.jit(jnp.matmul), jnp.asarray(rows), jnp.asarray(kernel))
-    theirs = functools.partial(torch.matmul, torch.tensor(rows), torch.tensor(kernel))
-    return ours, theirs
-
-
-def _activations(encoder, batch):
-    hidden = _normal(batch, image_tokens(encoder), encoder.image.mlp_width)
-    return _with_gradient(
-        ACTIVATIONS["gelu"], torch.nn.functional.gelu, (hidden,), (torch.tensor(hidden),)
-    )
-
-
-def _attentions(encoder, batch):
-    heads = encoder.image.heads
-    shape = (batch, image_tokens(encoder), heads, encoder.image.width // heads)
-    arrays = [_normal(*shape, seed=seed) for seed in range(3)]
-
-    def ours(query, key, value):
-        return attend(query, key, value, None, implementation=encoder.attention)
-
-    return _with_gradient(
-        ours,
-        torch.nn.functional.scaled_dot_product_attention,
-        arrays,
-        [torch.tensor(array.swapaxes(1, 2)) for array in arrays],
-    )
-
-
-def _with_gradient(ours, theirs, arrays, tensors):
-    """Returns both functions with the gradient of all arguments, the result's being ones."""
-
-    @jax.jit
-    def run(*arrays):
-        out, pull = jax.vjp(ours, *arrays)
-        return pull(jnp.ones_like(out))
-
-    for tensor in tensors:
-        tensor.requires_grad_()
-
-    def run_peer():
-        out = theirs(*tensors)
-        torch.autograd.grad(out, tensors, torch.ones_like(out))
-
-    return functools.partial(run, *map(jnp.asarray, arrays)), run_peer
-
-
-def _normal(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def _peer(tower, dropout, attention):

@@ -15,7 +15,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from fne_jax.benchmarks.encoders import PEAK_SIDE, square_product
 from fne_jax.benchmarks.timing import machine, median_seconds, window_seconds
 from fne_jax.configuration import validate
 from fne_jax.encoders.inputs import FEATURES
@@ -79,9 +78,6 @@ def jax_step(config: ml_collections.ConfigDict, steps: int, windows: int) -> dic
     step = _Step(config)
     seconds = window_seconds(step, lambda: jax.block_until_ready(step.state), steps, windows)
     memory = jax.devices()[0].memory_stats() or {}
-    # After the step's memory was read, to which these matrices would add.
-    product = square_product(config.encoder.compute_dtype)
-    peak_seconds = median_seconds({"peak": product}, windows)["peak"]
     return {
         "platform": jax.default_backend(),
         "dtype": config.encoder.compute_dtype,
@@ -91,7 +87,6 @@ def jax_step(config: ml_collections.ConfigDict, steps: int, windows: int) -> dic
         "peak_bytes": memory.get("peak_bytes_in_use"),
         "compiled_bytes": memory_bytes(step.compiled.memory_analysis()),
         "kernels": dict(collections.Counter(_KERNEL.findall(step.compiled.as_text()))),
-        "square_product_flops_per_s": 2 * PEAK_SIDE**3 / peak_seconds,
         **machine(),
     }
 

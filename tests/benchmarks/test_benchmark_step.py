@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fne_jax import benchmark
-from fne_jax.benchmarks import encoders, pytorch, step, step_comparison
+from fne_jax.benchmarks import pytorch, step, step_comparison
 from fne_jax.errors import UserError
 from fne_jax.planning.topology import Chip
 from fne_jax.planning.useful import useful_flops
@@ -125,8 +125,7 @@ def test_chips_by_the_names_of_devices(device, chip):
 
 
 @pytest.mark.slow
-def test_the_part_of_jax(monkeypatch):
-    monkeypatch.setattr(encoders, "PEAK_SIDE", 32)
+def test_the_part_of_jax():
     found = step.jax_step(tiny_config(global_batch_size=6), steps=2, windows=3)
     assert len(found["window_step_s"]) == 3 and min(found["window_step_s"]) > 0
     assert found["applied"] is True and found["platform"] == "cpu"
@@ -201,9 +200,10 @@ def test_published_towers_are_of_the_config_s_sizes():
     ("arguments", "message"),
     [
         (["step", TINY, "--config.no_such=1"], "no_such"),
+        (["strategy", "--repeats=0"], "--repeats is 0; expected a number above 0"),
         (["step", TINY, "--batch=0"], "--batch is 0"),
         (["step", TINY, "--out=/dev/null/x.json"], "--out=/dev/null/x.json cannot be written"),
-        (["encoders", "--no-such"], "unrecognized arguments: --no-such"),
+        (["strategy", "--no-such"], "unrecognized arguments: --no-such"),
     ],
 )
 def test_wrong_arguments(arguments, message):
