@@ -36,7 +36,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add = functools.partial(_add, parser.add_subparsers(dest="benchmark", required=True))
     add(
         "strategy",
-        "FNE's loss and gradient, against two matrix products alone; queue and momentum",
+        "FNE's loss and gradient, against two matrix products alone",
         lambda o: strategy.strategy_lines(o.repeats),
         repeats=(9, "timed calls of each"),
     )

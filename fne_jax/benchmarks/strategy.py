@@ -1,4 +1,4 @@
-"""What FNE costs beside the bare products of anchors and keys, and what the queue costs."""
+"""What FNE costs beside the bare products of anchors and keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from fne_jax.benchmarks.timing import machine, median_seconds
 from fne_jax.encoders.dual_encoder import unit
@@ -34,12 +33,10 @@ _STATS = SimilarityStatistics(
 CASES = ((32, 8224, 768), (256, 65536, 768))
 # Keys scored at a time that suit a CPU's cache; measured beside all at once.
 KEY_CHUNK = 1024
-# Parameters of ViT-B/16 and BERT-base together, rounded.
-_PARAMETERS = 200_000_000
 
 
 def strategy_lines(repeats: int) -> Iterator[dict[str, Any]]:
-    """Yields the strategy's lines, then the queue's and the momentum encoders'.
+    """Yields a line for each case and way to score its keys.
 
     Args:
       repeats: Timed calls of each.
@@ -47,8 +44,6 @@ def strategy_lines(repeats: int) -> Iterator[dict[str, Any]]:
     for batch, queue_size, dim in CASES:
         for chunk in (None, KEY_CHUNK):
             yield strategy(batch, queue_size, dim, chunk, repeats)
-        yield queue_update(batch, queue_size, dim, repeats)
-    yield momentum_update(_PARAMETERS, repeats)
 
 
 def strategy(
@@ -101,57 +96,6 @@ def strategy(
         "products_s": seconds["products"],
         "ratio": seconds["strategy"] / seconds["products"],
         "scratch_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
-        **machine(),
-    }
-
-
-def queue_update(batch: int, queue_size: int, dim: int, repeats: int) -> dict[str, Any]:
-    """Times writing a batch into a donated queue; returns one benchmark line."""
-    rng = jax.random.key(1)
-    image, text = (_unit_rows(jax.random.fold_in(rng, n), batch, dim) for n in range(2))
-    image_id = jnp.arange(batch, dtype=jnp.int32)
-    enqueue = jax.jit(MemoryQueue.enqueue, donate_argnums=0)
-    queue = MemoryQueue.create(rng, queue_size, dim)
-
-    def write():
-        nonlocal queue
-        queue = enqueue(queue, image, text, image_id)
-        return queue
-
-    seconds = median_seconds({"update": write}, repeats)
-    return {
-        "benchmark": "queue_update",
-        "batch": batch,
-        "queue": queue_size,
-        "dim": dim,
-        "update_s": seconds["update"],
-        **machine(),
-    }
-
-
-def momentum_update(parameters: int, repeats: int) -> dict[str, Any]:
-    """Times the momentum encoders' update of donated weights; returns one benchmark line."""
-    width = 1024
-    shape = (parameters // width, width)
-    online = jnp.ones(shape)
-    momentum = jnp.zeros(shape)
-    update = jax.jit(
-        lambda momentum, online: optax.incremental_update(online, momentum, 0.005),
-        donate_argnums=0,
-    )
-
-    def move():
-        nonlocal momentum
-        momentum = update(momentum, online)
-        return momentum
-
-    seconds = median_seconds({"update": move}, repeats)
-    return {
-        "benchmark": "momentum_update",
-        "parameters": online.size,
-        "update_s": seconds["update"],
-        # Read both, write one.
-        "gbytes_per_s": 3 * online.nbytes / 1e9 / seconds["update"],
         **machine(),
     }
 
