@@ -23,6 +23,11 @@ from fne_jax.errors import (
 from fne_jax.logs import set_up_logging
 from fne_jax.parallel import common_end
 
+# TensorFlow and transformers print as a command imports them; a user's own settings stand.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import sys
 
 
@@ -26,10 +25,6 @@ def set_up_logging(level: int) -> None:
     It has the last word: libraries that log while they are imported (Orbax does, through absl) give
     the root logger a handler of their own. Handlers that write elsewhere stay.
     """
-    # TensorFlow and transformers print on import otherwise; a user's own settings stand.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     for handler in logging.root.handlers[:]:
         if type(handler) in (logging.StreamHandler, _StderrHandler):
             logging.root.removeHandler(handler)
