@@ -150,10 +150,7 @@ def _training_images(dataset, batches, make_image, prefetch):
 
 
 def evaluation_images(
-    dataset: PairDataset,
-    image_size: int,
-    batch_size: int,
-    local: np.ndarray | None = None,
+    dataset: PairDataset, image_size: int, batch_size: int, local: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
     """Yields a process's rows of batches that hold every image once, in order.
 

@@ -28,10 +28,7 @@ _ARRAYS = {"caption_id": np.int64, "image_id": np.int64, "probability": np.float
 
 
 def write_match_list(
-    path: pathlib.Path,
-    dataset: PairDataset,
-    pairs: Pairs,
-    about: Mapping[str, Any],
+    path: pathlib.Path, dataset: PairDataset, pairs: Pairs, about: Mapping[str, Any]
 ) -> None:
     """Writes a list of pairs of a split that a detector takes for matches, with their probability.
 

@@ -119,11 +119,7 @@ class ClipText(TextTower, kw_only=True):
     pooled_as = "projection_dim"
 
     layout = TEXT._replace(
-        fields={
-            **TEXT.fields,
-            "projection_dim": "projection_dim",
-            "eos_token_id": "eos_token_id",
-        },
+        fields={**TEXT.fields, "projection_dim": "projection_dim", "eos_token_id": "eos_token_id"},
         weights=(*TEXT.weights, ("projection", "text_projection", PRODUCT)),
     )
 

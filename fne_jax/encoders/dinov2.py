@@ -47,10 +47,7 @@ class Dinov2WithRegisters(Dinov2, kw_only=True):
 
     layout = Dinov2.layout._replace(
         fields={**Dinov2.layout.fields, "registers": "num_register_tokens"},
-        weights=(
-            *Dinov2.layout.weights,
-            ("register_tokens", "embeddings.register_tokens", VALUE),
-        ),
+        weights=(*Dinov2.layout.weights, ("register_tokens", "embeddings.register_tokens", VALUE)),
     )
 
     def embed(self, inputs: jax.Array) -> jax.Array:

@@ -9,15 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fne_jax.encoders.layouts import (
-    DENSE,
-    IMAGE_SIZES,
-    NORM,
-    PATCHES,
-    PRODUCT,
-    VALUE,
-    Layout,
-)
+from fne_jax.encoders.layouts import DENSE, IMAGE_SIZES, NORM, PATCHES, PRODUCT, VALUE, Layout
 from fne_jax.encoders.vision_transformer import VisionTransformer
 from fne_jax.errors import UserError
 

@@ -155,9 +155,7 @@ def weights_and_candidates(
     checks.in_range("posterior_threshold", threshold, 0, 1)
     suspected = seen & (posterior > threshold)
     exponent = jnp.where(
-        suspected,
-        elimination_tau * posterior,
-        tau * jnp.square(similarity - positive_similarity),
+        suspected, elimination_tau * posterior, tau * jnp.square(similarity - positive_similarity)
     )
     weight = jnp.exp(-exponent)
     too_easy = similarity <= stats.positive.mean - margin

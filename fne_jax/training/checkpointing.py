@@ -18,13 +18,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from fne_jax.errors import EnvironmentFailure, UserError, first_line
 from fne_jax.model import checkpoints
-from fne_jax.model.checkpoints import (
-    BEST_METRIC,
-    DIRECTORY,
-    LAYOUT,
-    METRICS,
-    DamagedCheckpoint,
-)
+from fne_jax.model.checkpoints import BEST_METRIC, DIRECTORY, LAYOUT, METRICS, DamagedCheckpoint
 from fne_jax.parallel import processes
 from fne_jax.training.train_state import TrainState
 
@@ -128,10 +122,7 @@ class Checkpoints:
             return self._manager.metrics(step) is not None
 
     def save(
-        self,
-        state: TrainState,
-        position: dict[str, Any],
-        metrics: dict[str, float] | None = None,
+        self, state: TrainState, position: dict[str, Any], metrics: dict[str, float] | None = None
     ) -> None:
         """Begins to write the state and the JSON-able position under the state's step.
 

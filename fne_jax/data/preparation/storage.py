@@ -25,12 +25,7 @@ import pyarrow.compute as pc
 from fne_jax.data.pairs import SPLITS, PairDataset
 from fne_jax.data.sources.image_files import Stamp, stamps_of
 from fne_jax.data.sources.listing import Skipped
-from fne_jax.data.sources.shapes_scenes import (
-    FACT_FIELDS,
-    MAX_OBJECTS,
-    SCENE_FIELDS,
-    SceneTruth,
-)
+from fne_jax.data.sources.shapes_scenes import FACT_FIELDS, MAX_OBJECTS, SCENE_FIELDS, SceneTruth
 from fne_jax.errors import UserError, first_line
 from fne_jax.files import as_user_error, write_atomically
 
