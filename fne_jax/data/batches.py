@@ -137,7 +137,7 @@ def _training_images(dataset, batches, make_image, prefetch):
     # Kept out of the module's imports: training from arrays must work without TensorFlow.
     from fne_jax.data import tf_reader
 
-    yield from tf_reader.read_training_images(
+    yield from tf_reader.read_images(
         dataset.images,
         (
             (dataset.caption_image[rows.pair], rows.epoch, rows.pair)
@@ -166,7 +166,13 @@ def evaluation_images(
     # Kept out of the module's imports: evaluating arrays must work without TensorFlow.
     from fne_jax.data import tf_reader
 
-    yield from tf_reader.read_evaluation_images(dataset.images, parts, image_size, rows)
+    padded = (
+        np.pad(part.astype(np.int32), (0, rows - len(part)), constant_values=-1) for part in parts
+    )
+    batches = ((images, 0, images) for images in padded)
+    make_image = TrainingImages(image_size, "none", seed=0)
+    for _, images in tf_reader.read_images(dataset.images, batches, make_image, rows, 2):
+        yield images
 
 
 def local_parts(

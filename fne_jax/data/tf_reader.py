@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from fne_jax.data.images import preprocessing
 from fne_jax.data.images.preprocessing import TrainingImages
 from fne_jax.data.preparation.storage import RecordSource
 
@@ -27,7 +26,7 @@ tf.config.set_visible_devices([], "TPU")
 _ROWS_PER_READ = 512
 
 
-def read_training_images(
+def read_images(
     source: RecordSource,
     rows: Iterator[tuple[np.ndarray, int, np.ndarray]],
     make_image: TrainingImages,
@@ -38,9 +37,9 @@ def read_training_images(
 
     Args:
       source: The records of the split.
-      rows: For each batch the [batch] indices of the images, the epoch, and the [batch] indices of
-        the pairs.
-      make_image: What makes a training image of a JPEG, the epoch and the pair.
+      rows: For each batch the [batch] int32 indices of the images, -1 for one that is blank, the
+        epoch, and the [batch] int32 indices of the pairs.
+      make_image: What makes an image of a JPEG, the epoch and the pair.
       batch_size: The rows in a batch.
       prefetch: The number of batches that are prepared ahead.
 
@@ -50,6 +49,8 @@ def read_training_images(
     blank = np.zeros((make_image.size, make_image.size, 3), np.uint8)
 
     def made(jpeg, image, epoch, pair):
+        if image < 0:
+            return blank
         return records.decoded(blank, int(image), make_image, jpeg, int(epoch), int(pair))
 
     def pixels(jpeg, image, epoch, pair):
@@ -72,39 +73,6 @@ def read_training_images(
     yield from records.iterate(batches.batch(batch_size).prefetch(prefetch))
 
 
-def read_evaluation_images(
-    source: RecordSource, parts: Iterator[np.ndarray], image_size: int, batch_size: int
-) -> Iterator[np.ndarray]:
-    """Yields [batch_size, side, side, 3] uint8 images, zeros after those that a part names.
-
-    `parts` are the images of each batch, at most `batch_size` of them. Raises UserError if a record
-    cannot be read or decoded; it names the record.
-    """
-    records = _Records(source)
-    blank = np.zeros((image_size, image_size, 3), np.uint8)
-
-    def resized(index):
-        if index < 0:
-            return blank
-        (jpeg,) = records.jpegs(index[None])
-        evaluation_image = preprocessing.evaluation_image
-        return records.decoded(blank, int(index), evaluation_image, jpeg, image_size)
-
-    def image(index):
-        pixels = tf.numpy_function(resized, [index], tf.uint8, stateful=False)
-        return tf.ensure_shape(pixels, blank.shape)
-
-    def indices():
-        for part in parts:
-            yield from part
-            yield from [-1] * (batch_size - len(part))
-
-    images = tf.data.Dataset.from_generator(
-        indices, output_signature=tf.TensorSpec([], tf.int64)
-    ).map(image, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    yield from records.iterate(images.batch(batch_size).prefetch(2))
-
-
 class _Records:
     """The records of a split as tf.data's threads read them, and the first error met there.
 
@@ -120,11 +88,15 @@ class _Records:
         self._closed = False
 
     def jpegs(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the JPEGs of records as a [records] array of bytes, b"" after an error."""
+        """Returns the JPEGs of records as a [records] array of bytes, b"" of -1, after an error."""
+        there = np.flatnonzero(indices >= 0)
 
         def read():
-            records = self._source.__getitems__(indices.tolist())
-            return np.array([record["image"] for record in records], object)
+            jpegs = np.full(len(indices), b"", object)
+            if len(there):
+                records = self._source.__getitems__(indices[there].tolist())
+                jpegs[there] = [record["image"] for record in records]
+            return jpegs
 
         return self._kept(read, np.full(len(indices), b"", object))
 
