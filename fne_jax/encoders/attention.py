@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -76,9 +75,15 @@ def attend(
     chosen = resolve(implementation, queries=query.shape[1], dtype=query.dtype, mesh=mesh)
     run = functools.partial(ATTENTIONS[chosen], causal=causal)
     if chosen in _FUSED:
-        reason = _FUSED[chosen].reason_against(_devices(mesh)[0], query.dtype)
-        if reason is not None:
-            raise UserError(f"attention is {chosen!r}, {reason}")
+        device, dtype = _devices(mesh)[0], query.dtype
+        if not _runs(chosen, device, dtype):
+            platform, dtypes, capability = _FUSED[chosen]
+            least = f" of compute capability {capability} or above" if capability else ""
+            raise UserError(
+                f"attention is {chosen!r}, which takes a {platform.upper()}{least} and "
+                f"{' or '.join(dtypes)}; this is {device.platform} and {dtype}; expected "
+                "auto or xla"
+            )
         run = on_each_device(run, mesh)
     return run(query, key, value, mask)
 
@@ -101,12 +106,10 @@ def resolve(
     if device.platform == "cpu":
         # Over several devices each would run a loop over the whole batch.
         return "head_loop" if count == 1 and queries >= _LOOP_QUERIES else "xla"
-    for name, needs in _FUSED.items():
-        # Without a mesh nothing says how several devices share a batch.
-        known = mesh is not None or count == 1
-        if known and queries >= _FUSED_QUERIES and needs.reason_against(device, dtype) is None:
-            return name
-    return "xla"
+    # Without a mesh nothing says how several devices share a batch.
+    if queries < _FUSED_QUERIES or (mesh is None and count > 1):
+        return "xla"
+    return next((name for name in _FUSED if _runs(name, device, dtype)), "xla")
 
 
 def _devices(mesh):
@@ -115,39 +118,11 @@ def _devices(mesh):
     return devices[0], len(devices)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Needs:
-    """What a fused kernel runs on.
-
-    Attributes:
-      platform: The name that JAX gives such devices.
-      dtypes: The dtypes that it computes in.
-      capability: The least compute capability, for GPUs.
-    """
-
-    platform: str
-    dtypes: tuple[str, ...]
-    capability: float = 0.0
-
-    def reason_against(self, device: jax.Device, dtype: Any) -> str | None:
-        """Returns why the kernel cannot run there in this dtype; None if it can."""
-        if device.platform != self.platform:
-            return (
-                f"which runs on {self.platform.upper()}s only, and this is {device.platform}; "
-                "expected auto or xla"
-            )
-        capability = float(getattr(device, "compute_capability", self.capability))
-        if capability < self.capability:
-            return (
-                f"which needs a GPU of compute capability {self.capability} or above, and this "
-                f"one has {capability}; expected auto or xla"
-            )
-        if jnp.dtype(dtype).name not in self.dtypes:
-            return (
-                f"which needs half precision, and the compute dtype is {jnp.dtype(dtype).name}; "
-                "make it bfloat16, or the attention auto"
-            )
-        return None
+def _runs(name, device, dtype):
+    """Returns whether a fused kernel runs on a device in a dtype."""
+    platform, dtypes, capability = _FUSED[name]
+    found = float(getattr(device, "compute_capability", capability))
+    return device.platform == platform and jnp.dtype(dtype).name in dtypes and found >= capability
 
 
 def xla_attention(
@@ -278,8 +253,9 @@ ATTENTIONS: dict[str, Callable[..., jax.Array]] = {
     "splash": splash_attention,
     "head_loop": head_loop_attention,
 }
+# What the fused ones run on: a platform, the dtypes, and of GPUs the least compute capability.
 _FUSED = {
-    "cudnn": _Needs("gpu", ("bfloat16", "float16"), capability=8.0),
+    "cudnn": ("gpu", ("bfloat16", "float16"), 8.0),
     # In float32 it would not keep all bits of its products.
-    "splash": _Needs("tpu", ("bfloat16",)),
+    "splash": ("tpu", ("bfloat16",), 0.0),
 }

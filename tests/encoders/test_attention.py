@@ -264,11 +264,16 @@ def test_without_a_mesh_auto_looks_at_the_devices_that_are_here(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "message"),
     [
-        ("cudnn", Device("tpu"), jnp.bfloat16, "'cudnn', which runs on GPUs only, and this is tpu"),
-        ("splash", Device("cpu"), jnp.bfloat16, "'splash', which runs on TPUs only"),
-        ("splash", Device("tpu"), jnp.float32, "needs half precision, and the compute dtype is f"),
-        ("cudnn", Device("gpu"), jnp.float32, "needs half precision, and the compute dtype is f"),
-        ("cudnn", Device("gpu", "7.5"), jnp.bfloat16, "capability 8.0 or above, and this one has"),
+        ("cudnn", Device("tpu"), jnp.bfloat16, "'cudnn', which takes a GPU .*; this is tpu and bf"),
+        (
+            "splash",
+            Device("cpu"),
+            jnp.bfloat16,
+            "'splash', which takes a TPU and bfloat16; this is",
+        ),
+        ("splash", Device("tpu"), jnp.float32, "this is tpu and float32; expected auto or xla"),
+        ("cudnn", Device("gpu"), jnp.float32, "bfloat16 or float16; this is gpu and float32"),
+        ("cudnn", Device("gpu", "7.5"), jnp.bfloat16, "a GPU of compute capability 8.0 or above"),
     ],
 )
 def test_what_cannot_run_there_is_refused(name, device, dtype, message):
