@@ -19,7 +19,7 @@ import numpy as np
 from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.pairs import PairDataset
 from fne_jax.errors import UserError
-from fne_jax.files import write_atomically
+from fne_jax.files import as_user_error, write_atomically
 
 SUFFIX = ".npz"
 # The checksum of the captions and the images that the list is about.
@@ -49,11 +49,9 @@ def write_match_list(
         split_checksum=_split_checksum(dataset),
         about=json.dumps(dict(about)),
     )
-    try:
+    with as_user_error(f"{path}: cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content.getvalue())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 def read_match_list(path: pathlib.Path, dataset: PairDataset) -> Pairs:

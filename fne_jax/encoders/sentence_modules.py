@@ -19,6 +19,7 @@ from fne_jax.encoders.dual_encoder import POOLINGS
 from fne_jax.encoders.hub_files import WEIGHTS, read_json
 from fne_jax.encoders.layers import dense
 from fne_jax.errors import UserError
+from fne_jax.files import as_user_error
 
 MODULES = "modules.json"
 _PROMPTS = "config_sentence_transformers.json"
@@ -98,12 +99,11 @@ def read_modules(folder: pathlib.Path) -> dict[str, Any] | None:
     path = folder / MODULES
     if not path.is_file():
         return None
-    try:
-        modules = [
-            (each["type"].rpartition(".")[2], each["path"]) for each in read_json(path, list)
-        ]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); fetch it again") from error
+    content = read_json(path, list)
+    with as_user_error(
+        f"{path} is damaged", "fetch it again", (AttributeError, KeyError, TypeError)
+    ):
+        modules = [(each["type"].rpartition(".")[2], each["path"]) for each in content]
     kinds = [kind for kind, _ in modules]
     if not _ORDER.fullmatch(" ".join(kinds)):
         raise UserError(

@@ -109,7 +109,7 @@ def sampling_weights(
     References:
       Li et al., Your Negative May not Be True Negative, ACM MM 2023, arXiv 2308.04380, section 3.3.
     """
-    return weights_and_candidates(**locals())[0]
+    return weights_and_candidates(**locals())[0]  # the same arguments
 
 
 def weights_and_candidates(

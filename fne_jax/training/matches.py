@@ -71,10 +71,8 @@ def known_matches(
 def _teacher(objective, train):
     """Returns the teacher of `config.objective`; raises UserError if it is not of the split."""
     folder = pathlib.Path(files.expand_home(objective.teacher))
-    try:
+    with files.as_user_error("config.objective.teacher", errors=UserError):
         rows = read_embeddings_of(folder, train)
-    except UserError as error:
-        raise UserError(f"config.objective.teacher: {error}") from error
     return Teacher(
         image=rows.image_emb.astype(np.float16),
         text=rows.text_emb.astype(np.float16),

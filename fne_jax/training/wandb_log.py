@@ -17,7 +17,7 @@ import ml_collections
 
 from fne_jax.configuration import flatten
 from fne_jax.errors import UserError
-from fne_jax.files import write_atomically
+from fne_jax.files import as_user_error, write_atomically
 
 FILE_NAME = "wandb.json"
 _log = logging.getLogger(__name__)
@@ -92,12 +92,9 @@ class WandbLog:
 def _run_id(workdir, resumed_step):
     path = workdir / FILE_NAME
     if resumed_step and path.exists():
-        try:
+        advice = "remove it to go on with another remote run"
+        with as_user_error(f"{path}: cannot be read", advice, (ValueError, TypeError, KeyError)):
             return str(json.loads(path.read_text())["run_id"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{path}: cannot be read: {error}; remove it to go on with another remote run"
-            ) from error
     run_id = uuid.uuid4().hex[:8]
     write_atomically(path, json.dumps({"run_id": run_id}) + "\n")
     return run_id
