@@ -87,7 +87,7 @@ def shapes_run(tmp_path_factory):
 
 def test_training_then_evaluating(shapes_run, caplog, monkeypatch):
     workdir, arguments, trained = shapes_run
-    assert "false negative elimination" in trained.stderr
+    assert ": warm-up, filling the queue" in trained.stderr and ": fne\n" in trained.stderr
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "loss" in line][-1]
     assert 0 <= last["sampled_false_negative_rate"] <= 1

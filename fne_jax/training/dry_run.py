@@ -29,9 +29,7 @@ def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
         *_parameter_lines(training.state.all_params),
         f"mesh: {dict(model.mesh.shape)} on {model.mesh.size} {jax.default_backend()} device(s)",
         _memory_line(compiled.memory_analysis()),
-        f"steps: {timeline.steps_per_epoch} an epoch, {timeline.total_steps} in all, "
-        f"queue filled from {timeline.filling_start_step}, FNE from {timeline.fne_start_step}"
-        + (" (never)" if timeline.fne_start_step >= timeline.total_steps else ""),
+        f"{timeline}, queue filled from {timeline.filling_start_step}",
         "first batch",
         *(f"  {name:16}{array.shape!s:>24} {array.dtype}" for name, array in batch.items()),
         f"  first caption   {run.train.captions[first]!r}",

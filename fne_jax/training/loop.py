@@ -28,7 +28,7 @@ from fne_jax.training.metric_log import EVALUATED, MetricLog
 from fne_jax.training.optimizer import learning_rate_schedule
 from fne_jax.training.setup import RunSetup
 from fne_jax.training.step_results import DataClock, StepResults
-from fne_jax.training.timeline import Timeline
+from fne_jax.training.timeline import Phase, Timeline
 from fne_jax.training.train_state import TrainState, first_state
 from fne_jax.training.wandb_log import WandbLog
 
@@ -129,9 +129,9 @@ def _tell(run, warmup_only):
         sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
         for params in (state.params, state.frozen_params)
     )
-    share = f", {frozen:.1f} M of them frozen," if frozen else ""
+    share = f", {frozen:.1f} M of them frozen" if frozen else ""
     devices = run.training.model.mesh.size
-    _log.info("model: %.1f M parameters%s on %d devices", trained + frozen, share, devices)
+    _log.info("model: %.1f M parameters%s, devices: %d", trained + frozen, share, devices)
 
 
 def _train(run, workdir, last_step, state, position, checkpoints, stop):
@@ -197,7 +197,8 @@ def _train(run, workdir, last_step, state, position, checkpoints, stop):
             batch = next(clock)
             phase = timeline.phase(step)
             if step == first_step or phase is not timeline.phase(step - 1):
-                _log.info("step %d: %s", step, phase.value)
+                objective = config.objective.name if phase is Phase.FNE else phase.value
+                _log.info("step %d: %s", step, objective)
             # The mark tells the profiler which step a program that runs later belongs to.
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 # Nothing but the batch is copied to the devices, which would stall every step.

@@ -227,7 +227,7 @@ def batch_order(
     if not order.steps_per_epoch:
         raise UserError(
             f"config.global_batch_size is {config.global_batch_size}, more than the "
-            f"{order.pairs - len(rows)} training pairs"
+            f"{order.pairs - len(rows)} training pairs; lower it"
         )
     return order
 

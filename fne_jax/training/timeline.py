@@ -18,7 +18,7 @@ class Phase(enum.Enum):
 
     WARMUP = "warm-up"
     WARMUP_FILLING = "warm-up, filling the queue"
-    FNE = "false negative elimination"
+    FNE = "the config's objective"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,6 @@ class Timeline:
 
     def __str__(self) -> str:
         return (
-            f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all; FNE from step "
-            f"{self.fne_start_step}"
+            f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all, "
+            f"{self.warmup_end} of them warm-up"
         )

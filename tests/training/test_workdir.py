@@ -111,7 +111,7 @@ def test_a_dry_run_finds_what_the_run_would(tmp_path, whole_run, monkeypatch):
     ):
         before = content_of(tmp_path)
         if message is None:
-            assert "steps: 7 an epoch" in describe(short_config(**fields), workdir)
+            assert "7 steps an epoch" in describe(short_config(**fields), workdir)
         else:
             with pytest.raises(UserError, match=message):
                 describe(short_config(**fields), workdir)
