@@ -85,7 +85,8 @@ class ImageTextEncoder(torch.nn.Module):
     def save(self, folder, **_):
         """Writes the module, which may have been trained further, into another folder."""
         folder = pathlib.Path(folder)
-        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        programs = shutil.ignore_patterns("*.stablehlo")  # of the weights before
+        shutil.copytree(self.folder, folder, ignore=programs, dirs_exist_ok=True)
         for tower, model in (("image", self.image), ("text", self.text)):
             model.save_pretrained(folder / self.settings[tower]["folder"])
         if heads := self.heads.state_dict():

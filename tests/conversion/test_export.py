@@ -160,6 +160,9 @@ def test_following_the_model_card_gives_the_similarities_of_the_run(
     ours = model.embed_images(images) @ model.embed_texts(CAPTIONS).T
     theirs = encoder.embed_images(images) @ encoder.embed_texts(CAPTIONS).T
     np.testing.assert_allclose(theirs, ours, atol=1e-4)
+    (out / "text.stablehlo").touch()
+    encoder.save(tmp_path / "again")  # perhaps with other weights than the programs'
+    assert not (tmp_path / "again" / "text.stablehlo").exists()
     assert encoder.get_embedding_dimension() == names["texts"].shape[-1]
     assert ("logit_scale" in encoder.settings) == (model.config.objective.name == "clip")
     # By transformers' own classes as well: a JPEG as it is, and captions that begin with no prompt.
