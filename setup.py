@@ -60,6 +60,14 @@ setuptools.setup(
         "convert": ["torch>=2.13.0"],
         # What an exported folder takes; torch alone, without sentence-transformers.
         "export": ["torch>=2.13.0", "sentence-transformers>=6.2.0"],
+        # Writes ONNX files and checks them, for `convert export --onnx`.
+        "onnx": [
+            "torch>=2.13.0",
+            "onnx>=1.23.2",
+            "onnx_ir>=1.1.0",
+            "onnxscript>=0.7.2",
+            "onnxruntime>=1.32.0",
+        ],
         # The matches of ECCV Caption and CxC, for `evaluate --protocol`.
         "eccv": ["eccv_caption>=0.1.0"],
         # An engine of `search --index`.

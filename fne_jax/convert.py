@@ -40,6 +40,9 @@ def main(arguments: list[str]) -> None:
     exported.add_argument(
         "--stablehlo", action="store_true", help="both encoders as programs for jax alone, too"
     )
+    exported.add_argument(
+        "--onnx", action="store_true", help="both encoders for onnxruntime, too; extra [onnx]"
+    )
     exported.set_defaults(convert=convert_export)
     order = commands.add_parser(
         "order", help="a split's names, captions and ids, in the order of the rows of embeddings"
@@ -70,7 +73,8 @@ def convert_export(options: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise UserError(f"unknown argument {overrides[0]!r}; see --help")
     workdir, out = pathlib.Path(options.workdir), pathlib.Path(options.out)
-    for path in export(workdir, options.checkpoint, out, stablehlo=options.stablehlo):
+    more = {"stablehlo": options.stablehlo, "onnx": options.onnx}
+    for path in export(workdir, options.checkpoint, out, **more):
         print(f"written to {path}")
 
 

@@ -21,6 +21,7 @@ from fne_jax.encoders.dual_encoder import CHECKPOINT
 from fne_jax.encoders.freezing import TOWERS
 from fne_jax.encoders.model_types import MODELS
 from fne_jax.encoders.pretrained_weights import save_pretrained
+from fne_jax.errors import UserError
 from fne_jax.files import check_new_folder, whole_folder, write_atomically
 from fne_jax.model.model import load_workdir
 from fne_jax.objectives.learned_scalars import LEARNED, bias, temperature
@@ -65,7 +66,7 @@ images = model.encode([Image.open("beach.jpg")])
 texts = model.encode(["a dog runs along the beach"])
 print(model.similarity(images, texts))
 ```
-
+{onnx}
 {opened} What else becomes of an image and a caption is code in `image_text_encoder.py`: it stores
 images as the run did (upright, on white, as JPEG), cleans captions, pools and projects. {cleans}
 
@@ -88,6 +89,33 @@ images as the run did (upright, on white, as JPEG), cleans captions, pools and p
 {config}
 ```
 """
+_ONNX = """
+The same without PyTorch, with onnxruntime, transformers and Pillow:
+
+```python
+import numpy as np
+import onnxruntime
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer
+
+image, text = (onnxruntime.InferenceSession(f"{{tower}}.onnx") for tower in ("image", "text"))
+processor = AutoImageProcessor.from_pretrained("{image}")
+tokenizer = AutoTokenizer.from_pretrained("{text}")
+
+pixels = processor([Image.open("beach.jpg")], return_tensors="np")["pixel_values"]
+captions = [{caption}]
+tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="np")
+ids = tokens["input_ids"]
+mask = tokens.get("attention_mask", np.ones_like(ids))
+images = image.run(None, {{"pixel_values": pixels}})[0]
+texts = text.run(None, {{"input_ids": ids, "attention_mask": mask}})[0]
+print(images @ texts.T)
+```
+
+Batches may have any number of rows and up to {most} tokens; the run padded to {padded}. Images
+other than upright RGB JPEGs{large}, and {texts}, first need what
+`image_text_encoder.py` does to them.
+"""
 _PAIR = "`AutoModel`, `AutoProcessor` and the like open this folder."
 _APART = """`AutoModel` opens `image` and `text` (their pooler, which it misses, is not used), and
 `AutoImageProcessor` and `AutoTokenizer` open theirs."""
@@ -97,7 +125,12 @@ they are, and finds special tokens (`[SEP]`) before it cleans{prompt}."""
 
 
 def export(
-    workdir: pathlib.Path, checkpoint: str, out: pathlib.Path, *, stablehlo: bool = False
+    workdir: pathlib.Path,
+    checkpoint: str,
+    out: pathlib.Path,
+    *,
+    stablehlo: bool = False,
+    onnx: bool = False,
 ) -> list[pathlib.Path]:
     """Writes both encoders, the tokenizer, what else makes an embedding, and README.md.
 
@@ -110,23 +143,33 @@ def export(
       checkpoint: `best`, `latest` or a step.
       out: The folder to make, which is empty or not there; after an error nothing is in it.
       stablehlo: Whether to write the programs of `write_stablehlo` as well.
+      onnx: Whether to write the files of `write_onnx` as well.
 
     Returns:
       The folders that transformers can open.
 
     Raises:
-      UserError: if there is no such run, transformers has no model of an encoder by itself, or the
-        folder has files already.
+      UserError: if there is no such run, transformers has no model of an encoder by itself, the
+        folder has files already, or ONNX files need a package or are not those of the run.
     """
     check_new_folder(out, "--out")
+    more = [write_stablehlo] if stablehlo else []
+    if onnx:
+        try:
+            from fne_jax.conversion.onnx import write_onnx
+        except ImportError as error:
+            raise UserError(f"{error}: install the extra with `pip install -e .[onnx]`") from error
+        more.append(write_onnx)
     model = load_workdir(workdir, checkpoint)
     with whole_folder(out.resolve()) as scratch:
-        folders = _write(scratch, workdir, model, stablehlo=stablehlo)
+        folders = _write(scratch, workdir, model, onnx)
+        for write in more:
+            write(model, scratch)
     return sorted({out / folder for folder in folders})
 
 
-def _write(out, workdir, model, *, stablehlo):
-    """Writes all of a folder; returns the names of the towers' folders in it."""
+def _write(out, workdir, model, onnx):
+    """Writes a folder but for its programs; returns the names of the towers' folders in it."""
     module, params = model.module.clone(projection_dim=0), {}
     weights: dict[str, np.ndarray] = {}
     settings: dict[str, Any] = {tower: _head(model, tower, weights) for tower in TOWERS}
@@ -171,14 +214,12 @@ def _write(out, workdir, model, *, stablehlo):
             [{"idx": 0, "name": "0", "path": "", "type": f"{_MODULE.stem}.ImageTextEncoder"}]
         ),
         "config_sentence_transformers.json": _json({"similarity_fn_name": "cosine"}),
-        "README.md": _model_card(workdir, model, settings),
+        "README.md": _model_card(workdir, model, settings, onnx),
     }
     for name, content in contents.items():
         write_atomically(out / name, content)
     if weights:
         write_atomically(out / _HEADS, safetensors.numpy.save(weights))
-    if stablehlo:
-        write_stablehlo(model, out)
     return [settings[tower]["folder"] for tower in TOWERS]
 
 
@@ -279,7 +320,7 @@ def _write_tokenizer(folder, model):
     write_atomically(folder / _TOKENIZER, _json(about | {"tokenizer_class": "TokenizersBackend"}))
 
 
-def _model_card(workdir, model, settings):
+def _model_card(workdir, model, settings, onnx):
     config, train, tables = model.config, model.data.get("train"), []
     for path in sorted(workdir.glob("eval_*.json")):
         report = json.loads(path.read_text("utf-8"))
@@ -293,15 +334,25 @@ def _model_card(workdir, model, settings):
             tables[-1] += f"\n| {name} | {one['value']:.2f} | {one['low']:.2f}-{one['high']:.2f} |"
     max_words, prompt = config.data.max_words, config.data.prompt
     cleans = _CLEANS.format(prompt=f"; {prompt!r} goes before each" if prompt else "")
-    apart = settings["image"]["folder"] != settings["text"]["folder"]
+    folders = {tower: settings[tower]["folder"] for tower in TOWERS}
+    large, text_length = config.data.resize_to, config.evaluation.text_length
+    files = _ONNX.format(
+        **folders,
+        caption=json.dumps(f"{prompt}a dog runs along the beach", ensure_ascii=False),
+        most=model.module.text.max_tokens,
+        padded=text_length,
+        large=f" whose shorter side has at most {large} pixels" if large else "",
+        texts="captions with HTML's entities" if model.tokenizer.is_fast else "all captions",
+    )
     return _CARD.format(
         step=model.step,
         dim=settings["dim"],
-        opened=_APART if apart else _PAIR,
+        onnx=files if onnx else "",
+        opened=_APART if folders["image"] != folders["text"] else _PAIR,
         cleans=cleans if model.tokenizer.is_fast else "",
         metrics="\n\n".join(tables) or "Not evaluated.",
         side=config.encoder.image.image_size,
-        text_length=config.evaluation.text_length,
+        text_length=text_length,
         words=f" and {max_words} words" if max_words else "",
         train=_name(config, "train") + (f": {train}" if train else ""),
         sources=" and ".join(config.encoder[tower].pretrained or "random" for tower in TOWERS),

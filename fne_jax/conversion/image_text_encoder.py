@@ -40,7 +40,7 @@ def _mean(hidden, mask):
 _POOLINGS = {
     "mean": _mean,
     "mean_with_padding": lambda hidden, mask: hidden.mean(1),
-    "mean_to_longest": lambda hidden, mask: hidden[:, : int(mask.sum(1).max())].mean(1),
+    "mean_to_longest": lambda hidden, mask: _mean(hidden, mask.amax(0, keepdim=True)),
     "first": lambda hidden, mask: hidden[:, 0],
     "max": lambda hidden, mask: hidden.masked_fill(mask == 0, -1e9).amax(1),
     "first_and_mean": lambda hidden, mask: torch.cat(
@@ -85,7 +85,7 @@ class ImageTextEncoder(torch.nn.Module):
     def save(self, folder, **_):
         """Writes the module, which may have been trained further, into another folder."""
         folder = pathlib.Path(folder)
-        programs = shutil.ignore_patterns("*.stablehlo")  # of the weights before
+        programs = shutil.ignore_patterns("*.onnx*", "*.stablehlo")  # of the weights before
         shutil.copytree(self.folder, folder, ignore=programs, dirs_exist_ok=True)
         for tower, model in (("image", self.image), ("text", self.text)):
             model.save_pretrained(folder / self.settings[tower]["folder"])

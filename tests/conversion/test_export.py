@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,9 +19,11 @@ from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 
 from fne_jax import configuration, convert
-from fne_jax.conversion import export
+from fne_jax.conversion import export, image_text_encoder
 from fne_jax.data import captions
 from fne_jax.data.sources.registry import load_split
+from fne_jax.encoders.dual_encoder import POOLINGS
+from fne_jax.errors import UserError
 from fne_jax.model.model import build_model, initial_params
 from fne_jax.parallel import sharding
 from tests.support.tiny import tiny_config
@@ -134,9 +137,9 @@ def images(tmp_path):
     return paths
 
 
-def exported(folder):
+def exported(folder, *flags):
     """Exports the run into a folder; returns the blocks of code in its model card."""
-    convert.main(["export", f"--workdir={folder.parent}", f"--out={folder}"])
+    convert.main(["export", f"--workdir={folder.parent}", f"--out={folder}", *flags])
     blocks = (folder / "README.md").read_text().split("```python\n")[1:]
     return [block.split("```")[0] for block in blocks]
 
@@ -245,12 +248,14 @@ numpy.testing.assert_allclose(again, embedded, atol=1e-5)
 """
 
 
+BESIDE = "not beside the suite's own packages: .ci/run"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [0, 1], ids=["pytorch", "sentence_transformers"])
 def test_a_folder_needs_nothing_of_this_package(run, images, tmp_path, block):
     if block:
-        reason = "not beside the suite's own packages: .ci/run"
-        pytest.importorskip("sentence_transformers", reason=reason)
+        pytest.importorskip("sentence_transformers", reason=BESIDE)
     model, out = run(*HEADS), tmp_path / "out"
     code = exported(out)[block]
     shutil.copy(images[0], out / "beach.jpg")
@@ -261,6 +266,50 @@ def test_a_folder_needs_nothing_of_this_package(run, images, tmp_path, block):
     subprocess.run(command, cwd=out, env=environment, check=True)
     ours = model.embed_images(images) @ model.embed_texts(CAPTIONS).T
     np.testing.assert_allclose(np.load(out / "similarity.npy"), ours, atol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_the_module_pools_as_the_run_does(pooling):
+    hidden = np.random.default_rng(0).normal(size=(3, 7, 4)).astype(np.float32)
+    mask = np.arange(7)[None] < np.array([[3], [1], [5]])
+    found = image_text_encoder._POOLINGS[pooling](*map(torch.tensor, (hidden, 1 * mask[..., None])))
+    np.testing.assert_allclose(found, POOLINGS[pooling](hidden, mask), atol=1e-6)
+
+
+WITHOUT = "import sys; sys.modules |= dict.fromkeys(['fne_jax', 'jax', 'torch'])\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("towers", "fields"), CASES)
+def test_onnx_files_need_neither_this_package_nor_pytorch(run, tmp_path, towers, fields):
+    pytest.importorskip("onnxruntime", reason=BESIDE)
+    model, out = run(towers, fields), tmp_path / "out"
+    code, ours = exported(out, "--onnx")[2], "a dog runs along the beach"
+    # In the tokenizer's words as well, which this caption's are not.
+    script = f"{code}\nboth = [texts]\n{code.replace(ours, 'w4 w5 w3')}\nboth.append(texts)"
+    save = "\nnp.save('similarity.npy', images @ np.concatenate(both).T)"
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
+    Image.fromarray(pixels).save(out / "beach.jpg")
+    subprocess.run([sys.executable, "-c", WITHOUT + script + save], cwd=out, check=True)
+    expected = model.embed_images(out / "beach.jpg") @ model.embed_texts([ours, "w4 w5 w3"]).T
+    np.testing.assert_allclose(np.load(out / "similarity.npy"), expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_onnx_files_that_differ_from_the_run_are_refused(run, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason=BESIDE)
+    run(*HEADS)
+    monkeypatch.setitem(image_text_encoder._POOLINGS, "max", lambda hidden, mask: hidden.amax(1))
+    with pytest.raises(UserError, match=r"the embeddings of text\.onnx differ from the run's"):
+        exported(tmp_path / "out", "--onnx")
+    assert not [*tmp_path.glob("out*")]
+
+
+def test_a_package_that_onnx_takes_is_named_before_a_run_is_read(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "fne_jax.conversion.onnx", raising=False)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"onnx.*: install the extra with `pip .*\[onnx\]`"):
+        exported(tmp_path / "out", "--onnx")
 
 
 RUN = """
