@@ -8,7 +8,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -148,27 +148,24 @@ def first_state(model: Model, like: TrainState) -> TrainState:
     """
     config, weights = model.config, None
     if config.init_from:
-        source = find_source_run(model, like)
-        with checkpoints.reader(source.workdir) as manager:
-            weights, _ = checkpoints.read(manager, source.step, source.weights)
+        workdir, step, abstract = find_source_run(model, like)
+        with checkpoints.reader(workdir) as manager:
+            weights, _ = checkpoints.read(manager, step, abstract)
         frozen = weights.pop("frozen_params")
         weights = {n: freezing.merge(towers_of(own), frozen) for n, own in weights.items()}
-        _log.info("weights: from step %d of %s", source.step, source.workdir)
+        _log.info("weights: from step %d of %s", step, workdir)
     elif any(config.encoder[tower].pretrained for tower in towers.TOWERS):
         weights = {"params": _pretrained_towers(config.encoder, model.mesh)}
     return initial_state(model, like, weights)
 
 
-class SourceRun(NamedTuple):
-    """The run whose weights another begins with."""
-
-    workdir: pathlib.Path
-    step: int  # of its best checkpoint
-    weights: dict[str, Any]  # abstract, of both encoders and what is frozen, on the new run's mesh
-
-
-def find_source_run(model: Model, like: TrainState) -> SourceRun | None:
+def find_source_run(
+    model: Model, like: TrainState
+) -> tuple[pathlib.Path, int, dict[str, Any]] | None:
     """Returns the run that `config.init_from` names, or None without any; reads no arrays.
+
+    That is its folder, the step of its best checkpoint, and the abstract weights of both encoders
+    and what is frozen, on the new run's mesh.
 
     Warns if that run was given images or captions otherwise. Raises UserError if there is no such
     run, it has no checkpoint, or its weights do not fit, by their shapes or because they were
@@ -201,7 +198,7 @@ def find_source_run(model: Model, like: TrainState) -> SourceRun | None:
             "config.init_from=%s: its weights were trained with %s", workdir, "; ".join(different)
         )
     weights = {name: fields[name] for name in ("params", "momentum_params", "frozen_params")}
-    return SourceRun(workdir, step, sharding.abstract_on(other.mesh, weights))
+    return workdir, step, sharding.abstract_on(other.mesh, weights)
 
 
 def _pretrained_towers(encoder, mesh):

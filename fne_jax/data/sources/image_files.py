@@ -60,16 +60,6 @@ def file_of(image: AnyImageFile) -> str:
     return "" if isinstance(image, MadeImage) else os.fspath(image)
 
 
-def stamp_of(image: AnyImageFile) -> Stamp:
-    """Returns the bytes of an image and when its file was modified (ns), or (-1, 0) for no file.
-
-    Raises UserError if the file system does not tell whether there is a file.
-    """
-    if isinstance(image, MadeImage):
-        return image.size, 0
-    return file_stamp(os.fspath(image))
-
-
 def stamps_of(images: Sequence[AnyImageFile]) -> list[Stamp]:
     """Returns the stamp of each image, see `stamp_of`."""
     chunk = _STAMPED_AT_A_TIME
@@ -79,11 +69,14 @@ def stamps_of(images: Sequence[AnyImageFile]) -> list[Stamp]:
         return [stamp for part in stamps for stamp in part]
 
 
-def file_stamp(name: str) -> Stamp:
-    """Returns the bytes of a file and when it was modified (ns), or (-1, 0) if there is none.
+def stamp_of(image: AnyImageFile) -> Stamp:
+    """Returns the bytes of an image and when its file was modified (ns), or (-1, 0) for no file.
 
-    Raises UserError if the file system does not tell whether there is one.
+    Raises UserError if the file system does not tell whether there is a file.
     """
+    if isinstance(image, MadeImage):
+        return image.size, 0
+    name = os.fspath(image)
     try:
         if "://" in name:
             system, path = fsspec.core.url_to_fs(name)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fne_jax.data.sources import many_files
-from fne_jax.data.sources.image_files import file_stamp
+from fne_jax.data.sources.image_files import stamp_of
 from fne_jax.data.sources.listing import ContainedImage, Container, Listing
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error
@@ -123,7 +123,7 @@ class Table(Container):
         if isinstance(value, str):
             name, beside = value, self._beside(value)
             value = None
-            if "\0" not in beside and file_stamp(beside)[0] >= 0:
+            if "\0" not in beside and stamp_of(beside)[0] >= 0:
                 with fsspec.open(beside, "rb") as file:
                     value = file.read()
         return name, value if isinstance(value, bytes) else None
