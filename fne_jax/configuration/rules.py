@@ -25,13 +25,7 @@ _ANY = 10**9  # stands for no upper bound
 
 
 class Rule(NamedTuple):
-    """What a field may be.
-
-    Attributes:
-      words: What is expected, in words.
-      allows: Returns whether a field may have a value.
-      values: The ends of a range, or the names to choose from.
-    """
+    """What a field may be: in words, by a function, and as names or the ends of a range."""
 
     words: str
     allows: Callable[[Any], bool]

@@ -61,12 +61,7 @@ class BatchOrder:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows of a batch.
-
-    Attributes:
-      epoch: The number of the epoch, from 0.
-      pair: The [rows] int32 indices of the pairs.
-    """
+    """The [rows] int32 indices of a batch's pairs, and the number of its epoch, from 0."""
 
     epoch: int
     pair: np.ndarray

@@ -13,12 +13,7 @@ from fne_jax.encoders.transformer import EncoderOutput, Tower
 
 
 class TextTower(Tower):
-    """What the text encoders share.
-
-    Attributes:
-      vocab_size: Number of token ids.
-      max_length: Number of position embeddings.
-    """
+    """What the text encoders share: so many token ids, and so many position embeddings."""
 
     vocab_size: int
     max_length: int

@@ -59,11 +59,7 @@ _LEGACY_EOS = 2
 
 
 class ClipVision(VisionTower, kw_only=True):
-    """A ViT with a LayerNorm before the layers, read at its class token.
-
-    Attributes:
-      projection_dim: Dimension of the space shared with the text tower.
-    """
+    """A ViT with a LayerNorm before the layers, read at its class token, which is projected."""
 
     projection_dim: int
     activation: str = "quick_gelu"
@@ -101,12 +97,9 @@ class ClipVision(VisionTower, kw_only=True):
 
 
 class ClipText(TextTower, kw_only=True):
-    """A causal transformer, read at the token that ends the text.
+    """A causal transformer, read at the token that ends the text, which is projected.
 
-    Attributes:
-      projection_dim: Dimension of the space shared with the image tower.
-      eos_token_id: Id of the token that ends a text; 2, which OpenAI's checkpoints state, stands
-        for the highest id in a text.
+    Of the ids of that token 2, which OpenAI's checkpoints state, stands for the highest in a text.
     """
 
     projection_dim: int

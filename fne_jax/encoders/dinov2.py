@@ -35,11 +35,7 @@ class Dinov2(VisionTransformer, kw_only=True):
 
 
 class Dinov2WithRegisters(Dinov2, kw_only=True):
-    """A DINOv2 with register tokens, which have no positions, after the class token.
-
-    Attributes:
-      registers: Number of register tokens.
-    """
+    """A DINOv2 with so many register tokens, which have no positions, after the class token."""
 
     registers: int
 

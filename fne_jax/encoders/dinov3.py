@@ -18,12 +18,9 @@ _ROPE_THETA = 100.0
 
 
 class Dinov3(VisionTransformer, kw_only=True):
-    """A ViT with register tokens whose attention rotates the patches by their places.
+    """A ViT with so many register tokens, whose attention rotates the patches by their places.
 
     The random shift, jitter and scale of the places in its pretraining are left out.
-
-    Attributes:
-      registers: Number of register tokens.
     """
 
     registers: int

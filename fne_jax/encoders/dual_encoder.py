@@ -199,12 +199,7 @@ class DualEncoder(nn.Module):
 
 
 class Projection(nn.Module):
-    """A LayerNorm, a hidden layer and a bias-free matrix, for towers that are frozen.
-
-    Attributes:
-      dim: Dimension of the output.
-      hidden: Width of the hidden layer.
-    """
+    """A LayerNorm, a hidden layer and a bias-free matrix to `dim`, for towers that are frozen."""
 
     dim: int
     hidden: int

@@ -11,8 +11,7 @@ from fne_jax.encoders.bert import Bert
 class Roberta(Bert, kw_only=True):
     """BERT whose positions begin behind the id of padding, and count tokens that are no padding.
 
-    Attributes:
-      pad_token_id: Id of padding, and its row of the position embeddings.
+    That id is also the row of padding in the position embeddings.
     """
 
     pad_token_id: int

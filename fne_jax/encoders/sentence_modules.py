@@ -36,14 +36,7 @@ _ACTIVATIONS = {"Identity": lambda x: x, "Tanh": jnp.tanh}
 
 
 class DenseModule(NamedTuple):
-    """A dense layer after the pooling.
-
-    Attributes:
-      folder: The folder of its weights.
-      features: Number of outputs.
-      bias: Whether it adds a bias.
-      activation: A key of `_ACTIVATIONS`.
-    """
+    """A dense layer after the pooling, with its weights' folder, and a key of `_ACTIVATIONS`."""
 
     folder: str
     features: int
@@ -52,12 +45,7 @@ class DenseModule(NamedTuple):
 
 
 class SentenceHead(NamedTuple):
-    """What makes an embedding of the hidden states.
-
-    Attributes:
-      pooling: A key of `POOLINGS`.
-      layers: What follows it.
-    """
+    """What makes an embedding of hidden states: a key of `POOLINGS`, and layers after it."""
 
     pooling: str
     layers: tuple[DenseModule, ...]

@@ -65,11 +65,8 @@ class SiglipVision(VisionTower, kw_only=True):
 class SiglipText(TextTower, kw_only=True):
     """A bidirectional transformer, read at its last token.
 
-    The published checkpoints were trained on texts padded to the full length and without a mask,
-    so their tokenizers give none.
-
-    Attributes:
-      projection_dim: Dimension of `pooled`.
+    The published checkpoints were trained on texts padded to the full length and without a mask, so
+    their tokenizers give none.
     """
 
     projection_dim: int
@@ -95,13 +92,7 @@ class SiglipText(TextTower, kw_only=True):
 class AttentionPooling(nn.Module):
     """One learned query that attends over all tokens, and an MLP with a residual.
 
-    Attributes:
-      heads: Number of attention heads.
-      mlp_width: Width of the MLP's hidden layer.
-      activation: Activation of the MLP, a key of `ACTIVATIONS`.
-      norm_epsilon: Epsilon of the LayerNorm.
-      dtype: Compute dtype.
-      attend: What mixes the values: `attend`, with its options set.
+    `attend` is what mixes the values; all else is as of a tower.
     """
 
     heads: int

@@ -61,9 +61,7 @@ class Matches:
 class RowSplit:
     """How devices share the rows of an array.
 
-    Attributes:
-      devices: How many they are.
-      rows: Returns an array of which each device holds its part of the rows, which must divide.
+    `rows` returns an array of which each device holds its part of the rows, which must divide.
     """
 
     devices: int = 1

@@ -32,11 +32,7 @@ LossOfEmbeddings = Callable[[jax.Array, jax.Array, dict[str, jax.Array]], tuple[
 
 @dataclasses.dataclass(frozen=True)
 class WholeBatch:
-    """All rows at once.
-
-    Attributes:
-      layout: How rows and parameters lie on the devices.
-    """
+    """All rows at once; the layout says how rows and parameters lie on the devices."""
 
     layout: StepLayout
 
@@ -67,13 +63,10 @@ class WholeBatch:
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatches(WholeBatch):
-    """A loop over parts of the batch, each spread over all devices.
+    """A loop over `count` parts of the batch, each spread over all devices.
 
-    Each part has dropout of its own, the same in both of its passes. The gradients of all parts are
-    summed in float32.
-
-    Attributes:
-      count: Number of parts; it must divide each device's rows.
+    The count must divide each device's rows. Each part has dropout of its own, the same in both of
+    its passes. The gradients of all parts are summed in float32.
     """
 
     count: int

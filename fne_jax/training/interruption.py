@@ -30,8 +30,7 @@ class Stopped(Exception):
 class StopRequest:
     """Remembers a signal while it is a context; a second one takes its usual effect at once.
 
-    Attributes:
-      signal_number: The signal that came to this process, or None.
+    `signal_number` is the one that came to this process, or None.
     """
 
     def __init__(self):

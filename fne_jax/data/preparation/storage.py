@@ -59,13 +59,10 @@ _ROWS = pa.schema(
 
 @dataclasses.dataclass(frozen=True)
 class SplitSummary:
-    """What a split holds.
+    """How many images and captions a split holds, and a checksum of them.
 
-    Attributes:
-      images: The number of images.
-      captions: The number of captions.
-      checksum: 16 hexadecimal digits over JPEGs, captions and ids in their order. It says nothing
-        of how the dataset was built, so the same source gives the same on any machine.
+    That is 16 hexadecimal digits over JPEGs, captions and ids in their order. It says nothing of
+    how the dataset was built, so the same source gives the same on any machine.
     """
 
     images: int

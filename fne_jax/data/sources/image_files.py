@@ -30,9 +30,7 @@ _STAMPED_AT_A_TIME = 256
 class MadeImage(abc.ABC):
     """An image that is made when it is read, and lies in no file.
 
-    Attributes:
-      name: What it is made of, so that equal ones are the same image.
-      size: An estimate of its bytes.
+    Equal images have the same name; the size is an estimate of its bytes.
     """
 
     name: str

@@ -75,13 +75,7 @@ class ListedImage:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """An image or a caption that cannot be used.
-
-    Attributes:
-      where: The entry in the source.
-      image: The path of the image.
-      reason: Why it cannot be used.
-    """
+    """An image or a caption that cannot be used: its entry, the image's path, and why."""
 
     where: str
     image: str
@@ -91,10 +85,8 @@ class Skipped:
 class ContainedImage(NamedTuple):
     """One image as the file that holds it lists it.
 
-    Attributes:
-      source_id: The name or number by which the source itself knows the image.
-      where: The place in the file, for messages.
-      captions: What stands where captions should.
+    It has the name or number by which the source itself knows it, its place in the file, for
+    messages, and what stands where captions should.
     """
 
     source_id: str
@@ -106,9 +98,7 @@ class ContainedImage(NamedTuple):
 class Container(abc.ABC):
     """A file that holds images with their captions, such as a tar; equal ones list the same.
 
-    Attributes:
-      file: Its path.
-      split: The split of all its images; "" to draw that by their names.
+    All its images are of one split; "" draws that by their names.
     """
 
     file: str

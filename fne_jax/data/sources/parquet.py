@@ -42,12 +42,7 @@ def read_listing(data: ml_collections.ConfigDict) -> Listing:
 
 @dataclasses.dataclass(frozen=True)
 class Table(Container):
-    """A file of rows, one an image.
-
-    Attributes:
-      image_key: The column of images.
-      caption_key: The columns of captions, with commas between.
-    """
+    """A file of rows, one an image: its column of images, and those of captions by commas."""
 
     image_key: str
     caption_key: str

@@ -47,8 +47,7 @@ class Shard(Container):
 
     Attributes:
       name: The name or the folder of the dataset.
-      tfds_split: The name of the split that TFDS has the shard in.
-      index: The number of the shard in that.
+      tfds_split: The name of the split that TFDS has the shard in, by its number, `index`.
       image_key: The feature of the image.
       caption_key: The features of captions, with commas between.
     """

@@ -41,11 +41,7 @@ def read_listing(data: ml_collections.ConfigDict) -> Listing:
 
 @dataclasses.dataclass(frozen=True)
 class Tar(Container):
-    """A tar of images and captions.
-
-    Attributes:
-      caption_key: The key of captions in JSON members.
-    """
+    """A tar of images and captions, those in JSON members under a key."""
 
     caption_key: str
 
