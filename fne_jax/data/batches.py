@@ -116,15 +116,8 @@ def _training_images(dataset, batches, make_image, prefetch):
     if dataset.in_memory:
         for rows in batches:
             stored = dataset.images[dataset.caption_image[rows.pair]]
-            yield (
-                rows.pair,
-                np.stack(
-                    [
-                        make_image(image, rows.epoch, int(pair))
-                        for image, pair in zip(stored, rows.pair, strict=True)
-                    ]
-                ),
-            )
+            pairs = zip(stored, rows.pair, strict=True)
+            yield rows.pair, np.stack([make_image(image, rows.epoch, int(p)) for image, p in pairs])
         return
     first = next(batches, None)
     if first is None:

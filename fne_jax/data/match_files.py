@@ -60,18 +60,16 @@ def read_match_list(path: pathlib.Path, dataset: PairDataset) -> Pairs:
     Raises UserError if the file is not such a list, or is about other captions or images than the
     split's.
     """
-    try:
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file; `audit --matches` writes lists of matches")
+    where = f"{path}: expected a list of matches, as `audit --matches` writes it"
+    errors = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+    with (
+        as_user_error(where, errors=errors),
         # np.load would leave a damaged file open.
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in (*_ARRAYS, _CHECKSUM)}
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: there is no such file; `audit --matches` writes lists of matches"
-        ) from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path}: expected a list of matches, as `audit --matches` writes it: {error}"
-        ) from error
+        np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored,
+    ):
+        arrays = {name: stored[name] for name in (*_ARRAYS, _CHECKSUM)}
     length = len(arrays["caption_id"]) if arrays["caption_id"].ndim else -1
     for name, dtype in _ARRAYS.items():
         if arrays[name].dtype != dtype or arrays[name].shape != (length,):

@@ -229,17 +229,17 @@ def directions(features: Features, queue: MemoryQueue | None) -> tuple[Direction
             "keys, got None"
         )
     check_features(features)
-    slots = None, None, None
+    texts = images = ids = None
     if queue is not None:
         _check_queue(queue, features)
-        slots = queue.text, queue.image, queue.image_id
-    image_to_text = Direction(features.image, text_keys, image_id, slots[0], slots[2])
-    text_to_image = Direction(features.text, image_keys, image_id, slots[1], slots[2])
-    if matches is None:
-        return image_to_text, text_to_image
+        texts, images, ids = queue.text, queue.image, queue.image_id
+    of_images = of_texts = (None, None)
+    if matches is not None:
+        of_images = matches.batch, matches.queue_text
+        of_texts = matches.batch.T, matches.queue_image
     return (
-        image_to_text._replace(batch_matches=matches.batch, queue_matches=matches.queue_text),
-        text_to_image._replace(batch_matches=matches.batch.T, queue_matches=matches.queue_image),
+        Direction(features.image, text_keys, image_id, texts, ids, *of_images),
+        Direction(features.text, image_keys, image_id, images, ids, *of_texts),
     )
 
 

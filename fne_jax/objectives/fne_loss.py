@@ -129,7 +129,7 @@ def _loss_from_uniforms(
         )
 
     def choose(uniform, direction):
-        blocks = KeyBlocks.create(direction, features.split, weigh)
+        blocks = KeyBlocks(direction, features.split, weigh)
         return _choose(uniform, blocks, margin, key_chunk)
 
     return triplet_loss_of_choices(

@@ -11,7 +11,6 @@ table, which is small, is then handed to the anchors' devices: so no device read
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -48,55 +47,34 @@ class BlockScores(NamedTuple):
     candidate: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
 class KeyBlocks:
-    """The candidates of one direction; no gradient flows through any of them.
+    """The candidates of one direction, the batch's keys, then the queue's; none has a gradient.
+
+    Args:
+      direction: The direction.
+      split: The devices that share the queue's keys.
+      weigh: Maps similarities to weights and candidates.
 
     Attributes:
-      weigh: Maps similarities to weights and candidates.
-      anchor: [batch, dim] embeddings of the anchors.
       positive: [batch] similarity of each anchor to its own match.
-      image_id: [batch] image ids of the anchors, which are those of the batch's keys as well.
-      batch_similarity: [batch, batch] similarities of the batch's keys (rows) to the anchors
-        (columns).
-      batch_matches: [batch, batch] what is known of a key of the batch (row) and an anchor
-        (column), as in `Matches`; None where nothing is known.
-      slots: The queue's keys, [size, dim], their image ids, [size], and what is known of them,
-        [size, batch] or None; None without a queue.
-      split: The devices that share the queue's keys.
     """
 
-    weigh: Weigh
-    anchor: jax.Array
-    positive: jax.Array
-    image_id: jax.Array
-    batch_similarity: jax.Array
-    batch_matches: jax.Array | None
-    slots: tuple[jax.Array, jax.Array, jax.Array | None] | None
-    split: RowSplit
-
-    @classmethod
-    def create(cls, direction: Direction, split: RowSplit, weigh: Weigh) -> KeyBlocks:
-        """Returns the candidates of a direction: the batch's keys, then the queue's."""
-        anchor, batch_keys = jax.lax.stop_gradient((direction.anchor, direction.batch_keys))
-        similarity = cosine(batch_keys, anchor)
-        in_batch, in_queue = (
+    def __init__(self, direction: Direction, split: RowSplit, weigh: Weigh):
+        self._weigh, self._split = weigh, split
+        self._anchor, batch_keys = jax.lax.stop_gradient((direction.anchor, direction.batch_keys))
+        self._image_id = jnp.asarray(direction.image_id)
+        # Of the batch's keys (rows) to the anchors (columns), as is what is known of them.
+        self._batch_similarity = cosine(batch_keys, self._anchor)
+        self.positive = jnp.diagonal(self._batch_similarity)
+        self._batch_matches, in_queue = (
             None if matches is None else jnp.asarray(matches).T
             for matches in (direction.batch_matches, direction.queue_matches)
         )
-        slots = None
+        # The queue's keys, [size, dim], their image ids, and what is known of them, [size, batch].
+        self._slots = None
         if direction.queue_keys is not None:
-            slots = jnp.asarray(direction.queue_keys), jnp.asarray(direction.queue_id), in_queue
-        return cls(
-            weigh=weigh,
-            anchor=anchor,
-            positive=jnp.diagonal(similarity),
-            image_id=jnp.asarray(direction.image_id),
-            batch_similarity=similarity,
-            batch_matches=in_batch,
-            slots=slots,
-            split=split,
-        )
+            keys, ids = direction.queue_keys, direction.queue_id
+            self._slots = jnp.asarray(keys), jnp.asarray(ids), in_queue
 
     def table(self, key_chunk: int | None) -> tuple[jax.Array, jax.Array]:
         """Returns what is kept of each block of keys, `key_chunk` of the queue's scored at a time.
@@ -104,45 +82,45 @@ class KeyBlocks:
         That is [batch, blocks] sums of the weights, and [batch, blocks] highest similarities to a
         candidate, -inf where there is none.
         """
-        parts = [self._reduce(self.batch_similarity, self.image_id, self.batch_matches)]
-        if self.slots is not None:
-            parts += self._scan_queue(self.slots, key_chunk)
+        parts = [self._reduce(self._batch_similarity, self._image_id, self._batch_matches)]
+        if self._slots is not None:
+            parts += self._scan_queue(self._slots, key_chunk)
         weight, best = (jnp.concatenate(part, axis=0).T for part in zip(*parts, strict=True))
-        if self.anchor.shape[0] % self.split.devices == 0:
-            weight, best = self.split.rows(weight), self.split.rows(best)
+        if self._anchor.shape[0] % self._split.devices == 0:
+            weight, best = self._split.rows(weight), self._split.rows(best)
         return weight, best
 
     def scores(self, block: jax.Array) -> BlockScores:
         """Returns the keys of one block for each anchor, of [batch] int32 numbers of blocks."""
-        batch = self.anchor.shape[0]
+        batch = self._anchor.shape[0]
         batch_blocks = -(-batch // BLOCK)
         column = jnp.arange(BLOCK, dtype=jnp.int32)[None, :]
         index = block[:, None] * BLOCK + column
         exists = index < batch
         row = jnp.minimum(index, batch - 1)
-        similarity = self.batch_similarity[row, jnp.arange(batch)[:, None]]
-        same, known = self.image_id[row] == self.image_id[:, None], None
-        if self.batch_matches is not None:
-            known = _of_anchors(self.batch_matches, row)
-        if self.slots is not None:
-            keys, key_id, matches = self.slots
+        similarity = self._batch_similarity[row, jnp.arange(batch)[:, None]]
+        same, known = self._image_id[row] == self._image_id[:, None], None
+        if self._batch_matches is not None:
+            known = _of_anchors(self._batch_matches, row)
+        if self._slots is not None:
+            keys, key_id, matches = self._slots
             size = len(keys)
             slot = (block[:, None] - batch_blocks) * BLOCK + column
             in_queue = (block >= batch_blocks)[:, None]
             row = jnp.clip(slot, 0, size - 1)
             from_queue = jnp.einsum(
                 "bd,bnd->bn",
-                self.anchor.astype(jnp.float32),
+                self._anchor.astype(jnp.float32),
                 keys[row].astype(jnp.float32),
                 precision=jax.lax.Precision.HIGHEST,
             )
             similarity = jnp.where(in_queue, from_queue, similarity)
-            same = jnp.where(in_queue, key_id[row] == self.image_id[:, None], same)
+            same = jnp.where(in_queue, key_id[row] == self._image_id[:, None], same)
             if matches is not None and known is not None:
                 known = jnp.where(in_queue, _of_anchors(matches, row), known)
             exists = jnp.where(in_queue, slot < size, exists)
             index = jnp.where(in_queue, batch + slot, index)
-        weight, candidate = self.weigh(similarity, self.positive[:, None], *apart(same, known))
+        weight, candidate = self._weigh(similarity, self.positive[:, None], *apart(same, known))
         return BlockScores(
             index=index,
             similarity=similarity,
@@ -152,22 +130,22 @@ class KeyBlocks:
 
     def _reduce(self, similarity, key_id, matches):
         """Returns the weights and best similarities, [blocks, batch], of [keys, batch] scores."""
-        same = key_id[:, None] == self.image_id[None, :]
-        weight, candidate = self.weigh(similarity, self.positive[None, :], *apart(same, matches))
+        same = key_id[:, None] == self._image_id[None, :]
+        weight, candidate = self._weigh(similarity, self.positive[None, :], *apart(same, matches))
         others = jnp.where(candidate, similarity, -jnp.inf)
         return _by_block(weight, jnp.sum), _by_block(others, jnp.max)
 
     def _scan_queue(self, slots, key_chunk):
-        size, batch = len(slots[0]), len(self.anchor)
+        size, batch = len(slots[0]), len(self._anchor)
         chunk = size if key_chunk is None else min(key_chunk, size)
 
         def table_of(slots):
             keys, key_id, matches = slots
             # What is known of matches lies with the anchors, and would have to move.
-            if matches is not None or len(keys) % (self.split.devices * BLOCK):
-                return self._reduce(cosine(keys, self.anchor), key_id, matches)
-            rows = self.split.rows
-            similarity = rows(cosine(rows(keys), self.anchor))
+            if matches is not None or len(keys) % (self._split.devices * BLOCK):
+                return self._reduce(cosine(keys, self._anchor), key_id, matches)
+            rows = self._split.rows
+            similarity = rows(cosine(rows(keys), self._anchor))
             weight, best = self._reduce(similarity, rows(key_id), None)
             return rows(weight), rows(best)
 

@@ -23,7 +23,7 @@ def weigh(similarity, positive, same_image, posterior=None):
 def blocks_of(features, queue, key_chunk):
     """Returns the table, and the scores of every block, of the image anchors."""
     direction, _ = directions(features, queue)
-    blocks = KeyBlocks.create(direction, features.split, weigh)
+    blocks = KeyBlocks(direction, features.split, weigh)
     table = blocks.table(key_chunk)
     batch, count = table[0].shape
     numbers = jax.numpy.arange(count)

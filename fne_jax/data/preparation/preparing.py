@@ -62,11 +62,7 @@ def _origin(source: Source, data: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns what a prepared dataset must have been made of, as JSON gives it back."""
     if "dir" in source.fields and not data.dir:  # which would be the working directory
         raise UserError(f"config.data.dir is ''; {data.source} expects there {source.in_dir}")
-    told = {
-        name: data[name].to_dict() if isinstance(data[name], ml_collections.ConfigDict)
-        else data[name]
-        for name in source.fields
-    }  # fmt: skip
+    told = ml_collections.ConfigDict({name: data[name] for name in source.fields}).to_dict()
     if told.get("dir") and "://" not in told["dir"]:
         told["dir"] = os.path.abspath(files.expand_home(told["dir"]))
     if source.files is not None:

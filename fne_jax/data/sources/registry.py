@@ -118,12 +118,8 @@ def _lists(*patterns: str) -> Callable[[ml_collections.ConfigDict], list[str]]:
 
     def found(data):
         folder = pathlib.Path(files.expand_home(data.dir))
-        below = [
-            path
-            for one in (folder, folder / "annotations")
-            if one.is_dir()
-            for path in one.iterdir()
-        ]
+        places = [one for one in (folder, folder / "annotations") if one.is_dir()]
+        below = [path for one in places for path in one.iterdir()]
         return sorted(str(path) for path in below if any(map(path.match, patterns)))
 
     return found

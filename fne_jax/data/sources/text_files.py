@@ -37,26 +37,25 @@ def read_listing(data_dir: str) -> Listing:
         _log.warning(told, len(unused), ", ".join(ENDINGS[:-1]), texts[min(unused)])
     # Of names of images, which may be of trains, nothing is read.
     splits = many_files.splits_of([f"{os.path.dirname(path)}/" for path in paths])
-    images, number = [], 0
-    for row, path in enumerate(paths):
-        name = os.path.relpath(path, folder)
+    rows = []
+    for path in paths:
         text = texts.get(_stem(path))
         captions = (text and listing.filled_lines(listing.read_text(epath.Path(text)))) or []
-        images.append(
+        rows.append(
             ListedImage(
                 split=splits[f"{os.path.dirname(path)}/"],
                 path=epath.Path(path),
                 where=path,
-                image_id=row,
-                source_id=name,
+                image_id=None,
+                source_id=os.path.relpath(path, folder),
                 captions=captions,
-                caption_ids=range(number, number + len(captions)),
             )
         )
-        number += len(captions)
     files = list(texts.values())
     digest = hashlib.sha256(repr(stamps_of(files)).encode()).hexdigest()[:12]
-    checked = listing.checked_listing(folder.name, str(folder), [], parted(images))
+    checked = listing.checked_listing(
+        folder.name, str(folder), [], parted(listing.images_of_rows(rows))
+    )
     return Listing(checked.name, digest, checked.images, files)
 
 
