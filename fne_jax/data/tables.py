@@ -96,26 +96,26 @@ def _csv_header(path, text, required, columns, other_names):
 
     Excel separates by semicolons where numbers have a decimal comma.
     """
-    headers = {}
+    headers, names = {}, {}
     for delimiter in _DELIMITERS:
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         with as_user_error(f"{path}: line 1: not a CSV file", errors=csv.Error):
             headers[delimiter] = next(lines, [])
-        names = _named((name.strip().lower() for name in headers[delimiter]), other_names)
-        if set(required) <= set(names):
-            for name in columns:
-                if names.count(name) > 1:
-                    raise UserError(f"{path}: the column {name!r} appears twice")
-            return delimiter, headers[delimiter]
-    if text.startswith("sep="):
+        spelt = (name.strip().lower() for name in headers[delimiter])
+        names[delimiter] = _named(spelt, other_names)
+    likely = max(headers, key=lambda d: (set(required) <= set(names[d]), len(headers[d])))
+    missing = [name for name in required if name not in names[likely]]
+    if missing and text.startswith("sep="):
         raise UserError(f"{path}: line 1 is Excel's {text[:5]!r}; delete that line")
-    likely = max(headers, key=lambda delimiter: len(headers[delimiter]))
-    names = _named((name.strip().lower() for name in headers[likely]), other_names)
-    missing = next(name for name in required if name not in names)
-    raise UserError(
-        f"{path}: the column {missing!r} is missing; the first line names the columns "
-        f"({', '.join(columns)}), and is {likely.join(headers[likely])!r:.80}"
-    )
+    if missing:
+        raise UserError(
+            f"{path}: the column {missing[0]!r} is missing; the first line names the columns "
+            f"({', '.join(columns)}), and is {likely.join(headers[likely])!r:.80}"
+        )
+    for name in columns:
+        if names[likely].count(name) > 1:
+            raise UserError(f"{path}: the column {name!r} appears twice")
+    return likely, headers[likely]
 
 
 def _named(names: Iterable[str], other_names: Mapping[str, Sequence[str]]) -> list[str]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fne_jax.encoders.layers import layer_norm
 from fne_jax.encoders.layouts import DENSE, NORM, TABLE, TEXT_SIZES, Layout
-from fne_jax.encoders.sentence_modules import SentenceEmbedding, SentenceHead
+from fne_jax.encoders.sentence_modules import SentenceHead
 from fne_jax.encoders.transformer import EncoderOutput, Tower
 
 
@@ -99,14 +99,10 @@ class Bert(TextTower):
             hidden += self.table("segment_embedding", self.segments)[None, :1]
         return layer_norm(self.norm_epsilon, self.dtype, "embedding_norm")(hidden)
 
-    def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
-        """Returns the hidden states as they are."""
+    def finish(
+        self, hidden: jax.Array, inputs: jax.Array | None, mask: jax.Array | None
+    ) -> EncoderOutput:
+        """Returns the hidden states as they are, and `pooled` by the head if there is one."""
         del inputs
-        return EncoderOutput(hidden)
-
-    def pool(self, out: EncoderOutput, mask: jax.Array | None) -> EncoderOutput:
-        """Returns the hidden states, and `pooled` by the head if there is one."""
-        if self.sentence_head is None:
-            return out
-        head = SentenceEmbedding(self.sentence_head, name="sentence_head")
-        return out.replace(pooled=head(out.last_hidden_state, mask))
+        head = self.sentence_head
+        return EncoderOutput(hidden, None if head is None else head(hidden, mask))

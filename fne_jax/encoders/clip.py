@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -85,13 +87,13 @@ class ClipVision(VisionTower, kw_only=True):
         hidden = self.embed_patches(inputs, class_token=True, patch_bias=False)
         return layer_norm(self.norm_epsilon, self.dtype, "embedding_norm")(hidden)
 
-    def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
+    def finish(self, hidden: jax.Array, inputs: Any, mask: Any) -> EncoderOutput:
         """Returns the hidden states, and `pooled` of the class token.
 
         `last_hidden_state` is taken before the last LayerNorm, which is applied to the class token
         alone.
         """
-        del inputs
+        del inputs, mask
         pooled = layer_norm(self.norm_epsilon, jnp.float32, "final_norm")(hidden[:, 0])
         return EncoderOutput(hidden, _project(pooled, self.projection_dim))
 
@@ -116,8 +118,9 @@ class ClipText(TextTower, kw_only=True):
         weights=(*TEXT.weights, ("projection", "text_projection", PRODUCT)),
     )
 
-    def finish(self, hidden: jax.Array, inputs: jax.Array) -> EncoderOutput:
+    def finish(self, hidden: jax.Array, inputs: jax.Array, mask: Any) -> EncoderOutput:
         """Returns the hidden states, and `pooled` of the token that ends each text."""
+        del mask
         hidden = layer_norm(self.norm_epsilon, self.dtype, "final_norm")(hidden)
         legacy = self.eos_token_id == _LEGACY_EOS
         end = jnp.argmax(inputs if legacy else inputs == self.eos_token_id, axis=1)

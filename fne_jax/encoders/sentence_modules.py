@@ -44,17 +44,11 @@ class DenseModule(NamedTuple):
     activation: str
 
 
-class SentenceHead(NamedTuple):
+class SentenceHead(nn.Module):
     """What makes an embedding of hidden states: a key of `POOLINGS`, and layers after it."""
 
     pooling: str
     layers: tuple[DenseModule, ...]
-
-
-class SentenceEmbedding(nn.Module):
-    """Pooling and dense layers, those of a head."""
-
-    head: SentenceHead
 
     @nn.compact
     def __call__(self, hidden: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -63,8 +57,8 @@ class SentenceEmbedding(nn.Module):
         Hidden states are [batch, tokens, width], and the mask [batch, tokens] is False at padding.
         """
         mask = jnp.ones(hidden.shape[:2], bool) if mask is None else mask
-        pooled = POOLINGS[self.head.pooling](hidden, mask)
-        for index, layer in enumerate(self.head.layers):
+        pooled = POOLINGS[self.pooling](hidden, mask)
+        for index, layer in enumerate(self.layers):
             product = dense(layer.features, jnp.float32, f"dense_{index}", use_bias=layer.bias)
             pooled = _ACTIVATIONS[layer.activation](product(pooled))
         return pooled

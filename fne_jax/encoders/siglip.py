@@ -46,9 +46,9 @@ class SiglipVision(VisionTower, kw_only=True):
         """Returns the [batch, patches, width] embeddings of pixels."""
         return self.embed_patches(inputs, class_token=False)
 
-    def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
+    def finish(self, hidden: jax.Array, inputs: Any, mask: Any) -> EncoderOutput:
         """Returns the hidden states after the last LayerNorm, and `pooled` by the probe."""
-        del inputs
+        del inputs, mask
         hidden = layer_norm(self.norm_epsilon, self.dtype, "final_norm")(hidden)
         head = AttentionPooling(
             self.heads,
@@ -81,9 +81,9 @@ class SiglipText(TextTower, kw_only=True):
         weights=(*TEXT.weights, ("head", "text_model.head", DENSE)),
     )
 
-    def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
+    def finish(self, hidden: jax.Array, inputs: Any, mask: Any) -> EncoderOutput:
         """Returns the hidden states after the last LayerNorm, and `pooled` of the last token."""
-        del inputs
+        del inputs, mask
         hidden = layer_norm(self.norm_epsilon, self.dtype, "final_norm")(hidden)
         head = dense(self.projection_dim, jnp.float32, "head")
         return EncoderOutput(hidden, head(hidden[:, -1].astype(jnp.float32)))

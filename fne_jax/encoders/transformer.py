@@ -272,14 +272,11 @@ class Tower(nn.Module, kw_only=True):
         """Returns the [batch, tokens, width] embeddings of pixels or token ids."""
         raise NotImplementedError
 
-    def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
+    def finish(
+        self, hidden: jax.Array, inputs: jax.Array | None, mask: jax.Array | None
+    ) -> EncoderOutput:
         """Returns what the encoder makes of the [batch, tokens, width] hidden states."""
         raise NotImplementedError
-
-    def pool(self, out: EncoderOutput, mask: jax.Array | None) -> EncoderOutput:
-        """Returns the output with what a head makes of all tokens but padding, if there is one."""
-        del mask
-        return out
 
     @nn.compact
     def __call__(
@@ -329,8 +326,8 @@ class Tower(nn.Module, kw_only=True):
         hidden = stack(hidden, mask, deterministic, bias, lower=not begun, upper=not lower)
         if lower:
             return hidden
-        out = self.finish(hidden, inputs)
+        out = self.finish(hidden, inputs, mask)
         if self.pooled_layers > 1:
             layers = jnp.split(out.last_hidden_state, self.pooled_layers, axis=1)
             out = out.replace(last_hidden_state=jnp.concatenate(layers, axis=-1))
-        return self.pool(out, mask)
+        return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -105,9 +105,9 @@ class VisionTransformer(VisionTower):
         """Returns the [batch, tokens, width] embeddings of pixels; token 0 is the class token."""
         return self.embed_patches(inputs, class_token=True)
 
-    def finish(self, hidden: jax.Array, inputs: jax.Array | None) -> EncoderOutput:
+    def finish(self, hidden: jax.Array, inputs: Any, mask: Any) -> EncoderOutput:
         """Returns the hidden states after the last LayerNorm."""
-        del inputs
+        del inputs, mask
         return EncoderOutput(layer_norm(self.norm_epsilon, self.dtype, "final_norm")(hidden))
 
 

@@ -132,15 +132,6 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
             f"--workdir={workdir}: Orbax loses checkpoints there, for the {' '.join(found)} in "
             f"its path {path}; give another folder"
         )
-    with contextlib.ExitStack() as stack:
-        with processes.failing_together(f"--workdir={workdir}"):
-            if jax.process_index() == 0:
-                _lock(workdir, stack)
-        yield
-
-
-def _lock(workdir, stack):
-    """Locks a folder until a stack is closed."""
 
     def refuse(holder):
         raise UserError(
@@ -148,11 +139,15 @@ def _lock(workdir, stack):
             "it, or give another --workdir"
         )
 
-    path = workdir / LOCK_FILE
-    with as_user_error(f"--workdir={workdir}: cannot be written to"):
-        workdir.mkdir(parents=True, exist_ok=True)
-    with as_user_error(f"{path}: cannot be locked"):
-        stack.enter_context(locked(path, refuse, "begin no second run in it"))
+    with contextlib.ExitStack() as stack:
+        with processes.failing_together(f"--workdir={workdir}"):
+            if jax.process_index() == 0:
+                with as_user_error(f"--workdir={workdir}: cannot be written to"):
+                    workdir.mkdir(parents=True, exist_ok=True)
+                lock = workdir / LOCK_FILE
+                with as_user_error(f"{lock}: cannot be locked"):
+                    stack.enter_context(locked(lock, refuse, "begin no second run in it"))
+        yield
 
 
 def _write(workdir, model, architectures, data, begun):
