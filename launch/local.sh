@@ -85,14 +85,17 @@ finish
 announce "4/4 evaluate on the test split"
 begin "${python[@]}" fne_jax.evaluate --workdir="$workdir" --checkpoint=best --split=test
 finish
-command=$top/.venv/bin/python
+# Quoted, to be copied.
+bin=$(printf %q "$top/.venv/bin")
+quoted=$(printf %q "$workdir")
+extra=$(printf %q "${top}[review]")
 cat <<EOF
 
 report       $workdir/report.html
 metrics      $workdir/eval_test.json and $workdir/metrics.jsonl
-TensorBoard  $top/.venv/bin/tensorboard --logdir $workdir
+TensorBoard  $bin/tensorboard --logdir $quoted
 
 Next, search the test images by a sentence, then judge what the labels may have missed:
-  $command -m fne_jax.search --workdir=$workdir --images=test "a large red circle"
-  $command -m fne_jax.review --workdir=$workdir    # after $command -m pip install -e '${top}[review]'
+  $bin/python -m fne_jax.search --workdir=$quoted --images=test "a large red circle"
+  $bin/python -m fne_jax.review --workdir=$quoted    # after $bin/pip install -e $extra
 EOF

@@ -457,7 +457,7 @@ def test_gpu_bench_measures_what_its_arguments_say(tmp_path):
 def test_local_announces_its_steps_and_says_what_comes_next(installed):
     python = installed / ".venv" / "bin" / "python"
     write_script(python, '#!/usr/bin/env bash\necho "ran $3"\n')
-    done = bash(installed / "launch" / "local.sh", "mine.py", "runs/mine", PYTHON=sys.executable)
+    done = bash(installed / "launch" / "local.sh", "mine.py", "my runs/mine", PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     steps = re.findall(r"^== (\d/4 \w+).*\n(?:.*\n)*?   done in \d+ s$", done.stdout, re.MULTILINE)
     assert steps == ["1/4 install", "2/4 prepare", "3/4 train", "4/4 evaluate"]
@@ -465,6 +465,10 @@ def test_local_announces_its_steps_and_says_what_comes_next(installed):
         "prepare", "train", "evaluate"
     ]  # fmt: skip
     end = done.stdout[done.stdout.index("4/4 evaluate") :]
-    for told in ("mine/report.html", "--logdir runs/mine", "fne_jax.search --workdir=runs/mine"):
+    for told in (
+        "mine/report.html",
+        "--logdir my\\ runs/mine",
+        "fne_jax.search --workdir=my\\ runs/",
+    ):
         assert told in end
     assert end.index("fne_jax.search") < end.index("fne_jax.review")
