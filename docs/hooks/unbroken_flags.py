@@ -1,0 +1,12 @@
+"""Keeps an option of a command line in one piece, which browsers would break after its hyphens."""
+
+from __future__ import annotations
+
+import re
+
+
+def on_page_content(html: str, **_) -> str:
+    """Wraps the short options within inline code; mkdocs calls it for every page."""
+    code = re.compile(r"<code>[^<]*--[^<]*</code>")
+    option = re.compile(r"--[\w.=-]{1,38}(?=[\s<,;]|$)")
+    return code.sub(lambda one: option.sub(r'<span class="option">\g<0></span>', one[0]), html)
