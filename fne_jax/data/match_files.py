@@ -30,15 +30,10 @@ _ARRAYS = {"caption_id": np.int64, "image_id": np.int64, "probability": np.float
 def write_match_list(
     path: pathlib.Path, dataset: PairDataset, pairs: Pairs, about: Mapping[str, Any]
 ) -> None:
-    """Writes a list of pairs of a split that a detector takes for matches, with their probability.
+    """Writes an `.npz` of pairs that a detector takes for matches, with their probability.
 
-    Args:
-      path: The file, which ends in `.npz`.
-      dataset: The split.
-      pairs: The pairs.
-      about: What made the list, for people: detector, run and the like.
-
-    Raises UserError if the file cannot be written.
+    `about` tells people what made the list: detector, run and the like. Raises UserError if the
+    file cannot be written.
     """
     content = io.BytesIO()
     np.savez(

@@ -162,11 +162,8 @@ def on_pairs_of(
 ) -> list[Verdict]:
     """Returns the verdicts that are on pairs of a split; a warning counts what is set aside.
 
-    Args:
-      dataset: The split.
-      verdicts: Verdicts on a split of that name.
-      path: Where they are from.
-      refuse: Whether to raise UserError if all would be set aside.
+    They are from a file, and on a split of that name. Raises UserError if all would be set aside,
+    where that is to be refused.
     """
     rows = SplitRows(dataset)
     faults = [rows.fault(verdict) for verdict in verdicts]

@@ -129,8 +129,7 @@ class DualEncoder(nn.Module):
           input_ids: [batch, tokens] int32 token ids.
           attention_mask: [batch, tokens] int32, 0 at padding.
           deterministic: whether dropout is off.
-          image_features: What `frozen_image` returned of the pixels.
-          text_features: What `frozen_text` returned of the tokens.
+          image_features: What `frozen_image` returned of the pixels; `frozen_text` of the tokens.
         """
         return (
             self.encode_image(pixels, deterministic=deterministic, features=image_features),

@@ -30,12 +30,9 @@ def find_folder(
 ) -> pathlib.Path:
     """Returns the local folder of a model, which the hub's client downloads where need be.
 
-    Args:
-      path_or_hub_name: A local folder, or a name on the hub.
-      revision: Branch, tag or commit on the hub, None for the newest.
-      patterns: Glob patterns of the files to download.
-
-    Raises UserError if the name is neither a local folder nor a model that the hub gives.
+    On the hub it is of a branch, tag or commit, None for the newest, and of its files those of some
+    glob patterns. Raises UserError if the name is neither a local folder nor a model that the hub
+    gives.
     """
     path = pathlib.Path(files.expand_home(path_or_hub_name))
     if path.is_dir():

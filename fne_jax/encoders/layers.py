@@ -87,13 +87,8 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """Returns the mixture of tokens that each query attends to, [batch, queries, width].
 
-        Args:
-          hidden: [batch, tokens, width] hidden states.
-          mask: [batch, tokens] bool, False where no query must look; or None.
-          queries: [batch, queries, width] hidden states that ask; None for the tokens themselves.
-          bias: [heads, queries, tokens] float32 array, added to the scores; or None.
-
-        Raises UserError if the implementation cannot run here.
+        The [batch, tokens, width] hidden states ask themselves unless there are `queries`. The mask
+        and the bias are as of `attend`. Raises UserError if the implementation cannot run here.
         """
         width = hidden.shape[-1]
         queries = hidden if queries is None else queries

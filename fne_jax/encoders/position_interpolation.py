@@ -13,11 +13,8 @@ def resize_positions(
 ) -> np.ndarray:
     """Returns position embeddings for a grid of new x new patches, interpolated bicubically.
 
-    Args:
-      positions: [1, tokens, width] float32; tokens before the last old x old stay as they are.
-      old: Number of patches along a side.
-      new: Number of patches along a side of the result.
-      antialias: Whether the kernel widens where the grid shrinks.
+    They are [1, tokens, width] float32; tokens before the last old x old stay as they are. With
+    `antialias` the kernel widens where the grid shrinks.
     """
     before = positions.shape[1] - old**2
     grid = positions[0, before:].reshape(old, old, -1)

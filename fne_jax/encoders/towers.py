@@ -66,17 +66,11 @@ def build_dual_encoder(
     architectures: Mapping[str, Mapping[str, Any]] | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> DualEncoder:
-    """Returns the model that the `encoder` part of a config describes.
+    """Returns the model that `config.encoder` describes, for a tokenizer of so many ids.
 
-    Args:
-      encoder: `config.encoder`, whose fields configs/base.py describes.
-      vocab_size: Number of the tokenizer's ids.
-      architectures: What `read_architectures` returned, for towers that are pretrained.
-      mesh: The devices that programs are for, over which batches are split; None for the default
-        device alone.
-
-    Raises UserError, naming the field, if sizes do not fit together, or a tower lacks what is
-    asked.
+    `architectures` is what `read_architectures` returned, for towers that are pretrained; over the
+    devices of the mesh batches are split, None for the default device alone. Raises UserError,
+    naming the field, if sizes do not fit together, or a tower lacks what is asked.
     """
     towers = {
         name: _tower(encoder, name, (architectures or {}).get(name), vocab_size).clone(mesh=mesh)

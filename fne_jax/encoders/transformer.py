@@ -69,13 +69,9 @@ class TransformerLayer(nn.Module):
         deterministic: bool,
         bias: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the next hidden states twice or with None, the pair that `nn.scan` asks for.
+        """Returns the next [batch, tokens, width] hidden states twice, or with None, for `nn.scan`.
 
-        Args:
-          hidden: [batch, tokens, width] hidden states.
-          mask: [batch, tokens] bool, False where no token must look; or None.
-          deterministic: whether dropout is off.
-          bias: [heads, tokens, tokens] float32 array, added to the scores; or None.
+        The mask and the bias are as of `attend`; `deterministic` says whether dropout is off.
         """
 
         attention = Attention(

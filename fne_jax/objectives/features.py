@@ -200,9 +200,8 @@ def _of_keys(known, index):
 def apart(excluded: jax.Array, known: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
     """Returns which keys are no negatives, and the float32 probability that others match, or None.
 
-    Args:
-      excluded: bool, true for keys that are no negatives whatever is known.
-      known: What is known of them as in `Matches`, masks or probabilities; None for nothing.
+    `excluded` is true for keys that are no negatives whatever is known, and `known` what is known
+    of them as in `Matches`, masks or probabilities; None for nothing.
     """
     if known is None:
         return excluded, None

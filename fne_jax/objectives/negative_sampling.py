@@ -217,14 +217,10 @@ def _sample_from_uniform(uniform: jax.Array, weights: jax.Array, fallback: jax.A
 
 
 def sample_entry(uniform: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the entry on which each row's uniform number falls.
+    """Returns the entry of [batch, n] float32 weights on which each row's number in [0, 1) falls.
 
-    Args:
-      uniform: [batch] numbers in [0, 1).
-      weights: [batch, n] float32, at least 0.
-
-    Returns the [batch] int32 index of the entry, meaningless where a row is all 0; [batch] by how
-    much `uniform` times the total exceeds the sum of the entries before it; and the [batch] totals.
+    That is its [batch] int32 index, meaningless where a row is all 0; [batch] by how much `uniform`
+    times the total exceeds the sum of the entries before it; and the [batch] totals.
     """
     n = weights.shape[1]
     grouped = n - n % GROUP

@@ -35,12 +35,7 @@ MIN_SHARDED_SIZE = 2**16
 
 
 def create_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh of devices along the two axes.
-
-    Args:
-      data: The size of the axis over which only batches are sharded; -1 for what `fsdp` leaves.
-      fsdp: The size of the axis over which parameters are sharded too; -1 for what `data` leaves.
-      devices: The devices of the mesh; by default all that JAX sees.
+    """Returns a mesh of all devices, or some, along two axes; -1 for what the other leaves.
 
     Raises UserError if the sizes do not make up the devices.
     """

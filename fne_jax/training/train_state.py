@@ -126,12 +126,11 @@ def initial_state(
 ) -> TrainState:
     """Returns the state before the first step, created on the devices where it stays.
 
-    Args:
-      model: The model to be trained; its parameters, if it has any, are not used.
-      like: What `abstract_state` returned; programs compiled for it take this state.
-      weights: `params` and `momentum_params` of both towers to begin with, or `params` of some
-        parts of the model, frozen ones among them; the rest of `params` is random, and of
-        `momentum_params` a copy of it. They are donated: the state takes their memory over.
+    It takes programs that were compiled for `like`, what `abstract_state` returned. It begins with
+    `weights`: `params` and `momentum_params` of both towers, or `params` of some parts of the
+    model, frozen ones among them; the rest of `params` is random, and of `momentum_params` a copy
+    of it. They are donated: the state takes their memory over. The model's own parameters are not
+    used.
     """
     create = functools.partial(_created, model=model, apply_fn=like.apply_fn, tx=like.tx)
     shardings = sharding.state_shardings(model.mesh, like)

@@ -88,16 +88,10 @@ def begin(
 ) -> None:
     """Writes what restores a run's model; what another config left there is replaced.
 
-    Only process 0 writes. Of a run that is begun, whatever already exists stays; what a killed
-    writer left unfinished is removed.
-
-    Args:
-      workdir: The folder of the run, which is held.
-      model: The model; its config and its tokenizer are kept.
-      architectures: What `encoders.towers.read_architectures` returned.
-      data: The identity of each split by name, and as `matches`, `teacher` and `refuted` those of
-        these files; empty where it is not known.
-      begun: What `is_begun` returned before the folder was held.
+    Only process 0 writes, to a folder that is held. Of a run that is begun, by what `is_begun`
+    returned before, whatever already exists stays; what a killed writer left unfinished is removed.
+    `architectures` is what `encoders.towers.read_architectures` returned; `data` has the identity
+    of each split by name, and as `matches`, `teacher` and `refuted` those of these files, if known.
 
     Raises UserError if the folder cannot be written to, or is not shared by all processes.
     """

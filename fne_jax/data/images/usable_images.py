@@ -97,16 +97,12 @@ def evaluation_pixels(
 ) -> np.ndarray:
     """Returns [size, size, 3] uint8 pixels, as evaluation reads them once `prepare` stored them.
 
-    Args:
-      image: The path or the content of an image file of any kind that `prepare` takes, an image
-        of PIL, or pixels. [height, width, 3] uint8 pixels are taken as they are, like those of
-        `npz`; grey ones, 16 bits and an alpha channel go the way of such files.
-      size: The pixels of a side of the result.
-      resize_to: `config.data.resize_to`.
-      name: What messages call an image that is not a file.
+    Of arrays [height, width, 3] uint8 pixels are taken as they are, like those of `npz`; grey ones,
+    16 bits and an alpha channel go the way of files of any kind that `prepare` takes, as do images
+    of PIL. `resize_to` is `config.data.resize_to`, and `name` what messages call an image that is
+    not a file.
 
-    Raises:
-      UserError: If the image cannot be read, or `prepare` would leave it out.
+    Raises UserError if the image cannot be read, or `prepare` would leave it out.
     """
     if isinstance(image, np.ndarray):
         if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:

@@ -220,13 +220,10 @@ def write_notes(
 ) -> None:
     """Writes all that lies beside the records and the tables of a prepared dataset.
 
-    Args:
-      folder: The folder, which has both.
-      origin: What it was made of, by `Prepared.origin`.
-      inputs: The files that were read, and their stamps.
-      summaries: What each split holds.
-      shards: For each file of records, in order, the key of its shard and the records in it.
-      skipped: What was left out, as the text of a JSON list.
+    The folder has both, and was made of `origin` (see `Prepared`) by reading the files of `inputs`,
+    which had these stamps. For each file of records, in order, `shards` has the key of its shard
+    and the records in it. `skipped` is the text of a JSON list. Raises OSError if something cannot
+    be written.
     """
     import tensorflow_datasets as tfds
 

@@ -331,14 +331,9 @@ def checked_listing(
 ) -> Listing:
     """Returns a listing whose images, in all splits or in test alone, appear once, with unique ids.
 
-    Args:
-      name: The name of the dataset.
-      where: The listing, for messages.
-      files: The files that list it.
-      images: The images of each split, in the source's order.
-      advice: What to do about a missing split.
-
-    Raises UserError if something is wrong; it names the split, or the two entries that clash.
+    It is that of some files, `where` for messages, with the images of each split in the source's
+    order; `advice` says what to do about a missing split. Raises UserError if something is wrong,
+    which names the split, or the two entries that clash.
     """
     images = sorted(images, key=lambda image: SPLITS.index(image.split))
     if not images:
