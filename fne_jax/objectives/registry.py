@@ -1,7 +1,7 @@
 """Every training objective: its loss, its settings by the config, and what else a run is to know.
 
 To add an objective, add an entry to `OBJECTIVES` (and the fields that it reads to configs/base.py).
-Training, the study and the table in docs/objectives.md take it from here.
+Training and the study take it from here.
 """
 
 from __future__ import annotations
@@ -64,16 +64,12 @@ class Entry:
     """A training objective.
 
     Attributes:
-      description: What becomes of the candidates, in a few words.
-      source: The work that it comes from.
       loss: The loss, an Objective but for its settings.
       settings: Its settings after the warm-up.
       takes_positives: Whether an anchor may have several positives.
       uses_keys: Whether it compares anchors with momentum embeddings.
     """
 
-    description: str
-    source: str
     loss: Callable[..., tuple[jax.Array, TripletAux | None]]
     settings: Settings
     takes_positives: bool = False
@@ -118,48 +114,20 @@ def _several_positives(config):
 
 # By the value of `config.objective.name`.
 OBJECTIVES: dict[str, Entry] = {
-    "fne": Entry("sampled by false negative elimination", "Li et al. 2023", fne_triplet_loss, _fne),
-    "hardest": Entry(
-        "the most similar key; with `objective.queue=False` of the batch, online",
-        "VSE++",
-        functools.partial(mined_triplet_loss, rule=hardest_negative),
-        _mined,
-    ),
-    "semi_hard": Entry(
-        "the most similar key that is less similar than the positive",
-        "FaceNet",
-        functools.partial(mined_triplet_loss, rule=semi_hard_negative),
-        _mined,
-    ),
-    "random": Entry(
-        "any key, all equally likely",
-        "Wu et al. 2017",
-        functools.partial(mined_triplet_loss, rule=random_negative),
-        _mined,
-    ),
-    "infonce": Entry("all keys, contrastively", "MoCo, ALBEF", infonce_loss, _temperature),
+    "fne": Entry(fne_triplet_loss, _fne),
+    "hardest": Entry(functools.partial(mined_triplet_loss, rule=hardest_negative), _mined),
+    "semi_hard": Entry(functools.partial(mined_triplet_loss, rule=semi_hard_negative), _mined),
+    "random": Entry(functools.partial(mined_triplet_loss, rule=random_negative), _mined),
+    "infonce": Entry(infonce_loss, _temperature),
     "sigmoid": Entry(
-        "the whole batch, each pair classified by itself",
-        "SigLIP",
         sigmoid_loss,
         lambda config: _several_positives(config) | {"bias": config.objective.bias},
         takes_positives=True,
         uses_keys=False,
     ),
-    "clip": Entry(
-        "the whole batch, contrastively, gradient on both sides",
-        "CLIP",
-        clip_loss,
-        _temperature,
-        uses_keys=False,
-    ),
+    "clip": Entry(clip_loss, _temperature, uses_keys=False),
     "multi_positive": Entry(
-        "as `clip`, each positive against the negatives alone",
-        "SupCon",
-        multi_positive_loss,
-        _several_positives,
-        takes_positives=True,
-        uses_keys=False,
+        multi_positive_loss, _several_positives, takes_positives=True, uses_keys=False
     ),
 }
 

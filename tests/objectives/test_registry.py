@@ -194,9 +194,8 @@ def test_the_warmup_depends_on_the_margin_where_it_mines():
 
 def test_the_docs_list_the_registry():
     section = pages_of_docs.section("objectives.md", "## The registry")
-    table = [line for line in section.splitlines() if line.startswith("| `")]
-    assert table == [
-        f"| `{name}` | {entry.description} | {entry.source} | "
-        f"{'yes' if name in registry.WARMUP else 'no'} |"
-        for name, entry in registry.OBJECTIVES.items()
+    cells = [line.split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    assert [(row[0], row[-1]) for row in cells] == [
+        (f"| `{name}`", "yes |" if name in registry.WARMUP else "no |")
+        for name in registry.OBJECTIVES
     ]
