@@ -1,6 +1,6 @@
 """Measures speed: python -m fne_jax.benchmark NAME.
 
-NAME is strategy, step, frozen, input, data, retrieval or search.
+NAME is strategy, step, input, data, retrieval or search.
 """
 
 from __future__ import annotations
@@ -41,14 +41,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         repeats=(9, "timed calls of each"),
     )
     _add_step(add)
-    add(
-        "frozen",
-        "a config's train step with more and more of its encoders frozen, on one device; "
-        "config fields as --config.x=y",
-        lambda o: [step.frozen_steps(_config(o), o.repeats)],
-        config="configs/photographs.py",
-        repeats=(5, "timed steps of each"),
-    )
     add(
         "input",
         "reading, decoding, augmenting and batching of training images, against PIL",

@@ -1,24 +1,18 @@
-"""The whole train step on one device, over a made-up batch, with encoders of random weights.
-
-Either as the config says, or with more and more of its encoders frozen, side by side.
-"""
+"""The whole train step on one device, over a made-up batch, with encoders of random weights."""
 
 from __future__ import annotations
 
 import collections
 import re
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from fne_jax.benchmarks.timing import machine, median_seconds, window_seconds
-from fne_jax.configuration import validate
+from fne_jax.benchmarks.timing import machine, window_seconds
 from fne_jax.encoders.inputs import FEATURES
-from fne_jax.encoders.towers import TOWERS
 from fne_jax.parallel import sharding
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.planning.program import memory_bytes, training_without_data
@@ -87,67 +81,6 @@ def jax_step(config: ml_collections.ConfigDict, steps: int, windows: int) -> dic
         "peak_bytes": memory.get("peak_bytes_in_use"),
         "compiled_bytes": memory_bytes(step.compiled.memory_analysis()),
         "kernels": dict(collections.Counter(_KERNEL.findall(step.compiled.as_text()))),
-        **machine(),
-    }
-
-
-def variants(layers: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Returns the fields of each variant by its name, the first with nothing frozen."""
-    last_two = {
-        f"encoder.{tower}.frozen_layers": str(max(count - 2, 0)) for tower, count in layers.items()
-    }
-    image = {"encoder.image.frozen_layers": "all"}
-    return {
-        "nothing frozen": {},
-        "image tower frozen": image,
-        "image tower frozen and kept": image | {"data.keep_frozen": True},
-        "all but the last two layers frozen and kept": last_two | {"data.keep_frozen": True},
-    }
-
-
-def frozen_steps(config: ml_collections.ConfigDict, repeats: int) -> dict[str, Any]:
-    """Times FNE steps on the first device, those of all variants in turns, over random batches.
-
-    The weights are random, and the batch stays on the device: no data is read.
-
-    Args:
-      config: As loaded; what it freezes and keeps is left aside.
-      repeats: Steps of each that count.
-
-    Returns:
-      For each variant the median seconds of a step and its share of the first variant's, the
-      compiler's bytes of memory, and the bytes of the state.
-
-    Raises:
-      UserError: if the config does not suit a made-up batch.
-    """
-    towers = training_on_one_device(config).model.module
-    functions, sizes = {}, {}
-    for name, fields in variants({t: getattr(towers, t).layers for t in TOWERS}).items():
-        own = config.copy_and_resolve_references()
-        own.update_from_flattened_dict(
-            {
-                "data.augmentation": "none",
-                "data.keep_frozen": False,
-                "encoder.image.frozen_layers": "none",
-                "encoder.text.frozen_layers": "none",
-            }
-            | fields
-        )
-        validate(own)
-        step = functions[name] = _Step(own)
-        sizes[name] = {
-            "scratch_bytes": step.compiled.memory_analysis().temp_size_in_bytes,
-            "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(step.state.stored())),
-        }
-    seconds = median_seconds(functions, repeats)
-    first = next(iter(seconds.values()))
-    return {
-        "variants": {
-            name: {"step_s": value, "of_nothing_frozen": value / first} | sizes[name]
-            for name, value in seconds.items()
-        },
-        "global_batch_size": config.global_batch_size,
         **machine(),
     }
 
