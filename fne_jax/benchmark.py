@@ -43,12 +43,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     _add_step(add)
     add(
         "input",
-        "reading, decoding, augmenting and batching of training images, against PIL",
+        "reading, decoding, augmenting and batching of training images",
         lambda o: input_benchmark.input_pipeline(o.images, o.batch, o.batches, o.repeats),
         images=(64, "images to render"),
         batch=(32, "images in a batch"),
         batches=(16, "in each measurement"),
-        repeats=(5, "measurements of each pipeline"),
+        repeats=(5, "measurements"),
     )
     command = add(
         "data",
