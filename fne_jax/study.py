@@ -6,7 +6,6 @@ python -m fne_jax.study --config=configs/shapes.py --objectives=fne --vary=fne.p
 
 from __future__ import annotations
 
-import os
 import pathlib
 
 from fne_jax import command_line
@@ -35,7 +34,7 @@ def main(arguments: list[str]) -> None:
     )
     failures = []
     if not options.report_only:
-        failures = schedule.work_through(runs, options.jobs, lambda line: print(line, flush=True))
+        failures = schedule.train_missing(runs, lambda line: print(line, flush=True))
     results = execution.read_results(runs)
     if not results:
         raise UserError("no run has a result:\n  " + "\n  ".join(failures or ["none was trained"]))
@@ -91,9 +90,6 @@ def _parse(arguments):
         "--baseline",
         help="objective to compare with; by default hardest if it is in the list, else the first",
     )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, on a CPU; each gets its share of cores"
-    )
     parser.add_argument("--name", default="study", help="of the files with the tables")
     parser.add_argument(
         "--verdicts",
@@ -108,11 +104,8 @@ def _parse(arguments):
     command_line.expand_home(options, "workdir", "config")
     if options.pretraining < 0:
         raise UserError(f"--pretraining is {options.pretraining}; expected at least 0")
-    for name in ("seeds", "jobs"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}; expected at least 1")
-    if options.jobs > (os.cpu_count() or 1):
-        raise UserError(f"--jobs is {options.jobs}, more than the {os.cpu_count()} cores")
+    if options.seeds < 1:
+        raise UserError(f"--seeds is {options.seeds}; expected at least 1")
     try:
         options.verdicts = [int(number) for number in (options.verdicts or "").split(",") if number]
     except ValueError:

@@ -1,13 +1,4 @@
-"""The order of a study's work, its processes, and what becomes of work whose needs failed."""
-
-import json
-import os
-import pathlib
-import signal
-import threading
-import time
-
-import pytest
+"""The order of a study's work, and what becomes of work whose needs failed."""
 
 from fne_jax.errors import UserError
 from fne_jax.studies import cells, execution, schedule
@@ -19,10 +10,6 @@ from tests.support.tiny import tiny_config
 def get_config():
     return tiny_config(num_epochs=1.0, fne__start_epoch=0.5, warmup__objective="clip").lock()
 """
-needs_two_cores = pytest.mark.skipif(
-    not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
-    reason="shares out two cores, as Linux can",
-)
 
 
 def planned(tmp_path, objectives, seeds=1):
@@ -34,12 +21,6 @@ def planned(tmp_path, objectives, seeds=1):
 
 def task(work, path, *needs):
     return Task(path.name, work, path, path, frozenset(needs))
-
-
-def ended(jobs, tasks):
-    """Returns what became of tasks, by name, in the order in which they ended."""
-    with schedule._Workers(jobs) as workers:
-        return {task.name: outcome[1] for task, outcome in workers.each(tasks)}
 
 
 def test_a_seed_comes_before_the_next_with_its_warm_up_and_lists(tmp_path):
@@ -121,22 +102,19 @@ def _touch_after(path):
     path.touch()
 
 
-@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=[needs_two_cores, pytest.mark.slow])])
-def test_work_waits_for_what_it_needs_and_is_left_out_if_that_failed(tmp_path, jobs):
+def test_work_waits_for_what_it_needs_and_is_left_out_if_that_failed(tmp_path):
     well, wrong = tmp_path / "well", tmp_path / "wrong"
     lost, lost_too = tmp_path / "lost", tmp_path / "lost_too"
-    outcomes = ended(
-        jobs,
-        [
-            task(_touch_after, tmp_path / "after_after_well", tmp_path / "after_well"),
-            task(_touch_after, tmp_path / "after_well", well, tmp_path / "there_before"),
-            task(_touch, tmp_path / "lost_with_it", lost_too),
-            task(_touch, lost, wrong),
-            task(_touch, lost_too, well, lost),
-            task(_touch, wrong),
-            task(_touch, well),
-        ],
-    )
+    tasks = [
+        task(_touch_after, tmp_path / "after_after_well", tmp_path / "after_well"),
+        task(_touch_after, tmp_path / "after_well", well, tmp_path / "there_before"),
+        task(_touch, tmp_path / "lost_with_it", lost_too),
+        task(_touch, lost, wrong),
+        task(_touch, lost_too, well, lost),
+        task(_touch, wrong),
+        task(_touch, well),
+    ]
+    outcomes = {task.name: outcome.error for task, outcome in schedule.work_through(tasks)}
     assert outcomes == {
         "wrong": f"{wrong} is wrong",
         "lost": "needs what failed: wrong",
@@ -150,46 +128,3 @@ def test_work_waits_for_what_it_needs_and_is_left_out_if_that_failed(tmp_path, j
     assert order.index("well") < order.index("after_well") < order.index("after_after_well")
     names = {"well", "after_well", "after_after_well"}
     assert {path.name for path in tmp_path.iterdir()} == names
-
-
-def _note_cores(path):
-    """Notes its cores, and ends as the file's name says."""
-    path.write_text(json.dumps(sorted(os.sched_getaffinity(0))))
-    if path.name == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-@needs_two_cores
-def test_processes_share_the_cores_and_may_die(tmp_path):
-    paths = [tmp_path / name for name in ("one", "killed", "three")]
-    outcomes = ended(2, [task(_note_cores, path) for path in paths])
-    assert outcomes["one"] is None and outcomes["three"] is None
-    assert "died with exit code -9" in outcomes["killed"]
-    # The first two began together, the third where one of them had ended.
-    one, two, three = (json.loads(path.read_text()) for path in paths)
-    assert len({*one, *two}) == len(one) + len(two) and three in (one, two)
-
-
-def _sleep(path):
-    pathlib.Path(path).touch()
-    time.sleep(60)
-
-
-def test_a_signal_stops_the_processes(tmp_path):
-    asleep = tmp_path / "asleep"
-
-    def stop_when_asleep():
-        while not asleep.exists():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=stop_when_asleep)
-    started = time.monotonic()
-    with schedule._Workers(2) as workers:
-        thread.start()
-        paths = [asleep, tmp_path / "other", tmp_path / "third"]
-        assert list(workers.each([task(_sleep, path) for path in paths])) == []
-        assert workers.stopped_by == signal.SIGTERM
-    assert time.monotonic() - started < 50
-    assert not (tmp_path / "third").exists()
-    thread.join()

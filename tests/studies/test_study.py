@@ -190,7 +190,7 @@ def test_verdicts_that_nobody_can_give_are_told_before_anything_is_trained(confi
     synthetic = ["--config.data.source=synthetic"]
     runs = cells.study_runs(config_path, synthetic, ("clip:fitted50",), (), 1, tmp_path / "study")
     with pytest.raises(UserError, match="fitted50 takes verdicts by the truth"):
-        schedule.work_through(runs, 1, lambda line: None)
+        schedule.train_missing(runs, lambda line: None)
     assert not (tmp_path / "study").exists()
 
 
@@ -210,7 +210,7 @@ def test_a_truth_that_nobody_knows_is_told_before_anything_is_trained(config_pat
         tmp_path / "study",
     )
     with pytest.raises(UserError, match=r"config.objective.oracle is 'drop'.*source=synthetic"):
-        schedule.work_through(runs, 1, lambda line: None)
+        schedule.train_missing(runs, lambda line: None)
     assert not (tmp_path / "study").exists()
 
 
@@ -322,7 +322,6 @@ def test_objectives_change_what_they_are_named_for(config_path):
         ),
         (["--config.objective.name=random"], "all of --objectives set that field themselves"),
         (["--seeds=0"], "--seeds is 0"),
-        (["--jobs=1000"], "more than the"),
         (["--report-only"], "no run has a result"),
         (["--verdicts=20,0"], "--verdicts: expected numbers of at least 1"),
         (["--verdicts=many"], "--verdicts: expected numbers of at least 1"),
@@ -501,7 +500,7 @@ def test_the_judged_candidates_are_those_of_the_memory(finished):
     assert detector.measure(dataclasses.replace(model, queue=empty), train) == {}
 
 
-def test_a_signal_to_a_single_process_says_how_to_go_on(finished, monkeypatch):
+def test_a_signal_says_how_to_go_on(finished, monkeypatch):
     arguments, workdir = finished
     (workdir / "fne" / "seed0" / "study.json").rename(workdir / "kept")
     monkeypatch.setattr(
