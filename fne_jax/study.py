@@ -19,18 +19,12 @@ def main(arguments: list[str]) -> None:
     options, overrides = _parse(arguments)
     try:
         # scikit-learn and matplotlib: only studies need both.
-        from fne_jax.studies import cells, execution, figure, schedule, summary, verdict_tables
+        from fne_jax.studies import cells, execution, figure, schedule, summary
     except ImportError as error:
         raise UserError(f"{error}: install the extra with `pip install -e .[study]`") from error
     workdir = pathlib.Path(options.workdir)
     runs = cells.study_runs(
-        options.config,
-        overrides,
-        options.objectives,
-        options.vary,
-        options.seeds,
-        workdir,
-        options.pretraining,
+        options.config, overrides, options.objectives, options.vary, options.seeds, workdir
     )
     failures = []
     if not options.report_only:
@@ -50,11 +44,6 @@ def main(arguments: list[str]) -> None:
             write_atomically(path, content)
     print(f"\n{tables}")
     print(f"written to {workdir / options.name}.md, .csv, _runs.csv and .png")
-    if options.verdicts:
-        finished = [run for run in runs if run.seed in results.get(run.cell, {})]
-        path = workdir / f"{options.name}_verdicts.md"
-        tables = verdict_tables.write(path, finished, options.baseline, options.verdicts)
-        print(f"\n{tables}")
     if failures:
         raise UserError("these could not be trained:\n  " + "\n  ".join(failures))
 
@@ -79,39 +68,17 @@ def _parse(arguments):
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each, seeds 0, 1, ...")
     parser.add_argument(
-        "--pretraining",
-        type=int,
-        default=0,
-        metavar="STEPS",
-        help="first train each tower separately for so many steps: on what is where in images, and "
-        "on masked words",
-    )
-    parser.add_argument(
         "--baseline",
         help="objective to compare with; by default hardest if it is in the list, else the first",
     )
     parser.add_argument("--name", default="study", help="of the files with the tables")
     parser.add_argument(
-        "--verdicts",
-        metavar="NUMBERS",
-        help="also estimate how well so many verdicts, as 200,500,2000, rank the systems, and what "
-        "they tell of the baseline's unlabelled pairs; needs the truth",
-    )
-    parser.add_argument(
         "--report-only", action="store_true", help="train nothing; tabulate the finished runs"
     )
     options, overrides = parser.parse_known_args(arguments)
     command_line.expand_home(options, "workdir", "config")
-    if options.pretraining < 0:
-        raise UserError(f"--pretraining is {options.pretraining}; expected at least 0")
     if options.seeds < 1:
         raise UserError(f"--seeds is {options.seeds}; expected at least 1")
-    try:
-        options.verdicts = [int(number) for number in (options.verdicts or "").split(",") if number]
-    except ValueError:
-        options.verdicts = [0]
-    if any(number < 1 for number in options.verdicts):
-        raise UserError("--verdicts: expected numbers of at least 1 separated by commas")
     objectives = options.objectives.split(",")
     if options.baseline is None:
         options.baseline = "hardest" if "hardest" in objectives else objectives[0]

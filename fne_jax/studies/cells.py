@@ -65,7 +65,6 @@ class Run:
       workdir: Its folder.
       warmup: The folder of the warm-up that it shares with other runs; None for a run without one.
       warmup_config: The config that the warm-up is trained with.
-      pretraining: The steps for which each tower is pretrained into `config.init_from`; 0 for none.
       matches: The list that is to be made for `config.data.matches`; None for a run without one.
     """
 
@@ -76,7 +75,6 @@ class Run:
     warmup: pathlib.Path | None
     warmup_config: ml_collections.ConfigDict
     matches: MatchList | None = None
-    pretraining: int = 0
 
 
 def study_runs(
@@ -86,7 +84,6 @@ def study_runs(
     variants: Sequence[str],
     seeds: int,
     workdir: pathlib.Path,
-    pretraining: int = 0,
 ) -> list[Run]:
     """Returns the runs of a study, those of the first seed first.
 
@@ -100,7 +97,6 @@ def study_runs(
       variants: Each `field=value`, or several of these with commas between.
       seeds: The number of runs of each cell.
       workdir: The folder of the study.
-      pretraining: The steps for which each tower is pretrained separately; 0 for none.
 
     Raises:
       UserError: if an objective is unknown or named twice, a config is wrong, or an objective
@@ -116,8 +112,6 @@ def study_runs(
     for seed in range(seeds):
         for cell in cells:
             changes = [*_assignments(cell.variant), f"seed={seed}"]
-            if pretraining:
-                changes.append(f"init_from={workdir / 'towers' / f'steps{pretraining}_seed{seed}'}")
             common = [*overrides, *(f"--config.{change}" for change in changes)]
             chosen = [f"--config.{change}" for change in _changes(cell.objective)]
             config = configuration.load_config(config_path, [*common, *chosen])
@@ -130,7 +124,7 @@ def study_runs(
                 config.data.matches = str(matches.path)
             config, _ = configuration.resolve(config)
             folder = _run_folder(workdir, cell, seed)
-            runs.append(Run(cell, seed, config, folder, warmup, shared, matches, pretraining))
+            runs.append(Run(cell, seed, config, folder, warmup, shared, matches))
     return runs
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import pathlib
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from fne_jax.evaluation import generality
 from fne_jax.evaluation.metrics import complete_metrics, retrieval_metrics
 from fne_jax.files import whole_folder, write_atomically
 from fne_jax.model.model import load_workdir
-from fne_jax.studies import detector, match_lists, pretraining
+from fne_jax.studies import detector, match_lists
 from fne_jax.studies.cells import Cell, Run
 from fne_jax.training.loop import train_and_evaluate
 from fne_jax.training.metric_log import read_metrics
@@ -35,7 +34,6 @@ def warmup_is_done(run: Run, also_for_matches: bool) -> bool:
 def train_warmup(run: Run) -> None:
     """Trains the warm-up that the run shares with others; raises UserError if it cannot."""
     with _logging_to(run.warmup / LOG_NAME):
-        _pretrain(run)
         train_and_evaluate(run.warmup_config, run.warmup, warmup_only=True)
     _write_json(run.warmup / _DONE_NAME, {"of": str(run.workdir)})
 
@@ -60,8 +58,6 @@ def train_and_measure(run: Run) -> None:
                 (folder / own).unlink()
             configuration.store_config(run.config, folder)
     with _logging_to(run.workdir / LOG_NAME):
-        if run.warmup is None:
-            _pretrain(run)
         train_and_evaluate(run.config, run.workdir)
     _write_json(run.workdir / RESULT_NAME, measured(run))
 
@@ -111,15 +107,6 @@ def measured(run: Run) -> dict[str, Any]:
     if train.truth is not None:
         result |= detector.measure(model, train)
     return result
-
-
-def _pretrain(run):
-    """Pretrains the towers that the run is to begin with, if any, unless that is done."""
-    if run.pretraining:
-        config = run.config.copy_and_resolve_references()
-        with config.unlocked():
-            folder, config.init_from = pathlib.Path(config.init_from), ""
-        pretraining.pretrain_towers(config, folder, run.pretraining)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import pytest
 from fne_jax.data.sources import shapes_scenes
 from fne_jax.errors import UserError
 from fne_jax.model.model import load_workdir
-from fne_jax.studies import pretraining
+from tests.support import pretraining
 from tests.support.runs import content_of
 from tests.support.tiny import tiny_config
 
@@ -30,7 +30,7 @@ def test_attributes_against_a_plain_version():
     vocabulary = shapes_scenes.Vocabulary(shapes=4, colours=3)
     rng = np.random.default_rng(0)
     scenes = np.stack([shapes_scenes.random_scene(rng, vocabulary) for _ in range(50)])
-    found = shapes_scenes.attributes(scenes, 4, 3)
+    found = pretraining.attributes(scenes, 4, 3)
     assert found.shape == (50, 4 * 9) and found.dtype == bool
     for scene, row in zip(scenes, found.reshape(50, 4, 9), strict=True):
         expected = np.zeros((4, 9), bool)

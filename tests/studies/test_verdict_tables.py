@@ -10,8 +10,10 @@ import pytest
 from fne_jax.false_negatives import verdict_samples
 from fne_jax.false_negatives.verdict_samples import Density
 from fne_jax.model.embedded_split import EmbeddedSplit
-from fne_jax.studies import verdict_tables
-from fne_jax.studies.verdict_tables import (
+from tests.support import verdict_tables
+from tests.support.embeddings import unit_rows
+from tests.support.planted import is_true, planted_split, unlabelled
+from tests.support.verdict_tables import (
     Calibration,
     FirstResults,
     OfRun,
@@ -21,8 +23,6 @@ from fne_jax.studies.verdict_tables import (
     ranked_rightly,
     ranking_table,
 )
-from tests.support.embeddings import unit_rows
-from tests.support.planted import is_true, planted_split, unlabelled
 
 
 def systems(count=3, images=7, captions=11):

@@ -224,28 +224,6 @@ def _cell(scene):
     return (scene[..., 4] >= half) * 2 + (scene[..., 3] >= half)
 
 
-def attributes(scene: np.ndarray, shapes: int, colours: int) -> np.ndarray:
-    """Returns what stands in each quarter of scenes, as an image tower can learn to name it.
-
-    Args:
-      scene: The [images, MAX_OBJECTS, SCENE_FIELDS] int scenes.
-      shapes: How many of `SHAPES` are used.
-      colours: How many of `COLOURS` are used.
-
-    Returns:
-      [images, 4 * (shapes + colours + 2)] bool: for each of `CELLS` whether an object of each
-      shape, of each colour and of each size stands there.
-    """
-    sizes = (shapes, colours, len(SIZES))
-    starts = np.cumsum((0, *sizes))
-    found = np.zeros((len(scene), len(CELLS), starts[-1]), bool)
-    image, row = np.nonzero(scene[..., 0] != UNSTATED)
-    objects = scene[image, row]
-    for field, start in enumerate(starts[:-1]):
-        found[image, _cell(objects), start + objects[:, field]] = True
-    return found.reshape(len(scene), -1)
-
-
 def random_scene(rng: np.random.Generator, vocabulary: Vocabulary) -> np.ndarray:
     """Returns a scene of objects in different quarters of the image.
 

@@ -1,13 +1,17 @@
-"""Made for the tables of docs/verdicts.md: what a number of verdicts would tell of a study.
+"""Prints the tables of docs/verdicts.md: what numbers of verdicts would tell of a finished study.
 
-The truth is the reviewer. `study --verdicts` alone uses this module.
+python -m tests.support.verdict_tables WORKDIR --systems clip fne --verdicts 200 500
+
+The truth is the reviewer. Systems are named by their folders, the first is what pairs are judged
+by.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +25,9 @@ from fne_jax.false_negatives.judged_split import JudgedSplit, embed
 from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY
 from fne_jax.false_negatives.pair_features import features
 from fne_jax.false_negatives.verdict_samples import Density
-from fne_jax.files import as_user_error, write_atomically
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import load_workdir
-from fne_jax.studies.cells import Cell, Run
+from fne_jax.studies.execution import RESULT_NAME
 from fne_jax.studies.summary import Estimate, over_seeds
 
 _ORDERS = 200  # random orders of the queries
@@ -33,41 +36,30 @@ _PAIRS = 200_000  # random unlabelled pairs that a detector is measured on
 _PRECISION = f"precision_at_recall_{RECALL:g}"
 
 
-def write(path: pathlib.Path, runs: Sequence[Run], baseline: str, budgets: Sequence[int]) -> str:
-    """Writes and returns how verdicts rank the systems, and what they tell of the baseline's pairs.
+def tables(workdir: pathlib.Path, systems: Sequence[str], budgets: Sequence[int]) -> Iterator[str]:
+    """Yields how verdicts rank the systems of a study, and what they tell of the first's pairs.
 
     Args:
-      path: The file.
-      runs: The finished runs; systems are ranked over the seeds that all cells have.
-      baseline: The objective whose unlabelled training pairs are judged.
+      workdir: The folder of the study.
+      systems: Folders in it; they are ranked over the seeds that all have.
       budgets: Numbers of verdicts.
-
-    Raises:
-      UserError: if the truth is not known, there are not two systems to compare, or the file cannot
-        be written.
     """
-    seeds = [{run.seed for run in runs if run.cell == cell} for cell in {run.cell for run in runs}]
-    systems: dict[int, list[EmbeddedSplit]] = {seed: [] for seed in set.intersection(*seeds)}
-    for run in runs:
-        if run.seed in systems:
-            model = load_workdir(run.workdir, "latest")
-            split = model.load_evaluation_split("test")
-            systems[run.seed].append(model.embed_split(split))
-    if len(seeds) < 2 or not systems or next(iter(systems.values()))[0].truth is None:
-        raise UserError(
-            "--verdicts: expected at least two systems that have ended for a common seed, on data "
-            "whose matches are all known, such as shapes"
-        )
-    tables, told = [ranking_table(systems, budgets)], []
-    for run in runs:
-        if run.cell == Cell(baseline):
-            model = load_workdir(run.workdir, "latest")
-            train = model.load_split("train")
-            told.append(of_split(embed(model, train), train.truth.is_true, budgets, run.seed))
-    tables += [calibration_table(told)] if told else []
-    with as_user_error(f"{path}: cannot be written"):
-        write_atomically(path, "\n".join(tables))
-    return "\n".join(tables)
+    runs = {
+        name: {int(path.parent.name[len("seed") :]): path.parent
+               for path in sorted((workdir / name).glob(f"seed*/{RESULT_NAME}"))}
+        for name in systems
+    }  # fmt: skip
+    embedded: dict[int, list[EmbeddedSplit]] = {}
+    for seed in sorted(set.intersection(*map(set, runs.values()))):
+        models = [load_workdir(of[seed], "latest") for of in runs.values()]
+        embedded[seed] = [one.embed_split(one.load_evaluation_split("test")) for one in models]
+    yield ranking_table(embedded, budgets)
+    told = []
+    for seed, folder in runs[systems[0]].items():
+        model = load_workdir(folder, "latest")
+        train = model.load_split("train")
+        told.append(of_split(embed(model, train), train.truth.is_true, budgets, seed))
+    yield calibration_table(told)
 
 
 class FirstResults(NamedTuple):
@@ -280,3 +272,18 @@ def _share(values, digits=1):
     share = Estimate.of([100 * value for value in values])
     spread = "" if share.count == 1 else f" ± {share.deviation:.{digits}f}"
     return f"{share.mean:.{digits}f}{spread} %"
+
+
+def main() -> None:
+    """Parses the command line and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workdir", type=pathlib.Path)
+    parser.add_argument("--systems", nargs="+", required=True)
+    parser.add_argument("--verdicts", nargs="+", type=int, required=True)
+    options = parser.parse_args()
+    for table in tables(options.workdir, options.systems, options.verdicts):
+        print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,14 @@
-"""Made for a table of docs/study.md: towers pretrained separately, as the paper's ViT and BERT are.
+"""Pretrains both towers separately, as the paper's ViT and BERT are, for a table of docs/study.md.
+
+python -m tests.support.pretraining --config=configs/shapes_reference.py --workdir=DIR --steps=2000
 
 An image tower learns what stands in each quarter of a rendered scene, a text tower masked words;
-neither sees which caption belongs to which image. `study --pretraining` alone uses this module.
+neither sees which caption belongs to which image.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import pathlib
 
@@ -18,10 +21,12 @@ import optax
 
 from fne_jax import configuration
 from fne_jax.data.batches import BatchOrder, evaluation_images
+from fne_jax.data.sources import shapes_scenes
 from fne_jax.data.sources.registry import load_split
-from fne_jax.data.sources.shapes_scenes import SceneTruth, attributes
+from fne_jax.data.sources.shapes_scenes import SceneTruth
 from fne_jax.encoders.inputs import normalize_pixels
 from fne_jax.errors import UserError
+from fne_jax.logs import set_up_logging
 from fne_jax.model import checkpoints
 from fne_jax.model.model import build_model
 from fne_jax.model.tokenizers import run_tokenizer
@@ -75,6 +80,30 @@ def pretrain_towers(config: ml_collections.ConfigDict, folder: pathlib.Path, ste
         stored = Checkpoints(folder, config.checkpoint)
         stored.save(state, {}, {checkpoints.BEST_METRIC: 0.0})
         stored.finish()
+
+
+def attributes(scene: np.ndarray, shapes: int, colours: int) -> np.ndarray:
+    """Returns what stands in each quarter of scenes, as an image tower can learn to name it.
+
+    Args:
+      scene: The [images, MAX_OBJECTS, SCENE_FIELDS] int scenes.
+      shapes: How many of `shapes_scenes.SHAPES` are used.
+      colours: How many of `shapes_scenes.COLOURS` are used.
+
+    Returns:
+      [images, 4 * (shapes + colours + 2)] bool: for each of `shapes_scenes.CELLS` whether an object
+      of each shape, of each colour and of each size stands there.
+    """
+    sizes = (shapes, colours, len(shapes_scenes.SIZES))
+    starts = np.cumsum((0, *sizes))
+    found = np.zeros((len(scene), len(shapes_scenes.CELLS), starts[-1]), bool)
+    image, row = np.nonzero(scene[..., 0] != shapes_scenes.UNSTATED)
+    objects = scene[image, row]
+    half = shapes_scenes.IMAGE_SIZE // 2
+    quarter = (objects[:, 4] >= half) * 2 + (objects[:, 3] >= half)
+    for field, start in enumerate(starts[:-1]):
+        found[image, quarter, start + objects[:, field]] = True
+    return found.reshape(len(scene), -1)
 
 
 def _image_task(model, train):
@@ -145,3 +174,19 @@ def _trained(head_shape, inputs, loss, params, order, steps):
         if step % 100 == 0 or step == steps - 1:
             _log.info("step %d of %d: loss %.4f", step + 1, steps, value)
     return trained[0]
+
+
+def main() -> None:
+    """Parses the command line and trains the towers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    options, overrides = parser.parse_known_args()
+    set_up_logging(logging.INFO)
+    config = configuration.load_config(options.config, overrides)
+    pretrain_towers(config, options.workdir, options.steps)
+
+
+if __name__ == "__main__":
+    main()
