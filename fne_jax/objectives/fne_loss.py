@@ -146,22 +146,20 @@ def _choose(uniform, blocks, margin, key_chunk):
     """Returns the Choice of one direction, sampled by weight or else the hardest."""
     block_weight, block_best = blocks.table(key_chunk)
 
-    best = blocks.scores(block_best.argmax(axis=1).astype(jnp.int32))
-    candidates = jnp.where(best.candidate, best.similarity, -jnp.inf)
-    hardest = jnp.where(
-        best.candidate.any(axis=1), _pick(best.index, candidates.argmax(axis=1)), -1
-    )
+    index, similarity, _, candidate = blocks.scores(block_best.argmax(axis=1).astype(jnp.int32))
+    candidates = jnp.where(candidate, similarity, -jnp.inf)
+    hardest = jnp.where(candidate.any(axis=1), _pick(index, candidates.argmax(axis=1)), -1)
     violates = margin + candidates.max(axis=1) - blocks.positive > 0
     fallback = jnp.where(violates, hardest, 0)
 
     block, target, _ = sample_entry(uniform, block_weight)
-    inside = blocks.scores(block)
-    offset, _ = first_exceeding(target, inside.weight)
+    index, _, weight, _ = blocks.scores(block)
+    offset, _ = first_exceeding(target, weight)
     # Also false where rounding gave a block a weight that none of its keys has.
-    sampled = _pick(inside.weight, offset) > 0
+    sampled = _pick(weight, offset) > 0
     # Where nothing can be sampled or violates the margin, the index may name the anchor's own
     # image: no loss there.
-    chosen = jnp.where(sampled, _pick(inside.index, offset), fallback)
+    chosen = jnp.where(sampled, _pick(index, offset), fallback)
     return Choice(chosen, hardest, sampled, sampled | violates)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,22 +28,6 @@ BLOCK = 16
 # image, or known to match), and how likely others match where a list tells (else None) to weights,
 # and to which keys may be negatives at all; the arguments broadcast against each other.
 Weigh = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
-
-
-class BlockScores(NamedTuple):
-    """The keys of one block for each anchor.
-
-    Attributes:
-      index: [batch, BLOCK] int32 indices into the keys: the batch's first, then the queue's slots.
-      similarity: [batch, BLOCK] float32 similarities to the anchor.
-      weight: [batch, BLOCK] float32 weights, 0 beyond the last key.
-      candidate: [batch, BLOCK] bool, true for existing keys that may be negatives.
-    """
-
-    index: jax.Array
-    similarity: jax.Array
-    weight: jax.Array
-    candidate: jax.Array
 
 
 class KeyBlocks:
@@ -90,8 +73,13 @@ class KeyBlocks:
             weight, best = self._split.rows(weight), self._split.rows(best)
         return weight, best
 
-    def scores(self, block: jax.Array) -> BlockScores:
-        """Returns the keys of one block for each anchor, of [batch] int32 numbers of blocks."""
+    def scores(self, block: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Returns the keys of one block for each anchor, of [batch] int32 numbers of blocks.
+
+        That is [batch, BLOCK] int32 indices into the keys, the batch's first, then the queue's
+        slots; their float32 similarities to the anchor, and weights, 0 beyond the last key; and
+        bool, true for existing keys that may be negatives.
+        """
         batch = self._anchor.shape[0]
         batch_blocks = -(-batch // BLOCK)
         column = jnp.arange(BLOCK, dtype=jnp.int32)[None, :]
@@ -121,12 +109,7 @@ class KeyBlocks:
             exists = jnp.where(in_queue, slot < size, exists)
             index = jnp.where(in_queue, batch + slot, index)
         weight, candidate = self._weigh(similarity, self.positive[:, None], *apart(same, known))
-        return BlockScores(
-            index=index,
-            similarity=similarity,
-            weight=jnp.where(exists, weight, 0.0),
-            candidate=exists & candidate,
-        )
+        return index, similarity, jnp.where(exists, weight, 0.0), exists & candidate
 
     def _reduce(self, similarity, key_id, matches):
         """Returns the weights and best similarities, [blocks, batch], of [keys, batch] scores."""

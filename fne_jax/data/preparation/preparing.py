@@ -222,7 +222,7 @@ def _finish(
     kept = [shard for shard in shards if lengths[shard.key]]
     named = {}
     for number, shard in enumerate(kept):
-        name = storage.records_name(number, len(kept))
+        name = f"{storage.RECORDS}.array_record-{number:05}-of-{len(kept):05}"
         # Linked, for the folder goes if the rest fails, as on a full disk.
         _link(shard.records_in(scratch), folder / name, os.replace)
         _link(shard.outcomes_in(scratch), shard.outcomes_in(folder), os.replace)

@@ -34,6 +34,7 @@ ABOUT_FILE = "prepared.json"
 SKIPPED_FILE = "skipped.json"
 _INPUTS_FILE = "inputs.arrow"
 _DATASET, _IMAGES = "captioned_images", "images"  # TFDS's names for the dataset and its split
+RECORDS = f"{_DATASET}-{_IMAGES}"  # how its files of records begin
 _ADVICE = "delete that folder and prepare the dataset again (`python -m fne_jax.prepare`)"
 _ROWS_PER_BATCH = 65_536
 _OTHER_FILES = 1024  # that a process may hold open beside those of records, each of which stays
@@ -254,11 +255,6 @@ def write_notes(
         },
     }
     write_atomically(folder / ABOUT_FILE, json.dumps(about, indent=2) + "\n")
-
-
-def records_name(number: int, count: int) -> str:
-    """Returns TFDS's name of a file of records."""
-    return f"{_DATASET}-{_IMAGES}.array_record-{number:05}-of-{count:05}"
 
 
 def table_name(split: str) -> str:

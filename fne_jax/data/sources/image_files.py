@@ -13,7 +13,6 @@ import unicodedata
 from collections.abc import Sequence
 
 import fsspec
-from etils import epath
 
 from fne_jax.errors import UserError
 
@@ -46,11 +45,6 @@ class MadeImage(abc.ABC):
 
 
 AnyImageFile = str | os.PathLike | MadeImage
-
-
-def read_bytes(image: AnyImageFile) -> bytes:
-    """Returns the content of an image's file; raises OSError if it cannot be read."""
-    return image.read() if isinstance(image, MadeImage) else epath.Path(image).read_bytes()
 
 
 def file_of(image: AnyImageFile) -> str:
