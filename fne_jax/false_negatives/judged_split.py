@@ -135,7 +135,9 @@ def embed(
 def caption_bank(model: Model, dataset: PairDataset) -> np.ndarray:
     """Returns the [captions, width] embeddings of captions by a run's momentum encoder."""
     tokens = model.tokenize_split(dataset, model.config.evaluation.text_length)
-    return model.embedder.captions(model.momentum_params, tokens)
+    # Frozen parts have no momentum copy, so what is kept of them serves here too.
+    kept = model.with_kept(dataset, tokens).kept.get("text")
+    return model.embedder.captions(model.momentum_params, tokens, kept)
 
 
 def _about(model, dataset):

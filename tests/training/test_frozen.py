@@ -20,6 +20,7 @@ from fne_jax.encoders.low_rank import LowRankDense, merge_factors
 from fne_jax.encoders.towers import build_dual_encoder
 from fne_jax.encoders.transformer import TransformerLayer
 from fne_jax.errors import UserError
+from fne_jax.false_negatives.judged_split import caption_bank
 from fne_jax.model import checkpoints, kept_features
 from fne_jax.model.model import build_model, load_workdir
 from fne_jax.parallel import sharding
@@ -203,6 +204,15 @@ def test_a_run_on_kept_features_is_bit_identical(tmp_path, fields):
     mine, theirs = model.embed_split(val), other.embed_split(val)
     np.testing.assert_array_equal(mine.image_emb, theirs.image_emb)
     np.testing.assert_array_equal(mine.text_emb, theirs.text_emb)
+    # Nor by the momentum encoder, which has the frozen part of the other.
+    passes, of_texts = [], model.embedder._texts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            model.embedder, "_texts", lambda *given: passes.append(given[-1]) or of_texts(*given)
+        )
+        bank = caption_bank(model, val)
+    assert passes[0] is not None
+    np.testing.assert_array_equal(bank, caption_bank(other, val))
     assert {f: f.stat().st_mtime_ns for folder in folders for f in folder.iterdir()} == written
     # New images and texts go through all layers.
     np.testing.assert_allclose(
