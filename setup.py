@@ -68,6 +68,8 @@ setuptools.setup(
             "onnxscript>=0.7.2",
             "onnxruntime>=1.32.0",
         ],
+        # Scores a run on the tasks of MTEB and MIEB.
+        "mteb": ["mteb>=2.26.24"],
         # The matches of ECCV Caption and CxC, for `evaluate --protocol`.
         "eccv": ["eccv_caption>=0.1.0"],
         # An engine of `search --index`.
