@@ -1,21 +1,34 @@
-"""Other packages beside this one: MTEB scores its runs.
+"""Other packages beside this one: MTEB scores its runs, and it scores models of theirs.
 
 They are not among the suite's own packages; .ci/run installs them for these tests.
 """
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from fne_jax import configuration, evaluate
+from fne_jax import configuration, convert, evaluate
 from fne_jax.errors import UserError
 from fne_jax.evaluation.results import read_values
 from fne_jax.model.model import load_workdir
 from fne_jax.training.loop import train_and_evaluate
+from tests.support import TOP, pages_of_docs
 from tests.support.tiny import write_karpathy
 
 pytestmark = pytest.mark.slow
+# torchvision's operators lack their code beside a torch without CUDA, and its import fails then.
+OPERATORS = """
+import importlib.util, torch
+if importlib.util.find_spec("torchvision") and not torch.version.cuda:
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+exec(OPERATORS)
 REASON = "not among the suite's own packages: .ci/run"
 mteb = pytest.importorskip("mteb", reason=REASON)
 MtebEncoder = pytest.importorskip("fne_jax.conversion.mteb_encoder").MtebEncoder
@@ -132,3 +145,40 @@ def test_another_checkpoint_has_results_of_its_own(run):
     metas = [MtebEncoder(run[0], step).mteb_model_meta for step in [*steps, "latest"]]
     assert {meta.name for meta in metas} == {"fne-jax/run"}
     assert len({meta.revision for meta in metas}) == len(metas) - 1 > 1
+
+
+# What a block of the page names, and what is named here instead.
+INSTEAD = {
+    "sentence_transformers": {'"clip-ViT-B-32"': '"exported", trust_remote_code=True'},
+    "open_clip": {'"ViT-B-32", "laion2b_s34b_b79k"': '"tiny", None', '"ViT-B-32"': '"tiny"'},
+}
+# A model of random weights.
+TINY = "import open_clip\nopen_clip.add_model_config('tiny.json')\n"
+SIZES = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.mark.parametrize("package", list(INSTEAD))
+def test_a_model_of_another_package_is_scored(run, package):
+    pytest.importorskip(package, reason=REASON)
+    folder = run[0].parent
+    out, scores = folder / package, folder / f"{package}.json"
+    convert.main(["order", f"--config={folder / 'config.py'}", f"--out={out}"])
+    convert.main(["export", f"--workdir={run[0]}", f"--out={folder / 'exported'}"])
+    (folder / "tiny.json").write_text(json.dumps(SIZES))
+    blocks = pages_of_docs.blocks(TOP / "docs" / "evaluation.md")
+    code = "\n".join(b.code for b in blocks if "names.json" in b.code or package in b.code)
+    instead = {'"theirs"': f'"{package}"', '"DIR/images"': '"data/images"', **INSTEAD[package]}
+    for name, here in instead.items():
+        assert name in code
+        code = code.replace(name, here)
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules")}
+    command = [sys.executable, "-c", OPERATORS + TINY * (package == "open_clip") + code]
+    subprocess.run(command, cwd=folder, env=environment, check=True)
+    evaluate.main([f"--embeddings={out}", f"--out={scores}"])
+    if package == "sentence_transformers":
+        assert values(scores) == values(folder / "ours.json")
+    assert np.std(np.load(out / "image_embeddings.npy"), axis=0).min() > 0
