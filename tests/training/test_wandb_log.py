@@ -1,4 +1,4 @@
-"""W&B gets the scalars of TensorBoard, and fails alone. A fake stands for the package."""
+"""W&B gets the scalars of TensorBoard, and fails alone. A fake stands for the package but once."""
 
 import importlib
 import json
@@ -106,6 +106,18 @@ def test_training_writes_what_metrics_jsonl_has(tmp_path, fake):
         for name, value in line.items():
             assert scalars[tensorboard_tag(name)] == pytest.approx(value)
     assert len(fake.finished) == 1
+
+
+@pytest.mark.slow
+def test_the_package_itself_takes_both_parts_of_a_run(tmp_path, monkeypatch, caplog):
+    wandb = pytest.importorskip("wandb", reason="not among the suite's own packages: .ci/run")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    write(tmp_path / "run", 0, (1, 2, 3))
+    write(tmp_path / "run", 3, (4, 5))
+    wandb.teardown()  # with all files whole
+    parts = [path.read_bytes() for path in sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))]
+    assert [tensorboard_tag("eval_rsum").encode() in part for part in parts] == [True, True]
+    assert "nothing more is written" not in caplog.text
 
 
 def test_a_missing_package_is_told_before_anything_is_written(tmp_path, monkeypatch):
