@@ -82,8 +82,6 @@ setuptools.setup(
         "study": ["scikit-learn>=1.9.1"],
         # Fits a detector to verdicts, for `audit --verdicts`.
         "fitted": ["scikit-learn>=1.9.1"],
-        # TensorBoard's page for what `config.logging.profile_step` writes.
-        "profile": ["xprof>=2.24.2"],
         # Gets the scalars of TensorBoard too, for `config.logging.wandb`.
         "wandb": ["wandb>=0.31.0"],
         # Compiles for TPUs that are not there; jax[tpu] names the versions that go with jax.
