@@ -115,6 +115,13 @@ def test_extras_and_scripts_are_there():
                         assert f'"{name}": [' in setup, f"{block.page}:{block.line}: {name}"
                 if word.startswith("launch/"):
                     assert (TOP / word).exists(), f"{block.page}:{block.line}: {word}"
+    contributing = (TOP / "CONTRIBUTING.md").read_text("utf-8")
+    table = re.findall(r"^\| (`.*?) \| .* \| (.*) \|$", contributing, re.MULTILINE)
+    named = [name for extras, _ in table for name in re.findall("`(.*?)`", extras)]
+    extras = re.findall(r'^        "([\w-]+)": \[', setup.split("extras_require")[1], re.MULTILINE)
+    assert sorted(named) == sorted(extras)
+    for path in re.findall(r"`((?:tests|launch)/.*?)`", str(table)):
+        assert (TOP / path).exists(), path
 
 
 def test_the_readme_is_short():
