@@ -27,7 +27,7 @@ def get_config():
     config.optimizer.learning_rate = 1.13e-4
     config.optimizer.warmup_epochs = 0.5
 
-    # On v5e:4x4 this takes 10.4 of 16 GB, and matrix products bound the step at an MFU of 86 %;
-    # with "products" (15.5 GB) memory traffic does, at 80 %. By fne_jax.plan, not measured.
+    # By fne_jax.plan this takes 6.3 of 16 GB on v5e:4x4, and matrix products bound the step, at an
+    # MFU of 84 % (docs/benchmarks.md). Not measured.
     config.encoder.remat = "attention"
     return config

@@ -3,8 +3,8 @@
 Small batches, a warm-up with the hardest negative, and FNE as published, prior included. The towers
 are pretrained separately, then aligned with `clip` for an epoch, as the hardest negative would
 collapse the embeddings otherwise. The encoders are smaller than the paper's, and the learning rate
-higher. docs/study.md has the commands; `fne`, seed 0: rSum 92.2 on
-1,000 test images, one x86-64 core, not timed.
+higher. docs/study.md has the commands; `fne`, seed 0: rSum 92.2 on 1,000 test images, one x86-64
+core, not timed.
 """
 
 from configs import shapes_sparse
