@@ -35,15 +35,14 @@ def main(arguments: list[str]) -> None:
     tables = summary.markdown(results, options.baseline)
     for end, content in {
         ".md": tables,
-        ".csv": summary.summary_csv(results, options.baseline),
         "_runs.csv": summary.runs_csv(results),
         ".png": figure.study_figure(results),
     }.items():
-        path = workdir / f"{options.name}{end}"
+        path = workdir / f"study{end}"
         with as_user_error(f"{path}: cannot be written"):
             write_atomically(path, content)
     print(f"\n{tables}")
-    print(f"written to {workdir / options.name}.md, .csv, _runs.csv and .png")
+    print(f"written to {workdir / 'study'}.md, _runs.csv and .png")
     if failures:
         raise UserError("these could not be trained:\n  " + "\n  ".join(failures))
 
@@ -71,7 +70,6 @@ def _parse(arguments):
         "--baseline",
         help="objective to compare with; by default hardest if it is in the list, else the first",
     )
-    parser.add_argument("--name", default="study", help="of the files with the tables")
     parser.add_argument(
         "--report-only", action="store_true", help="train nothing; tabulate the finished runs"
     )

@@ -36,28 +36,16 @@ def split_candidates(split: EmbeddedSplit, *, seed: int) -> dict[str, Pairs]:
     query = rng.permutation(len(images))[:QUERIES]
     groups = images[query], split.caption_image
     caption, similarity = top_k(split.image_emb[query], split.text_emb, max(HARDEST), groups)
-    image = np.broadcast_to(query[:, None], caption.shape)
-    found = hardest_pairs("i2t", Pairs(caption, image, similarity))
+    candidates = {"i2t": Pairs(caption, np.broadcast_to(query[:, None], caption.shape), similarity)}
     query = rng.permutation(len(split.text_emb))[:QUERIES]
     groups = split.caption_image[query], images
     image, similarity = top_k(split.text_emb[query], split.image_emb, max(HARDEST), groups)
-    caption = np.broadcast_to(query[:, None], image.shape)
-    return found | hardest_pairs("t2i", Pairs(caption, image, similarity))
-
-
-def hardest_pairs(direction: str, candidates: Pairs) -> dict[str, Pairs]:
-    """Returns by `<direction>_hardest_<count>` the hardest of each query, for each of `HARDEST`.
-
-    Args:
-      direction: `i2t` or `t2i`.
-      candidates: Columns of the shape [queries, candidates], the hardest first; of a similarity of
-        -inf where a query has no further one.
-    """
-    found = {}
-    for count in HARDEST:
-        pairs = candidates[:, :count]
-        found[f"{direction}_hardest_{count}"] = pairs[np.isfinite(pairs.similarity)]
-    return found
+    candidates["t2i"] = Pairs(np.broadcast_to(query[:, None], image.shape), image, similarity)
+    return {
+        f"{direction}_hardest_{count}": pairs[:, :count][np.isfinite(pairs.similarity[:, :count])]
+        for direction, pairs in candidates.items()
+        for count in HARDEST
+    }
 
 
 def quality(
@@ -69,7 +57,7 @@ def quality(
 
     Args:
       judges: What judges pairs, by the names of the detectors.
-      candidates: What `hardest_pairs` returned.
+      candidates: What `split_candidates` returned.
       is_true: Takes [n] captions and [n] images and returns whether they match in truth.
 
     Returns:

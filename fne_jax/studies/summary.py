@@ -158,28 +158,10 @@ def runs_csv(results: Results) -> str:
         for cell, of in results.items()
         for seed, result in sorted(of.items())
     ]
-    return _csv(["objective", "variant", "seed", *names], rows)
-
-
-def summary_csv(results: Results, baseline: str) -> str:
-    """Returns a line for each cell and metric: its estimate, and its difference to the baseline.
-
-    The difference is over the seeds that both have, `common_seeds` in number.
-    """
-    rows = []
-    for cell in results:
-        for name in COLUMNS:
-            value = estimate(results, cell, name)
-            if value is None:
-                continue
-            row = [cell.objective, cell.variant, name, value.mean, value.deviation, value.count]
-            other = cell.baseline(baseline)
-            gap = None if other == cell else difference(results, cell, other, name)
-            rows.append(
-                row + ([None] * 3 if gap is None else [gap.mean, gap.half_width, gap.count])
-            )
-    header = ["objective", "variant", "metric", "mean", "deviation", "seeds"]
-    return _csv([*header, "difference", "half_width", "common_seeds"], rows)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerows([["objective", "variant", "seed", *names], *rows])
+    return stream.getvalue()
 
 
 def _shown(name, value, spread, sign=""):
@@ -198,12 +180,3 @@ def _table(metrics, rows):
     yield "| " + " | ".join(header) + " |"
     yield "|" + "---|" + "--:|" * (len(header) - 1)
     yield from ("| " + " | ".join(row) + " |" for row in rows)
-
-
-def _csv(header, rows):
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(header)
-    # NaN is all that does not equal itself: the deviation of a single seed.
-    writer.writerows([["" if value != value else value for value in row] for row in rows])
-    return stream.getvalue()

@@ -218,20 +218,11 @@ def test_the_tables_hold_what_the_runs_measured(finished):
         for folder in workdir.glob("*/seed*")
     }
     assert len(stored) == 4
-    gaps = [
-        stored["fne", f"seed{seed}"]["complete_t2i_r1"]
-        - stored["hardest", f"seed{seed}"]["complete_t2i_r1"]
-        for seed in (0, 1)
-    ]
-    lines = (workdir / "study.csv").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith("fne,,complete_t2i_r1,")]
-    values = [float(value) for value in line.split(",")[3:]]
     ours = [stored["fne", f"seed{seed}"]["complete_t2i_r1"] for seed in (0, 1)]
-    expected = [np.mean(ours), np.std(ours, ddof=1), 2, np.mean(gaps)]
-    np.testing.assert_allclose(values[:4], expected)
-    assert len((workdir / "study_runs.csv").read_text().splitlines()) == 5
+    shown = f"{np.mean(ours):.1f} ± {np.std(ours, ddof=1):.1f}"
     table = (workdir / "study.md").read_text()
-    assert "| fne less hardest |" in table
+    assert f"| fne | 0, 1 | {shown} |" in table and "| fne less hardest |" in table
+    assert len((workdir / "study_runs.csv").read_text().splitlines()) == 5
     assert (workdir / "study.png").stat().st_size > 10_000
 
 
@@ -382,8 +373,6 @@ def test_cells_of_other_seeds_are_compared_over_the_common_ones():
     assert "| fne less hardest | 0, 2 | +5.0 ± 0.1 * |" in lines
     assert "| random less hardest | 0 to 2 | +0.3 ± 2.9 |" in lines
     assert "* marks the 1 of 2 that exclude 0; if nothing differed, 5 % would." in lines
-    table = summary.summary_csv(results, "hardest").splitlines()
-    assert table[2].startswith("fne,,rsum,") and table[2].endswith(",2") and ",2,5.01," in table[2]
 
 
 def test_only_columns_that_are_there_are_explained():
@@ -477,19 +466,6 @@ def test_the_judged_candidates_are_those_of_the_memory(finished):
     assert result["density"] == pytest.approx(truth.mean())
     assert result["mean_posterior"] == pytest.approx(posterior.mean(), rel=1e-5)
 
-    # The hardest of each anchor by a plain sort, judged by what is equal.
-    image_emb = model.embedder.images(model.params, train)[:30]
-    similarity = image_emb @ queue.text.T
-    similarity[queue.image_id[None, :] == np.arange(30)[:, None]] = -np.inf
-    chosen = queue.pair_id[np.argsort(-similarity, axis=1)[:, :1]]
-    is_true = matrix[np.arange(30)[:, None], chosen]
-    of_detector = result["detectors"]["identical"]["i2t_hardest_1"]
-    assert of_detector["density"] == pytest.approx(is_true.mean())
-    texts = [
-        {train.captions[c] for c in np.flatnonzero(train.caption_image == i)} for i in range(30)
-    ]
-    same = [train.captions[chosen[i, 0]] in texts[i] for i in range(30)]
-    assert of_detector["mean_probability"] == pytest.approx(np.mean(same))
     empty = model.queue.replace(image_id=np.full(40, -1, np.int32))
     assert detector.measure(dataclasses.replace(model, queue=empty), train) == {}
 
