@@ -15,7 +15,7 @@ from fne_jax.data.tables import safe_cell
 from fne_jax.errors import UserError
 from fne_jax.false_negatives.detectors import DETECTORS
 from fne_jax.false_negatives.judged_split import JudgedSplit
-from fne_jax.false_negatives.suspects import RANKINGS, Suspects, heeded, precision_text
+from fne_jax.false_negatives.suspects import Suspects, heeded, precision_text
 from fne_jax.false_negatives.wrong_labels import SCORE
 from fne_jax.report import example_cards, html
 
@@ -65,7 +65,7 @@ def write_audit(
         about |= {
             "least": suspects.least,
             "per_query": suspects.per_query,
-            "rank_by": RANKINGS[suspects.rank_by],
+            "rank_by": "by the detector's probability, then by its score",
             "detector": suspects.detector,
             "description": DETECTORS[suspects.detector].description,
             "score": DETECTORS[suspects.detector].score,

@@ -99,7 +99,7 @@ class JudgedSplit(EmbeddedSplit):
     @functools.cached_property
     def hardest(self) -> np.ndarray:
         """[n] int64, rising, `caption * images + image` of the `HARDEST` of each of either."""
-        pairs = unlabelled_pairs(self, per_query=HARDEST, relative=False)
+        pairs = unlabelled_pairs(self, HARDEST)
         return np.sort(pairs.caption * len(self.image_emb) + pairs.image)
 
 

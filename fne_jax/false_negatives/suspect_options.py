@@ -16,7 +16,7 @@ from fne_jax.false_negatives.suspects import Suspects
 
 _PER_QUERY = 5
 # What does not go with labelled pairs, where a command has it.
-_OF_UNLABELLED = ("per_query", "detector", "fitted", "min_probability", "rank_by", "matches")
+_OF_UNLABELLED = ("per_query", "detector", "fitted", "min_probability", "matches")
 _OF_UNLABELLED += ("sample", "for_evaluation")
 _log = logging.getLogger(__name__)
 
@@ -57,12 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="least probability of a pair; config.fne.posterior_threshold by default",
     )
-    parser.add_argument(
-        "--rank-by",
-        choices=list(suspects.RANKINGS),
-        default="probability",
-        help="; ".join(f"{name}: {meaning}" for name, meaning in suspects.RANKINGS.items()),
-    )
 
 
 def check(options: argparse.Namespace) -> None:
@@ -72,7 +66,7 @@ def check(options: argparse.Namespace) -> None:
       UserError: naming one that is out of its range.
     """
     for name in _OF_UNLABELLED if options.labels else ():
-        if getattr(options, name, None) not in (None, "probability"):
+        if getattr(options, name, None) is not None:
             raise UserError(f"--{name.replace('_', '-')} does not go with --labels")
     for name in ("per_query", "limit"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -128,7 +122,6 @@ def find(options: argparse.Namespace, judged: JudgedSplit) -> Suspects:
     return suspects.find_suspects(
         judged,
         per_query=options.per_query or _PER_QUERY,
-        rank_by=options.rank_by,
         detector=options.detector,
         least=options.min_probability,
     )

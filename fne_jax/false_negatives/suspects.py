@@ -15,11 +15,6 @@ from fne_jax.false_negatives.judged_split import JudgedSplit
 from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY, write_likely_matches
 from fne_jax.false_negatives.unlabelled import unlabelled_pairs
 
-# By what pairs are ranked.
-RANKINGS = {
-    "lead": "by how far the caption is more similar to that image than to its own",
-    "probability": "by the detector's probability, then by its score",
-}
 # Stands for a detector where labelled pairs are suspected not to match.
 LABELS = "labels"
 # Pairs that the precision is measured over, and random ones that it is compared with.
@@ -35,7 +30,6 @@ class Suspects:
       detector: A key of `DETECTORS`, or `LABELS`.
       least: The least probability that was asked for.
       per_query: How many pairs of each caption and of each image were looked at.
-      rank_by: A key of `RANKINGS`.
       refuted: How many pairs were left out since people say that they are no such find.
     """
 
@@ -43,7 +37,6 @@ class Suspects:
     detector: str
     least: float = 0.0
     per_query: int = 0
-    rank_by: str = "probability"
     refuted: int = 0
 
     @property
@@ -63,19 +56,16 @@ def find_suspects(
     judged: JudgedSplit,
     *,
     per_query: int,
-    rank_by: str,
     detector: str | None = None,
     least: float | None = None,
 ) -> Suspects:
     """Returns the pairs that a detector gives a probability of `least` or more.
 
-    The pairs that it judges are the most similar ones of each caption and of each image, or those
-    of the largest lead if they are ranked by that.
+    The pairs that it judges are the most similar ones of each caption and of each image.
 
     Args:
       judged: The split.
       per_query: How many pairs of each caption, and of each image, to look at.
-      rank_by: A key of `RANKINGS`.
       detector: A key of `DETECTORS`; None for the best that is there.
       least: The least probability; None for `config.fne.posterior_threshold`.
 
@@ -84,12 +74,12 @@ def find_suspects(
     """
     detector = detectors.best_available(judged) if detector is None else detector
     judge = detectors.judge_by(detector, judged)
-    pairs = judge(unlabelled_pairs(judged, per_query=per_query, relative=rank_by == "lead"))
+    pairs = judge(unlabelled_pairs(judged, per_query))
     least = judged.config.fne.posterior_threshold if least is None else least
     # What the detector does not tell apart stays in the order of similarity.
-    order = _order(pairs, judged, rank_by)
+    order = _order(pairs)
     order = order[pairs.probability[order] >= least]
-    return Suspects(pairs[order], detector, least, per_query, rank_by)
+    return Suspects(pairs[order], detector, least, per_query)
 
 
 def write_matches(
@@ -155,16 +145,11 @@ def heed_verdicts(suspects: Suspects, judged: JudgedSplit, said: Pairs) -> Suspe
         return judge(pairs.replace(similarity=judged.similarity(pairs.caption, pairs.image)))
 
     pairs, refuted = suspects.pairs.heeding(said, judge_confirmed)
-    return dataclasses.replace(
-        suspects, pairs=pairs[_order(pairs, judged, suspects.rank_by)], refuted=refuted
-    )
+    return dataclasses.replace(suspects, pairs=pairs[_order(pairs)], refuted=refuted)
 
 
-def _order(pairs, judged, rank_by):
+def _order(pairs):
     """Returns the rows of pairs, the most suspect first, those that are equal as they stand."""
-    if rank_by == "lead":
-        lead = pairs.similarity - judged.own_similarity[pairs.caption]
-        return np.argsort(-lead, kind="stable")
     return np.lexsort((-pairs.score, -pairs.probability))
 
 

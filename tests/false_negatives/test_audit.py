@@ -31,24 +31,22 @@ from tests.support.planted import judged_split
 from tests.support.tiny import tiny_config
 
 
-@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("per_query", [2, 9])
-def test_pairs_against_a_plain_version(monkeypatch, relative, per_query):
+def test_pairs_against_a_plain_version(monkeypatch, per_query):
     monkeypatch.setattr(top_k_lib, "BLOCK_ROWS", 4)
     rng = np.random.default_rng(0)
     image_emb, text_emb, owner = unit_rows(rng, 5, 3), unit_rows(rng, 11, 3), np.arange(11) % 5
     split = EmbeddedSplit(image_emb, text_emb, owner, np.arange(5), np.arange(11))
-    pairs = unlabelled_pairs(split, per_query=per_query, relative=relative)
+    pairs = unlabelled_pairs(split, per_query)
     similarity = text_emb @ image_emb.T
     own = similarity[np.arange(11), owner]
-    score = similarity - own[:, None] * relative
     others = [(c, i) for c in range(11) for i in range(5) if owner[c] != i]
     kept = set()
     for axis, count in ((0, 11), (1, 5)):
         for query in range(count):
             of_query = [pair for pair in others if pair[axis] == query]
-            kept |= set(sorted(of_query, key=lambda pair: -score[pair])[:per_query])
-    expected = sorted(kept, key=lambda pair: -score[pair])
+            kept |= set(sorted(of_query, key=lambda pair: -similarity[pair])[:per_query])
+    expected = sorted(kept, key=lambda pair: -similarity[pair])
     assert list(zip(pairs.caption, pairs.image, strict=True)) == expected
     np.testing.assert_allclose(pairs.similarity, [similarity[p] for p in expected], atol=1e-6)
     np.testing.assert_allclose(split.own_similarity, own, atol=1e-6)
@@ -59,7 +57,7 @@ def test_embeddings_that_are_not_finite():
     with pytest.raises(ValueError, match="text_emb"):
         rows = np.arange(2)
         split = EmbeddedSplit(np.eye(3, dtype=np.float32)[:2], text_emb, rows, rows, rows)
-        unlabelled_pairs(split, per_query=1, relative=False)
+        unlabelled_pairs(split, 1)
 
 
 def about(suspected):
@@ -184,7 +182,7 @@ def judged(split, stats, **fne):
 
 
 def test_nothing_is_suspected_before_the_count_that_the_loss_asks_for():
-    split, settings = hostile_split(), {"per_query": 2, "rank_by": "probability", "least": 0.0}
+    split, settings = hostile_split(), {"per_query": 2, "least": 0.0}
     settings["detector"] = "gaussians"
     few = judged(split, statistics(count=30), fne__min_count=30)
     with pytest.raises(
@@ -200,7 +198,7 @@ def test_nothing_is_suspected_before_the_count_that_the_loss_asks_for():
 def test_what_ranks():
     split = judged(hostile_split(), statistics(), fne__prior=0.3)
     settings = {"per_query": 3, "least": 0.0}
-    found = suspects.find_suspects(split, rank_by="probability", **settings)
+    found = suspects.find_suspects(split, **settings)
     assert found.detector == "words"  # its captions are of one image each twice
     keys = list(zip(found.pairs.probability, found.pairs.score, strict=True))
     assert keys == sorted(keys, reverse=True) and len(set(keys)) > 5
@@ -209,15 +207,11 @@ def test_what_ranks():
     np.testing.assert_array_equal(again.score, found.pairs.score)
     np.testing.assert_array_equal(again.nearest, found.pairs.nearest)
 
-    by_lead = suspects.find_suspects(split, rank_by="lead", detector="gaussians", **settings)
-    lead = by_lead.pairs.similarity - split.own_similarity[by_lead.pairs.caption]
-    assert (np.diff(lead) <= 1e-6).all() and (np.diff(by_lead.pairs.score) > 0).any()
-
 
 def test_what_reviewers_say(tmp_path):
     split = hostile_split()
     of_split = judged(split, statistics(), fne__prior=0.3)
-    found = suspects.find_suspects(of_split, per_query=3, rank_by="probability", least=0.0)
+    found = suspects.find_suspects(of_split, per_query=3, least=0.0)
     pairs = found.pairs.rows()
 
     def verdict(number, said, reviewer="anna"):
@@ -255,7 +249,7 @@ def test_the_precision_is_on_the_page(tmp_path, monkeypatch):
     truth = SceneTruth(np.zeros((7, 3, 6), int), np.zeros((14, 9), int))
     monkeypatch.setattr(SceneTruth, "is_true", lambda self, caption, image: caption % 2 == 0)
     of_split = judged(dataclasses.replace(split, truth=truth), statistics(), fne__prior=0.3)
-    found = suspects.find_suspects(of_split, per_query=3, rank_by="probability", least=0.0)
+    found = suspects.find_suspects(of_split, per_query=3, least=0.0)
     quality = suspects.detector_quality(of_split)
     audit_pages.write_audit(tmp_path, of_split, found, limit=20, quality=quality)
     text = (tmp_path / "index.html").read_text()
@@ -293,7 +287,7 @@ def test_precision_counts_what_is_in_truth_a_match(monkeypatch):
         (["--workdir=x", f"--out={__file__}"], "test_audit.py is a file; expected a folder"),
         (["--workdir=x", f"--matches={__file__}/a.npz"], "test_audit.py is a file; expected a fol"),
         (["--workdir=x", "--matches=a.npz", "--out=y"], "--matches takes no --out"),
-        (["--workdir=x", "--labels", "--rank-by=lead"], "--rank-by does not go with --labels"),
+        (["--workdir=x", "--labels", "--per-query=3"], "--per-query does not go with --labels"),
         (["--workdir=x", "--labels", "--matches=a.npz"], "--matches does not go with --labels"),
     ],
 )

@@ -21,7 +21,7 @@ def test_questions_of_suspects():
     dataset, rng = hostile_split(images=15), np.random.default_rng(0)
     emb = unit_rows(rng, 15, 4), unit_rows(rng, 30, 4), unit_rows(rng, 30, 4)
     split = judged_split(dataset, *emb)
-    found = find_suspects(split, per_query=3, rank_by="probability", least=0.0)
+    found = find_suspects(split, per_query=3, least=0.0)
     questions = questions_of_suspects(split, found, 20)
     assert [(one.caption, one.image) for one in questions] == found.pairs.rows()[:20]
     for index, question in enumerate(questions):
