@@ -98,7 +98,7 @@ def _parse(arguments):
         default="flickr30k",
         help="flickr30k: the whole split (by default); all: each that the split allows",
     )
-    parser.add_argument("--dump", help="folder to write embeddings, ids and top-50 lists into")
+    parser.add_argument("--dump", help="folder to write embeddings and ids into")
     parser.add_argument(
         "--verdicts",
         metavar="FILE",

@@ -5,9 +5,6 @@
 they are there: `image_id.npy` [images] and `caption_id.npy` [captions] integers (else the rows),
 `matches.npy` [images, captions] bool, every true match, `names.json` with `images`, what the source
 calls them, and the raw `captions`, and `parts.json`, by which parts of two dumps are told apart.
-
-One more is written and never read: `top50.npz` with `i2t` [images, 50] rows of captions and `t2i`
-[captions, 50] rows of images, the most similar first, and `i2t_similarity` and `t2i_similarity`.
 """
 
 from __future__ import annotations
@@ -25,11 +22,9 @@ import numpy as np
 
 from fne_jax.data.pairs import PairDataset, portable_name
 from fne_jax.errors import UserError
-from fne_jax.evaluation.top_k import top_k
-from fne_jax.files import write_atomically
+from fne_jax.files import as_user_error, write_atomically
 from fne_jax.model.embedded_split import EmbeddedSplit
 
-TOP = 50
 # Rows whose norm is this near to 1 are taken as they are.
 _UNIT = 1e-3
 _KINDS = ("image", "text")
@@ -38,7 +33,7 @@ _UNREADABLE = (
     *(OSError, ValueError, EOFError, MemoryError, SyntaxError),
     *(tokenize.TokenError, zipfile.BadZipFile),
 )
-_NAMES, _PARTS, _LISTS = "names.json", "parts.json", f"top{TOP}.npz"
+_NAMES, _PARTS = "names.json", "parts.json"
 # In the order in which they are written. An older dump's go first, so that a folder that a killed
 # dump leaves behind has no embeddings, or none of one side, and is refused.
 _ARRAYS = ("matches", "caption_id", "image_id", "caption_image", "text_embeddings")
@@ -55,16 +50,10 @@ def write_embeddings(folder: pathlib.Path, split: EmbeddedSplit) -> None:
     Raises:
       UserError: if the folder cannot be written to.
     """
-    i2t, i2t_similarity = top_k(split.image_emb, split.text_emb, TOP)
-    t2i, t2i_similarity = top_k(split.text_emb, split.image_emb, TOP)
-    lists = {"i2t": i2t, "t2i": t2i}
-    lists |= {"i2t_similarity": i2t_similarity, "t2i_similarity": t2i_similarity}
     arrays = _order(split.caption_image, split.image_id, split.caption_id, split.truth)
     arrays |= {"image_embeddings": split.image_emb, "text_embeddings": split.text_emb}
-    try:
-        _write(folder, arrays, split.dataset, lists)
-    except OSError as error:
-        raise UserError(f"--dump={folder}: cannot be written: {error}") from error
+    with as_user_error(f"--dump={folder}: cannot be written"):
+        _write(folder, arrays, split.dataset)
 
 
 def write_order(folder: pathlib.Path, dataset: PairDataset) -> None:
@@ -87,10 +76,8 @@ def write_order(folder: pathlib.Path, dataset: PairDataset) -> None:
             raise UserError(f"{path} already exists; give a folder without embeddings")
     truth = None if dataset.truth is None else dataset.truth.matrix()
     arrays = _order(dataset.caption_image, dataset.image_id, dataset.caption_id, truth)
-    try:
-        _write(folder, arrays, dataset, None)
-    except OSError as error:
-        raise UserError(f"--out={folder}: cannot be written: {error}") from error
+    with as_user_error(f"--out={folder}: cannot be written"):
+        _write(folder, arrays, dataset)
 
 
 def _order(caption_image, image_id, caption_id, truth):
@@ -99,14 +86,11 @@ def _order(caption_image, image_id, caption_id, truth):
 
 
 def _write(
-    folder: pathlib.Path,
-    arrays: Mapping[str, np.ndarray],
-    dataset: PairDataset | None,
-    lists: Mapping[str, np.ndarray] | None,
+    folder: pathlib.Path, arrays: Mapping[str, np.ndarray], dataset: PairDataset | None
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # What this dump does not have would be taken for its own.
-    for name in (_PARTS, *(f"{name}.npy" for name in reversed(_ARRAYS)), _LISTS, _NAMES):
+    for name in (_PARTS, *(f"{name}.npy" for name in reversed(_ARRAYS)), _NAMES):
         (folder / name).unlink(missing_ok=True)
     digests = {}
 
@@ -114,22 +98,15 @@ def _write(
         write_atomically(folder / name, content)
         digests[name] = hashlib.sha256(content).hexdigest()
 
-    if lists is not None:
-        write(_LISTS, _as_bytes(np.savez, **lists))
     if dataset is not None:
         names = {"images": list(dataset.source_image_id), "captions": list(dataset.captions)}
         write(_NAMES, (json.dumps(names) + "\n").encode())
     for name in _ARRAYS:
         if name in arrays:
-            write(f"{name}.npy", _as_bytes(np.save, arrays[name]))
+            stream = io.BytesIO()
+            np.save(stream, arrays[name])
+            write(f"{name}.npy", stream.getvalue())
     write_atomically(folder / _PARTS, json.dumps({"sha256": digests}, indent=2) + "\n")
-
-
-def _as_bytes(save, *arrays, **named):
-    """Returns what NumPy's `save` or `savez` writes."""
-    stream = io.BytesIO()
-    save(stream, *arrays, **named)
-    return stream.getvalue()
 
 
 def read_embeddings(folder: pathlib.Path) -> EmbeddedSplit:
@@ -251,10 +228,9 @@ def _rows_of(path, ids, wanted):
 
 
 def _read_json(path):
-    try:
+    errors = (OSError, ValueError, RecursionError)
+    with as_user_error(f"{path}: cannot be read as JSON", errors=errors):
         return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
 
 
 def _read_names(path, **counts):
@@ -283,11 +259,11 @@ def _check_parts(folder):
     for name in [*(f"{name}.npy" for name in _ARRAYS), _NAMES]:
         if name not in digests:
             continue
-        try:
-            with (folder / name).open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"{folder / name}: cannot be read: {error}") from error
+        with (
+            as_user_error(f"{folder / name}: cannot be read"),
+            (folder / name).open("rb") as stream,
+        ):
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != digests[name]:
             raise UserError(
                 f"{folder / name} is not the file that was written with the others of this "
