@@ -247,11 +247,10 @@ def _serve(
 
             app = create_app(review, {options.host, socket.gethostname()})
             signal_number = serving.serve(app, bound, stop_signals(), tell)
-            there, given = len(store.last(options.split)), store.given(options.split)
+            there = len(store.last(options.split))
     raise Interrupted(
         signal_number,
-        f"stopped; {there:,} verdicts on {options.split} are in {path}, "
-        f"{given:,} of them given in this session",
+        f"stopped; {there:,} verdicts on {options.split} are in {path}",
     )
 
 

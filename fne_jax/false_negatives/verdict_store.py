@@ -122,10 +122,8 @@ class VerdictStore:
     def __init__(self, path: pathlib.Path, *, read_only: bool = False):
         self.path = path
         self._lock = threading.Lock()
-        # The numbers of the rows that this object has added; none is ever given twice.
-        self._added: set[int] = set()
-        # What other connections had written, and what there was, as `news` saw it last.
-        self._version = self._count = self._newest = 0
+        # SQLite's number of what other connections have written, as `changed` saw it last.
+        self._version = 0
         # What the file is by its device and number, once it is open.
         self._opened: os.stat_result | None = None
         # Of a path's ancestors that may not be read, pathlib's own tests would raise.
@@ -176,8 +174,7 @@ class VerdictStore:
           UserError: if it cannot be written.
         """
         with self._told():
-            added = self._connection.execute(_INSERT, _row(verdict, imported=False)).lastrowid
-            self._added.add(added)
+            self._connection.execute(_INSERT, _row(verdict, imported=False))
 
     def take_back(self, reviewer: str, split: str) -> Verdict | None:
         """Removes a reviewer's newest verdict on a split that was not imported, and returns it.
@@ -193,14 +190,10 @@ class VerdictStore:
             row = self._connection.execute(
                 "DELETE FROM verdicts WHERE number = (SELECT number FROM verdicts WHERE reviewer = "
                 "? AND split = ? AND NOT imported ORDER BY number DESC LIMIT 1) "
-                f"RETURNING number, {_COLUMNS}",
+                f"RETURNING {_COLUMNS}",
                 (reviewer, split),
             ).fetchall()
-        if not row:
-            return None
-        number, *fields = row[0]
-        self._added.discard(number)
-        return Verdict(*fields)
+        return Verdict(*row[0]) if row else None
 
     def last(self, split: str | None = None) -> list[Verdict]:
         """Returns each reviewer's last verdict on each pair in each sample, the oldest first.
@@ -216,51 +209,16 @@ class VerdictStore:
             rows = self._connection.execute(f"{_LAST}{where}ORDER BY number", values).fetchall()
         return [Verdict(*row) for row in rows]
 
-    def news(self, split: str) -> list[Verdict] | None:
-        """Returns what was added since this was asked last, if another store has written to it.
-
-        This object's own verdicts since then are among them.
-
-        Args:
-          split: Of which split.
-
-        Returns:
-          The verdicts, the oldest first; None if some were taken back, for which see `last`.
+    def changed(self) -> bool:
+        """Returns whether another store has written to the file since this was asked last.
 
         Raises:
           UserError: if the file cannot be read.
         """
+        before = self._version
         with self._told():
-            version = self._connection.execute("PRAGMA data_version").fetchone()[0]
-            if version == self._version:
-                return []
-            # What is written after this changes the version again.
-            count, newest = self._connection.execute(
-                "SELECT count(*), coalesce(max(number), 0) FROM verdicts"
-            ).fetchone()
-            rows = self._connection.execute(
-                f"SELECT number, {_COLUMNS} FROM verdicts WHERE number > ? AND number <= ? "
-                "ORDER BY number",
-                (self._newest, newest),
-            ).fetchall()
-        own = {number for number in self._added if number > self._newest}
-        complete = count == self._count + len(rows) and own <= {number for number, *_ in rows}
-        self._version, self._count, self._newest = version, count, max(newest, self._newest)
-        verdicts = [Verdict(*row) for _, *row in rows]
-        return [one for one in verdicts if one.split == split] if complete else None
-
-    def given(self, split: str) -> int:
-        """Returns how many of the `last` verdicts on a split this object was told by `add`.
-
-        Raises:
-          UserError: if the file cannot be read.
-        """
-        with self._told():
-            rows = self._connection.execute(
-                f"SELECT number FROM verdicts WHERE number IN {_LAST_NUMBERS} AND split = ?",
-                (split,),
-            ).fetchall()
-        return sum(number in self._added for (number,) in rows)
+            self._version = self._connection.execute("PRAGMA data_version").fetchone()[0]
+        return self._version != before
 
     def import_verdicts(self, verdicts: Iterable[Verdict]) -> int:
         """Adds verdicts that the store does not have, all or none; returns how many these were.

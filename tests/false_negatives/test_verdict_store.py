@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import random
 import shutil
 import signal
 import sqlite3
@@ -50,41 +49,14 @@ def test_the_last_of_a_reviewer_counts_and_can_be_taken_back(tmp_path):
         assert store.last() == [berts]
 
 
-def test_given_counts_the_pairs_that_this_store_was_told_of(tmp_path):
-    with VerdictStore(tmp_path / "v.sqlite") as store:
-        store.add(FIRST)
-    with VerdictStore(store.path) as store, VerdictStore(store.path) as berts:
-        assert store.given("train") == 0
-        berts.add(other(reviewer="bert"))
-        store.import_verdicts([other(reviewer="cleo")])
-        for verdict in ("no_match", "unsure"):
-            store.add(other(verdict=verdict))
-        store.add(other(caption_id=71))
-        assert [store.given("train"), store.given("val"), berts.given("train")] == [2, 0, 1]
-        for left in (1, 1, 0, 0):
-            store.take_back("anna", "train")
-            assert store.given("train") == left
-
-
-def test_news_are_what_others_wrote_or_that_some_was_taken_back(tmp_path):
-    rng, heard = random.Random(3), {}
+def test_a_store_hears_of_what_others_write_or_take_back(tmp_path):
     with VerdictStore(tmp_path / "v.sqlite") as store, VerdictStore(store.path) as berts:
-        for caption in range(30):
-            by = rng.choice([store, berts])
-            reviewer = rng.choice(["anna", "bert"])
-            if rng.random() < 0.3:
-                by.take_back(reviewer, "train")
-            else:
-                by.add(other(caption_id=caption, reviewer=reviewer))
-            if by is store:  # which knows what it did
-                heard = {one.caption_id: one for one in store.last()}
-            elif rng.random() < 0.7:
-                news = store.news("train")
-                heard = heard if news is not None else {}
-                news = store.last() if news is None else news
-                heard |= {one.caption_id: one for one in news}
-                assert heard == {one.caption_id: one for one in store.last()}
-        assert heard and store.news("train") == []
+        assert store.changed() and not store.changed()  # at first all is new
+        store.add(FIRST)
+        assert not store.changed()
+        for write in (lambda: berts.add(other()), lambda: berts.take_back("anna", "train")):
+            write()
+            assert store.changed() and not store.changed()
 
 
 def test_importing_adds_what_is_new_and_never_what_is_older(tmp_path):

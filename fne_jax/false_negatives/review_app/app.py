@@ -304,12 +304,9 @@ class _Pages:
         return asked
 
     def _hear_others(self):
-        """Takes up what other servers have written since, however much there is from before."""
-        news = self._review.store.news(self._review.split)
-        if news is None:
+        """Takes up what other servers have written since."""
+        if self._review.store.changed():
             self._answers = self._read_answers()
-        for verdict in news or ():
-            self._answers.add(verdict)
 
     def _read_answers(self):
         review = self._review
