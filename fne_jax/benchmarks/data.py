@@ -44,9 +44,7 @@ def data_lines(sizes: Sequence[int], batches: int) -> Iterator[dict[str, Any]]:
     captions to tokenize and with their tokens kept (no model is built); `images_per_s` the rate of
     the batches after it. `..._mib` is the most memory of any one of the processes.
 
-    Args:
-      sizes: The numbers of training pairs, one caption an image.
-      batches: How many batches of 128 are read after the first.
+    An image has one caption; `batches` of 128 are read after the first.
     """
     for pairs in sizes:
         with tempfile.TemporaryDirectory() as folder:

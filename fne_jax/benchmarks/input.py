@@ -44,12 +44,6 @@ def input_pipeline(
     `images_per_s_per_core` is images in a second of processor time, which other programs on the
     machine do not change much. Starting the pipeline is included.
 
-    Args:
-      images: The number of images to render.
-      batch_size: The images in a batch.
-      batches: The batches in each measurement.
-      repeats: The measurements, whose median counts.
-
     Yields:
       A line for the pipeline, one for each of its stages, and one for what each kind of device
       needs.

@@ -38,19 +38,15 @@ def pytorch_step(
     FNE adds, statistics and sampling by weights, is left out. Nothing is computed again in the
     backward pass and nothing is compiled, whatever `config.encoder` says of ours.
 
-    Args:
-      config: As loaded.
-      precision: A key of `ATTENTIONS`.
-      steps: Steps in a window, which is waited for as a whole.
-      windows: Windows timed, after three steps that are not.
-      platform: "gpu" if there must be a GPU, "cpu" if none is to be used; None for what there is.
+    The precision is a key of `ATTENTIONS`. A window of steps is waited for as a whole; three steps
+    before the first are not timed. The platform is "gpu" if there must be a GPU, "cpu" if none is
+    to be used, None for what there is.
 
     Returns:
       Seconds a step of each window, and the most bytes that tensors took and that PyTorch held on
       the GPU (None on a CPU).
 
-    Raises:
-      UserError: if there is no GPU, or the config does not suit a made-up batch.
+    Raises UserError if there is no GPU, or the config does not suit a made-up batch.
     """
     available = torch.cuda.is_available()
     if platform == "gpu" and not available:

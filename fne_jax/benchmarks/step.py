@@ -26,8 +26,7 @@ _KERNEL = re.compile(r'custom_call_target="([^"]+)"')
 def training_on_one_device(config: ml_collections.ConfigDict) -> Training:
     """Returns the training of a config on the first device; neither data nor weights are read.
 
-    Raises:
-      UserError: if the config names known matches, or a pretrained source that is missing.
+    Raises UserError if the config names known matches, or a pretrained source that is missing.
     """
     return training_without_data(config, sharding.create_mesh(devices=jax.devices()[:1]))
 
@@ -56,18 +55,14 @@ def jax_step(config: ml_collections.ConfigDict, steps: int, windows: int) -> dic
 
     The batch stays on the device: no data is read.
 
-    Args:
-      config: As loaded; its mesh is not looked at.
-      steps: Steps in a window, which is waited for as a whole.
-      windows: Windows timed, after three steps that are not.
+    A window of steps is waited for as a whole; three steps before the first are not timed.
 
     Returns:
       Seconds a step of each window, bytes of the device's memory by the runtime's count (None
       where it has none) and by the compiler's, the kernels that XLA calls by name and how often
       the program does, and whether the last step changed the weights.
 
-    Raises:
-      UserError: if the config does not suit a made-up batch or the device.
+    Raises UserError if the config does not suit a made-up batch or the device.
     """
     step = _Step(config)
     seconds = window_seconds(step, lambda: jax.block_until_ready(step.state), steps, windows)

@@ -53,8 +53,7 @@ def compare(
       device's peak) and what it said of itself; how many times PyTorch's pairs a second ours are;
       the plan, and what was measured over what it says. What cannot be known is None.
 
-    Raises:
-      UserError: if the config does not suit a made-up batch.
+    Raises UserError if the config does not suit a made-up batch.
     """
     result = _about(config)
     parts = result["parts"]

@@ -36,11 +36,7 @@ KEY_CHUNK = 1024
 
 
 def strategy_lines(repeats: int) -> Iterator[dict[str, Any]]:
-    """Yields a line for each case and way to score its keys.
-
-    Args:
-      repeats: Timed calls of each.
-    """
+    """Yields a line for each case and way to score its keys."""
     for batch, queue_size, dim in CASES:
         for chunk in (None, KEY_CHUNK):
             yield strategy(batch, queue_size, dim, chunk, repeats)

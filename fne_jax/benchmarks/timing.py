@@ -18,9 +18,8 @@ def median_seconds(functions: Mapping[str, Callable[[], Any]], repeats: int) -> 
 
     Turns, rather than one after the other, so that a slow minute of the machine falls on all.
 
-    Args:
-      functions: called without arguments; each returns arrays, which are waited for.
-      repeats: calls of each that count, after one that compiles and one that warms up.
+    Each is called without arguments, and what it returns is waited for; a call that compiles and
+    one that warms up do not count.
     """
     for _ in range(2):
         for function in functions.values():
@@ -39,11 +38,7 @@ def window_seconds(
 ) -> list[float]:
     """Returns the wall time a call in each window of calls that are not waited for one by one.
 
-    Args:
-      run: Called three times before the first window.
-      wait: Returns once all calls are done.
-      steps: Calls in a window.
-      windows: The number of windows.
+    Three calls before the first window are not timed; `wait` returns once all calls are done.
     """
     for _ in range(3):
         run()

@@ -30,8 +30,7 @@ def check_five_thousand(images: int, protocol: str) -> None:
 def folds(split: EmbeddedSplit) -> Iterator[EmbeddedSplit]:
     """Yields the five thousands of images, in order, each with its captions.
 
-    Raises:
-      UserError: if there are not 5,000 images.
+    Raises UserError if there are not 5,000 images.
     """
     check_five_thousand(len(split.image_emb), "coco_1k")
     size = TEST_IMAGES // FOLDS
@@ -46,12 +45,8 @@ def extended_scores(split: EmbeddedSplit, source: str) -> dict[str, QueryScores]
     Candidates are the 5,000 images and 25,000 captions that the package ranks; further captions
     of the split are left out. Matches that are not among them count as not found.
 
-    Args:
-      split: COCO's test split, with COCO's ids, in any order.
-      source: Whose matches are taken, `eccv` or `cxc`.
-
-    Raises:
-      UserError: if the package is not installed, or any of its images or captions is missing.
+    The split is COCO's test split, with COCO's ids, in any order, and the source `eccv` or `cxc`.
+    Raises UserError if the package is not installed, or any of its images or captions is missing.
 
     References:
       Chun et al., ECCV Caption, ECCV 2022; Parekh et al., Crisscrossed Captions, EACL 2021.
@@ -75,13 +70,8 @@ def test_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the rows of the images and captions that `eccv_caption` ranks.
 
-    Args:
-      image_id: [images] ids of a split's images.
-      caption_id: [captions] ids of its captions.
-      protocol: The name of the protocol, for errors.
-
-    Raises:
-      UserError: if the package is not installed, or any of its images or captions is missing.
+    The ids are [images] and [captions]; the protocol is named in errors. Raises UserError if the
+    package is not installed, or any of its images or captions is missing.
     """
     coco = _package().coco_gts
     images = _rows("image", image_id, coco["i2t"], protocol)

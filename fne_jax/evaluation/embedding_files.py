@@ -43,12 +43,8 @@ _ARRAYS += ("image_embeddings",)
 def write_embeddings(folder: pathlib.Path, split: EmbeddedSplit) -> None:
     """Writes a split's files; those of an older dump in the same folder go before.
 
-    Args:
-      folder: The folder to write into; it is created if need be.
-      split: What to write, with the names of images and captions if it has its dataset.
-
-    Raises:
-      UserError: if the folder cannot be written to.
+    The folder is created if need be; names of images and captions are written if the split has its
+    dataset. Raises UserError if the folder cannot be written to.
     """
     arrays = _order(split.caption_image, split.image_id, split.caption_id, split.truth)
     arrays |= {"image_embeddings": split.image_emb, "text_embeddings": split.text_emb}
@@ -62,13 +58,8 @@ def write_order(folder: pathlib.Path, dataset: PairDataset) -> None:
     Rows of `image_embeddings.npy` and `text_embeddings.npy` are then those of `images` and
     `captions` in `names.json`.
 
-    Args:
-      folder: The folder to write into; it is created if need be.
-      dataset: The split.
-
-    Raises:
-      UserError: if the folder holds embeddings, which may be in another order, or cannot be
-        written to.
+    The folder is created if need be. Raises UserError if the folder holds embeddings, which may be
+    in another order, or cannot be written to.
     """
     for kind in _KINDS:
         path = folder / f"{kind}_embeddings.npy"
@@ -112,8 +103,7 @@ def _write(
 def read_embeddings(folder: pathlib.Path) -> EmbeddedSplit:
     """Returns the split that a folder holds; rows that are not of length 1 are normalised.
 
-    Raises:
-      UserError: naming the file, and what is wrong with it.
+    Raises UserError, naming the file, and what is wrong with it.
     """
     if not folder.is_dir():
         raise UserError(f"--embeddings={folder} is not a folder")
@@ -153,12 +143,7 @@ def read_embeddings_of(folder: pathlib.Path, dataset: PairDataset) -> EmbeddedSp
     Rows are found by `image_id.npy` and `caption_id.npy`. Where one of them is missing, the rows
     have to be in the split's order.
 
-    Args:
-      folder: The folder of the embeddings.
-      dataset: The split.
-
-    Raises:
-      UserError: naming the file, if it cannot be read or is not of this split.
+    Raises UserError, naming the file, if it cannot be read or is not of this split.
     """
     split = read_embeddings(folder)
     images = _rows_of(folder / "image_id.npy", split.image_id, dataset.image_id)
@@ -188,13 +173,8 @@ def read_embeddings_of(folder: pathlib.Path, dataset: PairDataset) -> EmbeddedSp
 def read_caption_embeddings(path: pathlib.Path, captions: int) -> np.ndarray:
     """Returns embeddings of a split's captions by any sentence encoder, normalised.
 
-    Args:
-      path: An `.npy` of floats [captions, dim], in the split's order.
-      captions: The number of captions.
-
-    Raises:
-      UserError: if it cannot be read, has another number of rows, or has a row that is not finite
-        or all 0.
+    The file is an `.npy` of floats [captions, dim], in the split's order. Raises UserError if it
+    cannot be read, has another number of rows, or has a row that is not finite or all 0.
     """
     rows = _read_rows(path)
     if len(rows) != captions:

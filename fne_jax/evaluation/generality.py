@@ -46,8 +46,7 @@ def choose_weights(
         a match.
       words: [texts] numbers of words.
 
-    Raises:
-      ValueError: naming queries without a match.
+    Raises ValueError, naming queries without a match.
     """
     found = [_metrics(image_emb, text_emb, matches, words, weight) for weight in WEIGHTS]
     return {key: WEIGHTS[int(np.argmax([one[key] for one in found]))] for key in KEYS}
@@ -62,22 +61,14 @@ def controlled_metrics(
 ) -> dict[str, float]:
     """Returns the controlled metrics of a split, and the weights beside them.
 
-    Args:
-      image_emb: [images, dim] L2-normalised embeddings.
-      text_emb: [texts, dim] L2-normalised embeddings.
-      matches: [images, texts] bool, true where the caption is true of the image; each image needs
-        a match.
-      words: [texts] numbers of words.
-      weights: What each word takes off a similarity, for each of `KEYS`, as `choose_weights` found
-        it on other images.
+    The arguments are those of `choose_weights`, and the weights that it chose on other images.
 
     Returns:
       `complete_i2t_r1_controlled` and `complete_i2t_map_at_r_controlled`, in percent, which are
       `match_scores`' metrics by similarity minus weight times words; and the weights,
       `complete_i2t_r1_weight` and `complete_i2t_map_at_r_weight`.
 
-    Raises:
-      ValueError: naming queries without a match.
+    Raises ValueError, naming queries without a match.
     """
     named = {}
     for key in KEYS:

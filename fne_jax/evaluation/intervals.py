@@ -27,10 +27,8 @@ _BLOCK = 64
 def resampled(scores: QueryScores, stream: int = 0) -> dict[str, np.ndarray]:
     """Returns each metric in every resample, [resamples].
 
-    Args:
-      scores: The scores of one direction's queries. Two directions over the same images are
-        resampled alike.
-      stream: A number for each fold, so that folds are resampled independently.
+    Two directions over the same images are resampled alike; folds, of another stream each,
+    independently.
     """
     images, group = np.unique(scores.image, return_inverse=True)
     queries = np.bincount(group)

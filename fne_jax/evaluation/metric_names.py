@@ -173,8 +173,7 @@ def describe(name: str) -> Metric:
 
     The heading of `complete_i2t_r1` is `true R@1 i2t`, the legend `image to text R@1`.
 
-    Raises:
-      KeyError: if there is no such metric.
+    Raises KeyError if there is no such metric.
     """
     truth, direction, key = split_name(name)
     if not direction:

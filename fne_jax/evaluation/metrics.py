@@ -96,9 +96,8 @@ def complete_metrics(
       For both directions, as percentages: `complete_i2t_r1` (and 5, 10), `..._r_precision` and
       `..._map_at_r`, which `match_scores` defines; and likewise `complete_t2i_...`.
 
-    Raises:
-      ValueError: on shapes that do not fit, a query without a match, or an embedding that is not
-        finite.
+    Raises ValueError on shapes that do not fit, a query without a match, or an embedding that is
+    not finite.
     """
     owner = np.zeros(len(text_emb), int)  # groups queries for intervals alone
     scores = truth_scores(image_emb, text_emb, matches, owner)
@@ -172,8 +171,7 @@ def match_scores(
       count: [queries] int, the number of each query's matches, at least one, where some are not
         among the items; None where all are.
 
-    Raises:
-      ValueError: naming queries without a match.
+    Raises ValueError, naming queries without a match.
 
     References:
       Musgrave et al., A Metric Learning Reality Check, ECCV 2020 (mAP@R); Chun et al., ECCV

@@ -45,16 +45,13 @@ class Measurement:
 def measure(split: EmbeddedSplit, protocol: str) -> tuple[dict[str, Measurement], dict[str, str]]:
     """Returns the metrics of a protocol, or of all that the split allows.
 
-    Args:
-      split: The embeddings of the split.
-      protocol: A key of `PROTOCOLS`, or `all`.
+    The protocol is a key of `PROTOCOLS`, or `all`.
 
     Returns:
       The metrics by name, those of the whole split without a prefix; and for `all` the protocols
       that were left out, with the reason.
 
-    Raises:
-      UserError: if the split does not suit the protocol.
+    Raises UserError if the split does not suit the protocol.
     """
     if protocol != ALL:
         return PROTOCOLS[protocol](split), {}
@@ -70,13 +67,8 @@ def measure(split: EmbeddedSplit, protocol: str) -> tuple[dict[str, Measurement]
 def check_suits(protocol: str, image_id: np.ndarray, caption_id: np.ndarray) -> None:
     """Checks before anything is embedded whether a split suits a protocol.
 
-    Args:
-      protocol: A key of `PROTOCOLS`, or `all`, which suits every split.
-      image_id: [images] ids of the split's images.
-      caption_id: [captions] ids of its captions.
-
-    Raises:
-      UserError: if it does not.
+    The protocol is a key of `PROTOCOLS`, or `all`, which suits every split; the ids are [images]
+    and [captions]. Raises UserError if it does not.
     """
     if protocol in ("coco_5k", "coco_1k"):
         coco_protocols.check_five_thousand(len(image_id), protocol)
@@ -102,8 +94,7 @@ def flickr30k(split: EmbeddedSplit) -> dict[str, Measurement]:
 def coco_5k(split: EmbeddedSplit) -> dict[str, Measurement]:
     """Returns the standard recalls over COCO's 5,000 test images.
 
-    Raises:
-      UserError: if the split has another number of images.
+    Raises UserError if the split has another number of images.
     """
     check_suits("coco_5k", split.image_id, split.caption_id)
     return flickr30k(split)
@@ -112,8 +103,7 @@ def coco_5k(split: EmbeddedSplit) -> dict[str, Measurement]:
 def coco_1k(split: EmbeddedSplit) -> dict[str, Measurement]:
     """Returns as `coco_1k_...` the means over five folds of 1,000 images in the split's order.
 
-    Raises:
-      UserError: if the split has not 5,000 images.
+    Raises UserError if the split has not 5,000 images.
     """
     folds = [
         metrics.label_scores(fold.image_emb, fold.text_emb, fold.caption_image)
@@ -126,8 +116,7 @@ def coco_1k(split: EmbeddedSplit) -> dict[str, Measurement]:
 def eccv(split: EmbeddedSplit) -> dict[str, Measurement]:
     """Returns as `eccv_...` R@1, R-Precision and mAP@R against ECCV Caption's matches.
 
-    Raises:
-      UserError: if `eccv_caption` is not installed, or the split is not COCO's test split.
+    Raises UserError if `eccv_caption` is not installed, or the split is not COCO's test split.
     """
     return _extended(split, "eccv", ("r1", "r_precision", "map_at_r"), "any {} of ECCV Caption")
 
@@ -135,8 +124,7 @@ def eccv(split: EmbeddedSplit) -> dict[str, Measurement]:
 def cxc(split: EmbeddedSplit) -> dict[str, Measurement]:
     """Returns as `cxc_...` the recalls against the matches of Crisscrossed Captions.
 
-    Raises:
-      UserError: if `eccv_caption` is not installed, or the split is not COCO's test split.
+    Raises UserError if `eccv_caption` is not installed, or the split is not COCO's test split.
     """
     return _extended(split, "cxc", ("r1", "r5", "r10"), "any {} of CxC")
 

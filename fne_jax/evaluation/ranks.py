@@ -51,9 +51,8 @@ def match_ranks(image_emb: np.ndarray, text_emb: np.ndarray, text_image_index: n
       text_image_index: [texts] integer row of `image_emb` that each caption describes. Every
         image needs a caption.
 
-    Raises:
-      ValueError: on shapes that do not fit, an index out of range, an image without captions, or
-        an embedding that is not finite.
+    Raises ValueError on shapes that do not fit, an index out of range, an image without captions,
+    or an embedding that is not finite.
     """
     image_emb, text_emb = np.asarray(image_emb), np.asarray(text_emb)
     owner = np.asarray(text_image_index)

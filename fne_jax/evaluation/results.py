@@ -41,8 +41,7 @@ def write_report(
 
     `read_values` reads its metrics.
 
-    Raises:
-      UserError: if it cannot be written.
+    Raises UserError if it cannot be written.
     """
     report = {
         "metrics": {name: one.as_json() for name, one in measured.items()},
@@ -92,9 +91,6 @@ def chance_levels(split: EmbeddedSplit) -> dict[str, float]:
 
     `rsum` is the sum of the six by the labels. Those against every true match, `complete_...`, are
     there where that is known.
-
-    Args:
-      split: The split, for its labels and its truth alone.
     """
     images, captions = split.image_emb.shape[0], split.text_emb.shape[0]
     labels = np.bincount(split.caption_image, minlength=images)
@@ -123,10 +119,7 @@ def what_was_learnt(
 ) -> list[str]:
     """Returns sentences on how well captions find images, on the truth, and on the negatives.
 
-    Args:
-      values: The metrics of an evaluation by name.
-      log: The lines of metrics.jsonl.
-      images: How many images the captions were to choose from.
+    The log is the lines of metrics.jsonl; the captions had so many `images` to choose from.
     """
     labels = values["t2i_r1"]
     lines = [

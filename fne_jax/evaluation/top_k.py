@@ -23,10 +23,8 @@ BLOCK_ROWS = 256
 def by_blocks(rows: int, compute: Callable[[slice], Any]) -> Any:
     """Returns what a function computes of each block of rows, joined along the first axis.
 
-    Args:
-      rows: number of all rows, at least 1.
-      compute: takes the slice of a block's rows, and returns an array of as many rows or a pytree
-        of such arrays.
+    `compute` takes the slice of a block's rows, and returns an array of as many rows or a pytree of
+    such arrays.
 
     Returns:
       The arrays on the host, in the function's structure, each [rows, ...].

@@ -40,15 +40,8 @@ def write_audit(
 ) -> int:
     """Writes the first pairs of an audit, and returns how many these are.
 
-    Args:
-      folder: The folder to write into; it is created if need be.
-      judged: The split.
-      suspects: All its suspects.
-      limit: The most pairs that are written.
-      quality: What `detector_quality` returned; an older audit's goes where it is empty.
-
-    Raises:
-      UserError: if a file cannot be written.
+    The folder is created if need be. `quality` is what `detector_quality` returned; an older
+    audit's goes where it is empty. Raises UserError if a file cannot be written.
     """
     about = {
         "run": judged.name,
@@ -85,13 +78,7 @@ def write_audit(
 
 
 def rows(split: JudgedSplit, pairs: Pairs, detector: str) -> list[Row]:
-    """Returns a row for each pair, as CSV and JSON lines hold it.
-
-    Args:
-      split: The split.
-      pairs: Pairs of its captions and images, as a detector judges them.
-      detector: Its name.
-    """
+    """Returns a row for each pair, as CSV and JSON lines hold it."""
     dataset = split.dataset
     own = dataset.caption_image[pairs.caption]
     in_truth = None
@@ -137,14 +124,8 @@ def write(
 ) -> None:
     """Writes the CSV, the JSON lines and the pages; pages of a longer audit before it go.
 
-    Args:
-      folder: The folder to write into; it is created if need be.
-      dataset: The split, for its images.
-      found: What `rows` returned.
-      about: What the pages' heading tells, by the template's names.
-
-    Raises:
-      UserError: if a file cannot be written.
+    The folder is created if need be; `about` is what the pages' heading tells, by the template's
+    names. Raises UserError if a file cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,9 +25,7 @@ _BINS = 10
 def split_candidates(split: EmbeddedSplit, *, seed: int) -> dict[str, Pairs]:
     """Returns the hardest candidates of random images, `i2t`, and of random captions, `t2i`.
 
-    Args:
-      split: The split.
-      seed: The seed of the queries, `QUERIES` of either kind at most.
+    They are of `QUERIES` random queries of either kind at most.
 
     Returns:
       By `<direction>_hardest_<count>`, the pairs.
@@ -55,10 +53,7 @@ def quality(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Returns how good detectors are among the hardest candidates.
 
-    Args:
-      judges: What judges pairs, by the names of the detectors.
-      candidates: What `split_candidates` returned.
-      is_true: Takes [n] captions and [n] images and returns whether they match in truth.
+    `is_true` takes [n] captions and [n] images and returns whether they match in truth.
 
     Returns:
       By detector, and by the names of the candidates, what `detection_scores` returns. Where no

@@ -53,12 +53,7 @@ class Detector:
 def judge_by(name: str, split: JudgedSplit) -> Judge:
     """Returns what judges pairs of a split by a detector.
 
-    Args:
-      name: A key of `DETECTORS`.
-      split: The split.
-
-    Raises:
-      UserError: if the detector needs what is missing.
+    Raises UserError if the detector needs what is missing.
     """
     missing = DETECTORS[name].missing(split)
     if missing:

@@ -86,8 +86,7 @@ class Trees:
     def of(cls, model: Any) -> Trees:
         """Returns the trees of a fitted scikit-learn `HistGradientBoostingClassifier`.
 
-        Args:
-          model: One of two classes, without categories, whose trees have eight leaves at most.
+        It tells two classes apart, without categories, and its trees have eight leaves at most.
         """
         # It has no public way to its trees; a test holds ours to its predictions.
         rows = [_splits_and_leaves(one.nodes) for (one,) in model._predictors]
@@ -162,8 +161,7 @@ class FittedDetector:
         Args:
           table: [n, features] float32, what `features` returned.
 
-        Raises:
-          ValueError: if it has another number of columns.
+        Raises ValueError if it has another number of columns.
         """
         if table.ndim != 2 or table.shape[1] != len(FEATURES):
             raise ValueError(f"table: expected [n, {len(FEATURES)}], got {list(table.shape)}")
@@ -176,11 +174,8 @@ class FittedDetector:
     def threshold(self, precision: float) -> float:
         """Returns the least probability from which on unlabelled pairs are matches that often.
 
-        Args:
-          precision: The share of matches, by verdicts that the trees were not fitted to.
-
-        Raises:
-          UserError: if it is not reached by the pairs of any ten verdicts.
+        That is by verdicts that the trees were not fitted to. Raises UserError if it is not reached
+        by the pairs of any ten verdicts.
         """
         enough = np.arange(1, len(self.least) + 1) >= _LEAST_ABOVE
         # Of equal probabilities all count or none.
@@ -305,8 +300,7 @@ def sigmoid(log_odds: np.ndarray) -> np.ndarray:
 def write(path: pathlib.Path, detector: FittedDetector) -> None:
     """Writes a detector as JSON, whole or not at all.
 
-    Raises:
-      UserError: if the file cannot be written.
+    Raises UserError if the file cannot be written.
     """
     values = {
         "format": _FORMAT,
@@ -333,8 +327,7 @@ _ARRAYS = {"feature": np.int64, "threshold": np.float64, "left": np.uint8, "valu
 def read(path: pathlib.Path) -> FittedDetector:
     """Returns the detector that a file holds.
 
-    Raises:
-      UserError: naming the file, if it cannot be read, or is not what `write` writes.
+    Raises UserError, naming the file, if it cannot be read, or is not what `write` writes.
     """
     with as_user_error(f"{path}: cannot be read"):
         content = path.read_bytes()

@@ -75,10 +75,6 @@ class EvaluationSample:
 def first_results(sample: EvaluationSample, split: EmbeddedSplit) -> dict[str, Pairs]:
     """Returns what a system finds first for the queries of a sample.
 
-    Args:
-      sample: The queries.
-      split: The whole split as the system embeds it.
-
     Returns:
       For each direction the pairs, in columns [queries, first].
     """
@@ -94,10 +90,8 @@ def first_results(sample: EvaluationSample, split: EmbeddedSplit) -> dict[str, P
 def pool(systems: Sequence[Mapping[str, Pairs]], caption_image: np.ndarray, seed: int) -> Pairs:
     """Returns the pairs to judge: the unlabelled results of any system, each once.
 
-    Args:
-      systems: The first results of each system, of the same sample.
-      caption_image: [captions] image of each caption.
-      seed: The seed of their order, which tells nothing of the systems.
+    `caption_image` is [captions], the image of each. Their order, by the seed, tells nothing of the
+    systems.
     """
     found = [pairs for system in systems for pairs in system.values()]
     caption = np.concatenate([pairs.caption.ravel() for pairs in found])
@@ -110,12 +104,8 @@ def pool(systems: Sequence[Mapping[str, Pairs]], caption_image: np.ndarray, seed
 def find_sample(verdicts: Sequence[Verdict], name: str | None = None) -> EvaluationSample:
     """Returns the evaluation sample that verdicts are of.
 
-    Args:
-      verdicts: The verdicts.
-      name: Which, where they are of several.
-
-    Raises:
-      UserError: if they are of none, of several, or not of the one that is named.
+    The name tells which, where they are of several. Raises UserError if they are of none, of
+    several, or not of the one that is named.
     """
     samples = {one.sample: EvaluationSample.of_name(one.sample) for one in verdicts}
     samples = {name: sample for name, sample in samples.items() if sample}
@@ -138,16 +128,12 @@ def measure_judged(
     A labelled pair is worth 1. A judged one is worth the mean over its reviewers, of whom each
     gives 1 for a match, 0 for none and 0.5 for unsure.
 
-    Args:
-      sample: The queries.
-      split: The whole split as the system embeds it, with its dataset.
-      verdicts: What reviewers said of pairs of the split, in whatever sample; the last counts.
+    Verdicts may be of whatever sample; the last counts.
 
     Returns:
       The metrics by name, as `judged_i2t_r1`, in percent.
 
-    Raises:
-      UserError: if a verdict is of another dataset, or a result of the system was not judged.
+    Raises UserError if a verdict is of another dataset, or a result of the system was not judged.
     """
     found = first_results(sample, split)
     worth = _worth_of(verdicts, split.dataset)

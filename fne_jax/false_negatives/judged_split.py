@@ -108,15 +108,9 @@ def embed(
 ) -> JudgedSplit:
     """Returns a split as a run's model sees it, with the statistics of the run's last epoch.
 
-    Args:
-      model: The run's, with its momentum encoders and its statistics.
-      dataset: The split.
-      kept: The `.npz` to take the embeddings from where it holds just these, and to write them to
-        where it does not; None for neither. That it cannot be written is a warning.
-      **more: Further fields of the split.
-
-    Raises:
-      UserError: if embeddings are not finite.
+    The model is the run's, with its momentum encoders and statistics. Embeddings are taken from the
+    `.npz` `kept`, if it holds just these, and else written to it; that it cannot be written is a
+    warning. Raises UserError if embeddings are not finite.
     """
     about = "" if kept is None else _about(model, dataset)
     arrays = None if kept is None else _read(kept, about)
@@ -181,15 +175,9 @@ def judged_by_model(
 ) -> JudgedSplit:
     """Returns a split as a run's model sees it, with the statistics of the run's last epoch.
 
-    Args:
-      model: The run's, with its momentum encoders and its statistics.
-      name: The run's name.
-      split_name: `train`, `val` or `test`.
-      caption_embeddings: The `.npy` of the captions' embeddings by another encoder, or None.
-      kept: An `.npz` to keep the embeddings in for the next time, or None.
-
-    Raises:
-      UserError: if the split or the captions' embeddings cannot be read.
+    The model is the run's, with its momentum encoders and statistics; `caption_embeddings` the
+    `.npy` of the captions' embeddings by another encoder; `kept` an `.npz` to keep the embeddings
+    in for the next time. Raises UserError if the split or the captions' embeddings cannot be read.
     """
     dataset = model.load_split(split_name)
     warn_once(_log, model.unread(dataset.captions))
@@ -205,14 +193,8 @@ def judged_by_embeddings(
 ) -> JudgedSplit:
     """Returns a split with anyone's embeddings of it, and the statistics that these give.
 
-    Args:
-      folder: The folder of the embeddings.
-      config: The resolved config of the data.
-      split_name: `train`, `val` or `test`.
-      caption_embeddings: The `.npy` of the captions' embeddings by another encoder, or None.
-
-    Raises:
-      UserError: if the embeddings or the split cannot be read, or do not belong together.
+    `caption_embeddings` is the `.npy` of the captions' embeddings by another encoder. Raises
+    UserError if the embeddings or the split cannot be read, or do not belong together.
     """
     dataset = load_evaluation_split(config, split_name)
     embedded = read_embeddings_of(folder, dataset)
@@ -237,10 +219,7 @@ def _external(path, dataset):
 def split_statistics(embedded: EmbeddedSplit, *, batch: int, seed: int) -> SimilarityStatistics:
     """Returns what an epoch of batches adds up to, as in training but for the model's learning.
 
-    Args:
-      embedded: The embeddings of the split.
-      batch: How many pairs compete for each other; a last batch of fewer is left out.
-      seed: The seed of the captions' order.
+    Of `batch` pairs each competes with the others; a last batch of fewer is left out.
     """
     update = jax.jit(update_similarity_statistics)
     stats = SimilarityStatistics.create()

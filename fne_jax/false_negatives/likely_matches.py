@@ -30,11 +30,7 @@ def likely_matches(split: JudgedSplit, judge: Judge, *, per_caption: int, least:
     The candidates are the images most similar to the caption, and those with an own caption most
     similar to it. All other pairs are left out, whatever the detector would say of them.
 
-    Args:
-      split: The split, with the bank of embeddings by which captions are compared.
-      judge: What judges its pairs.
-      per_caption: How many images of either kind are judged of each caption.
-      least: The least probability.
+    Of each caption `per_caption` images of either kind are judged.
     """
     images, bank, own = len(split.image_emb), split.caption_bank, split.own
     # [most, images] the captions of each image, its last one again where others have more.
@@ -82,22 +78,15 @@ def write_likely_matches(
 
     Pairs that people refuted are left out, and all that they confirmed are in, of probability 1.
 
-    Args:
-      path: The file, which ends in `.npz`.
-      split: The split.
-      judge: What judges its pairs.
-      per_caption: How many images of either kind are judged of each caption.
-      least: The least probability.
-      about: What else is to describe the file, such as the detector.
-      said: What people say of unlabelled pairs, with `is_match`; None where nobody was asked.
+    The file ends in `.npz`, and holds `about` besides, such as the detector. `said` is what people
+    say of unlabelled pairs, with `is_match`; None where nobody was asked.
 
     Returns:
       `about` with the least probability, the number of `matches`, with `said` how many were
       `refuted` and are `confirmed`, and, where the truth is known, their `precision` (None of no
       matches).
 
-    Raises:
-      UserError: if the file cannot be written.
+    Raises UserError if the file cannot be written.
     """
     found = likely_matches(split, judge, per_caption=per_caption, least=least)
     about = {**about, "least_probability": least}

@@ -49,8 +49,7 @@ class MonotonePosterior:
             one.
           prior: That share, in (0, 1).
 
-        Raises:
-          ValueError: if a sample is empty or not finite, or the prior is outside (0, 1).
+        Raises ValueError if a sample is empty or not finite, or the prior is outside (0, 1).
         """
         for name, sample in (("matches", matches), ("all_pairs", all_pairs)):
             if np.ndim(sample) != 1 or not len(sample) or not np.isfinite(sample).all():

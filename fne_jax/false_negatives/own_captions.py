@@ -33,12 +33,7 @@ class OwnCaptions:
 
     @classmethod
     def of(cls, caption_image: np.ndarray, images: int) -> OwnCaptions:
-        """Returns the captions of each image.
-
-        Args:
-          caption_image: [captions] image of each caption.
-          images: The number of images.
-        """
+        """Returns the captions of each image."""
         count = np.bincount(caption_image, minlength=images)
         order = np.argsort(caption_image, kind="stable")
         return cls(np.asarray(caption_image), order, np.cumsum(count) - count, count)
@@ -56,11 +51,7 @@ def nearest_own_caption(
     The caption itself is no neighbour of its own: for a caption and its own image it is the
     nearest of the others, by leaving one out.
 
-    Args:
-      text_emb: [captions, dim] L2-normalised embeddings.
-      own: The captions of each image.
-      caption: [pairs] caption of each pair.
-      image: [pairs] image of each pair.
+    The pairs are [pairs] captions and [pairs] images; `text_emb` is [captions, dim], L2-normalised.
 
     Returns:
       [pairs] float32 cosines and [pairs] int64 captions; both -1 where the image has no other
@@ -105,12 +96,7 @@ class CaptionTerms:
 
     @classmethod
     def of(cls, captions: Sequence[str], own: OwnCaptions) -> CaptionTerms:
-        """Returns the terms of captions.
-
-        Args:
-          captions: [captions] texts.
-          own: The captions of each image.
-        """
+        """Returns the terms of captions."""
         numbers: dict[str | tuple[str, str], int] = {}
         of_caption = []
         for text in captions:
@@ -141,11 +127,7 @@ def term_share(
 
     For a caption and its own image only the others count, by leaving one out.
 
-    Args:
-      terms: The terms of the captions.
-      own: The captions of each image.
-      caption: [pairs] caption of each pair.
-      image: [pairs] image of each pair.
+    The pairs are [pairs] captions and [pairs] images.
 
     Returns:
       [pairs] float32 in [0, 1], the share of the caption's weight that is in such terms; 0 for a
@@ -168,11 +150,7 @@ def term_shares(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns for pairs how much of the caption is in terms of the image's own captions.
 
-    Args:
-      terms: The terms of the captions.
-      own: The captions of each image.
-      caption: [pairs] caption of each pair.
-      image: [pairs] image of each pair, not the caption's own.
+    The pairs are [pairs] captions and [pairs] images, none the caption's own.
 
     Returns:
       [pairs] float32 share of the caption's weight that is in any of them, as `term_share`; the
@@ -215,11 +193,7 @@ def identical_caption(
 ) -> np.ndarray:
     """Returns for pairs an own caption of the image that says the same as the caption.
 
-    Args:
-      captions: [captions] texts.
-      own: The captions of each image.
-      caption: [pairs] caption of each pair.
-      image: [pairs] image of each pair.
+    The pairs are [pairs] captions and [pairs] images.
 
     Returns:
       [pairs] int64 captions, never the pair's own; -1 where there is none. Texts say the same where

@@ -23,16 +23,12 @@ def features(split: JudgedSplit, caption: np.ndarray, image: np.ndarray) -> np.n
     Fifteen million pairs take about a minute of one core where embeddings have 128 dimensions and
     images five captions; beside the result little is held, whatever the number of pairs.
 
-    Args:
-      split: The split.
-      caption: [n] int caption of each pair.
-      image: [n] int image of each pair, not the caption's own.
+    The pairs are [n] int captions and [n] int images, none the caption's own.
 
     Returns:
       [n, features] float32, in the order of `FEATURES`.
 
-    Raises:
-      ValueError: if an image is the caption's own, of which the features would tell that.
+    Raises ValueError if an image is the caption's own, of which the features would tell that.
     """
     caption, image = np.asarray(caption), np.asarray(image)
     own = np.flatnonzero(split.caption_image[caption] == image)

@@ -62,8 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(options: argparse.Namespace) -> None:
     """Checks the values of these options.
 
-    Raises:
-      UserError: naming one that is out of its range.
+    Raises UserError, naming one that is out of its range.
     """
     for name in _OF_UNLABELLED if options.labels else ():
         if getattr(options, name, None) is not None:
@@ -86,8 +85,7 @@ def check(options: argparse.Namespace) -> None:
 def read_fitted(options: argparse.Namespace) -> FittedDetector | None:
     """Returns the fitted detector that the options name, or None.
 
-    Raises:
-      UserError: if its file cannot be read.
+    Raises UserError if its file cannot be read.
     """
     if options.fitted is None:
         return None

@@ -63,14 +63,9 @@ def find_suspects(
 
     The pairs that it judges are the most similar ones of each caption and of each image.
 
-    Args:
-      judged: The split.
-      per_query: How many pairs of each caption, and of each image, to look at.
-      detector: A key of `DETECTORS`; None for the best that is there.
-      least: The least probability; None for `config.fne.posterior_threshold`.
-
-    Raises:
-      UserError: if the detector needs what is missing, such as enough statistics.
+    It looks at `per_query` pairs of each caption and image. The detector is a key of `DETECTORS`,
+    by default the best that is there; `least` is by default `config.fne.posterior_threshold`.
+    Raises UserError if the detector needs what is missing, such as enough statistics.
     """
     detector = detectors.best_available(judged) if detector is None else detector
     judge = detectors.judge_by(detector, judged)
@@ -92,17 +87,12 @@ def write_matches(
 ) -> str:
     """Writes the likely matches of a split for `config.data.matches`, and returns what they are.
 
-    Args:
-      judged: The split.
-      detector: A key of `DETECTORS`; None for the best that is there.
-      path: The file, which ends in `.npz`.
-      per_query: How many images of each caption to look at, by similarity and by captions each.
-      least: The least probability; None for `LEAST_PROBABILITY` or, of the detector `fitted`, for
-        the one from which on that share of the verdicts that it was not fitted to are matches.
-      said: What people say of unlabelled pairs: refuted ones are left out, confirmed ones are in.
-
-    Raises:
-      UserError: if the detector needs what is missing, or the file cannot be written.
+    It looks at `per_query` images of each caption, by similarity and by captions each. The detector
+    is a key of `DETECTORS`, by default the best that is there; the least probability is by default
+    `LEAST_PROBABILITY` or, of the detector `fitted`, the one from which on that share of the
+    verdicts that it was not fitted to are matches. Pairs that people `said` not to match are left
+    out, and those said to match are in. Raises UserError if the detector needs what is missing, or
+    the file cannot be written.
     """
     detector = detectors.best_available(judged) if detector is None else detector
     if least is None and detector == "fitted" and judged.fitted is not None:
@@ -134,10 +124,7 @@ def write_matches(
 def heed_verdicts(suspects: Suspects, judged: JudgedSplit, said: Pairs) -> Suspects:
     """Returns the suspects without those that people refuted, and with all that they confirmed.
 
-    Args:
-      suspects: Suspects of a split.
-      judged: The split.
-      said: What most reviewers say of its unlabelled pairs, with `is_match`.
+    `said` is what most reviewers say of the split's unlabelled pairs, with `is_match`.
     """
     judge = detectors.judge_by(suspects.detector, judged)
 
@@ -178,13 +165,7 @@ def detector_quality(judged: JudgedSplit) -> dict[str, Any]:
 
 
 def describe(judged: JudgedSplit, suspects: Suspects, quality: dict[str, Any]) -> str:
-    """Returns what was found, as lines for a terminal; with its precision where truth is known.
-
-    Args:
-      judged: The split.
-      suspects: All its suspects.
-      quality: What `detector_quality` returned.
-    """
+    """Returns what was found, as lines for a terminal; with its precision where truth is known."""
     of_step = "" if judged.step is None else f"step {judged.step}, "
     dataset, count = judged.dataset, len(suspects.pairs)
     lines = [

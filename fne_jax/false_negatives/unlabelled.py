@@ -15,15 +15,12 @@ from fne_jax.objectives.similarity_statistics import cosine
 def unlabelled_pairs(split: EmbeddedSplit, per_query: int) -> Pairs:
     """Returns the most similar other images of each caption, and other captions of each image.
 
-    Args:
-      split: The split.
-      per_query: Pairs kept of each caption, and of each image. A pair that both keep comes once.
+    Of each `per_query` are kept; a pair that both keep comes once.
 
     Returns:
       The pairs and their similarities, the most similar first.
 
-    Raises:
-      ValueError: if an embedding is not finite.
+    Raises ValueError if an embedding is not finite.
     """
     image_emb, text_emb = split.image_emb, split.text_emb
     for name, array in (("image_emb", image_emb), ("text_emb", text_emb)):

@@ -31,14 +31,10 @@ def said_of(judged: JudgedSplit, verdicts: Sequence[Verdict], labelled: bool = F
     is there once for each. Weights are scaled so that the verdicts of each sample stand for all
     unlabelled pairs, however many of it were given.
 
-    Args:
-      judged: The split.
-      verdicts: Each reviewer's last verdict on each of its pairs in each sample.
-      labelled: Of labelled pairs alone, which no sample draws; by default of unlabelled ones.
-
-    Raises:
-      UserError: if a verdict is of another dataset, or the weights of a sample stand for far more
-        pairs than there are.
+    Of `verdicts` there is each reviewer's last on each of its pairs in each sample. Those on
+    labelled pairs, which no sample draws, are told only if `labelled`, and then alone. Raises
+    UserError if a verdict is of another dataset, or the weights of a sample stand for far more
+    pairs than there are.
     """
     drawn, kept = weights_of(verdicts), agreed(verdicts)
     pairs = pairs_of(kept, judged.dataset)
@@ -70,13 +66,7 @@ def said_of(judged: JudgedSplit, verdicts: Sequence[Verdict], labelled: bool = F
 def fit_and_write(judged: JudgedSplit, said: Pairs, path: pathlib.Path) -> JudgedSplit:
     """Fits a detector to verdicts, tells how good it is, and returns the split with it.
 
-    Args:
-      judged: The split.
-      said: What is said of its pairs.
-      path: Where to write the detector.
-
-    Raises:
-      UserError: if the verdicts are too few, or the detector cannot be written.
+    Raises UserError if the verdicts are too few, or the detector cannot be written.
     """
     detector = fit_detector(judged, said)
     fitted_detector.write(path, detector)
@@ -88,13 +78,7 @@ def fit_and_write(judged: JudgedSplit, said: Pairs, path: pathlib.Path) -> Judge
 def fit_detector(judged: JudgedSplit, said: Pairs, seed: int = 0) -> FittedDetector:
     """Returns a detector fitted to verdicts.
 
-    Args:
-      judged: The split.
-      said: What is said of its pairs.
-      seed: The seed of the folds.
-
-    Raises:
-      UserError: if the verdicts are too few.
+    Raises UserError if the verdicts are too few.
     """
     about = {"run": judged.name, "step": judged.step, "split": judged.split_name}
     about["samples"] = sorted(set(said.sample.tolist()) - {""})
@@ -123,12 +107,7 @@ def _density(said, among=None):
 
 
 def describe_density(said: Pairs, by_judges: Pairs) -> str:
-    """Returns how many pairs match at all, by the verdicts on random samples, as lines.
-
-    Args:
-      said: What people say of unlabelled pairs.
-      by_judges: What judges say of some.
-    """
+    """Returns how many pairs match at all, by the verdicts on random samples, as lines."""
     share, lines = _density(by_judges), [_density_text(said)]
     if share is not None:
         found = corrected_density(share, said, by_judges)
@@ -150,11 +129,6 @@ def corrected_density(share: Density, said: Pairs, by_judges: Pairs) -> Density 
     Added is the share of pairs that people alone call matches, and taken off that of pairs that
     judges alone do (Angelopoulos et al. 2023, "Prediction-powered inference"). The intervals of the
     three are joined by MOVER (Zou and Donner 2008).
-
-    Args:
-      share: The share by judges.
-      said: What people say of unlabelled pairs.
-      by_judges: What judges say.
 
     Returns:
       The share; None where people have judged no such pair in a random sample.
@@ -198,10 +172,7 @@ def _density_text(said):
 def describe_precision(said: Pairs, suspects: Suspects, fitted_to_them: bool) -> str:
     """Returns which share of an audit's first pairs match, by the verdicts on random samples.
 
-    Args:
-      said: What is said of the split's pairs.
-      suspects: The audit's pairs, before any is left out for a verdict.
-      fitted_to_them: Whether it is these verdicts that the audit's detector was fitted to.
+    The audit's pairs are those before any is left out for a verdict.
 
     Returns:
       A line for the first pairs of each number that holds enough verdicts; "" where none does.

@@ -28,8 +28,7 @@ _NAMED = 5
 def reviewers(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """Returns who gave verdicts, the most first, and how well each judge agrees with people.
 
-    Args:
-      verdicts: Each reviewer's last verdict on each of its pairs in each sample.
+    Of `verdicts` there is each reviewer's last on each of its pairs in each sample.
 
     Returns:
       Of each `reviewer` with `instructions`, which are "" for a person, the number of pairs,

@@ -62,10 +62,7 @@ def sample(split: JudgedSplit, count: int, seed: int) -> Pairs:
     However many of the first of them are judged, these are a sample too, of about the same share of
     each stratum. Samples of another count, seed or model are independent.
 
-    Args:
-      split: The split.
-      count: How many; all unlabelled pairs where there are fewer.
-      seed: The seed.
+    Where there are fewer unlabelled pairs than `count`, these are all.
     """
     rng = np.random.default_rng(list(sample_name(split, count, seed).encode()))
     images, hard = len(split.image_emb), split.hardest

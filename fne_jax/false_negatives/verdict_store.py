@@ -85,14 +85,9 @@ def store_path(workdir: pathlib.Path) -> pathlib.Path:
 def read_any(path: pathlib.Path, dataset: PairDataset, split: str) -> list[Verdict]:
     """Returns each reviewer's last verdict on each pair of a split in each sample it is of.
 
-    Args:
-      path: A store, `.sqlite`, or a `.csv` or `.jsonl` as `write_verdicts` writes it.
-      dataset: The split; verdicts on other pairs are set aside with a warning.
-      split: Its name.
-
-    Raises:
-      UserError: if it cannot be read, or none of its verdicts is on the split, or on a pair of
-        the dataset.
+    The file is a store, `.sqlite`, or a `.csv` or `.jsonl` as `write_verdicts` writes it; verdicts
+    on other pairs are set aside with a warning. Raises UserError if it cannot be read, or none of
+    its verdicts is on the split, or on a pair of the dataset.
     """
     if path.suffix != ".sqlite":
         return read_verdicts(path, dataset, split)
@@ -109,14 +104,10 @@ class VerdictStore:
 
     One object may be used by several threads.
 
-    Args:
-      path: The SQLite file.
-      read_only: Whether to write nothing, neither the file nor beside it, but to undo what a
-        program that was killed has left half written.
-
-    Raises:
-      UserError: if the file is damaged, is not a store of verdicts, or cannot be opened or made;
-        later too, if it was deleted, moved or replaced since it was opened.
+    With `read_only` nothing is written, neither the file nor beside it, but to undo what a program
+    that was killed has left half written. Raises UserError if the file is damaged, is not a store
+    of verdicts, or cannot be opened or made; later too, if it was deleted, moved or replaced since
+    it was opened.
     """
 
     def __init__(self, path: pathlib.Path, *, read_only: bool = False):
@@ -170,8 +161,7 @@ class VerdictStore:
     def add(self, verdict: Verdict) -> None:
         """Adds a verdict, which is on the disk when this returns.
 
-        Raises:
-          UserError: if it cannot be written.
+        Raises UserError if it cannot be written.
         """
         with self._told():
             self._connection.execute(_INSERT, _row(verdict, imported=False))
@@ -182,8 +172,7 @@ class VerdictStore:
         Returns:
           What was removed; None if there was nothing.
 
-        Raises:
-          UserError: if it cannot be written.
+        Raises UserError if it cannot be written.
         """
         with self._told():
             # One statement, so that of two processes each takes back another.
@@ -198,11 +187,7 @@ class VerdictStore:
     def last(self, split: str | None = None) -> list[Verdict]:
         """Returns each reviewer's last verdict on each pair in each sample, the oldest first.
 
-        Args:
-          split: Of which split; None for all.
-
-        Raises:
-          UserError: if the file cannot be read.
+        They are of a split, or of all. Raises UserError if the file cannot be read.
         """
         where, values = ("", ()) if split is None else ("AND split = ? ", (split,))
         with self._told():
@@ -212,8 +197,7 @@ class VerdictStore:
     def changed(self) -> bool:
         """Returns whether another store has written to the file since this was asked last.
 
-        Raises:
-          UserError: if the file cannot be read.
+        Raises UserError if the file cannot be read.
         """
         before = self._version
         with self._told():
@@ -226,11 +210,8 @@ class VerdictStore:
         A verdict older than what its reviewer has said in that sample since is left out. Of two of
         the same time that differ the imported one counts, for somebody has corrected it.
 
-        Args:
-          verdicts: At most one of each reviewer on each pair in each sample.
-
-        Raises:
-          UserError: if they cannot be written.
+        There is at most one of each reviewer on each pair in each sample. Raises UserError if they
+        cannot be written.
         """
         with self._writing():
             there = {
@@ -249,11 +230,7 @@ class VerdictStore:
     def keep_asked(self, questions: Iterable[Verdict]) -> None:
         """Keeps what a question does not tell whoever answers it, for `as_asked`.
 
-        Args:
-          questions: Verdicts that are yet to be given.
-
-        Raises:
-          UserError: if they cannot be written.
+        Raises UserError if they cannot be written.
         """
         rows = [[getattr(one, name) for name in _ASKED] for one in questions]
         into = f"INSERT OR REPLACE INTO questions VALUES ({', '.join('?' * len(_ASKED))})"
@@ -266,8 +243,7 @@ class VerdictStore:
         Those with a model or a weight, and those that answer no question that was kept, stay as
         they are.
 
-        Raises:
-          UserError: if the file cannot be read.
+        Raises UserError if the file cannot be read.
         """
         with self._told():
             rows = self._connection.execute("SELECT * FROM questions").fetchall()

@@ -21,10 +21,7 @@ def find_wrong_labels(judged: JudgedSplit, said: Pairs | None = None) -> Suspect
 
     Warns where the model was trained on these labels.
 
-    Args:
-      judged: The split.
-      said: What most reviewers say of its labelled pairs, with `is_match`: those that they call a
-        match are left out, and the others marked.
+    Pairs that most reviewers `said` to match are left out, and the others of theirs marked.
     """
     if judged.split_name == "train" and judged.step is not None:
         _log.warning(
@@ -48,9 +45,6 @@ def label_scores(judged: JudgedSplit) -> tuple[np.ndarray, np.ndarray]:
     the image's other captions: the mean of its cosine to the nearest of them, by the momentum text
     encoder or an external one, and of the share of its words that they have. Each is standardised
     over the split; where an image has one caption, the second is 0.
-
-    Args:
-      judged: The split.
 
     Returns:
       [captions] float32, the higher the more suspect; and [captions] int64, the nearest other

@@ -34,8 +34,7 @@ Engine = Callable[[np.ndarray, int], np.ndarray]
 def check_spec(spec: str) -> None:
     """Checks what an engine is called by, before anything is embedded for it.
 
-    Raises:
-      UserError: If it is none, which lists the forms.
+    Raises UserError if it is none, which lists the forms.
     """
     kind, _, factory = spec.partition(":")
     if spec != EXACT and (kind != "faiss" or not factory):
@@ -47,12 +46,8 @@ def create_engine(spec: str, part: Part) -> Engine:
 
     An index of faiss is kept in the folder of the part.
 
-    Args:
-      spec: `exact`, `faiss:FACTORY`, or `faiss:FACTORY@PARAMETERS` as `nprobe=16`.
-      part: The rows.
-
-    Raises:
-      UserError: If faiss is not installed, or cannot make such an index of these rows.
+    `spec` is `exact`, `faiss:FACTORY`, or `faiss:FACTORY@PARAMETERS` as `nprobe=16`. Raises
+    UserError if faiss is not installed, or cannot make such an index of these rows.
     """
     rows = part.open_rows()
     if spec == EXACT:

@@ -44,8 +44,7 @@ def nearest(rows: np.ndarray, queries: np.ndarray, count: int) -> tuple[np.ndarr
       [queries, count] int64 indices of rows, the best first, and their [queries, count] float32
       inner products.
 
-    Raises:
-      ValueError: If the shapes or the dtype of the rows are others.
+    Raises ValueError if the shapes or the dtype of the rows are others.
     """
     if rows.ndim != 2 or rows.dtype != np.float16:
         raise ValueError(f"rows: expected float16 [rows, dim], got {rows.dtype} {rows.shape}")

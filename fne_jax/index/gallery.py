@@ -64,8 +64,7 @@ def images_of(
         folder of that name); or a list of files.
       load_split: Returns a split of the run's dataset by name.
 
-    Raises:
-      UserError: If it is not one of these, cannot be read, or holds no image.
+    Raises UserError if it is not one of these, cannot be read, or holds no image.
     """
     if not isinstance(source, AnyPath):
         return _of_files(source)
@@ -87,8 +86,7 @@ def texts_of(source: AnyPath | Sequence[str], load_split: Callable[[str], PairDa
         list of sentences.
       load_split: Returns a split of the run's dataset by name.
 
-    Raises:
-      UserError: If it is not one of these, cannot be read, or holds no text.
+    Raises UserError if it is not one of these, cannot be read, or holds no text.
     """
     if not isinstance(source, AnyPath):
         where, texts = "the texts given", list(source)

@@ -78,9 +78,8 @@ class Part:
 class KeptRows:
     """The parts of a folder, to be read and added to by one process at a time.
 
-    Args:
-      folder: The folder, which is there; no other process changes it meanwhile, see `held`.
-      model: What rows are computed by, as JSON has it. Rows of another are dropped.
+    The folder is there, and no other process changes it meanwhile, see `held`. Rows that another
+    model computed are dropped.
 
     Attributes:
       parts: The parts that are there, in their order.
@@ -116,9 +115,7 @@ class KeptRows:
     def complete(self, names: Names, stamps: np.ndarray) -> Part:
         """Keeps the rows of some names alone, in their order, and returns them as one part.
 
-        Args:
-          names: Names that all are among `places`.
-          stamps: Their stamps.
+        They all are among `places`.
         """
         before = list(self.parts)
         if self.is_complete(names, stamps):
@@ -241,8 +238,7 @@ def held(folder: pathlib.Path) -> Iterator[None]:
 
     It waits for one that does. A folder that this process must not write to is only read.
 
-    Raises:
-      OSError: If there is no such folder and it cannot be created.
+    Raises OSError if there is no such folder and it cannot be created.
     """
 
     def wait(holder):

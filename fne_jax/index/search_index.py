@@ -99,8 +99,7 @@ class SearchIndex:
           image: The image instead: a path, the content of a file, an image of PIL or pixels.
           top: How many.
 
-        Raises:
-          UserError: If not one of them is given, the text is none, or the image cannot be read.
+        Raises UserError if not one of them is given, the text is none, or the image cannot be read.
         """
         if (text is None) == (image is None):
             raise UserError("search by either a text or an image")
@@ -131,8 +130,8 @@ class SearchIndex:
           [queries, top] int64 indices into `names` and `rows`, -1 where an engine found fewer, and
           their [queries, top] float32 cosines, at most 1, computed from the rows for any engine.
 
-        Raises:
-          UserError: If `top` is below 1, or the embeddings have another shape or are not finite.
+        Raises UserError if `top` is below 1, or the embeddings have another shape or are not
+        finite.
         """
         queries = np.asarray(embeddings)
         if queries.ndim != 2 or queries.shape[1] != self.rows.shape[1]:
@@ -351,10 +350,7 @@ def recall_at(engine: Engine, rows: np.ndarray, queries: np.ndarray) -> float:
 
     A row that is as near as the last of the exact ones counts as one of them.
 
-    Args:
-      engine: The engine.
-      rows: [rows, dim] float16.
-      queries: [queries, dim] float32.
+    Rows are [rows, dim] float16, queries [queries, dim] float32.
     """
     count = min(RECALL_AT, len(rows))
     wanted = exact.nearest(rows, queries, count)[0]

@@ -84,8 +84,7 @@ class Account:
       collectives: All collectives of the program.
       kernels: All calls of kernels.
 
-    Raises:
-      ValueError: if a loop's trip count cannot be read.
+    Raises ValueError if a loop's trip count cannot be read.
     """
 
     def __init__(

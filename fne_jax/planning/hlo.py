@@ -180,8 +180,7 @@ def branches(instruction: Instruction) -> list[str]:
 def trip_count(module: Module, computation: Computation, instruction: Instruction) -> int:
     """Returns how often a loop runs, as XLA says, or as its condition compares a counter.
 
-    Raises:
-      ValueError: if neither can be read.
+    Raises ValueError if neither can be read.
     """
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.attributes)
     if known:

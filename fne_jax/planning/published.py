@@ -42,8 +42,7 @@ TRAINING_PAIRS = {"coco": 566_747, "flickr30k": 145_000}
 def read_architectures(encoder: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
     """Returns the config.json of each pretrained tower: from here if published, else its source's.
 
-    Raises:
-      UserError: if a source of another name does not exist.
+    Raises UserError if a source of another name does not exist.
     """
     architectures = {}
     for tower in TOWERS:

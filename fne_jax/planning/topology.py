@@ -151,8 +151,7 @@ def find(name: str) -> Topology:
 
     Call it before anything else uses JAX: virtual CPU devices cannot be added later.
 
-    Raises:
-      UserError: if there is no such machine, or the compiler for it is missing.
+    Raises UserError if there is no such machine, or the compiler for it is missing.
     """
     kind, _, shape = name.partition(":")
     if kind == CPU and re.fullmatch(r"[1-9]\d*", shape):

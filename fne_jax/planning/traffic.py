@@ -41,11 +41,7 @@ def main_memory(
 ) -> collections.Counter[str]:
     """Returns the bytes that an instruction reads and writes, those of what it calls left out.
 
-    Args:
-      module: The program.
-      computation: The computation that holds the instruction; not a fused one, whose fusion has
-        its traffic.
-      instruction: The instruction that is counted.
+    The computation is not a fused one, whose fusion has its traffic.
 
     Returns:
       Bytes by the `op_name` of what reads or writes them, where a fusion joins several; "" for the

@@ -59,8 +59,7 @@ def matrix_flops(function: Callable[..., Any], *arguments: Any) -> int:
     as padding, is not among them. A loop counts as often as it runs, and of a choice the largest
     branch.
 
-    Raises:
-      ValueError: if it holds a loop of unknown length, or a kernel of its own.
+    Raises ValueError if it holds a loop of unknown length, or a kernel of its own.
     """
     return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 

@@ -73,9 +73,8 @@ def _is_true(split, pairs):
 def negatives(split: EmbeddedSplit, way: str) -> Card:
     """Returns what hardest-negative mining and FNE choose for random anchors.
 
-    Args:
-      split: A split of at least two images, with its dataset, config and statistics.
-      way: A key of `DIRECTIONS`.
+    The split has at least two images, its dataset, config and statistics; `way` is a key of
+    `DIRECTIONS`.
     """
     (_, _, show_query), (_, item_image, show_item) = _sides(split, way)
     captions = np.arange(len(split.text_emb))
@@ -175,8 +174,7 @@ def choose_negatives(
 def queries(split: EmbeddedSplit) -> list[Card]:
     """Returns of both directions the queries whose match leads by most, and those trailing by most.
 
-    Args:
-      split: A split of at least two images, with its dataset.
+    The split has at least two images, and its dataset.
     """
     return [_best_and_worst(split, way, *found) for way, found in query_outcomes(split).items()]
 
@@ -209,8 +207,7 @@ def _best_and_worst(split, way, match, rival, rank):
 def query_outcomes(split: EmbeddedSplit) -> dict[str, tuple[Pairs, Pairs, np.ndarray]]:
     """Returns how each query fared, by direction.
 
-    Args:
-      split: A split of at least two images.
+    The split has at least two images.
 
     Returns:
       [queries] pairs of each query with its most similar match, and with the most similar item that

@@ -117,11 +117,7 @@ def _warmup_end(lines):
 
 @style()
 def learning_curves(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
-    """Returns a figure for each of `logged_curves` that has two points or more, by title.
-
-    Args:
-      lines: The lines of a run's metrics.jsonl, in order.
-    """
+    """Returns a figure for each of `logged_curves` that has two points or more, by title."""
     figures, end = {}, _warmup_end(lines)
     for title, curves in logged_curves(lines).items():
         if max(map(len, curves.values())) < 2:
@@ -148,11 +144,7 @@ def learning_curves(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
 
 
 def single_values(lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Returns what `learning_curves` leaves out, curves of one point, as text by title.
-
-    Args:
-      lines: The lines of a run's metrics.jsonl, in order.
-    """
+    """Returns what `learning_curves` leaves out, curves of one point, as text by title."""
     return {
         title: ", ".join(
             f"{legend} {value:.4g} at step {step}" for legend, ((step, value),) in curves.items()
@@ -167,10 +159,6 @@ def statistics_figures(
     stats: SimilarityStatistics, fne: ml_collections.ConfigDict
 ) -> dict[str, Figure]:
     """Returns what the statistics mean for candidates; nothing before they have seen two pairs.
-
-    Args:
-      stats: The similarity statistics, on the host.
-      fne: `config.fne`.
 
     Returns:
       `similarity_distributions`: both Gaussians, the posterior, and where the margin cuts.
@@ -190,10 +178,6 @@ def statistics_images(
     """Returns `statistics_figures` as [1, height, width, 3] uint8, as TensorBoard takes them.
 
     None, with a warning, where matplotlib is not installed.
-
-    Args:
-      stats: The similarity statistics of a train state.
-      fne: `config.fne`.
     """
     try:
         figures = statistics_figures(jax.device_get(stats), fne)
@@ -206,9 +190,7 @@ def statistics_images(
 def as_svg(figure: Figure, name: str) -> str:
     """Returns an SVG element without size or colours of its own for text and axes.
 
-    Args:
-      figure: A figure of this module.
-      name: Tells the ids inside it from those of a page's other figures.
+    The name tells the ids inside it from those of a page's other figures.
     """
     stream = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))

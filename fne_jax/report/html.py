@@ -39,9 +39,7 @@ _reports = functools.cache(lambda: environment("fne_jax.report"))
 def render(template: str, values: Mapping[str, Any]) -> str:
     """Returns a page.
 
-    Args:
-      template: The name of a file in templates/.
-      values: What it shows; text in it is escaped, unless it is `markupsafe.Markup`.
+    Text in the values is escaped, unless it is `markupsafe.Markup`.
     """
     return _reports().get_template(template).render(values)
 
@@ -54,8 +52,7 @@ def palette() -> str:
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file atomically, its line ends as they are.
 
-    Raises:
-      UserError: if it cannot be written.
+    Raises UserError if it cannot be written.
     """
     with as_user_error(f"{path}: cannot be written"):
         # Captions may hold half of a surrogate pair, which no encoding can.

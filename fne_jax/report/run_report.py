@@ -36,15 +36,9 @@ def write_run_report(
 ) -> None:
     """Writes the page of an evaluation; what is not known of the split is left out of it.
 
-    Args:
-      path: The file to write.
-      split: What was evaluated.
-      metrics: The metrics by name, each a number or `{"value", "low", "high"}`.
-      weights: `online` or `momentum`; "" for embeddings of any other model.
-      log: The lines of the run's metrics.jsonl.
-
-    Raises:
-      UserError: if the file cannot be written.
+    A metric is a number or `{"value", "low", "high"}`. Weights are `online`, `momentum`, or "" for
+    embeddings of any other model; the log is the lines of metrics.jsonl. Raises UserError if the
+    file cannot be written.
     """
     config, chance = split.config, chance_levels(split)
     page = html.render(
@@ -103,9 +97,8 @@ def _of_examples(split: EmbeddedSplit) -> dict[str, Any]:
 def metric_tables(metrics: Mapping[str, Any], chance: Mapping[str, float]) -> list[dict[str, Any]]:
     """Returns the metrics as tables.
 
-    Args:
-      metrics: The metrics by name, each a number or `{"value", "low", "high"}`.
-      chance: The values that random ranks would have, as far as they are known.
+    A metric is a number or `{"value", "low", "high"}`; `chance` has the values of random ranks, as
+    far as they are known.
 
     Returns:
       Of each table `title`, `columns` and `rows` of `name`, `meaning` and `cells`; a cell has a

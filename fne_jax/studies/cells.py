@@ -90,17 +90,9 @@ def study_runs(
     Each objective is run as it is and in each variant. Runs of one seed whose configs differ only
     in what follows the warm-up share that.
 
-    Args:
-      config_path: The config file.
-      overrides: Changes for all runs, as `--config.x=y`.
-      objectives: As `Cell.objective`.
-      variants: Each `field=value`, or several of these with commas between.
-      seeds: The number of runs of each cell.
-      workdir: The folder of the study.
-
-    Raises:
-      UserError: if an objective is unknown or named twice, a config is wrong, or an objective
-        sets a field that is to be changed.
+    Objectives are as `Cell.objective`; a variant is `field=value`, or several of these with commas
+    between; `overrides` are for all runs, as `--config.x=y`. Raises UserError if an objective is
+    unknown or named twice, a config is wrong, or an objective sets a field that is to be changed.
     """
     for name in objectives:
         _check_name(name, objectives)

@@ -22,10 +22,6 @@ def measure(model: Model, train: PairDataset) -> dict[str, Any]:
     These are of the first training images, and the first caption of each, with the other images'
     pairs in the queue.
 
-    Args:
-      model: The model of the run, with its queue and statistics.
-      train: Its training split, whose true matches are all known.
-
     Returns:
       `roc_auc`, `average_precision`, `density`, `mean_posterior` and `calibration`, over all pairs.
       Nothing for an empty queue, which a run of an in-batch objective may leave.

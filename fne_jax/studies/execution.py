@@ -48,8 +48,7 @@ def train_and_measure(run: Run) -> None:
 
     It is bit-identical to one trained alone: the warm-up depends on nothing that follows it.
 
-    Raises:
-      UserError: if the run cannot be trained, or its folder cannot be made.
+    Raises UserError if the run cannot be trained, or its folder cannot be made.
     """
     if run.warmup is not None and not run.workdir.exists():
         with whole_folder(run.workdir) as folder:
@@ -65,8 +64,7 @@ def train_and_measure(run: Run) -> None:
 def read_results(runs: Sequence[Run]) -> dict[Cell, dict[int, dict[str, Any]]]:
     """Returns what `measured` returned of the runs that have ended, by cell and seed.
 
-    Raises:
-      UserError: if a folder holds a run of another config.
+    Raises UserError if a folder holds a run of another config.
     """
     results: dict[Cell, dict[int, dict[str, Any]]] = {run.cell: {} for run in runs}
     for run in runs:

@@ -63,8 +63,7 @@ def check_source(wanted: MatchList, train: PairDataset) -> None:
 def write(wanted: MatchList) -> None:
     """Writes the file of a list, by the trained encoders in its folder; verdicts are by the truth.
 
-    Raises:
-      UserError: if the source cannot judge by these encoders, or the file cannot be written.
+    Raises UserError if the source cannot judge by these encoders, or the file cannot be written.
     """
     model = load_workdir(wanted.folder, "latest")
     train = model.load_split("train")

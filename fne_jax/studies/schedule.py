@@ -43,10 +43,6 @@ class Task(NamedTuple):
 def train_missing(runs: Sequence[Run], say: Callable[[str], None]) -> list[str]:
     """Trains and measures every run that has no result yet, and returns a line for each failure.
 
-    Args:
-      runs: The runs of the study, those of the first seed first.
-      say: Shows a line of progress.
-
     Raises:
       Interrupted: after Ctrl-C or SIGTERM; the same call continues.
       UserError: if a run asks for the truth of a dataset that does not know it.
@@ -86,11 +82,7 @@ def _check(todo):
 
 
 def plan(todo: Sequence[Run]) -> list[Task]:
-    """Returns the work that runs ask for: each, and before it what it needs and nothing has made.
-
-    Args:
-      todo: Runs without a result.
-    """
+    """Returns the work that runs without a result ask for: each, and what it needs before it."""
     tasks: dict[pathlib.Path, Task] = {}
 
     def add(name, work, run, makes, *needs):

@@ -84,9 +84,7 @@ class Review:
 def create_app(review: Review, names: Collection[str] = ()) -> Starlette:
     """Returns the application.
 
-    Args:
-      review: What the pages are of.
-      names: The names by which browsers may call this machine, beside `localhost`.
+    Browsers may call this machine by these names, beside `localhost`.
     """
     pages = _Pages(review)
     routes = [

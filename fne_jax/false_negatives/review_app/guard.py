@@ -32,10 +32,8 @@ _HEADERS = {
 class Guard:
     """An ASGI application around another, which answers what is allowed.
 
-    Args:
-      app: The application.
-      names: The names by which browsers may call this machine; addresses by number always may,
-        since no other site's page has such a one.
+    Browsers may call this machine by these names, and always by number, since no other site's page
+    has such an address.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str]):

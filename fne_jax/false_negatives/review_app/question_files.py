@@ -29,17 +29,9 @@ def write_questions(
 ) -> None:
     """Writes questions, one object a line, and keeps in the store what these do not tell.
 
-    Args:
-      path: The file; what was there is replaced.
-      images: The folder to write the images into as JPEG, each once, or None. `image` of a question
-        is the path of its own, seen from the file's folder.
-      questions: The questions, which are written in their order.
-      dataset: The split that they are of.
-      split: Its name.
-      store: Where the answers will go.
-
-    Raises:
-      UserError: if something cannot be written.
+    Images are written as JPEG into their folder, if there is one, each once; `image` of a question
+    is the path of its own, seen from the file's folder. Raises UserError if something cannot be
+    written.
     """
     for folder in (path.parent, images or path.parent):
         with as_user_error(f"{folder}: cannot be created"):

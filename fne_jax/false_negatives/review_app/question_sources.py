@@ -22,13 +22,7 @@ from fne_jax.parallel.compile_cache import use_compile_cache
 
 
 def questions_of_suspects(split: JudgedSplit, suspects: Suspects, limit: int) -> list[Question]:
-    """Returns a question for each of the first suspects.
-
-    Args:
-      split: The split.
-      suspects: All its suspects.
-      limit: The most questions.
-    """
+    """Returns a question for each of the first suspects."""
     pairs = suspects.pairs[:limit]
     return [
         Question(
@@ -49,11 +43,6 @@ def questions_of_sample(split: JudgedSplit, count: int, seed: int) -> list[Quest
     """Returns a question for each pair of a random sample, whose verdicts speak for all pairs.
 
     They tell nothing of how similar a model takes the two to be, which might sway who answers.
-
-    Args:
-      split: The split.
-      count: How many pairs.
-      seed: The seed of the sample.
     """
     drawn = sample(split, count, seed)
     name = sample_name(split, count, seed)
@@ -74,18 +63,13 @@ def questions_for_evaluation(
 
     They tell nothing of which system found what.
 
-    Args:
-      systems: Folders of runs or, but for the first, of embeddings as `evaluate --dump` writes.
-      checkpoint: Of runs: `best`, `latest` or a step.
-      split_name: `train`, `val` or `test`.
-      sample: The queries.
-      overrides: `--config.x=y` for each run, as `load_workdir` takes them.
+    Systems are folders of runs, at a checkpoint (`best`, `latest` or a step), or, but for the
+    first, of embeddings as `evaluate --dump` writes. `overrides` are as of `load_workdir`.
 
     Returns:
       The split, the questions, and a line on where they come from.
 
-    Raises:
-      UserError: if a folder cannot be read, or is of other data than the first.
+    Raises UserError if a folder cannot be read, or is of other data than the first.
     """
     # All are looked at before the first is embedded, which may take long.
     runs, found, dataset = [], [], None

@@ -75,13 +75,7 @@ def verdict_on(
 ) -> Verdict:
     """Returns a verdict on the pair of a question, by default one that is yet to be given.
 
-    Args:
-      question: The question.
-      dataset: The split that it is of.
-      split: Its name.
-      verdict: One of `WORDS`.
-      reviewer: Who says so.
-      time: When, as in `Verdict`.
+    The verdict is one of `WORDS`, and the time as in `Verdict`.
     """
     return Verdict(
         split=split,
@@ -198,9 +192,7 @@ class GroupPage:
 class Questions:
     """The questions of a review.
 
-    Args:
-      dataset: The split that they are of.
-      questions: At most one of each pair, in the order in which they are asked.
+    There is at most one of each pair, in the order in which they are asked.
 
     Attributes:
       groupings: In which groups they can be shown: by caption and by image, or those of a random
@@ -241,11 +233,8 @@ class Questions:
     def page(self, answers: Answers, by: str, show: str, row: int | None) -> GroupPage | None:
         """Returns a group, or where nothing of it passes the filter the next that does.
 
-        Args:
-          answers: What has been said of them.
-          by: One of `groupings`.
-          show: A key of `FILTERS`.
-          row: The `GroupPage.row` of the group; None for the first that passes.
+        It is a group of one of `groupings`, shown by a key of `FILTERS`; the row is its
+        `GroupPage.row`, None for the first that passes.
 
         Returns:
           The group; the last that passes where none follows, and None where nothing passes.

@@ -19,12 +19,8 @@ USUAL_PORT = 8765
 def bind(host: str, port: int | None) -> socket.socket:
     """Returns a socket that holds a port, before anything slow begins.
 
-    Args:
-      host: The address to listen on, by name or by number.
-      port: The port; None for the usual one, or any other where that is taken.
-
-    Raises:
-      UserError: if the port is taken or not allowed, or the host is not one of this machine.
+    Without a port it is the usual one, or any other where that is taken. Raises UserError if the
+    port is taken or not allowed, or the host is not one of this machine.
     """
     wanted = [USUAL_PORT, 0] if port is None else [port]
     for number in wanted:
@@ -74,11 +70,8 @@ def serve(
 
     Requests that are being answered are not waited for.
 
-    Args:
-      app: The application.
-      bound: What `bind` returned; it is closed.
-      stop_signals: The signals that end it.
-      ready: Called as soon as requests are answered.
+    `bound` is what `bind` returned, and is closed; `ready` is called as soon as requests are
+    answered.
     """
     config = uvicorn.Config(app, log_level="error", ws="none", lifespan="off", server_header=False)
     server = _Server(config, ready)
