@@ -53,9 +53,8 @@ def made_up_batch(training: Training) -> dict[str, np.ndarray]:
 def jax_step(config: ml_collections.ConfigDict, steps: int, windows: int) -> dict[str, Any]:
     """Times steps of the phase FNE on the first device, one after the other without waiting.
 
-    The batch stays on the device: no data is read.
-
-    A window of steps is waited for as a whole; three steps before the first are not timed.
+    The batch stays on the device: no data is read. A window of steps is waited for as a whole;
+    three steps before the first are not timed.
 
     Returns:
       Seconds a step of each window, bytes of the device's memory by the runtime's count (None
@@ -64,35 +63,28 @@ def jax_step(config: ml_collections.ConfigDict, steps: int, windows: int) -> dic
 
     Raises UserError if the config does not suit a made-up batch or the device.
     """
-    step = _Step(config)
-    seconds = window_seconds(step, lambda: jax.block_until_ready(step.state), steps, windows)
+    use_compile_cache(config.compile_cache)
+    training = training_on_one_device(config)
+    start = time.perf_counter()
+    compiled = training.compiled([Phase.FNE])[Phase.FNE]
+    compile_seconds = time.perf_counter() - start
+    state, scalars = initial_state(training.model, training.state), {}
+    batch = sharding.to_devices(made_up_batch(training), training.model.mesh)
+
+    def step():
+        nonlocal state, scalars
+        state, scalars, _ = compiled(state, batch)
+
+    seconds = window_seconds(step, lambda: jax.block_until_ready(state), steps, windows)
     memory = jax.devices()[0].memory_stats() or {}
     return {
         "platform": jax.default_backend(),
         "dtype": config.encoder.compute_dtype,
         "window_step_s": seconds,
-        "compile_s": step.compile_seconds,
-        "applied": bool(step.scalars["applied"]),
+        "compile_s": compile_seconds,
+        "applied": bool(scalars["applied"]),
         "peak_bytes": memory.get("peak_bytes_in_use"),
-        "compiled_bytes": memory_bytes(step.compiled.memory_analysis()),
-        "kernels": dict(collections.Counter(_KERNEL.findall(step.compiled.as_text()))),
+        "compiled_bytes": memory_bytes(compiled.memory_analysis()),
+        "kernels": dict(collections.Counter(_KERNEL.findall(compiled.as_text()))),
         **machine(),
     }
-
-
-class _Step:
-    """An FNE step of a config, compiled, state and batch on one device; a call makes one step."""
-
-    def __init__(self, config):
-        use_compile_cache(config.compile_cache)
-        training = training_on_one_device(config)
-        start = time.perf_counter()
-        self.compiled = training.compiled([Phase.FNE])[Phase.FNE]
-        self.compile_seconds = time.perf_counter() - start
-        self.state = initial_state(training.model, training.state)
-        self.scalars = None
-        self._batch = sharding.to_devices(made_up_batch(training), training.model.mesh)
-
-    def __call__(self):
-        self.state, self.scalars, _ = self.compiled(self.state, self._batch)
-        return self.scalars
