@@ -16,15 +16,13 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
-from etils import epath
-
 from fne_jax import files
 from fne_jax.data.images.usable_images import UnusableImage, usable_jpeg
 from fne_jax.data.sources.image_files import (
     AnyImageFile,
-    MadeImage,
     Stamp,
     likely_reason,
+    read_bytes,
     stamp_of,
     stamps_of,
 )
@@ -218,8 +216,7 @@ def _read(image, stamp):
     if stamp[0] < 0:
         raise UnusableImage(f"there is no image {name}{likely_reason(name)}")
     with files.as_user_error(f"{name}: cannot be read", "fix that and try again"):
-        made = isinstance(image, MadeImage)
-        content = image.read() if made else epath.Path(image).read_bytes()
+        content = read_bytes(image)
     if stamp_of(image) != stamp:
         raise UserError(f"{name}: has changed since it was listed; run the same command again")
     return content

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 
 import fsspec
+from etils import epath
 
 from fne_jax.errors import UserError
 
@@ -45,6 +46,11 @@ class MadeImage(abc.ABC):
 
 
 AnyImageFile = str | os.PathLike | MadeImage
+
+
+def read_bytes(image: AnyImageFile) -> bytes:
+    """Returns the content of an image's file; raises OSError if it cannot be read."""
+    return image.read() if isinstance(image, MadeImage) else epath.Path(image).read_bytes()
 
 
 def file_of(image: AnyImageFile) -> str:
