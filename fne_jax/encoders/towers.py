@@ -191,7 +191,12 @@ def _new_tower(name, settings, vocab_size) -> Tower:
             f"config.encoder.{name}.width is {settings.width}, "
             f"which {settings.heads} heads do not divide"
         )
-    sizes = {name: settings[name] for name in ("width", "layers", "heads", "mlp_width")}
+    sizes = {
+        "width": settings.width,
+        "layers": settings.layers,
+        "heads": settings.heads,
+        "mlp_width": settings.mlp_width,
+    }
     if name == "text":
         return Bert(vocab_size=vocab_size, max_length=settings.max_length, **sizes)
     if settings.image_size % settings.patch_size:
