@@ -210,7 +210,7 @@ def change(folder, name, new):
             r"are CLIPModel; expected Transformer, Pooling, maybe Dense, and maybe Normalize",
         ),
         ("modules.json", lambda x: [x[0] | {"path": "0_T"}, *x[1:]], "its transformer is in 0_T"),
-        ("modules.json", lambda x: [{"idx": 0}], r"modules.json is damaged \(KeyError"),
+        ("modules.json", lambda x: [{"idx": 0}], "modules.json is damaged: 'type'"),
         ("modules.json", lambda x: {}, r"modules.json is damaged \(no JSON array"),
         ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "is mean and max; expected"),
         (
