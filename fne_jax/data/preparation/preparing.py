@@ -124,16 +124,24 @@ def _made(
         for other in sorted(path for path in scratch.parent.iterdir() if path.is_dir()):
             if other != scratch:
                 _log.info("%s: of another dataset, not finished; may be deleted", other)
-        _take_up(shards, root, scratch)
-        _make(shards, scratch, maker)
+        missing = _missing(shards, root, scratch)
+        done = len(shards) - len(missing)
+        with (
+            Progress("shards of images", len(shards), completed=done) as progress,
+            contextlib.closing(maker(missing, scratch)) as making,
+        ):
+            for _ in making:
+                progress.advance()
         with files.whole_folder(folder) as unnamed:
             _finish(unnamed, scratch, origin, noted, listing, shards, data.max_skipped)
         shutil.rmtree(scratch)
     return Prepared.open(folder)
 
 
-def _take_up(shards: Sequence[ImageShard], root: pathlib.Path, scratch: pathlib.Path) -> None:
-    """Links what other prepared datasets have of the shards."""
+def _missing(
+    shards: Sequence[ImageShard], root: pathlib.Path, scratch: pathlib.Path
+) -> list[ImageShard]:
+    """Returns the shards to be made, having linked those that other prepared datasets have."""
     wanted = {shard.key: shard for shard in shards if not shard.is_made(scratch)}
     for about in root.glob(f"*/{storage.ABOUT_FILE}"):
         with contextlib.suppress(UserError):
@@ -143,6 +151,8 @@ def _take_up(shards: Sequence[ImageShard], root: pathlib.Path, scratch: pathlib.
                 if shard and shard.is_made(other.folder, other.folder / file):
                     _link(other.folder / file, shard.records_in(scratch))
                     _link(shard.outcomes_in(other.folder), shard.outcomes_in(scratch))
+                    del wanted[key]
+    return list(wanted.values())
 
 
 def _link(file: pathlib.Path, name: pathlib.Path, otherwise: Any = shutil.copyfile) -> None:
@@ -151,18 +161,6 @@ def _link(file: pathlib.Path, name: pathlib.Path, otherwise: Any = shutil.copyfi
         os.link(file, name)
     except OSError:  # file systems without links, or another one's
         otherwise(file, name)
-
-
-def _make(shards: Sequence[ImageShard], scratch: pathlib.Path, maker: Maker) -> None:
-    """Makes the shards that are not there yet."""
-    missing = [shard for shard in shards if not shard.is_made(scratch)]
-    done = len(shards) - len(missing)
-    with (
-        Progress("shards of images", len(shards), completed=done) as progress,
-        contextlib.closing(maker(missing, scratch)) as making,
-    ):
-        for _ in making:
-            progress.advance()
 
 
 def _finish(
