@@ -46,7 +46,7 @@ def test_the_arguments_are_ours(figures):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations(figures, name):
     for image, argument, expected in cases(figures, name):
-        ours = getattr(randaugment, name)(image, argument)
+        ours = randaugment.OPERATIONS[name](image, argument)
         difference = np.abs(ours.astype(int) - expected)
         if name == "sharpness":
             # All of the difference is where theirs wrapped around.

@@ -15,13 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from fne_jax.errors import UserError
 from fne_jax.files import as_user_error, expand_home
 
-_SPECIAL = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+_SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 # Captions that are tokenized at a time; their objects take some 6 kB each meanwhile.
 _AT_A_TIME = 16_384
 TRAIN = "train"  # the tokenizer name that asks for a fitted one

@@ -16,23 +16,12 @@ CROP_AREA = (0.5, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 
-# RandAugment(2, 7) with these operations, each applied half of the time: the paper's.
-OPERATIONS = (
-    "identity",
-    "autocontrast",
-    "equalize",
-    "brightness",
-    "sharpness",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "rotate",
-)
-OPERATIONS_PER_IMAGE = 2
-OPERATION_PROBABILITY = 0.5
-# At magnitude 7 of 10: factors of enhancement, tangents, pixels and degrees.
+# RandAugment(2, 7) with these operations, each applied half of the time: the paper's. Their
+# arguments, at magnitude 7 of 10, are factors of enhancement, tangents, pixels and degrees.
 ARGUMENTS = {
+    "identity": 0.0,
+    "autocontrast": 0.0,
+    "equalize": 0.0,
     "brightness": 1.36,
     "sharpness": 1.36,
     "shear_x": 0.21,
@@ -41,7 +30,10 @@ ARGUMENTS = {
     "translate_y": 7.0,
     "rotate": 21.0,
 }
-# Their arguments are as often negative.
+OPERATIONS = tuple(ARGUMENTS)
+OPERATIONS_PER_IMAGE = 2
+OPERATION_PROBABILITY = 0.5
+# The arguments of these are as often negative.
 SIGNED = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 # The colour of what moves into the image from outside.
 FILL = 128
@@ -127,7 +119,7 @@ def sample_operation(rng: np.random.Generator) -> tuple[int, float]:
         return 0, 0.0
     index = int(rng.integers(len(OPERATIONS)))
     name = OPERATIONS[index]
-    argument = ARGUMENTS.get(name, 0.0)
+    argument = ARGUMENTS[name]
     if name in SIGNED and rng.random() < 0.5:
         argument = -argument
     return index, argument

@@ -87,7 +87,7 @@ def augment_image(image: np.ndarray, sampled: Augmentation) -> np.ndarray:
     if sampled.mirrored:
         image = cv2.flip(image, 1)
     for operation, argument in zip(sampled.operations, sampled.arguments, strict=True):
-        image = getattr(randaugment, augmentation.OPERATIONS[operation])(image, argument)
+        image = randaugment.OPERATIONS[augmentation.OPERATIONS[operation]](image, argument)
     return image
 
 

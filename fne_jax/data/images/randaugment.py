@@ -7,6 +7,8 @@ blends with the fill, as OpenCV's bilinear interpolation does and PIL's does not
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import cv2
 import numpy as np
 
@@ -16,15 +18,8 @@ from fne_jax.data.images.augmentation import FILL
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 
-def identity(image: np.ndarray, argument: float) -> np.ndarray:
-    """Returns the image as it is."""
-    del argument
-    return image
-
-
-def autocontrast(image: np.ndarray, argument: float) -> np.ndarray:
+def autocontrast(image: np.ndarray) -> np.ndarray:
     """Returns the image with each channel stretched to the full range, as PIL does."""
-    del argument
     table = np.empty((256, 1, 3), np.uint8)
     for channel, counts in enumerate(_histograms(image)):
         low, high = np.flatnonzero(counts)[[0, -1]]
@@ -34,9 +29,8 @@ def autocontrast(image: np.ndarray, argument: float) -> np.ndarray:
     return cv2.LUT(image, table)
 
 
-def equalize(image: np.ndarray, argument: float) -> np.ndarray:
+def equalize(image: np.ndarray) -> np.ndarray:
     """Returns the image with the histogram of each channel evened out, as PIL does."""
-    del argument
     table = np.empty((256, 1, 3), np.uint8)
     for channel, counts in enumerate(_histograms(image)):
         brightest = counts[np.flatnonzero(counts)[-1]]
@@ -49,12 +43,6 @@ def equalize(image: np.ndarray, argument: float) -> np.ndarray:
     return cv2.LUT(image, table)
 
 
-def brightness(image: np.ndarray, argument: float) -> np.ndarray:
-    """Returns the image with every level multiplied by the argument, as PIL does."""
-    # PIL cuts off what OpenCV rounds, so nearly a half is taken off before.
-    return cv2.convertScaleAbs(image, alpha=argument, beta=-0.499)
-
-
 def sharpness(image: np.ndarray, argument: float) -> np.ndarray:
     """Returns the image moved away from a smoothed copy by a factor, as PIL does.
 
@@ -65,26 +53,6 @@ def sharpness(image: np.ndarray, argument: float) -> np.ndarray:
     for edge in (0, -1):
         sharp[edge], sharp[:, edge] = image[edge], image[:, edge]
     return sharp
-
-
-def shear_x(image: np.ndarray, argument: float) -> np.ndarray:
-    """Returns the image with each row moved right by its number times the argument."""
-    return _warp(image, [[1, argument, 0], [0, 1, 0]])
-
-
-def shear_y(image: np.ndarray, argument: float) -> np.ndarray:
-    """Returns the image with each column moved down by its number times the argument."""
-    return _warp(image, [[1, 0, 0], [argument, 1, 0]])
-
-
-def translate_x(image: np.ndarray, argument: float) -> np.ndarray:
-    """Returns the image moved left by a number of pixels, whose fraction is cut off."""
-    return _translate(image, int(argument), axis=1)
-
-
-def translate_y(image: np.ndarray, argument: float) -> np.ndarray:
-    """Returns the image moved up by a number of pixels, whose fraction is cut off."""
-    return _translate(image, int(argument), axis=0)
 
 
 def rotate(image: np.ndarray, argument: float) -> np.ndarray:
@@ -121,3 +89,21 @@ def _translate(image, pixels, axis):
         new[axis] = slice(max(-pixels, 0), max(-pixels, 0) + length)
         moved[tuple(new)] = image[tuple(kept)]
     return moved
+
+
+# By the names of `augmentation.OPERATIONS`, of an image and an argument.
+OPERATIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+    "identity": lambda image, _: image,
+    "autocontrast": lambda image, _: autocontrast(image),
+    "equalize": lambda image, _: equalize(image),
+    # PIL cuts off what OpenCV rounds, so nearly a half is taken off before.
+    "brightness": lambda image, factor: cv2.convertScaleAbs(image, alpha=factor, beta=-0.499),
+    "sharpness": sharpness,
+    # Each row is moved right, or each column down, by its number times the argument.
+    "shear_x": lambda image, slope: _warp(image, [[1, slope, 0], [0, 1, 0]]),
+    "shear_y": lambda image, slope: _warp(image, [[1, 0, 0], [slope, 1, 0]]),
+    # To the left, or up, by a number of pixels whose fraction is cut off.
+    "translate_x": lambda image, pixels: _translate(image, int(pixels), axis=1),
+    "translate_y": lambda image, pixels: _translate(image, int(pixels), axis=0),
+    "rotate": rotate,
+}

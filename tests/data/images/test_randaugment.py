@@ -22,7 +22,7 @@ def images():
 
 
 def apply(image, name, argument):
-    return getattr(randaugment, name)(image, argument)
+    return randaugment.OPERATIONS[name](image, argument)
 
 
 @pytest.mark.parametrize(
@@ -55,5 +55,5 @@ def test_pixels_move_as_a_plain_loop_moves_them(name, argument, sign):
 
 def test_an_image_smaller_than_the_translation_is_all_fill():
     image = np.zeros((9, 5, 3), np.uint8)
-    assert (randaugment.translate_x(image, 7.0) == FILL).all()
-    assert (randaugment.translate_y(image, -7.0)[:7] == FILL).all()
+    assert (apply(image, "translate_x", 7.0) == FILL).all()
+    assert (apply(image, "translate_y", -7.0)[:7] == FILL).all()
