@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fne_jax import load_pretrained
-from fne_jax.encoders.dual_encoder import pool_mean_with_padding, unit
+from fne_jax.encoders.dual_encoder import POOLINGS, unit
 
 TOLERANCE = 1e-5
 # In bfloat16, whose steps near 1 are 0.008: last hidden states (of deviation about 1, after three
@@ -15,7 +15,7 @@ HALF_TOLERANCE = {"hidden_state": 0.08, "emb": 0.01}
 
 
 def embed(hidden):
-    return unit(pool_mean_with_padding(hidden, None))
+    return unit(POOLINGS["mean_with_padding"](hidden, None))
 
 
 def vit(module, params, pixels, tokens):

@@ -23,16 +23,10 @@ def pool_mean(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     return total / jnp.maximum(weights.sum(axis=1), 1.0)
 
 
-def pool_mean_with_padding(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the mean of all tokens, padding included, as the authors' text tower does."""
-    del mask
-    return hidden.astype(jnp.float32).mean(axis=1)
-
-
 def pool_mean_to_longest(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the mean of as many tokens as the batch's longest text has.
 
-    This is what `pool_mean_with_padding` gives where batches are padded to their longest text, as
+    This is what "mean_with_padding" gives where batches are padded to their longest text, as
     in the authors' training, without a length that changes from batch to batch.
     """
     longest = mask.sum(axis=1).max()
@@ -44,24 +38,14 @@ def pool_mean_to_longest(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     return pool_mean(hidden, jnp.broadcast_to(counted, mask.shape))
 
 
-def pool_first(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the first token's hidden state, that of the class token in ViT and BERT."""
-    del mask
-    return hidden[:, 0].astype(jnp.float32)
-
-
-def pool_max(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the [batch, dim] float32 maxima over the tokens that are not padding."""
-    # The number that sentence-transformers puts in the place of padding.
-    return jnp.where(mask[..., None] > 0, hidden.astype(jnp.float32), -1e9).max(axis=1)
-
-
 def pool_first_and_mean(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the first token beside the mean of the others, as DINOv2 is read by linear layers.
 
     They are [batch, 2 * dim] float32; the arguments are as of `pool_mean`.
     """
-    return jnp.concatenate([pool_first(hidden, mask), pool_mean(hidden[:, 1:], mask[:, 1:])], -1)
+    return jnp.concatenate(
+        [hidden[:, 0].astype(jnp.float32), pool_mean(hidden[:, 1:], mask[:, 1:])], -1
+    )
 
 
 # The pooling of a text that depends on the other texts of its batch.
@@ -70,10 +54,15 @@ LONGEST_POOLING = "mean_to_longest"
 FIRST_AND_MEAN = "first_and_mean"
 POOLINGS = {
     "mean": pool_mean,
-    "mean_with_padding": pool_mean_with_padding,
+    # Of all tokens, padding included, as the authors' text tower does.
+    "mean_with_padding": lambda hidden, _: hidden.astype(jnp.float32).mean(axis=1),
     LONGEST_POOLING: pool_mean_to_longest,
-    "first": pool_first,
-    "max": pool_max,
+    # That of the class token in ViT and BERT.
+    "first": lambda hidden, _: hidden[:, 0].astype(jnp.float32),
+    # Padding has the number that sentence-transformers puts in its place.
+    "max": lambda hidden, mask: jnp.where(
+        mask[..., None] > 0, hidden.astype(jnp.float32), -1e9
+    ).max(axis=1),
     FIRST_AND_MEAN: pool_first_and_mean,
 }
 # The poolings that do not look at the hidden states of padding.
