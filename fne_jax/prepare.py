@@ -30,9 +30,6 @@ def main(arguments: list[str]) -> None:
     parser = command_line.parser("Packs a dataset into ArrayRecord files.", "prepare")
     parser.add_argument("--config", required=True, help="config file, e.g. configs/shapes.py")
     parser.add_argument(
-        "--resize-to", type=int, help="the same as --config.data.resize_to, e.g. 512 (pixels)"
-    )
-    parser.add_argument(
         "--processes", type=int, default=os.cpu_count(), help="how many work at once; all cores"
     )
     parser.add_argument(
@@ -47,8 +44,6 @@ def main(arguments: list[str]) -> None:
     options, overrides = parser.parse_known_args(arguments)
     if options.processes < 1:
         raise UserError(f"--processes is {options.processes}; expected at least 1")
-    if options.resize_to is not None:
-        overrides.append(f"--config.data.resize_to={options.resize_to}")
     # Another machine may train.
     config = configuration.load_config(options.config, overrides)
     if find_source(config.data.source).load is not None:

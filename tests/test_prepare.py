@@ -502,7 +502,7 @@ def test_prepared_data_stand_by_themselves_wherever_they_are_copied(tmp_path):
 def test_smaller_images_are_another_dataset(tmp_path, command, capsys):
     command()
     full = capsys.readouterr().out
-    command("--resize-to", "16")
+    command("--config.data.resize_to=16")
     small = capsys.readouterr().out
     assert "checksum" in full and set(full.split()) != set(small.split())
     train = load_split(config_of(tmp_path, data__resize_to=16).data, 8, "train")
