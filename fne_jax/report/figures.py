@@ -117,11 +117,9 @@ def _warmup_end(lines):
 
 @style()
 def learning_curves(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
-    """Returns a figure for each of `logged_curves` that has two points or more, by title."""
+    """Returns a figure for each of `logged_curves`, by title."""
     figures, end = {}, _warmup_end(lines)
     for title, curves in logged_curves(lines).items():
-        if max(map(len, curves.values())) < 2:
-            continue
         figure, axes = _new_figure()
         looks = _LINES if len(curves) > 1 else ((BLUE, 2.0, "-"),)
         for (colour, width, dashes), (label, points) in zip(looks, curves.items(), strict=False):
@@ -141,17 +139,6 @@ def learning_curves(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
             figure.legend(handles, labels, loc="outside upper center", ncols=2)
         figures[title] = figure
     return figures
-
-
-def single_values(lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Returns what `learning_curves` leaves out, curves of one point, as text by title."""
-    return {
-        title: ", ".join(
-            f"{legend} {value:.4g} at step {step}" for legend, ((step, value),) in curves.items()
-        )
-        for title, curves in logged_curves(lines).items()
-        if max(map(len, curves.values())) < 2
-    }
 
 
 @style()

@@ -55,7 +55,6 @@ def write_run_report(
             "rsum": _value(metrics["rsum"], chance["rsum"]) if "rsum" in metrics else None,
             "tables": metric_tables(metrics, chance),
             "curves": _labelled(figures.learning_curves(log)),
-            "single_values": figures.single_values(log),
             "config": None if config is None else configuration.flatten(config),
             "environment": environment(),
             **_of_statistics(split),

@@ -133,16 +133,14 @@ def test_curves_are_those_that_were_logged():
     assert below.get_linewidth() > above.get_linewidth()
     # Nothing lies over the lines.
     assert not any(figure.axes[0].get_legend() for figure in drawn.values())
-    assert figures.single_values(lines) == {}
 
 
-def test_short_runs_are_told_in_words():
-    lines = [{"step": 9, "loss": 1.23456, "warmup": 0.0}, {"step": 9, "eval_t2i_r1": 4.0}]
-    assert figures.learning_curves(lines) == {}
-    assert figures.single_values(lines) == {
-        "Training loss": "loss 1.235 at step 9",
-        "Validation recall, %": "text to image R@1 4 at step 9",
-    }
+def test_a_value_that_was_logged_once_is_a_dot():
+    lines = [{"step": 9, "loss": 1.5, "warmup": 0.0}, {"step": 9, "eval_t2i_r1": 4.0}]
+    drawn = figures.learning_curves(lines)
+    assert list(drawn) == ["Training loss", "Validation recall, %"]
+    (loss,) = drawn["Training loss"].axes[0].lines
+    assert loss.get_xydata().tolist() == [[9, 1.5]] and loss.get_marker() == "o"
 
 
 def test_statistics_figures_show_the_posterior_and_the_weights():
