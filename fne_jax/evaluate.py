@@ -287,11 +287,9 @@ def _judged(split, about, options) -> dict[str, protocols.Measurement]:
     """Returns the metrics by verdicts, and notes in the report what they are of."""
     path = pathlib.Path(options.verdicts)
     verdicts = read_any(path, split.dataset, split.split_name)
-    try:
+    with as_user_error(f"--verdicts={path}", errors=UserError):
         sample = judged_evaluation.find_sample(verdicts, options.sample)
         measured = judged_evaluation.measure_judged(sample, split, verdicts)
-    except UserError as error:
-        raise UserError(f"--verdicts={path}: {error}") from error
     asked = {one.pair for one in verdicts if one.sample == sample.name}
     used = [dataclasses.replace(one, weight=None) for one in verdicts if one.pair in asked]
     reviewers = verdict_judges.reviewers(used)
@@ -307,7 +305,7 @@ def _write_page(path: pathlib.Path, split: EmbeddedSplit, measured, options) -> 
     except ImportError as error:
         _log.warning("no %s: pip install %s", path.name, error.name)
         return
-    metrics, of_run = {key: one.as_json() for key, one in measured.items()}, {}
+    metrics, of_run = {key: dataclasses.asdict(one) for key, one in measured.items()}, {}
     if options.workdir is not None:
         of_run["weights"] = _chosen(options)["weights"]
         of_run["log"] = metric_log.read_metrics(pathlib.Path(options.workdir))

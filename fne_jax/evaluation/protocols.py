@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -36,10 +35,6 @@ class Measurement:
     definition: str
     queries: int | list[int]
     candidates: int | list[int]
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns the entry of a report."""
-        return dataclasses.asdict(self)
 
 
 def measure(split: EmbeddedSplit, protocol: str) -> tuple[dict[str, Measurement], dict[str, str]]:
@@ -113,32 +108,24 @@ def coco_1k(split: EmbeddedSplit) -> dict[str, Measurement]:
     return measurements("coco_1k_", folds, within, "its own {}")
 
 
-def eccv(split: EmbeddedSplit) -> dict[str, Measurement]:
-    """Returns as `eccv_...` R@1, R-Precision and mAP@R against ECCV Caption's matches.
-
-    Raises UserError if `eccv_caption` is not installed, or the split is not COCO's test split.
-    """
-    return _extended(split, "eccv", ("r1", "r_precision", "map_at_r"), "any {} of ECCV Caption")
-
-
-def cxc(split: EmbeddedSplit) -> dict[str, Measurement]:
-    """Returns as `cxc_...` the recalls against the matches of Crisscrossed Captions.
-
-    Raises UserError if `eccv_caption` is not installed, or the split is not COCO's test split.
-    """
-    return _extended(split, "cxc", ("r1", "r5", "r10"), "any {} of CxC")
-
-
 PROTOCOLS: Mapping[str, Callable[[EmbeddedSplit], dict[str, Measurement]]] = {
     "flickr30k": flickr30k,
     "coco_5k": coco_5k,
     "coco_1k": coco_1k,
-    "eccv": eccv,
-    "cxc": cxc,
+    "eccv": lambda split: extended(
+        split, "eccv", ("r1", "r_precision", "map_at_r"), "any {} of ECCV Caption"
+    ),
+    "cxc": lambda split: extended(split, "cxc", ("r1", "r5", "r10"), "any {} of CxC"),
 }
 
 
-def _extended(split, source, keys, match):
+def extended(
+    split: EmbeddedSplit, source: str, keys: Sequence[str], match: str
+) -> dict[str, Measurement]:
+    """Returns as `eccv_...` or `cxc_...` some metrics against the matches of `eccv_caption`.
+
+    Raises UserError if that is not installed, or the split is not COCO's test split.
+    """
     scores = {
         direction: dataclasses.replace(one, means={key: one.means[key] for key in keys})
         for direction, one in coco_protocols.extended_scores(split, source).items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ def write_report(
     Raises UserError if it cannot be written.
     """
     report = {
-        "metrics": {name: one.as_json() for name, one in measured.items()},
+        "metrics": {name: dataclasses.asdict(one) for name, one in measured.items()},
         **about,
         "intervals": {
             "percent": intervals.LEVEL,

@@ -12,11 +12,11 @@ from typing import Any
 from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.pairs import PairDataset
 from fne_jax.data.tables import safe_cell
-from fne_jax.errors import UserError
 from fne_jax.false_negatives.detectors import DETECTORS
 from fne_jax.false_negatives.judged_split import JudgedSplit
 from fne_jax.false_negatives.suspects import Suspects, heeded, precision_text
 from fne_jax.false_negatives.wrong_labels import SCORE
+from fne_jax.files import as_user_error
 from fne_jax.report import example_cards, html
 
 CSV_NAME, JSONL_NAME = "likely_false_negatives.csv", "likely_false_negatives.jsonl"
@@ -127,10 +127,8 @@ def write(
     The folder is created if need be; `about` is what the pages' heading tells, by the template's
     names. Raises UserError if a file cannot be written.
     """
-    try:
+    with as_user_error(f"{folder}: cannot be created"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be created: {error}") from error
     # With a byte order mark, without which Excel reads UTF-8 as the system's own encoding.
     csv_name, jsonl_name = LABEL_NAMES if about["of_labels"] else (CSV_NAME, JSONL_NAME)
     html.write_text(folder / csv_name, "\N{BYTE ORDER MARK}" + _csv_text(found))

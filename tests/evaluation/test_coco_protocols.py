@@ -92,7 +92,7 @@ def test_each_value_says_what_it_is_of_how_many(measured):
     assert all(one.low <= one.value <= one.high for one in measured.values())
     assert "mean over five folds" in measured["coco_1k_t2i_medr"].definition
     assert "any image of ECCV Caption" in measured["eccv_t2i_r_precision"].definition
-    assert measured["i2t_r5"].as_json()["definition"] == (
+    assert measured["i2t_r5"].definition == (
         "image queries, the captions of all of the split ranked by cosine similarity, ties last: "
         "percentage of queries with its own caption among the first 5"
     )

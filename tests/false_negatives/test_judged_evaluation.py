@@ -216,7 +216,7 @@ def test_evaluate_with_verdicts(tmp_path, capsys, kind):
     assert "by verdicts" in told and f"verdicts of people: anna {len(verdicts)}" in told
     report = json.loads(out.read_text())
     expected = measure_judged(sample, embedded, verdicts)
-    assert report["metrics"]["judged_t2i_r1"] == expected["judged_t2i_r1"].as_json()
+    assert report["metrics"]["judged_t2i_r1"] == dataclasses.asdict(expected["judged_t2i_r1"])
     assert report["verdicts"] == {
         "sample": sample.name,
         "number": len(verdicts),
