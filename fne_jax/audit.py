@@ -26,7 +26,7 @@ from fne_jax.false_negatives import (
 )
 from fne_jax.false_negatives.likely_matches import LEAST_PROBABILITY
 from fne_jax.false_negatives.verdict_store import VerdictStore, read_any, store_path
-from fne_jax.files import check_writable
+from fne_jax.files import check_writable, folder_name
 from fne_jax.model.model import load_workdir
 
 # Pairs of each caption and of each image that are looked at for training.
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     if options.workdir is not None:
         workdir = pathlib.Path(options.workdir)
         model = load_workdir(workdir, options.checkpoint, overrides=overrides)
-        name, theirs = workdir.resolve().name, options.caption_embeddings
+        name, theirs = folder_name(workdir), options.caption_embeddings
         judged = judged_split.judged_by_model(model, name, options.split, theirs)
     else:
         config = configuration.load_config(options.config, overrides)

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 
 from fne_jax import files
+from fne_jax.encoders.hub_files import run_folder
 from fne_jax.errors import (
     EXIT_BUG,
     EXIT_ENVIRONMENT_FAILURE,
@@ -27,6 +28,8 @@ from fne_jax.parallel import common_end
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+# Options that name runs to be read.
+_RUNS = ("workdir", "for_evaluation")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,21 +56,24 @@ def parse_with_overrides(
 def expand_home(options: argparse.Namespace, *names: str) -> None:
     """Replaces `~` in the options that are paths: shells leave it where it follows a `=`.
 
+    Those that are runs may be on the Hugging Face hub, as `run_folder` takes them.
+
     Args:
       options: The parsed command line.
       *names: The options, each a path, a list of paths, or None.
 
     Raises:
-      UserError: If one is empty, or there is no user of the name that follows a `~`.
+      UserError: If one is empty, there is no user of the name that follows a `~`, or the hub does
+        not give the run.
     """
     for name in names:
-        given = getattr(options, name)
+        given, local = getattr(options, name), run_folder if name in _RUNS else files.expand_home
         if given == "":  # as a shell variable that was never set
             raise UserError(f"--{name.strip('_').replace('_', '-')}= is empty; expected a path")
         if isinstance(given, list):
-            setattr(options, name, [files.expand_home(path) for path in given])
+            setattr(options, name, [str(local(path)) for path in given])
         elif given is not None:
-            setattr(options, name, files.expand_home(given))
+            setattr(options, name, str(local(given)))
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -25,7 +25,7 @@ from fne_jax.evaluation import embedding_files, protocols, results
 from fne_jax.false_negatives import judged_evaluation, verdict_judges
 from fne_jax.false_negatives.judged_split import judged_by_embeddings
 from fne_jax.false_negatives.verdict_store import read_any
-from fne_jax.files import as_user_error, check_writable
+from fne_jax.files import as_user_error, check_writable, folder_name
 from fne_jax.logs import warn_once
 from fne_jax.model.embedded_split import EmbeddedSplit
 from fne_jax.model.model import load_workdir, pretrained_model
@@ -220,7 +220,7 @@ def _of_run(
     model = load_workdir(workdir, chosen["checkpoint"], overrides=overrides)
     weights = chosen["weights"]
     model = model.momentum() if weights == "momentum" else model
-    return _embedded(model, workdir.resolve().name, weights, options)
+    return _embedded(model, folder_name(workdir), weights, options)
 
 
 def _of_published(options, overrides):

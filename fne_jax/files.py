@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import pathlib
+import re
 import shutil
 import socket
 import uuid
@@ -23,6 +24,9 @@ from fne_jax.errors import (
 )
 
 _INCOMPLETE = ".incomplete"
+# What the Hugging Face hub's client downloads, and gives again to whoever asks for that commit.
+_SNAPSHOT = re.compile(r"/models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{7})[0-9a-f]{33}(?=/|$)")
+_ONLY_READ = "the cache of the Hugging Face hub is only read"
 AnyPath = pathlib.Path | epath.Path
 AnyError = type[Exception] | tuple[type[Exception], ...]
 _log = logging.getLogger(__name__)
@@ -227,14 +231,28 @@ def check_writable(path: pathlib.Path, flag: str, *, folder: bool = False) -> No
 
     Raises:
       UserError: If it is a file where it should be a folder, or the reverse, below a file, or this
-        process must not write there.
+        process must not write there, as into the hub's cache.
     """
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if there.is_dir() != (folder or there is not path):
         kinds = ("file", "folder") if there.is_file() else ("folder", "file")
         raise UserError(f"{flag}={path}: {there} is a {kinds[0]}; expected a {kinds[1]}")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"{path} cannot be written: no permission for {there}; give another {flag}")
+    cached = _SNAPSHOT.search(os.path.abspath(path))
+    if cached or not os.access(there, os.W_OK):
+        why = _ONLY_READ if cached else f"no permission for {there}"
+        raise UserError(f"{path} cannot be written: {why}; give another {flag}")
+
+
+def folder_name(folder: pathlib.Path) -> str:
+    """Returns the name of a folder, OWNER/NAME@COMMIT of one in the Hugging Face hub's cache."""
+    cached = _SNAPSHOT.search(os.path.abspath(folder))
+    return cached.expand(r"\1/\2@\3") if cached else folder.resolve().name
+
+
+def refuse_snapshot(path: AnyPath) -> None:
+    """Raises PermissionError if a path is in the cache of the Hugging Face hub."""
+    if _SNAPSHOT.search(os.path.abspath(path)):
+        raise PermissionError(errno.EACCES, _ONLY_READ, str(path))
 
 
 def check_new_folder(path: pathlib.Path, flag: str) -> None:
@@ -253,5 +271,6 @@ def check_new_folder(path: pathlib.Path, flag: str) -> None:
 
 
 def _scratch_beside(path):
+    refuse_snapshot(path)
     # A name of its own for each writer: processes that share a file system may write at once.
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{_INCOMPLETE}")

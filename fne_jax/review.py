@@ -29,7 +29,7 @@ from fne_jax.false_negatives.review_app import question_sources
 from fne_jax.false_negatives.review_app.question_files import write_questions
 from fne_jax.false_negatives.review_app.questions import Answers, Questions
 from fne_jax.false_negatives.verdict_store import VerdictStore, store_path
-from fne_jax.files import check_writable
+from fne_jax.files import check_writable, folder_name
 from fne_jax.model.model import load_workdir, stored_model
 from fne_jax.parallel.compile_cache import use_compile_cache
 from fne_jax.training.interruption import stop_signals
@@ -42,6 +42,8 @@ def main(arguments: list[str]) -> None:
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a folder; give the --workdir of a run")
     path = store_path(workdir) if options.store is None else pathlib.Path(options.store)
+    if options.export is None:
+        check_writable(path, "--store")
     if options.export is not None:
         _export(path, pathlib.Path(options.export))
     elif options.import_ is not None:
@@ -297,7 +299,7 @@ def _suspects(
     model = load_workdir(workdir, options.checkpoint, overrides=overrides)
     use_compile_cache(model.config.compile_cache)
     kept = question_sources.kept_path(workdir, options.split)
-    name = workdir.resolve().name
+    name = folder_name(workdir)
     judged = judged_by_model(model, name, options.split, options.caption_embeddings, kept)
     judged = suspect_options.with_fitted(judged, fitted)
     if options.labels:

@@ -10,7 +10,7 @@ import pathlib
 
 from fne_jax import command_line
 from fne_jax.errors import UserError
-from fne_jax.files import as_user_error, write_atomically
+from fne_jax.files import as_user_error, local_folder, write_atomically
 from fne_jax.objectives import registry
 
 
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
         from fne_jax.studies import cells, execution, figure, schedule, summary
     except ImportError as error:
         raise UserError(f"{error}: install the extra with `pip install -e .[study]`") from error
-    workdir = pathlib.Path(options.workdir)
+    workdir = options.workdir
     runs = cells.study_runs(
         options.config, overrides, options.objectives, options.vary, options.seeds, workdir
     )
@@ -74,7 +74,7 @@ def _parse(arguments):
         "--report-only", action="store_true", help="train nothing; tabulate the finished runs"
     )
     options, overrides = parser.parse_known_args(arguments)
-    command_line.expand_home(options, "workdir", "config")
+    command_line.expand_home(options, "config")
     if options.seeds < 1:
         raise UserError(f"--seeds is {options.seeds}; expected at least 1")
     objectives = options.objectives.split(",")
@@ -87,6 +87,7 @@ def _parse(arguments):
     options.objectives = objectives
     if options.workdir is None:
         options.workdir = f"runs/study_{pathlib.Path(options.config).stem}"
+    options.workdir = local_folder(options.workdir, "--workdir")
     return options, overrides
 
 

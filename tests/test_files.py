@@ -6,7 +6,13 @@ import pytest
 from etils import epath
 
 from fne_jax.errors import UserError
-from fne_jax.files import as_user_error, check_writable, whole_folder, write_atomically
+from fne_jax.files import (
+    as_user_error,
+    check_writable,
+    folder_name,
+    whole_folder,
+    write_atomically,
+)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +88,18 @@ def test_what_cannot_be_written_is_told_before_it_is_made(tmp_path, monkeypatch)
     )  # root may write anywhere
     with pytest.raises(UserError, match=r"page.html cannot be written: no permission for .*--out"):
         check_writable(tmp_path / "new" / "page.html", "--out")
+
+
+def test_the_cache_of_the_hub_is_only_read(tmp_path):
+    snapshot = tmp_path / "models--anna--run" / "snapshots" / ("0123456" + 33 * "c")
+    snapshot.mkdir(parents=True)
+    assert folder_name(snapshot) == "anna/run@0123456"
+    told = "the cache of the Hugging Face hub is only read"
+    with pytest.raises(UserError, match=f"a.json cannot be written: {told}; give another --out"):
+        check_writable(snapshot / "a.json", "--out")
+    with pytest.raises(PermissionError, match=told):
+        write_atomically(snapshot / "a.json", "{}")
+    assert not list(snapshot.iterdir())
 
 
 def test_a_folder_appears_when_its_block_ends(tmp_path):

@@ -1,4 +1,4 @@
-"""The files of a model in Hugging Face's layout, from a local folder or the hub.
+"""The files of a model in Hugging Face's layout, or of a run, from a local folder or the hub.
 
 A folder holds `config.json` and `model.safetensors`, or several files of weights and
 `model.safetensors.index.json`. Pickled weights are never opened.
@@ -6,10 +6,12 @@ A folder holds `config.json` and `model.safetensors`, or several files of weight
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,12 +19,16 @@ import numpy as np
 import safetensors
 
 from fne_jax import files
-from fne_jax.errors import UserError, first_line
+from fne_jax.errors import EnvironmentFailure, UserError, first_line, is_environment_failure
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# What of a run's folder its model is read from, and what was measured, by glob patterns.
+RUN_FILES = ("config.json", "data.json", "eval_*.json", "tokenizer/*", "towers/*", "checkpoints/*")
+REPOSITORY = r"[\w.-]+/[\w.-]+"
+_TOO_MANY_REQUESTS = 429
 
 
 def find_folder(
@@ -38,18 +44,69 @@ def find_folder(
     if path.is_dir():
         return path
     name = str(path_or_hub_name)
+    return _download(
+        name, revision, patterns,
+        f"{name!r} is neither a local folder nor a model that the Hugging Face hub gave",
+        f"Give a folder that holds {CONFIG} and {WEIGHTS}; where there is no network, fetch it "
+        "elsewhere with `hf download NAME --local-dir FOLDER`.",
+    )  # fmt: skip
+
+
+def run_folder(workdir: str | os.PathLike) -> pathlib.Path:
+    """Returns the local folder of a run, downloading `hf://OWNER/NAME[@REVISION]` where need be.
+
+    Raises UserError if the hub does not give it, or `~` stands for nobody's home.
+    """
+    address = os.fspath(workdir)
+    if not address.startswith("hf://"):
+        return pathlib.Path(files.expand_home(address))
+    found = re.fullmatch(f"hf://({REPOSITORY})(?:@(.+))?", address)
+    if not found:
+        raise UserError(f"{address}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
+    where = f"{address} is no run that the Hugging Face hub gave"
+    advice = "If it is private, log in by `hf auth login`."
+    folder = _download(*found.groups(), RUN_FILES, where, advice)
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"{address} is no run: it has no checkpoints")
+    return folder
+
+
+def _download(name, revision, patterns, where, advice):
     # Heavy, and needed for names only.
     import huggingface_hub
 
-    try:
-        folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
-    except Exception as error:  # Of many unrelated classes: names, network, rights, the cache.
-        raise UserError(
-            f"{name!r} is neither a local folder nor a model that the Hugging Face hub gave "
-            f"({first_line(error)}). Give a folder that holds {CONFIG} and {WEIGHTS}; where there "
-            f"is no network, fetch it elsewhere with `hf download NAME --local-dir FOLDER`."
-        ) from error
+    with asking_hub(where, advice):
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=[*patterns]
+        )
     return pathlib.Path(folder)
+
+
+@contextlib.contextmanager
+def asking_hub(where: str, advice: str) -> Iterator[None]:
+    """Turns errors of the hub's client in the block into a UserError, `where (answer). advice`.
+
+    Raises EnvironmentFailure if there was no answer, or the server failed.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # Of many unrelated classes: names, network, rights, the cache.
+        causes: list[BaseException] = [error]
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        # By the module: the hub's client has changed the library by which it speaks HTTP.
+        of_http = [one for one in causes if type(one).__module__.startswith("httpx")]
+        told = next((one for one in causes if hasattr(one, "response")), (of_http or causes)[-1])
+        said, failed = first_line(told), bool(of_http) or is_environment_failure(error)
+        if (answer := getattr(told, "response", None)) is not None:
+            url, code = str(answer.url).partition("?")[0], answer.status_code  # without a signature
+            said = f"{code} {answer.reason_phrase} for {answer.request.method} {url}"
+            said += f": {told.server_message}" if getattr(told, "server_message", "") else ""
+            failed = code >= 500 or code == _TOO_MANY_REQUESTS
+        kind = EnvironmentFailure if failed else UserError
+        raise kind(f"{where} ({said}). {advice}") from error
 
 
 def read_config(folder: pathlib.Path) -> dict:

@@ -20,7 +20,7 @@ from fne_jax.evaluation.embedding_files import read_caption_embeddings, read_emb
 from fne_jax.false_negatives.fitted_detector import FittedDetector
 from fne_jax.false_negatives.own_captions import CaptionTerms, OwnCaptions
 from fne_jax.false_negatives.unlabelled import unlabelled_pairs
-from fne_jax.files import write_atomically
+from fne_jax.files import refuse_snapshot, write_atomically
 from fne_jax.logs import warn_once
 from fne_jax.model import checkpoints
 from fne_jax.model.embedded_split import EmbeddedSplit
@@ -160,6 +160,7 @@ def _write(path, about, arrays):
     stream = io.BytesIO()
     np.savez(stream, about=np.array(about), **arrays)
     try:
+        refuse_snapshot(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, stream.getvalue())
     except OSError as error:

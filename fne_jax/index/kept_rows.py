@@ -31,7 +31,13 @@ from typing import Any
 import numpy as np
 
 from fne_jax.errors import UserError, first_line
-from fne_jax.files import locked, remove_leftovers, whole_folder, write_atomically
+from fne_jax.files import (
+    locked,
+    refuse_snapshot,
+    remove_leftovers,
+    whole_folder,
+    write_atomically,
+)
 from fne_jax.index.names import Names
 
 ROWS, NAMES, ENDS, STAMPS = "rows.npy", "names.npy", "ends.npy", "stamps.npy"
@@ -244,6 +250,7 @@ def held(folder: pathlib.Path) -> Iterator[None]:
     def wait(holder):
         _log.info("%s: another process (%s) is embedding there; waiting for it", folder, holder)
 
+    refuse_snapshot(folder)
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)

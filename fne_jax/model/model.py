@@ -30,6 +30,7 @@ from fne_jax.data.pairs import PairDataset, with_captions_per_image
 from fne_jax.data.sources import listing
 from fne_jax.data.sources.registry import load_split
 from fne_jax.encoders import freezing, towers
+from fne_jax.encoders.hub_files import run_folder
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints, kept_features, tokenizers
 from fne_jax.model.embedded_split import EmbeddedSplit
@@ -378,7 +379,7 @@ def load_workdir(
     """Returns the model of a run with the weights of one checkpoint, a full copy on each device.
 
     Args:
-      workdir: The folder of the run.
+      workdir: The folder of the run, or `hf://OWNER/NAME[@REVISION]` for one on the hub.
       checkpoint: `best`, `latest` or a step.
       overrides: `--config.x=y` of fields that may change when a run resumes, such as `data.dir`.
       module: The two towers, in place of those that the run's config describes.
@@ -386,7 +387,7 @@ def load_workdir(
     Raises:
       UserError: if the folder is not a run's, or the checkpoint is missing or damaged.
     """
-    workdir = pathlib.Path(files.expand_home(workdir))
+    workdir = run_folder(workdir)
     model = stored_model(workdir, overrides=overrides, module=module)
     with checkpoints.reader(workdir) as manager:
         step = checkpoints.find_step(manager, str(checkpoint))

@@ -18,6 +18,7 @@ from fne_jax import files
 from fne_jax.data import captions as caption_lib
 from fne_jax.data.feature_rows import read_rows, write_rows
 from fne_jax.data.pairs import PairDataset
+from fne_jax.encoders.hub_files import run_folder
 from fne_jax.errors import EnvironmentFailure, UserError, first_line
 
 DIRECTORY = "tokenizer"
@@ -64,9 +65,8 @@ def run_tokenizer(
     if config.data.tokenizer != caption_lib.TRAIN:
         return caption_lib.load_tokenizer(config.data.tokenizer)
     if config.init_from:
-        source = pathlib.Path(files.expand_home(config.init_from))
         with files.as_user_error(f"config.init_from={config.init_from}", errors=UserError):
-            return stored_tokenizer(source)
+            return stored_tokenizer(run_folder(config.init_from))
     return caption_lib.fit_tokenizer(clean_captions(config, captions), config.data.vocab_size)
 
 

@@ -20,6 +20,7 @@ from fne_jax import files
 from fne_jax.configuration import flatten
 from fne_jax.encoders import freezing, towers
 from fne_jax.encoders.dual_encoder import CHECKPOINT, FIRST_AND_MEAN
+from fne_jax.encoders.hub_files import run_folder
 from fne_jax.encoders.low_rank import FACTORS
 from fne_jax.errors import UserError
 from fne_jax.model import checkpoints
@@ -173,8 +174,8 @@ def find_source_run(
     config = model.config
     if not config.init_from:
         return None
-    workdir = pathlib.Path(files.expand_home(config.init_from))
     with files.as_user_error(f"config.init_from={config.init_from}", errors=UserError):
+        workdir = run_folder(config.init_from)
         other = stored_model(workdir, mesh=like.step.sharding.mesh)
         with checkpoints.reader(workdir) as manager:
             step = checkpoints.find_step(manager, "best")
