@@ -97,7 +97,7 @@ def convert(path: pathlib.Path, config: ml_collections.ConfigDict, workdir: path
         # Their data is not known: a run may go on from here on any.
         run_folder.begin(workdir, model, architectures, data={})
         checkpoints = Checkpoints(workdir, config.checkpoint)
-        checkpoints.save(state, {}, {BEST_METRIC: float(saved["best_rsum"])})
+        checkpoints.save(state.stored(), {}, {BEST_METRIC: float(saved["best_rsum"])})
         checkpoints.finish()
     return step
 

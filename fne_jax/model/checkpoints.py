@@ -202,6 +202,12 @@ def _read_here(manager, step, like, where):
             f"fne_jax that wrote it ({position.get('fne_jax')}), or begin a new run in another "
             "--workdir."
         )
+    stored = position.get("fingerprints", {})
+    if "params" in stored and (absent := like.keys() - stored.keys()):
+        raise UserError(
+            f"{where} is to be read, not to be resumed: it holds no {', '.join(sorted(absent))}; "
+            "begin a run in another --workdir with --config.init_from"
+        )
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(like))
     restore = ocp.args.PyTreeRestore(
         item=abstract,

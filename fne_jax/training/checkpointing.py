@@ -122,15 +122,18 @@ class Checkpoints:
             return self._manager.metrics(step) is not None
 
     def save(
-        self, state: TrainState, position: dict[str, Any], metrics: dict[str, float] | None = None
+        self,
+        fields: dict[str, Any],
+        position: dict[str, Any],
+        metrics: dict[str, float] | None = None,
     ) -> None:
-        """Begins to write the state and the JSON-able position under the state's step.
+        """Begins to write fields of a state and the JSON-able position under the field `step`.
 
         A checkpoint that is already there is left alone, as the same step means the same state, but
         for the metrics of a validation that comes after it was saved. Raises EnvironmentFailure if
         this or the save before failed; the checkpoints before are intact.
         """
-        step = int(state.step)
+        step = int(fields["step"])
         if step in self._manager.all_steps():
             if metrics is not None:
                 with self._refusing():
@@ -139,7 +142,6 @@ class Checkpoints:
                     item.close()
                     self._manager.reload()
             return
-        fields = state.stored()
         about = {
             "layout": LAYOUT,
             "fne_jax": importlib.metadata.version("fne-jax"),

@@ -183,7 +183,7 @@ def _train(run, workdir, last_step, state, position, checkpoints, stop):
                     metrics = validate(run, state, step, log)
                 stops = metrics is None or (stops and step < last_step)
             if validates or stops or (step > first_step and saves(step)):
-                checkpoints.save(state, results.stored(), metrics)
+                checkpoints.save(state.stored(), results.stored(), metrics)
             if stops:
                 finish()
                 raise Interrupted(
@@ -225,7 +225,7 @@ def _train(run, workdir, last_step, state, position, checkpoints, stop):
             progress.update(done, f"{loss}{clock}")
             if results.bad_in_a_row >= config.max_bad_steps:
                 in_a_row, results.bad_in_a_row = results.bad_in_a_row, 0  # for the next try
-                checkpoints.save(state, results.stored())
+                checkpoints.save(state.stored(), results.stored())
                 finish()
                 raise UserError(
                     f"the last {in_a_row} steps to step {done} had a loss or gradient that is no "

@@ -78,7 +78,7 @@ def pretrain_towers(config: ml_collections.ConfigDict, folder: pathlib.Path, ste
     with run_folder.held(folder):
         run_folder.begin(folder, model, architectures, {"train": train.identity})
         stored = Checkpoints(folder, config.checkpoint)
-        stored.save(state, {}, {checkpoints.BEST_METRIC: 0.0})
+        stored.save(state.stored(), {}, {checkpoints.BEST_METRIC: 0.0})
         stored.finish()
 
 
