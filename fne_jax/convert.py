@@ -1,7 +1,8 @@
-"""Imports and exports: the authors' checkpoints, encoders, and the order of a split's rows.
+"""Imports and exports: the authors' checkpoints, encoders, the hub, the order of a split's rows.
 
 python -m fne_jax.convert reference model_best.pth.tar --out=runs/authors
 python -m fne_jax.convert export --workdir=runs/flickr30k --out=exported
+python -m fne_jax.convert push OWNER/NAME --from=exported
 python -m fne_jax.convert order --config=configs/flickr30k.py --split=test --out=theirs
 """
 
@@ -9,10 +10,14 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import re
+import tempfile
 
 from fne_jax import command_line, configuration
+from fne_jax.conversion import hub
 from fne_jax.conversion.export import export
 from fne_jax.conversion.reference import convert
+from fne_jax.encoders.hub_files import REPOSITORY
 from fne_jax.errors import UserError
 from fne_jax.evaluation import embedding_files
 from fne_jax.model.model import load_evaluation_split
@@ -44,6 +49,18 @@ def main(arguments: list[str]) -> None:
         "--onnx", action="store_true", help="both encoders for onnxruntime, too; extra [onnx]"
     )
     exported.set_defaults(convert=convert_export)
+    pushed = commands.add_parser("push", help="a run, or what export wrote, onto the hub")
+    pushed.add_argument("repository", metavar="OWNER/NAME", help="a private one, made if need be")
+    pushed.add_argument(
+        "--from", dest="folder", metavar="FOLDER", required=True, help="of a run, or exported"
+    )
+    pushed.add_argument("--checkpoint", help="of a run: best (by default), latest or a step")
+    pushed.add_argument("--public", action="store_true", help="let everybody read it")
+    pushed.add_argument(
+        "--replace", action="store_true", help="also if it has files, which these take the place of"
+    )
+    pushed.add_argument("--dry-run", action="store_true", help="list the files, send nothing")
+    pushed.set_defaults(convert=convert_push)
     order = commands.add_parser(
         "order", help="a split's names, captions and ids, in the order of the rows of embeddings"
     )
@@ -54,7 +71,9 @@ def main(arguments: list[str]) -> None:
     )
     order.set_defaults(convert=convert_order)
     options, overrides = parser.parse_known_args(arguments)
-    paths = {"checkpoint", "workdir", "out", "config"} & vars(options).keys()
+    if overrides and "config" not in options:
+        raise UserError(f"unknown argument {overrides[0]!r}; see --help")
+    paths = {"checkpoint", "workdir", "out", "config", "folder"} & vars(options).keys()
     command_line.expand_home(options, *paths)
     options.convert(options, overrides)
 
@@ -68,14 +87,31 @@ def convert_reference(options: argparse.Namespace, overrides: list[str]) -> None
     print(f"python -m fne_jax.evaluate --workdir={out} --split=test")
 
 
-def convert_export(options: argparse.Namespace, overrides: list[str]) -> None:
+def convert_export(options: argparse.Namespace, _: list[str]) -> None:
     """Writes a run's encoders."""
-    if overrides:
-        raise UserError(f"unknown argument {overrides[0]!r}; see --help")
     workdir, out = pathlib.Path(options.workdir), pathlib.Path(options.out)
     more = {"stablehlo": options.stablehlo, "onnx": options.onnx}
     for path in export(workdir, options.checkpoint, out, **more):
         print(f"written to {path}")
+
+
+def convert_push(options: argparse.Namespace, _: list[str]) -> None:
+    """Lists the files of a folder that belong on the hub, and sends them."""
+    repository, folder, home = options.repository, pathlib.Path(options.folder), pathlib.Path.home()
+    if not re.fullmatch(REPOSITORY, repository):
+        raise UserError(f"{repository!r} is no repository; expected OWNER/NAME")
+    with tempfile.TemporaryDirectory(prefix="fne_jax_push_") as scratch:
+        files = hub.files_to_push(folder, options.checkpoint, pathlib.Path(scratch))
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        for name, size in sizes.items():
+            print(f"{size:16,}  {name}")
+            if name.endswith((".json", ".md")) and f"{home}/" in files[name].read_text("utf-8"):
+                print(f"{'':18}which names folders in {home}")
+        kind, total = "public" if options.public else "private", sum(sizes.values())
+        print(f"{total:16,}  bytes in {len(sizes)} files, for {repository} ({kind})", flush=True)
+        if not options.dry_run:
+            how = {"public": options.public, "replace": options.replace}
+            print(f"pushed: {hub.push(repository, files, **how)}")
 
 
 def convert_order(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -29,7 +29,7 @@ from fne_jax.objectives.registry import OBJECTIVES
 
 # The PyTorch module that is copied, the files that it reads, and its one import of ours.
 _MODULE = pathlib.Path(__file__).with_name("image_text_encoder.py")
-_SETTINGS, _HEADS = "image_text_encoder.json", "heads.safetensors"
+SETTINGS, _HEADS = "image_text_encoder.json", "heads.safetensors"
 _IMPORT = "from fne_jax.data.captions import clean_caption\n"
 _TOKENIZER = "tokenizer_config.json"
 
@@ -208,7 +208,7 @@ def _write(out, workdir, model, onnx):
     cleaning += inspect.getsource(caption_lib.clean_caption)
     contents = {
         _MODULE.name: source.replace(_IMPORT, cleaning),
-        _SETTINGS: _json(settings),
+        SETTINGS: _json(settings),
         # By which sentence-transformers opens the folder.
         "modules.json": _json(
             [{"idx": 0, "name": "0", "path": "", "type": f"{_MODULE.stem}.ImageTextEncoder"}]
