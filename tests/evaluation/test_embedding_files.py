@@ -250,7 +250,7 @@ def test_a_dump_that_was_killed_is_not_scored(split, tmp_path, monkeypatch):
         if "image_embeddings.npy" not in written[-last:]:
             with pytest.raises(UserError, match=r"image_embeddings.npy does not exist"):
                 read_embeddings(tmp_path)
-    assert last == 8 and set(written) == {path.name for path in tmp_path.iterdir()}
+    assert last == 7 and set(written) == {path.name for path in tmp_path.iterdir()}
 
 
 def test_an_order_takes_anyone_s_embeddings(split, tmp_path, capsys):
