@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     # The column or the feature of captions, or their key in JSON beside images (`webdataset`);
     # several with commas between.
     data.caption_key = "caption"
-    # Folder of prepared datasets, on a disk of this machine.
+    # Folder of prepared datasets, on a file system that is mounted here.
     data.cache_dir = "~/.cache/fne_jax"
     # Stored images whose shorter side is longer than this many pixels are shrunk to it, which makes
     # decoding cheaper; 0 stores images as they are.
