@@ -67,7 +67,8 @@ def fields_read(folder):
                 target, value = node.targets[0], node.value
                 values = [(target, value)]
                 if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-                    values = zip(target.elts, value.elts, strict=True)
+                    # From the end: a starred value at the beginning stands for several.
+                    values = zip(target.elts[::-1], value.elts[::-1], strict=False)
                 for name, given in values:
                     if isinstance(name, ast.Name) and not isinstance(given, ast.Name):
                         aliases[tree][name.id].add(last_name(given))
