@@ -167,8 +167,10 @@ def test_a_model_of_another_package_is_scored(run, package):
     folder = run[0].parent
     out, scores = folder / package, folder / f"{package}.json"
     convert.main(["order", f"--config={folder / 'config.py'}", f"--out={out}"])
-    convert.main(["export", f"--workdir={run[0]}", f"--out={folder / 'exported'}"])
-    (folder / "tiny.json").write_text(json.dumps(SIZES))
+    if package == "open_clip":
+        (folder / "tiny.json").write_text(json.dumps(SIZES))
+    else:
+        convert.main(["export", f"--workdir={run[0]}", f"--out={folder / 'exported'}"])
     blocks = pages_of_docs.blocks(TOP / "docs" / "evaluation.md")
     code = "\n".join(b.code for b in blocks if "names.json" in b.code or package in b.code)
     instead = {'"theirs"': f'"{package}"', '"DIR/images"': '"data/images"', **INSTEAD[package]}
