@@ -232,9 +232,11 @@ def cleaning_normalizer(cleaning: str, max_words: int) -> normalizers.Normalizer
     """
     steps: list[normalizers.Normalizer] = [normalizers.NFC()]
     if cleaning != caption_lib.NONE:
-        # The one letter whose lower case depends on what follows, in Python alone.
-        sigma = normalizers.Replace(Regex(r"(?<=\p{L})\u03a3(?!\p{L})"), "\u03c2")
-        steps += [sigma, normalizers.Lowercase()]
+        # The one letter whose lower case depends on its neighbours, in Python alone: Unicode's
+        # Final_Sigma (The Unicode Standard, table 3-17).
+        cased, between = r"[\p{Cased}&&[^\p{Case_Ignorable}]]", r"\p{Case_Ignorable}*"
+        final = Regex(rf"{cased}{between}\K\u03a3(?!{between}{cased})")
+        steps += [normalizers.Replace(final, "\u03c2"), normalizers.Lowercase()]
     if cleaning == caption_lib.AUTHORS:
         steps += [
             normalizers.Replace(Regex("[-/]"), " "),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
@@ -194,6 +194,7 @@ TEXTS = st.lists(st.one_of(LETTERS, st.characters(codec="utf-8"), st.just("<pers
 
 @pytest.mark.parametrize("cleaning", captions.CLEANINGS)
 @given(letters=TEXTS, max_words=st.integers(0, 3))
+@example(letters="a\u03a3\u0301a \u03a3\u03a3' a.\u03a3", max_words=0)
 def test_the_normalizer_cleans_as_the_run_does(cleaning, letters, max_words):
     text = "".join(letters)
     if html.unescape(text) == text:

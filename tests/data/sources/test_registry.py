@@ -12,7 +12,7 @@ from tests.support.tiny import tiny_config
 
 def test_the_docs_name_every_source_and_what_it_expects():
     section = pages_of_docs.section("data.md", "## Sources")
-    table = section.strip().split("\n\n")[0].splitlines()[2:]
+    table = next(part for part in section.split("\n\n") if part.startswith("|")).splitlines()[2:]
     listed = {}
     for line in table:
         names, in_dir = (cell.strip() for cell in line.strip("|").split("|"))
