@@ -18,10 +18,10 @@ from fne_jax.training.checkpointing import Checkpoints
 
 # What `export` and the libraries whose files it writes call theirs.
 _EXPORTED = (
-    *("README.md", "image_text_encoder.*", "heads.safetensors", "*.stablehlo", "modules.json"),
-    *("config_sentence_transformers.json", "config.json", "preprocessor_config.json"),
-    *("model*.safetensors", "model.safetensors.index.json", "tokenizer*.json", "*.model"),
-    *("vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("README.md", "image_text_encoder.*", "heads.safetensors", "*.stablehlo", "*.onnx*"),
+    *("modules.json", "config_sentence_transformers.json", "config.json", "tokenizer*.json"),
+    *("preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
 )
 # Of a repository, what a push leaves as it is.
 _THEIRS = (".gitattributes", "README.md")

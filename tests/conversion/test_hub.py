@@ -316,12 +316,13 @@ def test_an_exported_folder_takes_the_place_of_what_is_there(exported, hub, caps
     assert len(repository["commits"]) == 2
     with pytest.raises(UserError, match=r"^hf://anna/run is no run: it has no checkpoints$"):
         load_workdir("hf://anna/run")
+    (exported / "image.onnx").write_bytes(b"a graph")
     push(exported, "--public", "--replace")
     _, first, second = repository["commits"]
     assert first.keys() - second.keys() == {"text/config.json"}
     assert second.keys() == {
         *("README.md", "image_text_encoder.json", "image_text_encoder.py"),
-        "text/model.safetensors",
+        *("image.onnx", "text/model.safetensors"),
     }
 
 
