@@ -281,7 +281,7 @@ WITHOUT = "import sys; sys.modules |= dict.fromkeys(['fne_jax', 'jax', 'torch'])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("towers", "fields"), CASES)
+@pytest.mark.parametrize(("towers", "fields"), [HEADS, SLOW["siglip"], SLOW["layers"]])
 def test_onnx_files_need_neither_this_package_nor_pytorch(run, tmp_path, towers, fields):
     pytest.importorskip("onnxruntime", reason=BESIDE)
     model, out = run(towers, fields), tmp_path / "out"
