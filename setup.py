@@ -31,6 +31,7 @@ setuptools.setup(
         "tokenizers>=0.23.3",
         "sentencepiece>=0.2.3",  # reads SigLIP's tokenizer; transformers does not declare it
         "safetensors>=0.8.0",
+        "flatbuffers>=25.12.19",  # of jax.export, which does not declare it
         "huggingface_hub>=2.4.0",
         "rich>=15.0.0",
         "pillow>=12.3.0",

@@ -43,7 +43,9 @@ def main(arguments: list[str]) -> None:
     exported.add_argument("--checkpoint", default="best", help="best, latest or a step")
     exported.add_argument("--out", required=True, help="folder to make")
     exported.add_argument(
-        "--stablehlo", action="store_true", help="both encoders as programs for jax alone, too"
+        "--stablehlo",
+        action="store_true",
+        help="both encoders as programs for jax and flatbuffers, too",
     )
     exported.add_argument(
         "--onnx", action="store_true", help="both encoders for onnxruntime, too; extra [onnx]"

@@ -1,4 +1,4 @@
-"""A run's encoders as programs that jax alone runs, weights included."""
+"""A run's encoders as programs that jax runs (with flatbuffers), weights included."""
 
 from __future__ import annotations
 
