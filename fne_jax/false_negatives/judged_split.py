@@ -118,7 +118,7 @@ def embed(
         # The matrix of all true matches, large for a training split, is not needed.
         split = model.embed_split(dataclasses.replace(dataset, truth=None))
         arrays = {"image_emb": split.image_emb, "text_emb": split.text_emb}
-        arrays["caption_bank"] = caption_bank(model, dataset)
+        arrays["caption_bank"] = caption_bank(model, split.dataset)
         if kept is not None:
             _write(kept, about, arrays)
     known = {name: getattr(dataset, name) for name in ("caption_image", "image_id", "caption_id")}

@@ -153,7 +153,7 @@ class Model:
             dataset.image_id,
             dataset.caption_id,
             None if dataset.truth is None else dataset.truth.matrix(),
-            dataset,
+            read,
             step=self.step,
             config=self.config,
             stats=jax.device_get(self.stats),
