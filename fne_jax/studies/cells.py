@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import ml_collections
 
@@ -20,6 +20,8 @@ from fne_jax.studies.match_lists import MatchList
 TRUTH = "truth"
 # An objective, what finds its matches, and whose finished run: `multi_positive:fitted5000@clip`.
 _FROM, _BY = ":", "@"
+# What sorts the pairs of a list: nothing to a run without one.
+_OF_LISTS = frozenset({"data.matches_negative", "data.matches_positive"})
 # What each objective, or variant of FNE, changes in the config.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     name: (f"objective.name={name}",) for name in registry.OBJECTIVES
@@ -48,10 +50,10 @@ class Cell:
         """What the table and the folders call it."""
         return f"{self.objective} {self.variant}" if self.variant else self.objective
 
-    def baseline(self, study_baseline: str) -> Cell:
+    def baseline(self, study_baseline: str, cells: Container[Cell]) -> Cell:
         """Returns what it is compared with: the baseline in the same variant, or without it."""
-        is_baseline = self.objective == study_baseline
-        return Cell(study_baseline, "" if is_baseline else self.variant)
+        varied = Cell(study_baseline, self.variant)
+        return varied if varied in cells and varied != self else Cell(study_baseline)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +89,9 @@ def study_runs(
 ) -> list[Run]:
     """Returns the runs of a study, those of the first seed first.
 
-    Each objective is run as it is and in each variant. Runs of one seed whose configs differ only
-    in what follows the warm-up share that.
+    Each objective is run as it is and in each variant, but for variants of a list's classes, which
+    only objectives with a list are run in. Runs of one seed whose configs differ only in what
+    follows the warm-up share that.
 
     Objectives are as `Cell.objective`; a variant is `field=value`, or several of these with commas
     between; `overrides` are for all runs, as `--config.x=y`. Raises UserError if an objective is
@@ -96,9 +99,7 @@ def study_runs(
     """
     for name in objectives:
         _check_name(name, objectives)
-    cells = [Cell(name, variant) for variant in ("", *variants) for name in objectives]
-    if len({cell.name for cell in cells}) < len(cells):
-        raise UserError("--objectives, --vary: one of them is given twice")
+    cells = _cells(config_path, overrides, objectives, variants)
     _check_nothing_is_dropped(overrides, objectives, variants)
     runs = []
     for seed in range(seeds):
@@ -111,13 +112,35 @@ def study_runs(
             before = [o for o in common if _field(o) not in after]
             shared, _ = configuration.resolve(configuration.load_config(config_path, before))
             warmup = _warmup_folder(workdir, shared, after)
-            matches = _match_list(cell, config.data.matches_negative, seed, workdir, warmup)
+            matches = _match_list(cell, cells, config.data.matches_negative, seed, workdir, warmup)
             if matches is not None:
                 config.data.matches = str(matches.path)
             config, _ = configuration.resolve(config)
             folder = _run_folder(workdir, cell, seed)
             runs.append(Run(cell, seed, config, folder, warmup, shared, matches))
     return runs
+
+
+def _cells(config_path, overrides, objectives, variants):
+    """Returns the cells: a variant of a list's classes is for objectives with a list alone."""
+    all_listed = bool(configuration.load_config(config_path, overrides).data.matches)
+    cells = [Cell(name) for name in objectives]
+    for variant in variants:
+        of_lists = {_field(change) for change in _assignments(variant)} <= _OF_LISTS
+        reached = [
+            Cell(name, variant)
+            for name in objectives
+            if all_listed or not of_lists or _parts(name)[1] not in (None, TRUTH)
+        ]
+        if not reached:
+            raise UserError(
+                f"--vary={variant}: it sorts the pairs of a list, and none of --objectives has "
+                "one; add an objective with one, such as multi_positive:similarity"
+            )
+        cells += reached
+    if len({cell.name for cell in cells}) < len(cells):
+        raise UserError("--objectives, --vary: one of them is given twice")
+    return cells
 
 
 def _check_name(name, objectives):
@@ -147,13 +170,14 @@ def _parts(name):
     return objective, source if colon else None, by if at else None
 
 
-def _match_list(cell, least, seed, workdir, warmup):
+def _match_list(cell, cells, least, seed, workdir, warmup):
     """Returns the list that a cell's run takes, down to a probability if that is not 0, or None."""
     _, source, by = _parts(cell.objective)
     if source in (None, TRUTH):
         return None
     if by is not None:
-        return MatchList(_run_folder(workdir, Cell(by, cell.variant), seed), source, least)
+        found_by = cell.baseline(by, cells)
+        return MatchList(_run_folder(workdir, found_by, seed), source, least)
     if warmup is None:
         raise UserError(
             f"--objectives: {cell.objective} takes matches that a warm-up finds; make "

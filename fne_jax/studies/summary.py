@@ -120,7 +120,7 @@ def markdown(results: Results, baseline: str) -> str:
     lines += ["", *_table(shown, rows)]
     compared, rows, found = [name for name in shown if name in _COMPARED], [], []
     for cell, of in results.items():
-        other = cell.baseline(baseline)
+        other = cell.baseline(baseline, results)
         common = of.keys() & results.get(other, {})
         if other != cell and common:
             values = [(name, difference(results, cell, other, name)) for name in compared]

@@ -274,6 +274,29 @@ def test_runs_share_a_warm_up_unless_it_depends_on_what_differs(config_path):
     assert runs_of(config_path, overrides=["--config.fne.start_epoch=0"])[0].warmup is None
 
 
+def test_classes_of_a_list_are_varied_for_objectives_with_a_list_alone(config_path):
+    objectives = ("clip", "multi_positive:truth", "multi_positive:words@clip")
+    classes = "data.matches_negative=0.2,data.matches_positive=0.8"
+    runs = runs_of(config_path, objectives, (classes, "optimizer.learning_rate=0.1"))
+    names = [run.cell.name for run in runs]
+    assert names == [
+        *objectives,
+        f"multi_positive:words@clip {classes}",
+        *(f"{name} optimizer.learning_rate=0.1" for name in objectives),
+    ]
+    # It is found by the run of clip that there is.
+    by = {run.cell.name: run.matches.folder.parent.name for run in runs if run.matches}
+    assert by == {
+        objectives[2]: "clip",
+        names[3]: "clip",
+        names[-1]: "clip_optimizer.learning_rate=0.1",
+    }
+    given = runs_of(
+        config_path, ("clip",), (classes,), overrides=["--config.data.matches=list.npz"]
+    )
+    assert [run.cell.name for run in given] == ["clip", f"clip {classes}"]
+
+
 def test_objectives_change_what_they_are_named_for(config_path):
     runs = runs_of(config_path, tuple(cells.OBJECTIVES))
     chosen = {
@@ -302,6 +325,7 @@ def test_objectives_change_what_they_are_named_for(config_path):
         (["--objectives=fne", "--baseline=hardest"], "--baseline=hardest is not among"),
         (["--vary=fne.prior"], "expected field=value"),
         (["--vary=fne.prio=1"], "there is no config field config.fne.prio; did you mean"),
+        (["--vary=data.matches_negative=0.2"], "none of --objectives has one"),
         (["--vary=seed=3"], "give the number of --seeds"),
         (["--vary=fne.prior=0.1,objective.name=random"], "objective.name is what fne and hardest"),
         (
@@ -346,18 +370,18 @@ def test_a_run_that_fails_does_not_stop_the_others(finished, monkeypatch):
 
 def test_variants_are_compared_within_themselves():
     varied = Cell("fne", "queue_size=64")
-    assert varied.baseline("hardest") == Cell("hardest", "queue_size=64")
-    assert varied.baseline("fne") == Cell("fne")
     results = {
         Cell("fne"): {0: {"rsum": 10.0}},
         Cell("hardest"): {0: {"rsum": 7.0}},
         varied: {0: {"rsum": 5.0}},
         Cell("hardest", "queue_size=64"): {0: {"rsum": 6.0}},
+        Cell("fne", "data.matches_negative=0.5"): {0: {"rsum": 9.0}},
     }
     table = summary.markdown(results, "hardest").splitlines()
     assert "| fne queue_size=64 less hardest queue_size=64 | 0 | -1.0 |" in table
     assert "| fne less hardest | 0 | +3.0 |" in table
-    assert table[-7].endswith("by the seeds that both have, single seeds: no intervals.")
+    assert "| fne data.matches_negative=0.5 less hardest | 0 | +2.0 |" in table
+    assert table[-8].endswith("by the seeds that both have, single seeds: no intervals.")
 
 
 def test_cells_of_other_seeds_are_compared_over_the_common_ones():
