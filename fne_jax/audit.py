@@ -102,7 +102,9 @@ def main(arguments: list[str]) -> None:
         return
     found = suspect_options.find(options, judged)
     by_fitted = fitting and found.detector == "fitted"
-    measured = "" if said is None else verdict_fitting.describe_precision(said, found, by_fitted)
+    measured = ""
+    if said is not None:
+        measured = verdict_fitting.describe_quality(judged, said, found, by_fitted)
     if heeded is not None:
         found = suspects.heed_verdicts(found, judged, heeded)
     quality = suspects.detector_quality(judged)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from fne_jax.data.pair_columns import Pairs
 from fne_jax.data.verdicts import MATCH, Verdict, agreed, pairs_of, weights_of
 from fne_jax.errors import UserError
 from fne_jax.false_negatives import fitted_detector
+from fne_jax.false_negatives.detectors import judge_by
 from fne_jax.false_negatives.fitted_detector import FittedDetector
 from fne_jax.false_negatives.judged_split import JudgedSplit
 from fne_jax.false_negatives.pair_features import features
@@ -22,6 +24,8 @@ from fne_jax.false_negatives.verdict_samples import Density, density, pooled
 _PRECISIONS = (0.5, 0.8, 0.9)
 # First pairs of an audit whose precision is told, and the verdicts among them that this takes.
 _RANKS, _LEAST_VERDICTS = (100, 1000, 10_000), 10
+# Where classes of probability begin whose share of matches is told; each ends where the next does.
+_CLASSES = (0.0, 0.2, 0.5, 0.8)
 
 
 def said_of(judged: JudgedSplit, verdicts: Sequence[Verdict], labelled: bool = False) -> Pairs:
@@ -169,29 +173,59 @@ def _density_text(said):
     )
 
 
-def describe_precision(said: Pairs, suspects: Suspects, fitted_to_them: bool) -> str:
-    """Returns which share of an audit's first pairs match, by the verdicts on random samples.
+def describe_quality(
+    judged: JudgedSplit, said: Pairs, suspects: Suspects, fitted_to_them: bool
+) -> str:
+    """Returns how good an audit's detector is, by the verdicts on random samples.
 
-    The audit's pairs are those before any is left out for a verdict.
+    These are the share of matches among the audit's first pairs, before any is left out for a
+    verdict, and among all pairs by classes of probability, from which
+    `config.data.matches_positive` and `matches_negative` may be chosen.
 
     Returns:
-      A line for the first pairs of each number that holds enough verdicts; "" where none does.
+      A line for each number of first pairs and each class with enough verdicts; "" for none.
     """
+    said = said[np.isfinite(said.weight)]
     rank = {pair: number for number, pair in enumerate(suspects.pairs.rows())}
     ranks = np.array([rank.get(pair, len(rank)) for pair in said.rows()], int)
     lines = []
     for first in (*(number for number in _RANKS if number < len(rank)), len(rank)):
-        found = _density(said, ranks < first)
-        if found is not None and found.verdicts >= _LEAST_VERDICTS:
-            lines.append(
-                f"of the first {first:,} pairs {found.value:.0%} match ({found.low:.0%} to "
-                f"{found.high:.0%}, 95 % interval, {found.verdicts:,} verdicts)"
-            )
+        if (among := ranks < first).sum() >= _LEAST_VERDICTS:
+            lines.append(f"of the first {first:,} pairs {_matching(said, among)}")
+    if len(said):
+        lines += _calibration(judged, said, suspects.detector)
     if lines and fitted_to_them:
         lines.append(
             "the detector was fitted to these verdicts, so it does a little worse on other pairs"
         )
     return "\n".join(lines)
+
+
+def _calibration(judged, said, detector):
+    similarity = judged.similarity(said.caption, said.image)
+    probability = judge_by(detector, judged)(said.replace(similarity=similarity)).probability
+    weight = pooled(said.weight, said.sample)
+    for low, high in itertools.pairwise((*_CLASSES, np.inf)):
+        among = (low <= probability) & (probability < high)
+        if among.sum() >= _LEAST_VERDICTS:
+            expected = np.average(probability[among], weights=weight[among])
+            end = f"to {high:g}" if high <= 1 else "or more"
+            yield (
+                f"of the pairs of probability {low:g} {end}, {_percent(expected)} on average, "
+                f"{_matching(said, among)}"
+            )
+
+
+def _matching(said, among):
+    found = _density(said, among)
+    return (
+        f"{_percent(found.value)} match ({_percent(found.low)} to {_percent(found.high)}, 95 % "
+        f"interval, {found.verdicts:,} verdicts)"
+    )
+
+
+def _percent(share):
+    return f"{share:.2%}" if share < 0.01 else f"{share:.0%}"
 
 
 def describe(detector: FittedDetector) -> str:

@@ -14,6 +14,7 @@ from fne_jax.data.verdicts import Verdict, pairs_of, read_verdicts, write_verdic
 from fne_jax.errors import UserError
 from fne_jax.evaluation.embedding_files import write_embeddings
 from fne_jax.false_negatives import audit_pages, fitted_detector, verdict_fitting
+from fne_jax.false_negatives.detectors import judge_by
 from fne_jax.false_negatives.verdict_samples import pooled, sample
 from fne_jax.false_negatives.verdict_store import VerdictStore
 from fne_jax.model.embedded_split import EmbeddedSplit
@@ -146,6 +147,34 @@ def test_verdicts_measure_an_audit_by_any_detector(written, tmp_path, capsys):
     audit.main([*arguments, *measuring, f"--verdicts={tmp_path / 'plain.csv'}"])
     told = capsys.readouterr().out
     assert "no person's verdict is of a random sample" in told and "of the first" not in told
+
+
+def test_verdicts_tell_whether_probabilities_are_right(written, tmp_path, capsys):
+    arguments, verdicts, (split, _) = written
+    write_verdicts(tmp_path / "said.csv", verdicts)
+    said = f"--verdicts={tmp_path / 'said.csv'}"
+    audit.main([*arguments, "--detector=similarity", said, "--config.fne.prior=0.1"])
+    told = capsys.readouterr().out
+    # Each verdict speaks for as many pairs as it weighs.
+    rows = pairs_of(verdicts, split.dataset)
+    pairs = rows.replace(similarity=split.similarity(rows.caption, rows.image))
+    config = configuration.load_config(str(tmp_path / "tiny.py"), ["--config.fne.prior=0.1"])
+    split = dataclasses.replace(split, config=config)
+    judged = judge_by("similarity", split)(pairs).probability
+    weight = np.array([one.weight for one in verdicts])
+    match = np.array([one.verdict == "match" for one in verdicts])
+    classes = re.findall(
+        r"probability (\S+) (?:to (\S+)|or more), ([\d.]+)% on average, "
+        r"([\d.]+)% match \(.*, (\d+) verdicts",
+        told,
+    )
+    assert len(classes) >= 2
+    for low, high, expected, found, count in classes:
+        among = (float(low) <= judged) & (judged < float(high or 2))
+        assert among.sum() == int(count)
+        mean = 100 * np.average(judged[among], weights=weight[among])
+        share = 100 * np.average(match[among], weights=weight[among])
+        np.testing.assert_allclose([float(expected), float(found)], [mean, share], atol=0.51)
 
 
 def test_mistakes(written, tmp_path, capsys):
