@@ -4,7 +4,7 @@ Labels know one image of a caption. Where other images match as well, a system t
 them first is scored as wrong, and the better a system is, the more often. Here people judge the
 first results of each compared system for the same random queries, a result that several share once.
 The mean over these queries then estimates the mean over all, with an interval; labelled pairs
-count as matches without being asked.
+count as matches without being asked, unless a review of labels refuted them.
 
 A system whose results were not judged cannot be scored by what was judged of others: what these
 did not find would count against it.
@@ -125,8 +125,8 @@ def measure_judged(
 ) -> dict[str, Measurement]:
     """Returns R@1, and for a sample of ten results P@10, by verdicts and with their intervals.
 
-    A labelled pair is worth 1. A judged one is worth the mean over its reviewers, of whom each
-    gives 1 for a match, 0 for none and 0.5 for unsure.
+    A judged pair is worth the mean over its reviewers, of whom each gives 1 for a match, 0 for none
+    and 0.5 for unsure. A labelled pair that nobody judged is worth 1.
 
     Verdicts may be of whatever sample; the last counts.
 
@@ -141,8 +141,8 @@ def measure_judged(
     for direction in DIRECTIONS:
         caption, image = found[direction].caption, found[direction].image
         keys = caption.astype(np.int64) * len(split.image_emb) + image
-        labelled = split.caption_image[caption] == image
-        known = np.where(labelled, 1.0, _look_up(worth, keys))
+        judged, labelled = _look_up(worth, keys), split.caption_image[caption] == image
+        known = np.where(np.isnan(judged) & labelled, 1.0, judged)
         missing[direction] = int(np.isnan(known).sum())
         means = {"r1": 100 * known[:, 0]}
         if sample.first > 1:

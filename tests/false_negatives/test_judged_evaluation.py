@@ -147,6 +147,18 @@ def test_reviewers_who_differ_and_who_are_unsure():
     np.testing.assert_allclose(r1(all_say("match") + all_say("no_match", "bert")), unsure)
 
 
+def test_labels_count_until_they_are_refuted():
+    sample, one = EvaluationSample(1, 20, 0), system(0)
+    verdicts = judged_pool(sample, [one])
+    found = first_results(sample, one)["t2i"]
+    labelled = found[OWNER[found.caption[:, 0]] == found.image[:, 0]].rows()
+    refuted = [dataclasses.replace(verdict(sample, *pair), verdict="no_match", sample="")
+               for pair in map(np.ravel, labelled)]  # fmt: skip
+    before, after = (measure_judged(sample, one, said)["judged_t2i_r1"].value
+                     for said in (verdicts, verdicts + refuted[:2]))  # fmt: skip
+    assert len(labelled) > 2 and after == pytest.approx(before - 100 * 2 / 20)
+
+
 def test_names_of_samples():
     sample = EvaluationSample(10, 200, 7)
     assert EvaluationSample.of_name(sample.name) == sample
