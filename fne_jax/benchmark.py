@@ -16,7 +16,7 @@ import jax
 from fne_jax import command_line, configuration
 from fne_jax.benchmarks import data, ranking, step, step_comparison, strategy
 from fne_jax.benchmarks import input as input_benchmark
-from fne_jax.errors import UserError
+from fne_jax.errors import UserError, needs_extra
 from fne_jax.files import as_user_error, write_atomically
 
 
@@ -145,12 +145,8 @@ def _step(options):
     jax.config.update("jax_platforms", "cpu")
     if options.part:
         precision = options.part.removeprefix("pytorch_")
-        try:
-            from fne_jax.benchmarks import pytorch  # an extra
-        except ImportError as error:
-            raise UserError(
-                f"{error}: install the extra with `pip install -e .[convert]`"
-            ) from error
+        with needs_extra("convert", "the comparison"):
+            from fne_jax.benchmarks import pytorch
         return pytorch.pytorch_step(
             config, precision, options.steps, options.windows, platform=options.platform
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 EXIT_BUG = 1
 EXIT_USER_ERROR = 2
 EXIT_ENVIRONMENT_FAILURE = 74  # EX_IOERR of BSD's sysexits.h
@@ -58,6 +61,24 @@ class EnvironmentFailure(UserError):
     def exit_code(self) -> int:
         """74."""
         return EXIT_ENVIRONMENT_FAILURE
+
+
+def install_command(extra: str) -> str:
+    """Returns what installs an extra of setup.py."""
+    return f"pip install -e '.[{extra}]'"
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """Raises UserError, which names the extra, if an import in the block fails.
+
+    `what` is what the import is for, as the message begins.
+    """
+    try:
+        yield
+    except ImportError as error:
+        missing = error.name or first_line(error)
+        raise UserError(f"{what} needs {missing}: {install_command(extra)}") from error
 
 
 class Interrupted(Exception):

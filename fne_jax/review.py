@@ -21,7 +21,7 @@ from typing import Any
 
 from fne_jax import command_line
 from fne_jax.data import verdicts as verdicts_lib
-from fne_jax.errors import Interrupted, UserError
+from fne_jax.errors import Interrupted, UserError, needs_extra
 from fne_jax.false_negatives import suspect_options, suspects, wrong_labels
 from fne_jax.false_negatives.judged_evaluation import FIRST, EvaluationSample
 from fne_jax.false_negatives.judged_split import judged_by_model
@@ -222,14 +222,9 @@ def _refuse_unasked(found, path, store):
 def _serve(
     options: argparse.Namespace, overrides: list[str], workdir: pathlib.Path, path: pathlib.Path
 ) -> None:
-    try:
-        # Kept out of the module's imports: the extra `review` may be missing.
+    with needs_extra("review", "review"):
         from fne_jax.false_negatives.review_app import serving
         from fne_jax.false_negatives.review_app.app import Review, create_app
-    except ImportError as error:
-        raise UserError(
-            f"review needs {error.name}: pip install 'fne-jax[review]', or {error.name} by itself"
-        ) from error
     with serving.bind(options.host, options.port) as bound:
         asked = _asked(options, overrides, workdir, path)
         with VerdictStore(path) as store:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pathlib
 
 from fne_jax import command_line
-from fne_jax.errors import UserError
+from fne_jax.errors import UserError, needs_extra
 from fne_jax.files import as_user_error, local_folder, write_atomically
 from fne_jax.objectives import registry
 
@@ -17,11 +17,8 @@ from fne_jax.objectives import registry
 def main(arguments: list[str]) -> None:
     """Parses the command line, trains what is missing, and writes the tables."""
     options, overrides = _parse(arguments)
-    try:
-        # scikit-learn and matplotlib: only studies need both.
+    with needs_extra("study", "a study"):
         from fne_jax.studies import cells, execution, figure, schedule, summary
-    except ImportError as error:
-        raise UserError(f"{error}: install the extra with `pip install -e .[study]`") from error
     workdir = options.workdir
     runs = cells.study_runs(
         options.config, overrides, options.objectives, options.vary, options.seeds, workdir

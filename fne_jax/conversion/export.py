@@ -21,7 +21,7 @@ from fne_jax.encoders.dual_encoder import CHECKPOINT
 from fne_jax.encoders.freezing import TOWERS
 from fne_jax.encoders.model_types import MODELS
 from fne_jax.encoders.pretrained_weights import save_pretrained
-from fne_jax.errors import UserError
+from fne_jax.errors import needs_extra
 from fne_jax.files import check_new_folder, whole_folder, write_atomically
 from fne_jax.model.model import load_workdir
 from fne_jax.objectives.learned_scalars import LEARNED, bias, temperature
@@ -155,10 +155,8 @@ def export(
     check_new_folder(out, "--out")
     more = [write_stablehlo] if stablehlo else []
     if onnx:
-        try:
+        with needs_extra("onnx", "--onnx"):
             from fne_jax.conversion.onnx import write_onnx
-        except ImportError as error:
-            raise UserError(f"{error}: install the extra with `pip install -e .[onnx]`") from error
         more.append(write_onnx)
     model = load_workdir(workdir, checkpoint)
     with whole_folder(out.resolve()) as scratch:

@@ -17,7 +17,7 @@ from fne_jax import configuration
 from fne_jax.data import captions as caption_lib
 from fne_jax.encoders import freezing, towers
 from fne_jax.encoders.pretrained_weights import params_from_tensors
-from fne_jax.errors import UserError, first_line
+from fne_jax.errors import UserError, first_line, needs_extra
 from fne_jax.files import check_new_folder
 from fne_jax.model.checkpoints import BEST_METRIC
 from fne_jax.model.model import build_model
@@ -104,12 +104,8 @@ def convert(path: pathlib.Path, config: ml_collections.ConfigDict, workdir: path
 
 def _load(path) -> dict[str, Any]:
     """Returns the file's content without running any code from it; tensors as NumPy arrays."""
-    try:
+    with needs_extra("convert", "reading PyTorch's files"):
         import torch
-    except ImportError as error:
-        raise UserError(
-            "reading PyTorch's files needs torch: pip install 'fne-jax[convert]'"
-        ) from error
     try:
         # Tensors, plain containers, and the arguments that the authors' code stores; any other
         # class in the pickle is refused before it is made.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fne_jax.errors import UserError
+from fne_jax.errors import UserError, needs_extra
 from fne_jax.evaluation.metrics import QueryScores, match_scores
 from fne_jax.evaluation.ranks import check_embeddings
 from fne_jax.model.embedded_split import EmbeddedSplit
@@ -84,13 +84,8 @@ def _package() -> Any:
     with warnings.catch_warnings():
         # It warns that it reads JSON without ujson, and counts without tqdm.
         warnings.simplefilter("ignore", UserWarning)
-        try:
+        with needs_extra("eccv", "--protocol=eccv or cxc"):
             import eccv_caption
-        except ImportError as error:
-            raise UserError(
-                "the protocols eccv and cxc need the package eccv_caption; "
-                "pip install eccv_caption, or this project with its extra [eccv]"
-            ) from error
         return eccv_caption.Metrics()
 
 

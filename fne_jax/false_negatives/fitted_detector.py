@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fne_jax.errors import UserError
+from fne_jax.errors import UserError, needs_extra
 from fne_jax.files import as_user_error, write_atomically
 
 # What `pair_features` tells of a pair, and whether a higher one speaks for a match (1), against it
@@ -257,13 +257,8 @@ def _folds(is_match, rng):
 
 
 def _fit_trees(table, is_match):
-    try:
-        # Only fitting takes scikit-learn, which is an extra.
+    with needs_extra("fitted", "fitting a detector"):
         from sklearn.ensemble import HistGradientBoostingClassifier
-    except ImportError as error:
-        raise UserError(
-            "fitting a detector needs scikit-learn: pip install 'fne-jax[fitted]'"
-        ) from error
     model = HistGradientBoostingClassifier(**_TREES, monotonic_cst=list(FEATURES.values()))
     return Trees.of(model.fit(table, is_match))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fne_jax.errors import UserError
+from fne_jax.errors import UserError, needs_extra
 from fne_jax.index import exact
 from fne_jax.index.kept_rows import Part
 from fne_jax.progress import Progress
@@ -52,10 +52,8 @@ def create_engine(spec: str, part: Part) -> Engine:
     rows = part.open_rows()
     if spec == EXACT:
         return lambda queries, count: exact.nearest(rows, queries, count)[0]
-    try:
-        import faiss  # an extra
-    except ImportError as error:
-        raise UserError(f"{error}: install the extra with `pip install -e .[faiss]`") from error
+    with needs_extra("faiss", f"--index={spec}"):
+        import faiss
     factory, _, parameters = spec.partition(":")[2].partition("@")
     path = part.folder / f"faiss-{_digest(factory)}.index"
     query = rows[:1].astype(np.float32)  # some faults show in a search alone

@@ -10,7 +10,7 @@ import re
 import jax
 from jax.experimental import topologies
 
-from fne_jax.errors import UserError, first_line
+from fne_jax.errors import UserError, first_line, install_command
 from fne_jax.planning.operations import TPU_FLOAT32, Float32
 
 # Platforms, as JAX's devices name them.
@@ -189,7 +189,7 @@ def _tpu_devices(name, shape):
     except Exception as error:  # JAX raises whatever the plugin or its loading did
         raise UserError(
             f"--topology={name}: {first_line(error)}; TPU programs are compiled by libtpu: "
-            f"pip install 'fne-jax[plan]', and {_EXAMPLES}"
+            f"{install_command('plan')}, and {_EXAMPLES}"
         ) from error
     return list(described.devices)
 
@@ -205,6 +205,6 @@ def _gpu_devices(name, kind, count):
     except Exception as error:  # JAX raises whatever the plugin or its loading did
         raise UserError(
             f"--topology={name}: {first_line(error)}; GPU programs are compiled by JAX's CUDA "
-            "plugin, which needs no GPU: pip install 'fne-jax[plan-gpu]'"
+            f"plugin, which needs no GPU: {install_command('plan-gpu')}"
         ) from error
     return list(described.devices)

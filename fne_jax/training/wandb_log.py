@@ -16,7 +16,7 @@ import jax
 import ml_collections
 
 from fne_jax.configuration import flatten
-from fne_jax.errors import UserError
+from fne_jax.errors import UserError, install_command
 from fne_jax.files import as_user_error, write_atomically
 
 FILE_NAME = "wandb.json"
@@ -29,7 +29,7 @@ def check_installed(settings: ml_collections.ConfigDict) -> None:
     # A folder of that name, as W&B leaves behind, is no package.
     if settings.wandb and (found is None or found.origin is None):
         raise UserError(
-            "config.logging.wandb is True, but wandb is not installed: pip install 'fne-jax[wandb]'"
+            f"config.logging.wandb is True, but wandb is not installed: {install_command('wandb')}"
         )
 
 

@@ -309,7 +309,7 @@ def test_onnx_files_that_differ_from_the_run_are_refused(run, tmp_path, monkeypa
 def test_a_package_that_onnx_takes_is_named_before_a_run_is_read(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "fne_jax.conversion.onnx", raising=False)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"onnx.*: install the extra with `pip .*\[onnx\]`"):
+    with pytest.raises(UserError, match=r"--onnx needs onnx.*: pip .*\[onnx\]"):
         exported(tmp_path / "out", "--onnx")
 
 

@@ -165,7 +165,7 @@ def test_other_splits_are_refused_by_name(coco, package, monkeypatch):
     assert set(left_out) == {"coco_5k", "coco_1k", "eccv", "cxc"} and "rsum" in measured
     coco_protocols._package.cache_clear()
     monkeypatch.setitem(sys.modules, "eccv_caption", None)
-    with pytest.raises(UserError, match="pip install eccv_caption"):
+    with pytest.raises(UserError, match=r"needs eccv_caption: pip install -e '\.\[eccv\]'"):
         protocols.measure(small, "eccv")
 
 

@@ -114,7 +114,9 @@ def test_what_is_no_engine_is_refused_before_anything_is_embedded(spec, tmp_path
 
 def test_an_extra_that_is_missing_is_named(part, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UserError, match=r"pip install -e '?\.\[faiss\]"):
+    with pytest.raises(
+        UserError, match=r"--index=faiss:x needs faiss: pip install -e '\.\[faiss\]'"
+    ):
         engines.create_engine("faiss:x", part)
 
 

@@ -55,7 +55,7 @@ def test_a_tiny_step_for_gpus(machine):
 def test_without_the_extra(monkeypatch):
     jax.devices()  # registers the plugins that are installed
     monkeypatch.delitem(xla_bridge._topology_factories, "cuda", raising=False)
-    with pytest.raises(UserError, match=r"--topology=h100:8: .*pip install 'fne-jax\[plan-gpu\]'"):
+    with pytest.raises(UserError, match=r"--topology=h100:8: .*pip install -e '\.\[plan-gpu\]'"):
         topology.find("h100:8")
 
 

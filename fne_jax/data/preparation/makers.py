@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from PIL import Image
 
 from fne_jax.data.preparation.image_shards import ImageShard, write_shard
-from fne_jax.errors import UserError
+from fne_jax.errors import UserError, needs_extra
 from fne_jax.files import as_user_error
 
 # Makes shards in a folder, and yields once for each of them that is done.
@@ -77,11 +77,9 @@ def by_beam(shards: Sequence[ImageShard], folder: pathlib.Path, options: str) ->
     Raises:
       UserError: If Beam is not installed, or the pipeline fails or leaves out shards.
     """
-    try:
+    with needs_extra("beam", "--beam"):
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
-    except ImportError as error:
-        raise UserError(f"{error}: install the extra with `pip install -e .[beam]`") from error
 
     with (
         as_user_error("the pipeline of Beam failed", errors=Exception),
