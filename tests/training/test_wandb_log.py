@@ -125,6 +125,6 @@ def test_a_missing_package_is_told_before_anything_is_written(tmp_path, monkeypa
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     config = tiny_config(logging__wandb=True)
-    with pytest.raises(UserError, match=r"config\.logging\.wandb is True.*fne-jax\[wandb\]"):
+    with pytest.raises(UserError, match=r"config\.logging\.wandb is True.*'\.\[wandb\]'"):
         loop.train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
