@@ -53,7 +53,9 @@ class Cell:
     def baseline(self, study_baseline: str, cells: Container[Cell]) -> Cell:
         """Returns what it is compared with: the baseline in the same variant, or without it."""
         varied = Cell(study_baseline, self.variant)
-        return varied if varied in cells and varied != self else Cell(study_baseline)
+        has_no_list = _varies_lists(self.variant) and varied not in cells
+        is_plain = self.objective == study_baseline or has_no_list
+        return Cell(study_baseline) if is_plain else varied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +128,10 @@ def _cells(config_path, overrides, objectives, variants):
     all_listed = bool(configuration.load_config(config_path, overrides).data.matches)
     cells = [Cell(name) for name in objectives]
     for variant in variants:
-        of_lists = {_field(change) for change in _assignments(variant)} <= _OF_LISTS
         reached = [
             Cell(name, variant)
             for name in objectives
-            if all_listed or not of_lists or _parts(name)[1] not in (None, TRUTH)
+            if all_listed or not _varies_lists(variant) or _parts(name)[1] not in (None, TRUTH)
         ]
         if not reached:
             raise UserError(
@@ -228,6 +229,11 @@ def _assignments(variant):
         if field == "seed":
             raise UserError("--vary=seed=...: give the number of --seeds instead")
     return changes
+
+
+def _varies_lists(variant):
+    """Returns whether a variant does nothing but sort the pairs of a list."""
+    return {_field(change) for change in _assignments(variant)} <= _OF_LISTS
 
 
 def _field(override):

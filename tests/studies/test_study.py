@@ -376,11 +376,14 @@ def test_variants_are_compared_within_themselves():
         varied: {0: {"rsum": 5.0}},
         Cell("hardest", "queue_size=64"): {0: {"rsum": 6.0}},
         Cell("fne", "data.matches_negative=0.5"): {0: {"rsum": 9.0}},
+        Cell("fne", "momentum=0.5"): {0: {"rsum": 8.0}},
     }
     table = summary.markdown(results, "hardest").splitlines()
     assert "| fne queue_size=64 less hardest queue_size=64 | 0 | -1.0 |" in table
     assert "| fne less hardest | 0 | +3.0 |" in table
     assert "| fne data.matches_negative=0.5 less hardest | 0 | +2.0 |" in table
+    # One that failed is not taken for the same as without the change.
+    assert not any("fne momentum=0.5 less" in line for line in table)
     assert table[-8].endswith("by the seeds that both have, single seeds: no intervals.")
 
 
